@@ -1,0 +1,328 @@
+"""Pretrained checkpoints in, trained parts out.
+
+`load_ast` reads an AST checkpoint in any of its formats: Hugging Face names in .safetensors or .bin, the original AST
+repository's .pth, from the hub or from disk. `save_trained` writes what a method trained, about 1 MB, with a header
+that says what it belongs to; `load_trained` rebuilds the adapted model from it. No pickle is ever executed.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+import petl
+from ast_model import AST, ASTConfig, UserError, make_head
+from data import whole_file
+
+AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
+RANDOM = {  # dim, depth, heads
+    "base": (768, 12, 12),
+    "small": (384, 12, 6),
+    "tiny": (192, 12, 3),
+}
+
+# Names in other people's files -> names in ours, applied in this order. Hugging Face writes `encoder.layer.N...`, and
+# `layers.N...` inside the current library.
+HUGGING_FACE_NAMES = [
+    (r"^audio_spectrogram_transformer\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "embed.patches."),
+    (r"^embeddings\.cls_token$", "embed.cls"),
+    (r"^embeddings\.distillation_token$", "embed.dist"),
+    (r"^embeddings\.position_embeddings$", "embed.position"),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.o."),
+    (r"\.(intermediate\.dense|mlp\.fc1)\.", ".ffn.fc1."),
+    (r"\.(output\.dense|mlp\.fc2)\.", ".ffn.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.layernorm\.", "head.0."),
+    (r"^classifier\.dense\.", "head.1."),
+]
+ORIGINAL_NAMES = [  # github.com/YuanGongND/ast; `attn.qkv` is split before
+    (r"^v\.patch_embed\.proj\.", "embed.patches."),
+    (r"^v\.cls_token$", "embed.cls"),
+    (r"^v\.dist_token$", "embed.dist"),
+    (r"^v\.pos_embed$", "embed.position"),
+    (r"^v\.(blocks\.|norm\.)", r"\1"),
+    (r"\.attn\.proj\.", ".attn.o."),
+    (r"\.mlp\.fc", ".ffn.fc"),
+    (r"^mlp_head\.", "head."),
+]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where weights came from, and the SHA-256 of their values without the head: the same whatever the file format."""
+
+    name: str
+    sha256: str
+
+
+def load_ast(
+    weights: str = "audioset", n_frames: int | None = None, n_classes: int | None = None, pool: str = "mean"
+) -> AST:
+    """An AST with pretrained weights, for spectrograms of `n_frames` and with a new head for `n_classes`.
+
+    weights: "audioset", "hf:owner/name", the path of a file or of a Hugging Face folder, or "random:base|small|tiny"
+    (always the same random numbers, so that an adapter finds its backbone again). `n_frames=None` keeps the length of
+    the checkpoint; `n_classes=None` keeps its head, which needs pool="cls_dist". The result knows its origin as
+    `model.backbone`.
+    Raises UserError for whatever is missing, damaged or not an AST.
+    """
+    state, config = read_checkpoint(weights)
+    backbone = Backbone(str(weights), fingerprint(state))
+    keep_head = n_classes is None
+    if keep_head and pool != config.pool:
+        raise UserError(f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; n_classes makes a new one")
+    old_grid = config.grid
+    config = replace(config, n_frames=n_frames or config.n_frames, n_classes=n_classes or config.n_classes, pool=pool)
+    state["embed.position"] = resize_positions(state["embed.position"], old_grid, config.grid)
+    if not keep_head:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+
+    with torch.device("meta"):  # no time spent on random numbers that the checkpoint replaces
+        model = AST(config)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{weights} is no AST of one shape: {str(error).splitlines()[-1].strip()}") from None
+    missing = [name for name in missing if keep_head or not name.startswith("head.")]
+    if missing or unexpected:
+        raise UserError(f"{weights} is no AST checkpoint: missing {shorten(missing)}; unknown {shorten(unexpected)}")
+    if not keep_head:
+        model.head = make_head(config)
+    model.backbone = backbone
+    return model
+
+
+def shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
+
+
+# ---------------------------------------------------------------------------------------------------- reading files
+
+
+def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
+    """Tensors under our names in float32, and the shape of the model they make."""
+    weights = str(weights)
+    if weights.startswith("random:"):
+        return random_checkpoint(weights)
+    if weights == "audioset" or weights.startswith("hf:"):
+        path, config_path = fetch(AUDIOSET if weights == "audioset" else weights.removeprefix("hf:"))
+    else:
+        path = Path(weights).expanduser()
+        if path.is_dir():
+            candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+            path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+        config_path = path.parent / "config.json"
+        if not path.is_file():
+            raise UserError(f"no weights at {weights}: give a file, a folder, hf:owner/name, audioset or random:tiny")
+    state = to_our_names(read_tensors(path))
+    return state, read_config(state, config_path, path)
+
+
+def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
+    size = weights.removeprefix("random:")
+    if size not in RANDOM:
+        raise UserError(f"unknown weights {weights!r}: the random sizes are {', '.join(RANDOM)}")
+    dim, depth, heads = RANDOM[size]
+    config = ASTConfig(dim=dim, depth=depth, heads=heads, pool="cls_dist")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AST(config).state_dict(), config
+
+
+def fetch(repository: str) -> tuple[Path, Path]:
+    """The weights and config.json of a model on the Hugging Face hub, through the user's own cache."""
+    huggingface_hub.utils.logging.set_verbosity_error()  # no line for each of its five retries
+    try:
+        config = huggingface_hub.hf_hub_download(repository, "config.json")
+        try:
+            weights = huggingface_hub.hf_hub_download(repository, "model.safetensors")
+        except EntryNotFoundError:
+            weights = huggingface_hub.hf_hub_download(repository, "pytorch_model.bin")
+    except Exception as error:  # the hub's client raises whatever its network stack does: all of it means "not fetched"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot fetch {repository} from the Hugging Face hub ({reason}): download its config.json and "
+            "model.safetensors by hand, and give their folder as --weights"
+        ) from None
+    return Path(weights), Path(config)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            reason = "it holds Python code, which is never executed here"
+        else:
+            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise UserError(f"cannot read {path} ({reason}): download it again, or convert it to .safetensors") from None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no table of tensors: give a checkpoint of an AST")
+    return content
+
+
+def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Recognise the naming and translate it. The original's files carry ImageNet heads, used by nothing: dropped."""
+    state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
+    names = HUGGING_FACE_NAMES
+    if "v.pos_embed" in state:
+        names = ORIGINAL_NAMES
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("v.head.", "v.head_dist."))}
+        for name in [name for name in state if ".attn.qkv." in name]:
+            for letter, part in zip("qkv", state.pop(name).chunk(3), strict=True):
+                state[name.replace(".qkv.", f".{letter}.")] = part.clone()
+    translated = {}
+    for name, tensor in state.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        translated[name] = tensor
+    return translated
+
+
+def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -> ASTConfig:
+    """The shape of the model: from its tensors, and from config.json what no tensor shows."""
+    try:
+        written = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {config_path} ({error}): download it again") from None
+    if written.get("model_type") != "audio-spectrogram-transformer":
+        written = {}  # some other program's config.json
+    time_stride, stride = written.get("time_stride", 10), written.get("frequency_stride", 10)
+    activation, qkv_bias = written.get("hidden_act", "gelu"), written.get("qkv_bias", True)
+    if time_stride != stride or activation != "gelu" or not qkv_bias:
+        raise UserError(f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported")
+    try:
+        dim, _, patch, _ = state["embed.patches.weight"].shape
+        n_tokens = state["embed.position"].shape[1]
+        hidden = state["blocks.0.ffn.fc1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is no AST checkpoint: {error} is missing or of another shape") from None
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    n_mels = written.get("num_mel_bins", 128)
+    heads = written.get("num_attention_heads", dim // 64)
+    bands = (n_mels - patch) // stride + 1
+    if not heads or dim % heads or (n_tokens - 2) % bands:
+        raise UserError(f"{path} is no AST checkpoint: {dim} dimensions in {heads} heads, {n_tokens} positions")
+    steps = (n_tokens - 2) // bands
+    n_classes = next((len(state[name]) for name in ("head.1.bias", "head.bias") if name in state), 1)
+    return ASTConfig(
+        n_frames=written.get("max_length", (steps - 1) * stride + patch), n_mels=n_mels, patch=patch, stride=stride,
+        dim=dim, depth=depth, heads=heads, eps=written.get("layer_norm_eps", 1e-12), n_classes=n_classes,
+        pool="cls_dist" if "head.1.bias" in state else "mean", hidden=hidden,
+    )  # fmt: skip
+
+
+def resize_positions(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Position embeddings (1, 2 + F T, dim) for another patch grid, as the original AST does it.
+
+    Time first, then frequency: fewer steps keep the middle ones, more are interpolated bilinearly. The rows of [CLS]
+    and [distillation] stay.
+    """
+    front, grid = position[:, :2], position[:, 2:]
+    grid = grid.transpose(1, 2).unflatten(2, old)  # (1, dim, F, T)
+    bands, steps = new
+    grid = crop_or_stretch(grid, old[0], steps)
+    grid = crop_or_stretch(grid.mT, steps, bands).mT  # (1, dim, F', T')
+    return torch.cat([front, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def crop_or_stretch(grid: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+    """Last dimension of (1, dim, rows, columns) to `size`: the middle columns, or a bilinear interpolation."""
+    columns = grid.shape[-1]
+    if size <= columns:
+        start = columns // 2 - size // 2
+        return grid[..., start : start + size]
+    return F.interpolate(grid, size=(rows, size), mode="bilinear", align_corners=False)
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and float32 values of all tensors but the head's."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if not name.startswith("head."):
+            digest.update(name.encode())
+            digest.update(state[name].contiguous().numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- trained parts, alone
+
+
+def trained_tensors(model: AST) -> dict[str, torch.Tensor]:
+    """Copies of the trained parameters on the CPU. Copies: `state_dict` hands out the live tensors themselves."""
+    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trained(model: AST, path: Path, metadata: dict) -> None:
+    """Write only what the method trained, as safetensors whose header describes it.
+
+    `metadata` (class names, accuracy, ...) joins the method, the shape and the backbone, which the model knows itself.
+    """
+    header = {
+        **metadata,
+        "method": petl.to_dict(model.method),
+        "n_frames": model.config.n_frames,
+        "n_classes": model.config.n_classes,
+        "pool": model.config.pool,
+        "backbone": {"name": model.backbone.name, "sha256": model.backbone.sha256},
+    }
+    with whole_file(Path(path)) as temporary:
+        temporary.write_bytes(save(trained_tensors(model), metadata={"ast_petl": json.dumps(header)}))
+
+
+def read_header(path: Path) -> dict:
+    """The description in a file of `save_trained`. UserError if it is damaged or something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["ast_petl"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if not isinstance(error, KeyError | TypeError) else "it has no such header"
+        raise UserError(f"{path} is no whole file of trained parts ({reason})") from None
+
+
+def load_trained(path: Path, weights: str | None = None) -> AST:
+    """The adapted model of a file of `save_trained`: backbone, method and trained tensors.
+
+    `weights` says where the backbone is now, if not where the header has it. Another backbone is a UserError.
+    """
+    header = read_header(path)
+    wanted = Backbone(**header["backbone"])
+    model = load_ast(weights or wanted.name, header["n_frames"], header["n_classes"], header["pool"])
+    if model.backbone.sha256 != wanted.sha256:
+        raise UserError(
+            f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), not on "
+            f"{model.backbone.name} ({model.backbone.sha256[:12]}): give the right one as weights"
+        )
+    petl.apply(model, petl.from_dict(header["method"]))
+    load_tensors(model, load_file(path), path)
+    return model
+
+
+def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Put trained tensors back into an adapted model; UserError unless they are exactly what its method trains."""
+    expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    wrong += [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit the method {model.method.name!r}: {shorten(wrong)}")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,498 @@
+"""Parameter-efficient transfer learning: every method of the paper as small modules that wrap a part of the AST.
+
+A method is a row of METHODS (at the end): a tuple of *parts*. A part is a dataclass with one function, `insert(model)`,
+that puts its modules around something in an `ast_model.AST`: a sub-layer (adapters, Hydra), one projection (LoRA,
+prefixes), the embedding or a whole block (prompts). A wrapper keeps what it wraps under the name `wrapped`; the AST's
+own code is never changed. To add a method: write the module, write the part, add the row.
+
+    model = apply(load_ast("audioset", n_frames=500, n_classes=50), "houlsby_par")
+    count(model)   # {'petl': 497952, 'head': 39986, 'total': 86244452}
+"""
+
+import copy
+import difflib
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ast_model import AST, FFN, UserError
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The AST's own module beneath whatever wraps it."""
+    while hasattr(module, "wrapped"):
+        module = module.wrapped
+    return module
+
+
+def rank_of(dim: int, rr: int) -> int:
+    """Bottleneck size r = dim / RR (section III-A), rounded, at least 1."""
+    return max(1, round(dim / rr))
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+class Bottleneck(nn.Module):
+    """Down to r, GELU, up to dim (Houlsby et al., ICML 2019). Zero at the start, because the up-projection is.
+
+    Only one projection may start at zero: the gradient of each is a product with the other, so with both at zero
+    neither would ever move.
+    """
+
+    def __init__(self, dim: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(dim, rank)
+        self.up = zeros(nn.Linear(rank, dim))
+
+    def forward(self, x):  # (batch, tokens, dim)
+        return self.up(F.gelu(self.down(x)))
+
+
+class Convpass(nn.Module):
+    """A bottleneck with a convolution inside (Jie and Deng, 2022).
+
+    conv="1d" slides a window of 3 over the token sequence: the parameter count that the paper reports. conv="2d" is the
+    3x3 convolution over the patch grid of the original Convpass; the tokens in front of the patches are convolved as
+    1x1 images. The convolution starts as the identity.
+    """
+
+    def __init__(self, dim: int, rank: int, conv: str, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.down = nn.Linear(dim, rank)
+        self.conv = {"1d": nn.Conv1d, "2d": nn.Conv2d}[conv](rank, rank, kernel_size=3, padding=1)
+        nn.init.dirac_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+        self.dropout = nn.Dropout(0.1)
+        self.up = zeros(nn.Linear(rank, dim))
+
+    def forward(self, x):  # (batch, tokens, dim)
+        h = quick_gelu(self.down(x))  # (batch, tokens, rank)
+        h = quick_gelu(self.convolve(h))
+        return self.up(self.dropout(h))
+
+    def convolve(self, h):  # (batch, tokens, rank), the same shape out
+        if isinstance(self.conv, nn.Conv1d):
+            return self.conv(h.transpose(1, 2)).transpose(1, 2)
+        n_patches = self.grid[0] * self.grid[1]
+        front, patches = h[:, :-n_patches], h[:, -n_patches:]
+        image = patches.transpose(1, 2).unflatten(2, self.grid)  # (batch, rank, F, T)
+        patches = self.conv(image).flatten(2).transpose(1, 2)  # (batch, F * T, rank)
+        front = self.conv(front.flatten(0, 1)[:, :, None, None]).view_as(front)
+        return torch.cat([front, patches], dim=1)
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def zeros(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def seq_after(S, A, u):
+    h = S(u)
+    return h + A(h)
+
+
+def seq_before(S, A, u):
+    a = A(u)
+    return S(a) + a
+
+
+# Where an adapter A meets a sub-layer S whose input is u, the output of its LayerNorm. What comes out replaces S(u).
+INSERTIONS = {
+    "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7)
+    "seq_after": seq_after,  # eq. (6)
+    "seq_before": seq_before,  # Table III; starts far from the pretrained function
+    "par_before_residual": lambda S, A, u: S(u) + A(u) + u,  # Table VII: a parallel adapter needs no residual path
+    "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII: a sequential one does
+}
+
+
+class Adapted(nn.Module):
+    """A sub-layer (MHSA or FFN) and its adapter, put together as INSERTIONS says."""
+
+    def __init__(self, wrapped: nn.Module, adapter: nn.Module, how: str):
+        super().__init__()
+        self.wrapped, self.adapter, self.how = wrapped, adapter, how
+
+    def forward(self, u):  # (batch, tokens, dim)
+        return INSERTIONS[self.how](self.wrapped, self.adapter, u)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter at the MHSA (`at="attn"`) or the FFN (`at="ffn"`) of every block; trains the LayerNorm feeding it."""
+
+    at: str
+    how: str  # a key of INSERTIONS
+    kind: str = "bottleneck"  # or "convpass", "convpass_2d"
+    rr: int = 64
+
+    def insert(self, model: AST) -> None:
+        rank = rank_of(model.config.dim, self.rr)
+        for block in map(inner, model.blocks):
+            if self.kind == "bottleneck":
+                adapter = Bottleneck(model.config.dim, rank)
+            else:
+                conv = {"convpass": "1d", "convpass_2d": "2d"}[self.kind]
+                adapter = Convpass(model.config.dim, rank, conv, model.config.grid)
+            setattr(block, self.at, Adapted(getattr(block, self.at), adapter, self.how))
+            norm = {"attn": block.norm1, "ffn": block.norm2}[self.at]
+            norm.requires_grad_(True)
+
+
+class HydraFFN(nn.Module):
+    """S(u) + P(u) + Q(S(u)): a parallel and a sequential linear bottleneck at once (Hydra, Kim et al., 2023; Table V).
+
+    Neither branch has an activation, so both can be folded into the weights after training (`merged`).
+    """
+
+    def __init__(self, wrapped: nn.Module, dim: int, rank: int):
+        super().__init__()
+        self.wrapped = wrapped
+        self.down_p, self.down_q = nn.Linear(dim, rank), nn.Linear(dim, rank)
+        self.up_p = zeros(nn.Linear(rank, dim))  # its bias is that of both branches
+        self.up_q = nn.Linear(rank, dim, bias=False)
+        nn.init.zeros_(self.up_q.weight)
+
+    def forward(self, u):  # (batch, tokens, dim)
+        h = self.wrapped(u)
+        return h + self.up_p(self.down_p(u)) + self.up_q(self.down_q(h))
+
+    def merged(self) -> FFN:
+        """One plain FFN with the same output, 2r hidden units wider.
+
+        Q is linear in S(u) and multiplies into fc2. P bypasses the GELU, and gelu(z) - gelu(-z) = z: so hidden units
+        D u + d and -(D u + d) with output weights U and -U carry U (D u + d) through the activation unchanged.
+        """
+        # The matrix `after` is that of h -> h + Q(h), without its bias.
+        p_down, p_up, q_down, q_up = self.down_p, self.up_p, self.down_q, self.up_q
+        fc1, fc2 = self.wrapped.fc1, self.wrapped.fc2
+        after = torch.eye(len(fc2.bias), device=fc2.bias.device) + q_up.weight @ q_down.weight
+        ffn = FFN(fc1.in_features, fc1.out_features + 2 * p_down.out_features)
+        ffn.fc1.weight = nn.Parameter(torch.cat([fc1.weight, p_down.weight, -p_down.weight]))
+        ffn.fc1.bias = nn.Parameter(torch.cat([fc1.bias, p_down.bias, -p_down.bias]))
+        ffn.fc2.weight = nn.Parameter(torch.cat([after @ fc2.weight, p_up.weight, -p_up.weight], dim=1))
+        ffn.fc2.bias = nn.Parameter(after @ fc2.bias + q_up.weight @ q_down.bias + p_up.bias)
+        return ffn
+
+
+@dataclass(frozen=True)
+class Hydra:
+    """Hydra at the FFN of every block; trains the LayerNorm feeding it."""
+
+    rr: int = 64
+
+    def insert(self, model: AST) -> None:
+        for block in map(inner, model.blocks):
+            block.ffn = HydraFFN(block.ffn, model.config.dim, rank_of(model.config.dim, self.rr))
+            block.norm2.requires_grad_(True)
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Module):
+    """W x + bias + s B A x, eq. (5) (Hu et al., 2021). B starts at zero: nothing changes before training."""
+
+    def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        self.wrapped, self.scale = wrapped, scale
+        self.a = nn.Parameter(torch.empty(rank, wrapped.in_features))
+        self.b = nn.Parameter(torch.zeros(wrapped.out_features, rank))
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        return self.wrapped(x) + F.linear(self.scale * F.linear(x, self.a), self.b)  # scaling r numbers, not dim
+
+    def merged(self) -> nn.Linear:
+        """One plain Linear with the weight W + s B A."""
+        self.wrapped.weight = nn.Parameter(self.wrapped.weight + self.scale * self.b @ self.a)
+        return self.wrapped
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """LoRA on the named projections of every attention. s = alpha / RR, as the paper has it (not alpha / r)."""
+
+    targets: str = "qv"  # any of q, k, v, o
+    rr: int = 128
+    alpha: float = 8
+
+    def insert(self, model: AST) -> None:
+        for block in map(inner, model.blocks):
+            for name in self.targets:
+                parent = inner(block.attn)
+                while hasattr(getattr(parent, name), "wrapped"):  # LoRA changes the weight itself: beneath any wrapper
+                    parent, name = getattr(parent, name), "wrapped"
+                rank = rank_of(model.config.dim, self.rr)
+                setattr(parent, name, LoRALinear(getattr(parent, name), rank, self.alpha / self.rr))
+
+
+# ------------------------------------------------------------------------------------------------ prompts and prefixes
+
+
+def prompt_parameter(n: int, config) -> nn.Parameter:
+    """n learned tokens, uniform in +-sqrt(6 / (3 patch^2 + dim)), as in visual prompt tuning (Jia et al., 2022)."""
+    bound = (6 / (3 * config.patch**2 + config.dim)) ** 0.5
+    return nn.Parameter(torch.empty(n, config.dim).uniform_(-bound, bound))
+
+
+class PrefixLinear(nn.Module):
+    """A key or value projection that yields n learned rows more than it reads (prefix-tuning, Li and Liang, 2021)."""
+
+    def __init__(self, wrapped: nn.Module, prefix: nn.Parameter):
+        super().__init__()
+        self.wrapped, self.prefix = wrapped, prefix
+
+    def forward(self, x):  # (batch, tokens, dim) -> (batch, n + tokens, dim)
+        y = self.wrapped(x)
+        return torch.cat([self.prefix.to(y.dtype).expand(len(y), -1, -1), y], dim=1)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Prefix-tuning: of n prompts a layer, one half are keys and the other half values."""
+
+    prompts: int = 24
+
+    def __post_init__(self):
+        if self.prompts % 2:
+            raise UserError(f"prefix-tuning needs an even number of prompts (keys and values), not {self.prompts}")
+
+    def insert(self, model: AST) -> None:
+        for attn in (inner(inner(block).attn) for block in model.blocks):
+            attn.k = PrefixLinear(attn.k, prompt_parameter(self.prompts // 2, model.config))
+            attn.v = PrefixLinear(attn.v, prompt_parameter(self.prompts // 2, model.config))
+
+
+class PromptedEmbedding(nn.Module):
+    """The embedding, with n prompts in place of the distillation token behind [CLS] (prompt-tuning)."""
+
+    def __init__(self, wrapped: nn.Module, prompts: nn.Parameter):
+        super().__init__()
+        self.wrapped, self.prompts = wrapped, prompts
+
+    def forward(self, fbank):  # (batch, n_frames, n_mels) -> (batch, 1 + n + patches, dim)
+        x = self.wrapped(fbank)
+        return torch.cat([x[:, :1], self.prompts.expand(len(x), -1, -1), x[:, 2:]], dim=1)
+
+
+class PromptedBlock(nn.Module):
+    """A block that reads n fresh prompts in place of what the block before made of the last ones (deep prompts)."""
+
+    def __init__(self, wrapped: nn.Module, prompts: nn.Parameter):
+        super().__init__()
+        self.wrapped, self.prompts = wrapped, prompts
+
+    def forward(self, x):  # (batch, 1 + n + patches, dim)
+        fresh = self.prompts.expand(len(x), -1, -1)
+        return self.wrapped(torch.cat([x[:, :1], fresh, x[:, 1 + fresh.shape[1] :]], dim=1))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt-tuning (Jia et al., 2022): shallow adds prompts at the first layer, deep gives every layer its own."""
+
+    prompts: int
+    deep: bool = False
+
+    def insert(self, model: AST) -> None:
+        model.embed = PromptedEmbedding(model.embed, prompt_parameter(self.prompts, model.config))
+        for i in range(1, model.config.depth if self.deep else 1):
+            model.blocks[i] = PromptedBlock(model.blocks[i], prompt_parameter(self.prompts, model.config))
+
+
+# ------------------------------------------------------------------------- methods that only choose what to unfreeze
+
+
+@dataclass(frozen=True)
+class Biases:
+    """BitFit (Ben Zaken et al., 2022): the biases of every Linear and LayerNorm of the encoder."""
+
+    def insert(self, model: AST) -> None:
+        for module in (*model.blocks.modules(), model.norm):
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                module.bias.requires_grad_(True)
+        model.norm.weight.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Full fine-tuning."""
+
+    def insert(self, model: AST) -> None:
+        model.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------- the table of methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS. Every method also trains the final LayerNorm and the head."""
+
+    name: str
+    parts: tuple
+    paper: str  # trained parameters as the paper prints them
+    where: str  # the row of the paper's tables
+    lr: float = 5e-3  # section III-A; full fine-tuning, linear and BitFit as in the authors' setup
+
+
+MHSA_PAR, MHSA_SEQ = ("attn", "par_before"), ("attn", "seq_after")
+FFN_PAR, FFN_SEQ = ("ffn", "par_before"), ("ffn", "seq_after")
+
+
+def adapters(*places: tuple[str, str], **options) -> tuple[Adapter, ...]:
+    return tuple(Adapter(*place, **options) for place in places)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in [
+        Method("full_ft", (Everything(),), "85.5M", "Table I, Full FT", lr=5e-5),
+        Method("linear", (), "9-40K", "Table I, Linear", lr=1e-3),
+        Method("bitfit", (Biases(),), "102K", "Table I, BitFit"),
+        Method("spt", (Prompts(300),), "230K", "Table I, SPT-300", lr=1e-2),
+        Method("dpt", (Prompts(25, deep=True),), "230K", "Table I, DPT-25", lr=1e-2),
+        Method("prefix", (Prefix(24),), "221K", "Table I, Pref-T 24", lr=1e-2),
+        # Pfeiffer: one adapter a block, parallel to the MHSA or in sequence after the FFN. Houlsby: one at each.
+        Method("pfeiffer_par", adapters(MHSA_PAR), "249K", "Table I, PF par"),
+        Method("pfeiffer_seq", adapters(FFN_SEQ), "249K", "Table I, PF seq"),
+        Method("houlsby_par", adapters(MHSA_PAR, FFN_PAR), "498K", "Table I, HOU par"),
+        Method("houlsby_seq", adapters(MHSA_SEQ, FFN_SEQ), "498K", "Table I, HOU seq"),
+        Method("convpass_pfeiffer_par", adapters(MHSA_PAR, kind="convpass"), "254K", "Table I, Conv PF par"),
+        Method("convpass_pfeiffer_seq", adapters(FFN_SEQ, kind="convpass"), "254K", "Table I, Conv PF seq"),
+        Method("convpass_houlsby_par", adapters(MHSA_PAR, FFN_PAR, kind="convpass"), "508K", "Table I, Conv HOU par"),
+        Method("convpass_houlsby_seq", adapters(MHSA_SEQ, FFN_SEQ, kind="convpass"), "508K", "Table I, Conv HOU seq"),
+        Method("lora", (LoRA("qv", rr=128),), "221K", "Table I, LoRA"),
+        # The original, two-dimensional Convpass: not in the paper.
+        Method("convpass2d_pfeiffer_par", adapters(MHSA_PAR, kind="convpass_2d"), "-", "-"),
+        Method("convpass2d_houlsby_par", adapters(MHSA_PAR, FFN_PAR, kind="convpass_2d"), "-", "-"),
+        # Where an adapter goes. FFN-Seq-After is pfeiffer_seq and MHSA-Par-Before is pfeiffer_par.
+        Method("adapter_ffn_seq_before", adapters(("ffn", "seq_before")), "249K", "Table III, FFN-Seq-Before"),
+        Method("adapter_ffn_par_before", adapters(FFN_PAR), "249K", "Table III, FFN-Par-Before"),
+        Method("adapter_mhsa_seq_after", adapters(MHSA_SEQ), "249K", "Table III, MHSA-Seq-After"),
+        Method("adapter_mhsa_seq_before", adapters(("attn", "seq_before")), "249K", "Table III, MHSA-Seq-Before"),
+        # Which projections LoRA adapts, at a constant number of parameters.
+        Method("lora_q", (LoRA("q", rr=64),), "221K", "Table IV, q"),
+        Method("lora_qk", (LoRA("qk", rr=128),), "221K", "Table IV, q k"),
+        Method("lora_qkvo", (LoRA("qkvo", rr=256),), "221K", "Table IV, q k v o"),
+        # What to do with twice the parameters.
+        Method("pfeiffer_seq_x2", adapters(FFN_SEQ, rr=32), "470K", "Table V, PF FFN-Seq-After x2"),
+        Method("pfeiffer_par_x2", adapters(MHSA_PAR, rr=32), "470K", "Table V, PF MHSA-Par-Before x2"),
+        Method("houlsby_mixed", adapters(MHSA_PAR, FFN_SEQ), "498K", "Table V, HOU mixed"),
+        Method("hydra", (Hydra(),), "470K", "Table V, HYDRA FFN"),
+        # Several methods at once.
+        Method("lora_x2", (LoRA("qv", rr=64),), "442K", "Table VI, LoRA"),
+        Method("adapter_lora", (*adapters(FFN_PAR), LoRA()), "470K", "Table VI, Adapter + LoRA"),
+        Method("adapter_dpt", (*adapters(FFN_PAR), Prompts(25, deep=True)), "479K", "Table VI, Adapter + DPT-25"),
+        Method(
+            "adapter_dpt_lora",
+            (*adapters(FFN_PAR), Prompts(14, deep=True), LoRA(rr=256)),
+            "488K",
+            "Table VI, Adapter + DPT-14 + LoRA",
+        ),
+        # Residual connections the wrong way round.
+        Method("adapter_ffn_seq_no_residual", adapters(("ffn", "seq_after_no_residual")), "249K", "Table VII, Seq"),
+        Method("adapter_ffn_par_residual", adapters(("ffn", "par_before_residual")), "249K", "Table VII, Par"),
+    ]
+}
+
+
+def find(name: str) -> Method:
+    """The row of METHODS called `name`; a UserError that suggests the nearest name if there is none."""
+    if name not in METHODS:
+        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0)[0]
+        raise UserError(f"unknown method {name!r}: did you mean {nearest!r}? (--list-methods shows all of them)")
+    return METHODS[name]
+
+
+def override(method: Method, rr: int | None = None, alpha: float | None = None, prompts: int | None = None) -> Method:
+    """The method with another reduction rate, alpha or number of prompts, in every part that has one.
+
+    Raises UserError where the method has no such setting.
+    """
+    for setting, value in {"rr": rr, "alpha": alpha, "prompts": prompts}.items():
+        if value is None:
+            continue
+        if not any(hasattr(part, setting) for part in method.parts):
+            raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
+        if value <= 0:
+            raise UserError(f"--{setting} is {value}; it must be positive")
+        parts = (replace(part, **{setting: value}) if hasattr(part, setting) else part for part in method.parts)
+        method = replace(method, parts=tuple(parts))
+    return method
+
+
+def to_dict(method: Method) -> dict:
+    """The method as plain JSON types; `from_dict` is the way back."""
+    parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
+    return {"name": method.name, "lr": method.lr, "parts": parts}
+
+
+def from_dict(entry: dict) -> Method:
+    known = {part.__name__: part for part in (Adapter, Hydra, LoRA, Prefix, Prompts, Biases, Everything)}
+    settings = [dict(part) for part in entry["parts"]]
+    parts = tuple(known[part.pop("part")](**part) for part in settings)
+    return Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"])
+
+
+def apply(model: AST, method: str | Method) -> AST:
+    """Freeze the model, insert the parts of the method, unfreeze what it trains. Changes `model` and returns it.
+
+    `method` is a name in METHODS or a Method of your own. The method stays known as `model.method`.
+    Raises UserError for an unknown name and ValueError if a method was applied before.
+    """
+    method = find(method) if isinstance(method, str) else method
+    if hasattr(model, "method"):
+        raise ValueError(f"this model already carries the method {model.method.name!r}; load a fresh AST")
+    model.requires_grad_(False)
+    model.norm.requires_grad_(True)
+    model.head.requires_grad_(True)
+    device = model.norm.weight.device
+    for part in method.parts:
+        part.insert(model)
+    model.method = method
+    return model.to(device)
+
+
+def count(model: AST) -> dict[str, int]:
+    """Trained parameters of the method (`petl`) and of the final LayerNorm and classifier (`head`); all in `total`.
+
+    Full fine-tuning and BitFit reach the final LayerNorm themselves, so there it counts under `petl`, as in Table I.
+    """
+    owns_norm = any(isinstance(part, Everything | Biases) for part in model.method.parts)
+    head_modules = [model.head] if owns_norm else [model.norm, model.head]
+    head = sum(p.numel() for module in head_modules for p in module.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"petl": trained - head, "head": head, "total": sum(p.numel() for p in model.parameters())}
+
+
+@torch.no_grad()
+def merge(model: AST) -> AST:
+    """A plain AST with the logits of the adapted one: LoRA and Hydra are folded into the weights they adapt.
+
+    `model` stays as it is. Raises UserError for methods that no weight of an AST can express (adapters with an
+    activation, prompts, prefixes).
+    """
+    plain = copy.deepcopy(model)
+    for parent in list(plain.modules()):
+        for name, module in list(parent.named_children()):
+            if hasattr(module, "merged"):
+                setattr(parent, name, module.merged())
+            elif hasattr(module, "wrapped"):
+                kind = type(getattr(module, "adapter", module)).__name__
+                raise UserError(f"{model.method.name!r} cannot be merged: {kind} is no linear change of a weight")
+    plain.requires_grad_(True)
+    plain.config = replace(plain.config, hidden=plain.blocks[0].ffn.fc1.out_features)
+    if hasattr(plain, "method"):
+        del plain.method
+    return plain

@@ -1,0 +1,485 @@
+"""Adapt an Audio Spectrogram Transformer to a dataset, test it, write down what came out.
+
+    python train.py --method houlsby_par --dataset esc50
+
+`main` reads the command line, `run` goes over the folds, `train_fold` is the training loop, `evaluate` the test. The
+protocol is that of section III-A: AdamW, cosine annealing without warm-up, cross-entropy; with validation clips the
+weights of the best validation epoch are tested, otherwise those of the last epoch, and the test clips are seen once.
+"""
+
+import argparse
+import copy
+import csv
+import difflib
+import errno
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from filelock import FileLock
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import petl
+from ast_model import AST, POOL, ASTConfig, UserError, make_head
+from data import DATASETS, Dataset, Split, build_features, default_cache_dir, few_shot, spec_augment, whole_file
+from load_weights import load_ast, load_tensors, read_header, save_trained, trained_tensors
+
+BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a run: two runs with the same settings are the same experiment."""
+
+    dataset: str
+    method: dict  # petl.to_dict
+    weights: str
+    pool: str
+    seed: int
+    shots: int | None
+    n_frames: int
+    epochs: int
+    batch_size: int
+    lr: float
+    mask: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The features and labels of a dataset, where the loop reads them: (clips, n_frames, n_mels) and (clips,)."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
+
+    def batch(self, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.features[index.to(self.features.device)].to(device, torch.float32, non_blocking=True)
+        return x, self.labels[index.to(self.labels.device)]
+
+
+# ------------------------------------------------------------------------------------------------------ the training
+
+
+def cosine(lr: float, step: int, steps: int) -> float:
+    """Cosine annealing from `lr` at step 0 to zero at `steps`."""
+    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def seed_epoch(seed: int, fold: int, epoch: int) -> None:
+    """All random numbers of an epoch follow from these three, so a resumed run draws what an unbroken one would."""
+    torch.manual_seed((seed * 1000 + fold) * 100_000 + epoch)
+
+
+def train_fold(
+    model: AST, clips: Clips, split: Split, fold: int, settings: Settings, state_file: Path, args: argparse.Namespace
+) -> dict:
+    """Train one fold and test it; `model` ends with the tested weights. Returns its accuracy and how it went.
+
+    `state_file` holds the state after the last finished epoch; with `--resume` training goes on from there.
+    Raises UserError when the loss is not finite.
+    """
+    device, rank, world = args.device, *ranks()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.lr, BETAS, EPS, WEIGHT_DECAY, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
+    forward = torch.compile(model) if args.compile else model
+    if world > 1:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+
+    train = torch.tensor(split.train)
+    steps = math.ceil(len(train) / settings.batch_size)  # per epoch
+    history, best, seconds, first_epoch = [], {"accuracy": -1.0, "epoch": 0, "tensors": {}}, 0.0, 1
+    if args.resume and state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        load_tensors(model, state["tensors"], state_file)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        history, best, seconds = state["history"], state["best"], state["seconds"]
+        first_epoch = len(history) + 1
+        say(f"fold {fold}: going on after epoch {first_epoch - 1}")
+
+    epochs = tqdm(
+        range(first_epoch, settings.epochs + 1), f"fold {fold}", settings.epochs, initial=first_epoch - 1, unit="epoch",
+        disable=True if rank else None,
+    )  # fmt: skip
+    for epoch in epochs:
+        start = time.perf_counter()
+        seed_epoch(settings.seed, fold, epoch)
+        model.train()
+        losses = []
+        learning_rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
+        for index, lr in zip(train[torch.randperm(len(train))].split(settings.batch_size), learning_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            draws = torch.rand(len(index), 4, device=device)  # of the whole batch, though a rank takes a part of it
+            mine = torch.arange(rank, len(index), world)
+            total = torch.zeros((), device=device)
+            for part in mine.split(args.micro_batch or settings.batch_size):
+                x, y = clips.batch(index[part], device)
+                if settings.mask:
+                    x = spec_augment(x, draws[part.to(device)])
+                with autocast(device, settings.dtype):
+                    logits = forward(x)
+                loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index)
+                scaler.scale(loss * world).backward()  # DistributedDataParallel averages over ranks, this undoes it
+                total += loss.detach()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(total)
+        losses = sum_over_ranks(torch.stack(losses)).tolist()  # the epoch's only wait for the device
+        for step, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} in fold {fold}, epoch {epoch}, step {step + 1} of {len(losses)}, at learning "
+                    f"rate {learning_rates[step]:.2g}: choose a smaller --lr, or --dtype float32"
+                )
+        rate = len(train) / (time.perf_counter() - start)
+
+        accuracy = evaluate(model, clips, split.val, settings, device) if split.val else None
+        if accuracy is None or accuracy > best["accuracy"]:
+            best = {"accuracy": accuracy, "epoch": epoch, "tensors": trained_tensors(model)}
+        history.append({
+            "fold": fold, "epoch": epoch, "step": steps * epoch, "loss": round(statistics.mean(losses), 6),
+            "accuracy": "" if accuracy is None else round(accuracy, 4), "lr": f"{lr:.4g}", "clips/s": round(rate, 1),
+        })  # fmt: skip
+        seconds += time.perf_counter() - start
+        epochs.set_postfix(loss=history[-1]["loss"], accuracy=history[-1]["accuracy"])
+        if rank == 0:
+            write_metrics(state_file.parent / "metrics.csv", fold, history)
+            with whole_file(state_file) as temporary:
+                torch.save({
+                    "tensors": trained_tensors(model), "optimizer": optimizer.state_dict(), "best": best,
+                    "scaler": scaler.state_dict(), "history": history, "seconds": seconds,
+                }, temporary)  # fmt: skip
+
+    load_tensors(model, best["tensors"], state_file)
+    accuracy = evaluate(model, clips, split.test, settings, device)
+    return {"fold": fold, "accuracy": accuracy, "validation_accuracy": best["accuracy"], "epoch": best["epoch"],
+            "seconds": round(seconds, 1)}  # fmt: skip
+
+
+@torch.inference_mode()
+def evaluate(model: AST, clips: Clips, indices: list[int], settings: Settings, device: torch.device) -> float:
+    """Accuracy in percent on the given clips; every rank takes its share."""
+    rank, world = ranks()
+    model.eval()
+    correct = torch.zeros((), device=device)
+    for index in torch.tensor(indices)[rank::world].split(settings.batch_size):
+        x, y = clips.batch(index, device)
+        with autocast(device, settings.dtype):
+            correct += (model(x).argmax(1) == y).sum()
+    return 100 * sum_over_ranks(correct).item() / len(indices)
+
+
+def autocast(device: torch.device, dtype: str):
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def ranks() -> tuple[int, int]:
+    """Rank of this process and number of processes: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    if ranks()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def say(*words) -> None:
+    if ranks()[0] == 0:
+        print(*words, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Train and test every fold that is not finished yet. Returns what it writes to result.json."""
+    recipe = DATASETS[args.dataset]
+    method = petl.override(petl.find(args.method), args.rr, args.alpha, args.prompts)
+    settings = Settings(
+        dataset=args.dataset, method=petl.to_dict(method), weights=args.weights, pool=args.pool, seed=args.seed,
+        shots=args.shots, n_frames=recipe.n_frames, epochs=args.epochs or recipe.epochs,
+        batch_size=args.batch_size or recipe.batch_size, lr=args.lr or method.lr, mask=recipe.mask, dtype=args.dtype,
+    )  # fmt: skip
+    folder = args.out / args.dataset / method.name / f"seed{args.seed}"
+    check_same_run(folder, settings)
+    dataset = recipe.load(args.data_dir, args.cache_dir)
+    unknown = set(args.folds or []) - dataset.folds.keys()
+    if unknown:
+        raise UserError(f"--folds {min(unknown)}: {args.dataset} has the folds {', '.join(map(str, dataset.folds))}")
+    backbone = load_ast(settings.weights, settings.n_frames, len(dataset.classes), settings.pool)
+    features, bad = build_features(dataset, settings.n_frames, args.cache_dir, args.skip_bad)
+    clips = to_clips(features, dataset, args.device)
+
+    if ranks()[0] == 0:
+        write_json(folder / "config.json", {**asdict(settings), "command": sys.argv, "skipped_clips": len(bad)})
+    say(f"{method.name} on {args.dataset}: {describe(settings)}, {args.device}")
+    for fold in args.folds or dataset.folds:
+        fold_file = folder / f"fold{fold}.safetensors"
+        if not fold_file.exists():
+            split = usable(dataset, dataset.folds[fold], bad, settings)
+            seed_epoch(settings.seed, fold, epoch=0)  # of the new head and the method's parts
+            model = copy.deepcopy(backbone)
+            model.head = make_head(model.config)
+            model = petl.apply(model, method).to(args.device)
+            state_file = folder / f"fold{fold}.resume.pt"
+            result = train_fold(model, clips, split, fold, settings, state_file, args)
+            if ranks()[0] == 0:
+                header = {"result": result, "classes": dataset.classes, "settings": asdict(settings),
+                          "parameters": petl.count(model), "versions": versions()}  # fmt: skip
+                save_trained(model, fold_file, header)
+                state_file.unlink(missing_ok=True)
+            del model
+        if ranks()[0] == 0:
+            result = read_header(fold_file)["result"]
+            best = result["validation_accuracy"]
+            chosen = "last epoch" if best is None else f"best of validation {best:.2f} % in epoch {result['epoch']}"
+            say(f"fold {fold}: test accuracy {result['accuracy']:.2f} % ({chosen}), {result['seconds']:.0f} s")
+    if dist.is_initialized():
+        dist.barrier()
+    return summarise(folder, settings) if ranks()[0] == 0 else {}
+
+
+def to_clips(features: np.ndarray, dataset: Dataset, device: torch.device) -> Clips:
+    """On a GPU the features lie in its memory if they take at most half of what is free; else they stay on disk."""
+    features = torch.from_numpy(features)
+    if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0]:
+        features = features.to(device)
+    return Clips(features, torch.tensor(dataset.labels, device=device))
+
+
+def usable(dataset: Dataset, split: Split, bad: set[int], settings: Settings) -> Split:
+    """The split without bad clips, its training part cut down to `--shots` per class."""
+    train, val, test = ([i for i in part if i not in bad] for part in (split.train, split.val, split.test))
+    if settings.shots:
+        train = few_shot(dataset, train, settings.shots, settings.seed)
+    if not train or not test:
+        raise UserError(f"{dataset.root}: no clips left to {'test' if train else 'train'} on")
+    return Split(train, val, test)
+
+
+def check_same_run(folder: Path, settings: Settings) -> None:
+    """UserError if `folder` holds another experiment: its finished folds must not be mixed with these."""
+    file = folder / "config.json"
+    if not file.exists():
+        return
+    try:
+        old = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
+    new = json.loads(json.dumps(asdict(settings)))
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise UserError(
+                f"{folder} holds a run with {name} {old.get(name)}, not {value}: give another --out, or delete it"
+            )
+
+
+def summarise(folder: Path, settings: Settings) -> dict:
+    """Collect the finished folds of a run into result.json. Accuracies in percent, sample standard deviation."""
+    headers = [read_header(file) for file in sorted(folder.glob("fold*.safetensors"), key=lambda f: int(f.stem[4:]))]
+    folds = [header["result"] for header in headers]
+    accuracies = [fold["accuracy"] for fold in folds]
+    result = {
+        "accuracy": round(statistics.mean(accuracies), 4),
+        "std": round(statistics.stdev(accuracies), 4) if len(folds) > 1 else None,
+        "folds": folds,
+        "parameters": headers[0]["parameters"],
+        "seconds": round(sum(fold["seconds"] for fold in folds), 1),
+        "peak_memory_mb": peak_memory_mb(),
+        "versions": headers[0]["versions"],
+    }
+    write_json(folder / "result.json", result)
+    spread = "" if result["std"] is None else f" +- {result['std']:.2f}"
+    count = result["parameters"]
+    trained = count["petl"] + count["head"]
+    say(f"accuracy {result['accuracy']:.2f}{spread} % over {len(folds)} folds, {result['seconds']:.0f} s; trained "
+        f"{trained:,} parameters ({count['petl']:,} + {count['head']:,} of the head), "
+        f"{100 * trained / count['total']:.2f} % of the model; written to {folder}")  # fmt: skip
+    return result
+
+
+def describe(settings: Settings) -> str:
+    shots = f"{settings.shots} clips per class, " if settings.shots else ""
+    masked = "masked" if settings.mask else "unmasked"
+    return (f"{shots}{settings.epochs} epochs, batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, "
+            f"weights {settings.weights}, seed {settings.seed}, {settings.dtype}")  # fmt: skip
+
+
+def write_json(path: Path, content: dict) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
+    """Put the epochs of one fold into metrics.csv, beside those of the others: folds may run in parallel."""
+    with FileLock(path.with_name(".metrics.lock")):
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = [row for row in rows if int(row["fold"]) != fold] + history
+        rows.sort(key=lambda row: (int(row["fold"]), int(row["epoch"])))
+        with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def peak_memory_mb() -> int | None:
+    """Peak memory of this process: on the GPU where one is used, else in main memory. None on Windows."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() >> 20
+    if platform.system() == "Windows":
+        return None
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if platform.system() == "Darwin" else 10)  # bytes there, KiB on Linux
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its whole usage
+        raise UserError(f"{message} (--help shows all options)")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Adapt an Audio Spectrogram Transformer to a dataset and test it.")
+    add = parser.add_argument
+    add("--dataset", default="esc50", help=", ".join(DATASETS))
+    add("--method", default="houlsby_par", help="a name that --list-methods prints")
+    add("--data-dir", type=Path, help="a copy of the dataset; without it, it is downloaded once")
+    add("--weights", default="audioset", help="audioset, hf:owner/name, a file or folder, random:base|small|tiny")
+    add("--pool", default="mean", choices=POOL, help="how tokens become one vector; the paper takes the mean")
+    add("--folds", type=numbers, metavar="1,2", help="only these folds")
+    add("--seed", type=int, default=0)
+    add("--shots", type=positive, metavar="K", help="train on K clips per class only")
+    add("--epochs", type=positive, help="default: the dataset's")
+    add("--batch-size", type=positive, help="over all processes; default: the dataset's")
+    add("--micro-batch", type=positive, help="clips at once on a device; the result stays that of --batch-size")
+    add("--lr", type=float, help="first learning rate; default: the method's")
+    add("--rr", type=positive, help="reduction rate: the bottleneck is dim / RR wide")
+    add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
+    add("--prompts", type=positive, help="number of prompts or prefixes")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the arithmetic; trained tensors stay float32")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--skip-bad", action="store_true", help="go on without sound files that cannot be read")
+    add("--resume", action="store_true", help="continue an interrupted fold after its last finished epoch")
+    add("--out", type=Path, default=Path("runs"), help="results go to OUT/DATASET/METHOD/seedS")
+    add("--cache-dir", type=Path, default=default_cache_dir(), help="for downloads and features (%(default)s)")
+    add("--list-methods", action="store_true", help="print all methods with their parameter counts")
+    args = parser.parse_args(argv)
+    if args.dataset not in DATASETS:
+        nearest = difflib.get_close_matches(args.dataset, DATASETS, n=1, cutoff=0)[0]
+        raise UserError(f"unknown dataset {args.dataset!r}: did you mean {nearest!r}? There are {', '.join(DATASETS)}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise UserError(f"--lr is {args.lr}; it must be positive")
+    args.device = choose_device(args.device)
+    args.dtype = choose_dtype(args.dtype, args.device)
+    return args
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def list_methods() -> None:
+    """The table of methods with the parameters that each trains in the base AST, head and final LayerNorm apart."""
+
+    def counted(name, n_frames, n_classes):
+        with torch.device("meta"):  # shapes without numbers
+            return petl.count(petl.apply(AST(ASTConfig(n_frames=n_frames, n_classes=n_classes)), name))
+
+    print(f"{'method':<30}{'trained':>12}{'paper':>8}   {'lr':<8}{'row of the paper'}")
+    for name, method in petl.METHODS.items():
+        count = counted(name, 500, 50)
+        print(f"{name:<30}{count['petl'] or count['head']:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
+    heads = " / ".join(f"{counted('linear', 500, n)['head']:,}" for n in (50, 10, 35, 31))
+    print(
+        f"\nBase AST at 500 frames, without the final LayerNorm and head, which every method trains as well: {heads} "
+        "for 50 / 10 / 35 / 31 classes.\nThese are what `linear` trains. full_ft at 100 frames: "
+        f"{counted('full_ft', 100, 35)['petl']:,}."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        if args.list_methods:
+            list_methods()
+            return 0
+        if "RANK" in os.environ:  # set by torchrun
+            if args.device.type == "cuda":
+                torch.cuda.set_device(args.device)
+            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        run(args)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        tried = args.micro_batch or args.batch_size or DATASETS[args.dataset].batch_size
+        message = f"out of memory on {args.device} with {tried} clips at once: choose a smaller --micro-batch"
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f"the disk is full ({error.filename or args.out}): free some space, then add --resume to go on"
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
