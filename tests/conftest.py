@@ -1,0 +1,65 @@
+"""Datasets and models that several test files share, all of them made on the spot."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import train
+from ast_model import AST, ASTConfig
+
+REFERENCE = Path(__file__).parent / "reference"
+SMALL_AST = REFERENCE / "ast_small"  # 2 layers, 64 dimensions: fast enough for runs of train.py
+
+
+def tiny_ast(**config) -> AST:
+    """A random AST on a 3 x 3 patch grid, small enough for formulas by hand."""
+    return AST(ASTConfig(**{"n_frames": 36, "n_mels": 36, "dim": 32, "depth": 2, "heads": 4, "n_classes": 3, **config}))
+
+
+def make_esc50(root: Path, takes: int = 1, seconds: float = 0.5) -> Path:
+    """A miniature of the ESC-50 release: 12 classes, 10 of them ESC-10, `takes` clips for each class and fold.
+
+    The sound of a class is a tone of its own pitch in noise, so that training can succeed.
+    """
+    rng = np.random.default_rng(0)
+    (root / "meta").mkdir(parents=True)
+    (root / "audio").mkdir()
+    time = np.arange(int(44_100 * seconds)) / 44_100
+    with open(root / "meta" / "esc50.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["filename", "fold", "target", "category", "esc10", "src_file", "take"])
+        for target in range(0, 48, 4):
+            for fold in range(1, 6):
+                for take in range(takes):
+                    name = f"{fold}-{100_000 + target}-{chr(65 + take)}-{target}.wav"
+                    tone = np.sin(2 * np.pi * (200 + 100 * target) * time)
+                    wave = 0.3 * tone + 0.03 * rng.standard_normal(len(time))
+                    soundfile.write(root / "audio" / name, wave, 44_100, subtype="PCM_16")
+                    esc10 = target < 40
+                    writer.writerow([name, fold, target, f"sound {target}", esc10, 100_000 + target, chr(65 + take)])
+    return root
+
+
+@pytest.fixture(scope="session")
+def esc50_dir(tmp_path_factory) -> Path:
+    return make_esc50(tmp_path_factory.mktemp("data") / "ESC-50")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def train_main(esc50_dir, cache_dir, tmp_path):
+    """`train.main` on the miniature with the small AST, two epochs of fold 1; more options override these."""
+
+    def call(*options) -> int:
+        defaults = ["--dataset", "esc10", "--data-dir", esc50_dir, "--weights", SMALL_AST, "--epochs", 2, "--folds", 1]
+        places = ["--cache-dir", cache_dir, "--out", tmp_path / "runs"]
+        return train.main([str(word) for word in (*defaults, *places, *options)])
+
+    return call

@@ -1,0 +1,97 @@
+"""The AST against transformers: stored outputs of a small model, and live ones, small and at full size."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REFERENCE, SMALL_AST, tiny_ast
+from make_reference import outputs_and_gradients, random_hf_ast
+
+from ast_model import ASTConfig
+from load_weights import load_ast, to_our_names
+
+
+def our_outputs_and_gradients(model, fbank, labels):
+    tokens = model.features(fbank)
+    logits = model(fbank)
+    F.cross_entropy(logits, labels).backward()
+    return {"tokens": tokens, "logits": logits, **{n: p.grad for n, p in model.named_parameters()}}
+
+
+def compare(ours: dict, reference: dict, tolerance: float) -> None:
+    """Outputs absolutely; each gradient relative to its largest entry."""
+    for name in ("tokens", "logits"):
+        assert (ours.pop(name) - reference.pop(name)).abs().max() <= tolerance, name
+    gradients = to_our_names({name.removeprefix("gradient "): value for name, value in reference.items()})
+    assert gradients.keys() == ours.keys()
+    # The key bias shifts all logits of a softmax alike: its true gradient is zero, what is there is rounding.
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        scale = largest if name.endswith("k.bias") else gradient.abs().max()
+        assert (ours[name] - gradient).abs().max() <= 10 * tolerance * scale, name
+
+
+def test_small_ast_equals_stored_reference():
+    stored = np.load(REFERENCE / "ast_small.npz")
+    reference = {name: torch.from_numpy(stored[name]) for name in stored if name != "transformers"}
+    fbank, labels = reference.pop("fbank"), reference.pop("labels")
+    reference.pop("extracted_noise")
+    ours = our_outputs_and_gradients(load_ast(SMALL_AST, pool="cls_dist"), fbank, labels)
+    compare(ours, reference, tolerance=1e-5)
+
+
+def test_small_ast_equals_live_transformers(tmp_path):
+    theirs = random_hf_ast(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=1, max_length=130, num_labels=7
+    )
+    theirs.save_pretrained(tmp_path)
+    fbank, labels = torch.randn(3, 130, 128), torch.tensor([0, 6, 3])
+    ours = our_outputs_and_gradients(load_ast(tmp_path, pool="cls_dist"), fbank, labels)
+    compare(ours, outputs_and_gradients(theirs, fbank, labels), tolerance=1e-5)
+
+
+def test_full_size_ast_equals_live_transformers(tmp_path):
+    """12 layers, 768 wide, 1024 frames; from both kinds of file that the library and its users write."""
+    theirs = random_hf_ast(num_labels=527)
+    fbank, labels = torch.randn(1, 1024, 128), torch.tensor([17])
+    reference = outputs_and_gradients(theirs, fbank, labels)
+
+    theirs.save_pretrained(tmp_path)
+    from_safetensors = load_ast(tmp_path, pool="cls_dist")
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")  # the library's internal names
+    from_bin = load_ast(tmp_path / "pytorch_model.bin", pool="cls_dist")
+    for one, other in zip(from_safetensors.parameters(), from_bin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+    compare(our_outputs_and_gradients(from_safetensors, fbank, labels), reference, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("n_frames", "grid"), [(100, (12, 9)), (400, (12, 39)), (500, (12, 49)), (1024, (12, 101))])
+def test_patch_grid(n_frames, grid):
+    assert ASTConfig(n_frames=n_frames).grid == grid
+
+
+def test_patches_are_frequency_major():
+    """Patch f * T + t covers bands 10 f ... and frames 10 t ...: a mark in one corner reaches that token only."""
+    model = tiny_ast()
+    silence, mark = torch.zeros(1, 36, 36), torch.zeros(1, 36, 36)
+    mark[0, 35, 0] = 1  # last frame, lowest band: f = 0, t = 2
+    changed = (model.embed(mark) - model.embed(silence)).abs().sum(-1)[0] > 0
+    assert changed.nonzero().tolist() == [[2 + 0 * 3 + 2]]
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "cls_dist"])
+def test_pooling(pool):
+    model = tiny_ast(pool=pool)
+    fbank = torch.randn(2, 36, 36)
+    tokens = model.features(fbank)
+    pooled = {"mean": tokens.mean(1), "cls": tokens[:, 0], "cls_dist": tokens[:, :2].mean(1)}[pool]
+    torch.testing.assert_close(model(fbank), model.head(pooled))
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"reads \(batch, 36, 36\), not \(1, 40, 36\)"):
+        tiny_ast()(torch.randn(1, 40, 36))
+    for wrong in ({"pool": "max"}, {"heads": 5}, {"n_frames": 10}):
+        with pytest.raises(ValueError):
+            tiny_ast(**wrong)

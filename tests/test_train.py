@@ -1,0 +1,349 @@
+"""train.py as a user runs it: whole runs, interruption, several processes, and everything that can go wrong."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import SMALL_AST, make_esc50
+from safetensors.torch import load_file
+
+import data
+import petl
+import train
+from load_weights import load_ast, load_trained, read_header
+
+ROOT = Path(train.__file__).parent
+
+
+def rows_of(run: Path) -> list[dict]:
+    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+
+
+def without_times(result: dict) -> dict:
+    result = {**result, "folds": [{**fold, "seconds": 0} for fold in result["folds"]]}
+    return {name: value for name, value in result.items() if name not in ("seconds", "peak_memory_mb")}
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
+    assert train_main("--method", "lora", "--folds", "1,2,3,4,5") == 0
+    run = tmp_path / "runs" / "esc10" / "lora" / "seed0"
+    files = {f"fold{k}.safetensors" for k in range(1, 6)} | {"config.json", "metrics.csv", "result.json"}
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == files
+    rows = rows_of(run)
+    assert [(row["fold"], row["epoch"]) for row in rows] == [(str(k), str(e)) for k in range(1, 6) for e in (1, 2)]
+    assert list(rows[0]) == ["fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s"]
+    result = json.loads((run / "result.json").read_text())
+    accuracies = [fold["accuracy"] for fold in result["folds"]]
+    assert result["accuracy"] == pytest.approx(sum(accuracies) / 5, abs=1e-3) and result["std"] is not None
+    model = petl.apply(load_ast(SMALL_AST, 500, 10), "lora")
+    assert result["parameters"] == petl.count(model)
+    assert {"seconds", "peak_memory_mb", "versions"} <= result.keys()
+    config = json.loads((run / "config.json").read_text())
+    assert (config["epochs"], config["lr"], config["batch_size"], config["mask"]) == (2, 5e-3, 32, True)
+    assert "fold 5: test accuracy" in capsys.readouterr().out
+    trained = load_file(run / "fold3.safetensors")
+    assert trained.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_saved_fold_gives_the_reported_accuracy(train_main, tmp_path, esc50_dir, cache_dir):
+    train_main("--method", "houlsby_par", "--epochs", 4, "--lr", 1e-2)
+    file = tmp_path / "runs" / "esc10" / "houlsby_par" / "seed0" / "fold1.safetensors"
+    dataset = data.esc10(esc50_dir, cache_dir)
+    features, _ = data.build_features(dataset, 500, cache_dir)
+    model = load_trained(file).eval()
+    test = dataset.folds[1].test
+    predicted = model(torch.from_numpy(features[test]).float()).argmax(1)
+    accuracy = 100 * (predicted == torch.tensor(dataset.labels)[test]).float().mean().item()
+    assert accuracy == pytest.approx(read_header(file)["result"]["accuracy"])
+
+
+def test_training_learns(train_main, tmp_path):
+    """Ten tones of different pitch, 60 clips to train on: at least four times the 10 % of chance."""
+    tones = make_esc50(tmp_path / "tones", takes=2, seconds=5)
+    assert train_main("--data-dir", tones, "--epochs", 10, "--batch-size", 6) == 0
+    run = tmp_path / "runs/esc10/houlsby_par/seed0"
+    assert json.loads((run / "result.json").read_text())["accuracy"] >= 40
+    losses = [float(row["loss"]) for row in rows_of(run)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_documented_command_on_random_tiny_weights(train_main, tmp_path):
+    assert train_main("--method", "houlsby_par", "--weights", "random:tiny", "--shots", 1, "--epochs", 1) == 0
+    header = read_header(tmp_path / "runs/esc10/houlsby_par/seed0/fold1.safetensors")
+    assert header["backbone"]["name"] == "random:tiny" and header["settings"]["shots"] == 1
+
+
+def test_a_finished_fold_is_not_trained_again(train_main, tmp_path, monkeypatch):
+    assert train_main("--folds", "1") == 0
+    file = tmp_path / "runs/esc10/houlsby_par/seed0/fold1.safetensors"
+    before = file.read_bytes()
+    trained = []
+    original = train.train_fold
+    monkeypatch.setattr(train, "train_fold", lambda *args: trained.append(args[3]) or original(*args))
+    assert train_main("--folds", "1,2") == 0
+    assert trained == [2] and file.read_bytes() == before
+    assert len(json.loads((file.parent / "result.json").read_text())["folds"]) == 2
+
+
+def test_the_best_validation_epoch_is_tested_not_the_last(train_main, tmp_path, monkeypatch):
+    """Validation accuracies 10, 50, 30: the tested weights must be those after epoch 2."""
+    accuracies, tensors = iter([10.0, 50.0, 30.0, 77.0]), []
+
+    def evaluate(model, *_):
+        tensors.append(model.head.weight.detach().clone())
+        return next(accuracies)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert train_main("--epochs", 3, "--method", "linear") == 0
+    header = read_header(tmp_path / "runs/esc10/linear/seed0/fold1.safetensors")
+    assert header["result"]["epoch"] == 2 and header["result"]["accuracy"] == 77
+    assert torch.equal(tensors[3], tensors[1]) and not torch.equal(tensors[3], tensors[2])
+
+
+def test_cosine_schedule():
+    assert train.cosine(0.5, 0, 100) == 0.5
+    assert train.cosine(0.5, 50, 100) == pytest.approx(0.25)
+    assert train.cosine(0.5, 100, 100) == pytest.approx(0)
+
+
+def test_steps_are_those_of_the_protocol(train_main, monkeypatch):
+    """The first update by hand: AdamW, weight decay 0.1 on everything, eps 1e-6; the betas cancel in the first step."""
+    updates, groups = [], []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        parameters = self.param_groups[0]["params"]
+        before = [(p.detach().clone(), p.grad.clone()) for p in parameters]
+        original(self, *args, **kwargs)
+        updates.append([(b, g, p.detach().clone()) for (b, g), p in zip(before, parameters, strict=True)])
+        groups.append(dict(self.param_groups[0]))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train_main("--method", "houlsby_par", "--epochs", 1, "--batch-size", 10)
+    assert len(updates) == 3 and groups[0]["betas"] == (0.9, 0.98)
+    assert [group["lr"] for group in groups] == pytest.approx([5e-3, 3.75e-3, 1.25e-3])
+    for before, gradient, after in updates[0]:
+        expected = before * (1 - 5e-3 * 0.1) - 5e-3 * gradient / (gradient.abs() + 1e-6)
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_change_nothing(train_main, tmp_path):
+    results = []
+    for n in (30, 7):
+        assert train_main("--micro-batch", n, "--out", tmp_path / str(n)) == 0
+        results.append(load_file(tmp_path / str(n) / "esc10/houlsby_par/seed0/fold1.safetensors"))
+    for name, tensor in results[0].items():
+        assert (tensor - results[1][name]).abs().max() <= 1e-4, name
+
+
+def test_bfloat16_runs_and_keeps_trained_tensors_in_float32(train_main, tmp_path):
+    assert train_main("--dtype", "bfloat16", "--method", "adapter_dpt_lora") == 0
+    tensors = load_file(tmp_path / "runs/esc10/adapter_dpt_lora/seed0/fold1.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+# ----------------------------------------------------------------------------------- interruption, several processes
+
+
+def command(tmp_path, esc50_dir, cache_dir, out, *options) -> list[str]:
+    """A run of train.py in a process of its own."""
+    words = ["--dataset", "esc10", "--data-dir", esc50_dir, "--weights", SMALL_AST, "--cache-dir", cache_dir,
+             "--method", "convpass_houlsby_par", "--epochs", 6, "--folds", "2,4", "--batch-size", 7,
+             "--out", tmp_path / out, *options]  # fmt: skip
+    return [sys.executable, str(ROOT / "train.py"), *map(str, words)]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, esc50_dir, cache_dir):
+    """SIGKILL once in the first fold and once in the second; dropout, masking and order must all be redrawn alike."""
+    subprocess.run(command(tmp_path, esc50_dir, cache_dir, "whole"), check=True, cwd=tmp_path)
+    killed = tmp_path / "killed" / "esc10" / "convpass_houlsby_par" / "seed0"
+    resume = command(tmp_path, esc50_dir, cache_dir, "killed", "--resume")
+    for rows_before_the_kill in (2, 9):
+        process = subprocess.Popen(resume, cwd=tmp_path)
+        while process.poll() is None:
+            if (killed / "metrics.csv").exists() and len(rows_of(killed)) >= rows_before_the_kill:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = subprocess.run(resume, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "fold 4: going on after epoch" in last.stdout
+    whole = tmp_path / "whole" / "esc10" / "convpass_houlsby_par" / "seed0"
+    for fold in (2, 4):
+        one, other = (load_file(run / f"fold{fold}.safetensors") for run in (whole, killed))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, killed)]
+    assert without_times(results[0]) == without_times(results[1])
+    histories = [[{**row, "clips/s": ""} for row in rows_of(run)] for run in (whole, killed)]
+    assert histories[0] == histories[1]
+
+
+def test_two_processes_train_like_one(tmp_path, esc50_dir, cache_dir):
+    """Batches of 29 and then 1 clip: the last one leaves nothing for the second process."""
+    options = ["--method", "houlsby_par", "--folds", "1", "--epochs", "2", "--batch-size", "29"]
+    one = command(tmp_path, esc50_dir, cache_dir, "one", *options)
+    two = command(tmp_path, esc50_dir, cache_dir, "two", *options)
+    subprocess.run(one, check=True, cwd=tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+    subprocess.run([*torchrun, *two[1:]], check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    runs = [tmp_path / name / "esc10" / "houlsby_par" / "seed0" for name in ("one", "two")]
+    first, second = (load_file(run / "fold1.safetensors") for run in runs)
+    for name in first:
+        assert (first[name] - second[name]).abs().max() <= 1e-5, name
+    histories = [[(row["epoch"], row["accuracy"]) for row in rows_of(run)] for run in runs]
+    assert histories[0] == histories[1]
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def fails(train_main, capsys):
+    """Runs train.py and returns the one line it ended with; exit code 2, no traceback."""
+
+    def call(*options, lines=1) -> str:
+        capsys.readouterr()
+        assert train_main(*options) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == lines and "Traceback" not in error, error
+        assert error.splitlines()[-1].startswith("error: ")
+        return error
+
+    return call
+
+
+def nothing_written(tmp_path) -> bool:
+    return not list((tmp_path / "runs").rglob("*.safetensors")) and not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_unknown_names_and_numbers(fails, tmp_path):
+    assert "did you mean 'lora'" in fails("--method", "loora")
+    assert "did you mean 'esc50'" in fails("--dataset", "esc5")
+    assert "--help shows all options" in fails("--epoch", "many")
+    assert "--epochs" in fails("--epochs", "0")
+    assert "esc10 has the folds 1, 2, 3, 4, 5" in fails("--folds", "6")
+    assert "has no setting 'alpha'" in fails("--method", "dpt", "--alpha", "3")
+    assert "--lr is -1.0" in fails("--lr", "-1")
+    assert "--device quantum" in fails("--device", "quantum")
+    assert nothing_written(tmp_path)
+
+
+def test_missing_cuda_is_named(fails):
+    if not torch.cuda.is_available():
+        assert "--device cuda" in fails("--device", "cuda")
+    assert "--device cuda:99" in fails("--device", "cuda:99")
+
+
+def test_missing_and_incomplete_folders(fails, tmp_path):
+    assert "no such folder" in fails("--data-dir", tmp_path / "absent")
+    root = make_esc50(tmp_path / "data")
+    (root / "audio" / "1-100000-A-0.wav").unlink()
+    assert "1 of 50 files are missing (audio/1-100000-A-0.wav)" in fails("--data-dir", root)
+    assert nothing_written(tmp_path)
+
+
+def test_bad_sounds_are_listed_or_skipped(fails, train_main, tmp_path, capsys):
+    root = make_esc50(tmp_path / "data")
+    first, second, third = sorted((root / "audio").glob("*-A-0.wav"))[:3]
+    first.write_text("no sound")
+    soundfile.write(second, [], 16_000)
+    soundfile.write(third, [0.0, math.nan], 16_000, subtype="FLOAT")
+    message = fails("--data-dir", root, lines=4)
+    assert "3 of 50 sound files cannot be used" in message and "--skip-bad" in message
+    assert all(name in message for name in (first.name, second.name, third.name, "no samples", "not finite"))
+    assert nothing_written(tmp_path)
+    assert train_main("--data-dir", root, "--skip-bad", "--epochs", 1) == 0
+    assert "going on without 3 of 50 clips" in capsys.readouterr().err
+
+
+def test_bad_weights(fails, tmp_path):
+    content = (SMALL_AST / "model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:1000])
+    assert "cannot read" in fails("--weights", tmp_path / "cut.safetensors")
+    torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.pth")
+    assert "no AST checkpoint" in fails("--weights", tmp_path / "resnet.pth")
+    assert "no weights at" in fails("--weights", "absent.pth")
+    assert nothing_written(tmp_path)
+
+
+def test_no_network(fails, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "ESC50_URL", "http://127.0.0.1:9/master.zip")
+    defaults = ["--dataset", "esc10", "--weights", "random:tiny", "--cache-dir", tmp_path, "--out", tmp_path / "runs"]
+    assert train.main([str(word) for word in defaults]) == 2
+    assert nothing_written(tmp_path)
+
+
+def test_a_loss_that_is_not_finite(fails, tmp_path):
+    message = fails("--method", "lora", "--lr", "1e30", "--batch-size", 10)
+    assert "in fold 1, epoch 1, step" in message and "learning rate" in message and "--lr" in message
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
+def test_another_experiment_in_the_same_folder(fails, train_main):
+    assert train_main("--epochs", 1) == 0
+    assert "holds a run with epochs 1, not 2" in fails("--epochs", 2)
+    assert "holds a run with weights" in fails("--epochs", 1, "--weights", "random:tiny")
+
+
+def test_a_full_disk(fails, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "metrics.csv")
+
+    monkeypatch.setattr(train, "write_metrics", full)
+    assert "the disk is full (metrics.csv)" in fails()
+
+
+def test_out_of_memory(fails, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train_fold", out_of_memory)
+    assert "with 32 clips at once: choose a smaller --micro-batch" in fails()
+
+
+def test_interruption_by_the_user(train_main, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_fold", interrupted)
+    assert train_main() == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ the list, the repository
+
+
+def test_list_methods_prints_every_row(capsys):
+    assert train.main(["--list-methods"]) == 0
+    printed = capsys.readouterr().out
+    for name, method in petl.METHODS.items():
+        (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
+        assert method.where in line and method.paper in line
+    for number in ("85,708,032", "497,952", "39,986 / 9,226 / 28,451 / 25,375", "85,339,392"):
+        assert number in printed
+
+
+def test_no_module_shadows_the_standard_library():
+    """A top-level ast.py would be imported by torch, inspect and pytest in place of Python's own."""
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    assert {"ast_model", "petl", "data", "load_weights", "train"} <= modules
+    assert not modules & sys.stdlib_module_names
+
+
+def test_modules_import_from_the_repository_root(tmp_path):
+    code = "import ast_model, petl, data, load_weights, train; print('fine')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "fine\n" and done.stderr == ""
