@@ -110,6 +110,8 @@ def train_fold(
         history, best, seconds = state["history"], state["best"], state["seconds"]
         first_epoch = len(history) + 1
         say(f"fold {fold}: going on after epoch {first_epoch - 1}")
+    elif state_file.exists():
+        say(f"fold {fold}: was interrupted and starts over; --resume would go on where it was")
 
     epochs = tqdm(
         range(first_epoch, settings.epochs + 1), f"fold {fold}", settings.epochs, initial=first_epoch - 1, unit="epoch",
