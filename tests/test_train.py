@@ -77,7 +77,7 @@ def test_training_learns(train_main, tmp_path):
     run = tmp_path / "runs/esc10/houlsby_par/seed0"
     assert json.loads((run / "result.json").read_text())["accuracy"] >= 40
     losses = [float(row["loss"]) for row in rows_of(run)]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_the_documented_command_on_random_tiny_weights(train_main, tmp_path):
