@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -83,6 +84,34 @@ def seed_epoch(seed: int, fold: int, epoch: int) -> None:
     torch.manual_seed((seed * 1000 + fold) * 100_000 + epoch)
 
 
+def train_epoch(
+    forward: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clips: Clips,
+    train: torch.Tensor, learning_rates: list[float], settings: Settings, args: argparse.Namespace,
+) -> list[float]:  # fmt: skip
+    """One pass over the clips `train`, in random order, one step per learning rate. Returns the loss of every step."""
+    device, rank, world = args.device, *ranks()
+    losses = []
+    for index, lr in zip(train[torch.randperm(len(train))].split(settings.batch_size), learning_rates, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        draws = torch.rand(len(index), 4, device=device)  # of the whole batch, though a process takes a part of it
+        mine = torch.arange(rank, len(index), world)
+        total = torch.zeros((), device=device)
+        for part in mine.split(args.micro_batch or settings.batch_size):
+            x, y = clips.batch(index[part], device)
+            if settings.mask:
+                x = spec_augment(x, draws[part.to(device)])
+            with autocast(device, settings.dtype):
+                logits = forward(x)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index)
+            scaler.scale(loss * world).backward()  # DistributedDataParallel averages over processes: this undoes it
+            total += loss.detach()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(total)
+    return sum_over_ranks(torch.stack(losses)).tolist()  # the only wait for the device in the whole epoch
+
+
 def train_fold(
     model: AST, clips: Clips, split: Split, fold: int, settings: Settings, state_file: Path, args: argparse.Namespace
 ) -> dict:
@@ -99,55 +128,32 @@ def train_fold(
     if world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
 
-    train = torch.tensor(split.train)
-    steps = math.ceil(len(train) / settings.batch_size)  # per epoch
-    history, best, seconds, first_epoch = [], {"accuracy": -1.0, "epoch": 0, "tensors": {}}, 0.0, 1
+    history, best, seconds = [], {"accuracy": -1.0, "epoch": 0, "tensors": {}}, 0.0
     if args.resume and state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         load_tensors(model, state["tensors"], state_file)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         history, best, seconds = state["history"], state["best"], state["seconds"]
-        first_epoch = len(history) + 1
-        say(f"fold {fold}: going on after epoch {first_epoch - 1}")
+        say(f"fold {fold}: going on after epoch {len(history)}")
     elif state_file.exists():
         say(f"fold {fold}: was interrupted and starts over; --resume would go on where it was")
 
-    epochs = tqdm(
-        range(first_epoch, settings.epochs + 1), f"fold {fold}", settings.epochs, initial=first_epoch - 1, unit="epoch",
-        disable=True if rank else None,
-    )  # fmt: skip
-    for epoch in epochs:
+    train = torch.tensor(split.train)
+    steps = math.ceil(len(train) / settings.batch_size)  # in an epoch
+    epochs = range(len(history) + 1, settings.epochs + 1)
+    hidden = True if rank else None  # None: shown on a terminal only
+    bar = tqdm(epochs, f"fold {fold}", settings.epochs, initial=len(history), unit="epoch", disable=hidden)
+    for epoch in bar:
         start = time.perf_counter()
         seed_epoch(settings.seed, fold, epoch)
-        model.train()
-        losses = []
         learning_rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
-        for index, lr in zip(train[torch.randperm(len(train))].split(settings.batch_size), learning_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = lr
-            draws = torch.rand(len(index), 4, device=device)  # of the whole batch, though a rank takes a part of it
-            mine = torch.arange(rank, len(index), world)
-            total = torch.zeros((), device=device)
-            for part in mine.split(args.micro_batch or settings.batch_size):
-                x, y = clips.batch(index[part], device)
-                if settings.mask:
-                    x = spec_augment(x, draws[part.to(device)])
-                with autocast(device, settings.dtype):
-                    logits = forward(x)
-                loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index)
-                scaler.scale(loss * world).backward()  # DistributedDataParallel averages over ranks, this undoes it
-                total += loss.detach()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            losses.append(total)
-        losses = sum_over_ranks(torch.stack(losses)).tolist()  # the epoch's only wait for the device
-        for step, loss in enumerate(losses):
+        model.train()
+        losses = train_epoch(forward, optimizer, scaler, clips, train, learning_rates, settings, args)
+        for i, (loss, lr) in enumerate(zip(losses, learning_rates, strict=True), start=1):
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} in fold {fold}, epoch {epoch}, step {step + 1} of {len(losses)}, at learning "
-                    f"rate {learning_rates[step]:.2g}: choose a smaller --lr, or --dtype float32"
-                )
+                where = f"fold {fold}, epoch {epoch}, step {i} of {steps}, learning rate {lr:.2g}"
+                raise UserError(f"the loss is {loss} in {where}: choose a smaller --lr, or --dtype float32")
         rate = len(train) / (time.perf_counter() - start)
 
         accuracy = evaluate(model, clips, split.val, settings, device) if split.val else None
@@ -158,7 +164,7 @@ def train_fold(
             "accuracy": "" if accuracy is None else round(accuracy, 4), "lr": f"{lr:.4g}", "clips/s": round(rate, 1),
         })  # fmt: skip
         seconds += time.perf_counter() - start
-        epochs.set_postfix(loss=history[-1]["loss"], accuracy=history[-1]["accuracy"])
+        bar.set_postfix(loss=history[-1]["loss"], accuracy=history[-1]["accuracy"])
         if rank == 0:
             write_metrics(state_file.parent / "metrics.csv", fold, history)
             with whole_file(state_file) as temporary:
@@ -168,9 +174,10 @@ def train_fold(
                 }, temporary)  # fmt: skip
 
     load_tensors(model, best["tensors"], state_file)
-    accuracy = evaluate(model, clips, split.test, settings, device)
-    return {"fold": fold, "accuracy": accuracy, "validation_accuracy": best["accuracy"], "epoch": best["epoch"],
-            "seconds": round(seconds, 1)}  # fmt: skip
+    return {
+        "fold": fold, "accuracy": evaluate(model, clips, split.test, settings, device),
+        "validation_accuracy": best["accuracy"], "epoch": best["epoch"], "seconds": round(seconds, 1),
+    }  # fmt: skip
 
 
 @torch.inference_mode()

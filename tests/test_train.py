@@ -198,7 +198,7 @@ def test_two_processes_train_like_one(tmp_path, esc50_dir, cache_dir):
     one = command(tmp_path, esc50_dir, cache_dir, "one", *options)
     two = command(tmp_path, esc50_dir, cache_dir, "two", *options)
     subprocess.run(one, check=True, cwd=tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, *two[1:]], check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     runs = [tmp_path / name / "esc10" / "houlsby_par" / "seed0" for name in ("one", "two")]
     first, second = (load_file(run / "fold1.safetensors") for run in runs)
