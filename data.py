@@ -9,10 +9,12 @@ import csv
 import hashlib
 import math
 import os
+import re
 import shutil
 import stat
 import sys
 import time
+import tokenize
 import urllib.error
 import urllib.request
 import zipfile
@@ -100,28 +102,57 @@ def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_mels: int = 24, max_f
     return x.masked_fill(mels[:, None, :] | frames[:, :, None], 0)
 
 
+# How libsndfile's log puts it that a WAV or AIFF file ends before its header says: "data : 88200 (should be 44078)".
+_TOO_SHORT = re.compile(r"^ ?(?:data|SSND) *: (\d+) \(should be ([1-9]\d*)\)", re.MULTILINE)
+_UNKNOWN_LENGTH = 0x7FFF_F000  # a program that writes into a pipe puts this many bytes or more into the header
+_NO_LENGTH = 2**63 - 1  # samples that libsndfile reports for a FLAC file written into a pipe
+_MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no truncated file
+
+
 def read_audio(path: Path, seconds: float = math.inf) -> np.ndarray:
     """The first `seconds` of a sound file as mono float32 at 16 kHz, (samples,).
 
-    Reads what libsndfile reads: WAV of any kind, FLAC, OGG, MP3. Raises ValueError with the reason for a file that is
-    no audio, holds no samples or holds values that are not finite.
+    Reads what libsndfile reads: WAV of any kind, FLAC, OGG, MP3, at any rate, with any number of channels. Raises
+    ValueError with the reason for a file that is no audio, holds no samples, ends before the header says (within the
+    first `seconds`), or holds values that are not finite.
     """
     try:
-        with soundfile.SoundFile(path) as file:
-            frames = -1 if math.isinf(seconds) else math.ceil(seconds * file.samplerate)
-            samples, rate = file.read(frames, dtype="float32", always_2d=True), file.samplerate
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(getattr(error, "error_string", None) or str(error)) from None
+        with open(path, "rb") as opened:  # says why a file cannot be opened; libsndfile would say "system error"
+            if not opened.read(1):
+                raise ValueError("is empty (0 bytes)")
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
+            rate = file.samplerate
+            wanted = min(_length_in_header(file), seconds * rate)  # samples per channel
+            samples = file.read(math.ceil(min(wanted, file.frames)), dtype="float32", always_2d=True)
+    # TypeError: a name in .raw, of unknown rate. MemoryError: a damaged header promises more than any memory holds.
+    except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as error:
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+        if "not recognised" in reason or "does not exist" in reason:  # it exists, it has just been opened
+            reason = "is in no known sound format"
+        raise ValueError(reason.removeprefix("Error : ")) from None
     if not len(samples):
         raise ValueError("holds no samples")
+    if len(samples) < wanted - _MAY_BE_MISSING * rate:
+        raise ValueError(f"is truncated: it ends after {len(samples) / rate:.2f} s, before its header says")
     wave = samples.mean(axis=1)  # (samples,)
     if not np.isfinite(wave).all():
         raise ValueError("holds samples that are not finite")
     return wave if rate == RATE else soxr.resample(wave, rate, RATE)
 
 
-# ------------------------------------------------------------------------------------------------- what a dataset is
+def _length_in_header(file: soundfile.SoundFile) -> float:
+    """Samples per channel that the header promises; for WAV and AIFF `file.frames` counts what is there instead."""
+    claim = _TOO_SHORT.search(file.extra_info)
+    if claim and int(claim[1]) < _UNKNOWN_LENGTH:
+        return file.frames * int(claim[1]) / int(claim[2])
+    if "Ogg: Junk after the last page" in file.extra_info:  # cut inside a page; how much is missing cannot be known
+        return math.inf
+    if file.frames == _NO_LENGTH:
+        raise ValueError("does not say how long it is: write it to a file again, not into a pipe")
+    return file.frames
 
+
+# ------------------------------------------------------------------------------------------------- what a dataset is
 
 @dataclass(frozen=True)
 class Split:
@@ -142,6 +173,10 @@ class Dataset:
     paths: list[Path]
     labels: list[int]
     folds: dict[int, Split]
+
+    def names(self) -> list[str]:
+        """Paths relative to `root`, with forward slashes: the same wherever the dataset lies."""
+        return [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
 
 
 def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[int]:
@@ -175,70 +210,101 @@ def whole_file(path: Path):
         temporary.unlink(missing_ok=True)
 
 
+_BLOCK = 64  # clips in memory at once while features are built or checked
+
+
 def _row_type(n_frames: int) -> np.dtype:
     """One clip in the cache. `key` says what it was built from, `crc` that it is intact; key 0 is an empty row."""
     features = ("features", "<f2", (n_frames, N_MELS))
     return np.dtype([("key", "<u8"), ("crc", "<u4"), ("bad", "<u4"), features])
 
 
-def _row_key(path: Path, n_frames: int) -> int:
-    """Changes when the file or the front end changes."""
+def _row_key(path: Path, name: str, n_frames: int) -> int:
+    """Changes when the file, its `name` in the dataset or the front end changes; the number 2 is for new formulas."""
     info = path.stat()
-    source = f"front end 1, {n_frames} frames, {path.name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
-    return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "little")
+    front_end = f"front end 2, {RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}, {n_frames} frames"
+    source = f"{front_end}, {name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
+    return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
 
 
-def _fill_row(rows: np.memmap, i: int, path: Path, key: int) -> None:
-    n_frames = rows["features"].shape[1]
-    row = rows[i]
+def _read_clip(path: Path, n_frames: int) -> np.ndarray:
+    return read_audio(path, seconds=(n_frames * HOP + WINDOW) / RATE + 0.1)  # the rest would be cut
+
+
+def _make_row(path: Path, key: int, n_frames: int) -> np.ndarray:
+    row = np.zeros(1, _row_type(n_frames))
     try:
-        wave = read_audio(path, seconds=(n_frames * HOP + WINDOW) / RATE + 0.1)  # the rest would be cut
-        row["features"] = to_input(fbank(torch.from_numpy(wave)[None]), n_frames)[0].numpy()
-        row["bad"] = 0
+        wave = torch.from_numpy(_read_clip(path, n_frames))
+        row["features"] = to_input(fbank(wave[None]), n_frames).numpy()
     except ValueError:
-        row["features"], row["bad"] = 0, 1
-    row["crc"] = zlib.crc32(row["features"])
-    row["key"] = key  # last: a row with its key is whole
+        row["bad"] = 1
+    row["key"], row["crc"] = key, _crc(row[0])
+    return row
 
 
-def _load_rows(path: Path, n_frames: int) -> np.ndarray | None:
-    """The intact rows of a cache file, memory-mapped; damaged rows lose their key. None if there is no usable file."""
+def _crc(row: np.void) -> int:
+    return zlib.crc32(row["features"], int(row["bad"]))
+
+
+def _read_index(path: Path, n_frames: int) -> np.ndarray | None:
+    """`key` and `bad` of every row of a feature file, (clips,); a damaged row has key 0. None if there is no such file.
+
+    Reads the file block by block: mapped into memory, all of it would count as memory of this process.
+    """
     if not path.exists():
         return None
     try:
-        rows = np.load(path, mmap_mode="c")  # copy on write: nothing done to the array reaches the file
-        assert rows.dtype == _row_type(n_frames) and rows.ndim == 1
-    except (ValueError, OSError, EOFError, AssertionError):
+        rows = np.load(path, mmap_mode="r")
+        if rows.dtype != _row_type(n_frames) or rows.ndim != 1:
+            raise ValueError("holds something else")
+    except (ValueError, OSError, EOFError, OverflowError, tokenize.TokenError):  # what NumPy raises for a bad header
         print(f"{path}: not a whole feature file, building it again", file=sys.stderr)
         return None
-    damaged = [i for i, row in enumerate(rows) if row["key"] and zlib.crc32(row["features"]) != row["crc"]]
+    index = np.zeros(len(rows), [("key", "<u8"), ("bad", "?")])
+    damaged = 0
+    with open(path, "rb") as file:
+        file.seek(rows.offset)
+        for start in range(0, len(rows), _BLOCK):
+            block = np.fromfile(file, rows.dtype, min(_BLOCK, len(rows) - start))
+            broken = [bool(row["key"]) and _crc(row) != row["crc"] for row in block]
+            damaged += sum(broken)
+            index["key"][start : start + _BLOCK] = np.where(broken, 0, block["key"])
+            index["bad"][start : start + _BLOCK] = block["bad"]
     if damaged:
-        print(f"{path}: {len(damaged)} damaged rows, building them again", file=sys.stderr)
-        rows["key"][damaged] = 0
-    return rows
+        print(f"{path}: {damaged} damaged rows, building them again", file=sys.stderr)
+    return index
 
 
-def build_features(dataset: Dataset, n_frames: int, cache_dir: Path, skip_bad: bool = False) -> tuple[np.ndarray, set]:
-    """Features of all clips, float16 (clips, n_frames, 128), memory-mapped; and the indices of clips without features.
+def build_features(
+    dataset: Dataset, n_frames: int, cache_dir: Path, skip_bad: bool = False
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Features of all clips, float16 (clips, n_frames, 128), memory-mapped; and why clips have none, by their index.
 
-    Built once, with all cores, and kept under `cache_dir`: a second call only opens the file. A build that was killed
+    Built once, with all cores, and kept under `cache_dir`: a second call only checks the file. A build that was killed
     goes on where it was; clips that changed on disk are built again, the others kept. The file lands by one rename
     under a lock, so any number of processes may ask for it at once. Unreadable clips are listed, and a UserError is
     raised unless `skip_bad`.
     """
-    where = hashlib.sha256(str(dataset.root.resolve()).encode()).hexdigest()[:8]
+    where = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:8]
     path = cache_dir / "features" / f"{dataset.name}-{n_frames}-{where}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = np.array([_row_key(clip, n_frames) for clip in dataset.paths], dtype="<u8")
+    named = zip(dataset.paths, dataset.names(), strict=True)
+    keys = np.array([_row_key(clip, name, n_frames) for clip, name in named], dtype="<u8")
+
+    def reasons(index):  # read again for the reason: the file knows only that there was one
+        return {i: _why_bad(dataset.paths[i], n_frames) for i in np.flatnonzero(index["bad"]).tolist()}
+
     with FileLock(f"{path}.lock"):
-        rows = _load_rows(path, n_frames)
-        if rows is None or not np.array_equal(rows["key"], keys):
-            _build_rows(path, rows, keys, dataset, n_frames)
-            rows = _load_rows(path, n_frames)
-    bad = set(np.flatnonzero(rows["bad"]).tolist())
+        index = _read_index(path, n_frames)
+        whole = index is not None and np.array_equal(index["key"], keys)
+        bad = reasons(index) if whole else {}
+        if not whole or "" in bad.values():  # a file that can be read by now
+            _build_rows(path, index, keys, dataset, n_frames)
+            bad = reasons(_read_index(path, n_frames))
+        rows = np.load(path, mmap_mode="c")  # copy on write: nothing done to the array reaches the file
     if bad:
-        for i in sorted(bad):
-            print(f"  {dataset.paths[i]}: {_why_bad(dataset.paths[i])}", file=sys.stderr)
+        for i, reason in bad.items():
+            print(f"  {dataset.paths[i]}: {reason}", file=sys.stderr)
         if not skip_bad:
             raise UserError(
                 f"{len(bad)} of {len(rows)} sound files cannot be used (listed above): mend them, or add --skip-bad to "
@@ -248,43 +314,63 @@ def build_features(dataset: Dataset, n_frames: int, cache_dir: Path, skip_bad: b
     return rows["features"], bad
 
 
-def _build_rows(path: Path, old: np.ndarray | None, keys: np.ndarray, dataset: Dataset, n_frames: int) -> None:
+def _build_rows(path: Path, index: np.ndarray | None, keys: np.ndarray, dataset: Dataset, n_frames: int) -> None:
+    """Fill the rows that are missing, in `.partial.npy`; then it takes the place of `path`, whose index is `index`.
+
+    Every row carries its key and checksum, so the partial file may be left at any moment and taken up again.
+    """
     partial = path.with_suffix(".partial.npy")
-    known = [rows for rows in (old, _load_rows(partial, n_frames)) if rows is not None]
-    with whole_file(partial) as temporary:  # a new file of the right length, holding every row that is still good
-        rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=_row_type(n_frames), shape=(len(keys),))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an OSError now; later it would kill the process
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        for source in known:
-            position = {int(key): i for i, key in enumerate(source["key"]) if key}
-            for i, key in enumerate(keys):
-                if int(key) in position:
-                    rows[i] = source[position[int(key)]]
-        rows.flush()
-    missing = np.flatnonzero(rows["key"] != keys)
+    started = _read_index(partial, n_frames)
+    if started is None or len(started) != len(keys):
+        _start_partial(partial, path, index, keys, n_frames)
+        started = _read_index(partial, n_frames)
+    missing = np.flatnonzero((started["key"] != keys) | started["bad"])
+    if len(missing) < len(keys) or index is not None:
+        print(f"features of {dataset.name}: {len(missing)} of {len(keys)} clips are new, changed or unfinished")
     progress = tqdm(total=len(missing), desc=f"features of {dataset.name}", unit="clip", disable=None)
     start, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # one clip is too small to share between cores; each core takes its own
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(lambda i: _fill_row(rows, i, dataset.paths[i], keys[i]), missing):
-                progress.update()
+        with open(partial, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool, progress:
+            offset = np.load(partial, mmap_mode="r").offset
+            for first in range(0, len(missing), _BLOCK):
+                block = missing[first : first + _BLOCK]
+                made = pool.map(lambda i: _make_row(dataset.paths[i], keys[i], n_frames), block)
+                for i, row in zip(block.tolist(), made, strict=True):
+                    file.seek(offset + i * row.nbytes)
+                    file.write(row.tobytes())
+                    progress.update()
     finally:
         torch.set_num_threads(threads)
-        progress.close()
-    rows.flush()
     os.replace(partial, path)
     rate = len(missing) / (time.perf_counter() - start)
     print(f"features of {dataset.name}: built {len(missing)} of {len(keys)} clips, {rate:.0f} clips/s, kept in {path}")
 
 
-def _why_bad(path: Path) -> str:
+def _start_partial(partial: Path, path: Path, index: np.ndarray | None, keys: np.ndarray, n_frames: int) -> None:
+    """An empty feature file for `keys`, with the rows that `path` (whose index is `index`) already has."""
+    rows = np.lib.format.open_memmap(partial, mode="w+", dtype=_row_type(n_frames), shape=(len(keys),))
+    with open(partial, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an OSError now; later it would end a build of hours
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        if index is None:
+            return
+        row_of = {key: row for row, key in enumerate(index["key"].tolist()) if key}
+        with open(path, "rb") as old:
+            old_offset = np.load(path, mmap_mode="r").offset
+            for i, key in enumerate(keys.tolist()):
+                if key in row_of:
+                    old.seek(old_offset + row_of[key] * rows.itemsize)
+                    file.seek(rows.offset + i * rows.itemsize)
+                    file.write(old.read(rows.itemsize))
+
+
+def _why_bad(path: Path, n_frames: int) -> str:
     try:
-        read_audio(path)
+        _read_clip(path, n_frames)
     except ValueError as error:
         return str(error)
-    return "was unreadable when its features were built"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------ download and unpack

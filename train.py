@@ -275,7 +275,7 @@ def to_clips(features: np.ndarray, dataset: Dataset, device: torch.device) -> Cl
     return Clips(features, torch.tensor(dataset.labels, device=device))
 
 
-def usable(dataset: Dataset, split: Split, bad: set[int], settings: Settings) -> Split:
+def usable(dataset: Dataset, split: Split, bad: dict[int, str], settings: Settings) -> Split:
     """The split without bad clips, its training part cut down to `--shots` per class."""
     train, val, test = ([i for i in part if i not in bad] for part in (split.train, split.val, split.test))
     if settings.shots:
