@@ -1,24 +1,28 @@
 """Sounds to features, and datasets to clips, folds and draws (section III-A of the paper).
 
 Top to bottom: `fbank` and `to_input` turn a waveform into what the AST reads; `spec_augment` masks it in training;
-`read_audio` decodes any file; `build_features` does all of it once for a dataset and keeps the result on disk; the
-datasets themselves are at the end, one function and one row of DATASETS each.
+`read_audio` decodes any file; `Dataset` and `Split` say which clips train and which test; `build_features` computes
+the features of a dataset once and keeps them on disk; `download` and `unpack` fetch a dataset. The datasets themselves
+are at the end, one function and one row of DATASETS each: those of the paper, then your own sounds.
 """
 
 import csv
+import gzip
 import hashlib
+import http.client
 import math
 import os
 import re
 import shutil
 import stat
 import sys
+import tarfile
 import time
 import tokenize
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -152,7 +156,19 @@ def _length_in_header(file: soundfile.SoundFile) -> float:
     return file.frames
 
 
+def length_of(path: Path) -> float:
+    """Seconds of sound in a file, from its header; nan where there is no readable one."""
+    try:
+        info = soundfile.info(os.fsencode(path))
+        return info.frames / info.samplerate if info.frames < _NO_LENGTH else math.nan
+    except (soundfile.LibsndfileError, TypeError):
+        return math.nan
+
+
 # ------------------------------------------------------------------------------------------------- what a dataset is
+
+PARTS = ("train", "val", "test")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -165,7 +181,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Clips with their labels, and one Split per fold. `labels[i]` is the class index of `paths[i]`."""
+    """Clips with their labels, and one Split per fold. `labels[i]` is the class index of `paths[i]`.
+
+    `folds` is empty where nobody has said which clips train and which test: `random_split` then draws it by seed.
+    """
 
     name: str
     root: Path
@@ -177,6 +196,50 @@ class Dataset:
     def names(self) -> list[str]:
         """Paths relative to `root`, with forward slashes: the same wherever the dataset lies."""
         return [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
+
+
+def splits_of_folds(fold_of: list[int], validate: bool) -> dict[int, Split]:
+    """Cross-validation: fold k tests the clips of fold k and trains on the others, clip i lying in `fold_of[i]`.
+
+    With `validate` the fold before k (before the first: the last) chooses the epoch and does not train.
+    """
+    folds = sorted(set(fold_of))
+    splits = {}
+    for position, test in enumerate(folds):
+        val = folds[position - 1] if validate else None
+        parts = ["test" if fold == test else "val" if fold == val else "train" for fold in fold_of]
+        splits[test] = split_of_parts(parts)
+    return splits
+
+
+def split_of_parts(parts: list[str]) -> Split:
+    """The Split in which clip i belongs to `parts[i]`: train, val or test."""
+    return Split(*([i for i, part in enumerate(parts) if part == wanted] for wanted in PARTS))
+
+
+def random_split(dataset: Dataset, seed: int) -> Split:
+    """Of each class a fifth of the clips tests, a fifth validates, the rest trains, drawn with the seed.
+
+    At least one clip of each class tests and, in classes of three or more, one validates.
+    """
+    rng = np.random.default_rng(seed)
+    parts = np.full(len(dataset.labels), "train")
+    for label in range(len(dataset.classes)):
+        clips = rng.permutation(np.flatnonzero(np.array(dataset.labels) == label))
+        fifth = max(1, round(len(clips) / 5))
+        parts[clips[:fifth]] = "test"
+        if len(clips) > 2:
+            parts[clips[fifth : 2 * fifth]] = "val"
+    return split_of_parts(parts.tolist())
+
+
+def typical_seconds(dataset: Dataset) -> float:
+    """95th percentile of the lengths of the clips that may train, at most 10.24 s: what the AST was pretrained on."""
+    training = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        seconds = np.array(list(pool.map(length_of, (dataset.paths[i] for i in sorted(training)))))
+    seconds = seconds[np.isfinite(seconds)]
+    return min(10.24, float(np.percentile(seconds, 95))) if len(seconds) else 10.24
 
 
 def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[int]:
@@ -376,8 +439,52 @@ def _why_bad(path: Path, n_frames: int) -> str:
 # ------------------------------------------------------------------------------------------------ download and unpack
 
 
-def download(url: str, target: Path, by_hand: str) -> Path:
-    """Fetch `url` into the file `target`, with a progress bar. `by_hand` ends the error message: the way without it."""
+@dataclass(frozen=True)
+class Source:
+    """What a published dataset looks like on disk, and where it comes from."""
+
+    folder: str  # its name under the cache folder
+    marker: str  # a file by which its root is recognised
+    layout: str  # what else the root holds, for messages
+    url: str | None = None  # None: its owners hand it out on request
+    by_hand: str = "download it by hand"
+    checksum: str | None = None  # of the archive, "md5:..." or "sha256:..."
+
+
+def locate(source: Source, data_dir: Path | None, cache_dir: Path) -> Path:
+    """The root of a dataset: in `data_dir` (a folder or an archive), else under `cache_dir`, downloaded when absent."""
+    by_hand = f"{source.by_hand} and give the archive or the unpacked folder as --data-dir (it holds {source.layout})"
+    folder = data_dir
+    if data_dir is None or data_dir.is_file():
+        folder = cache_dir / source.folder
+        if data_dir is not None:  # another archive is unpacked into another folder
+            info = data_dir.stat()
+            identity = f"{data_dir.resolve()} {info.st_size} {info.st_mtime_ns}"
+            folder = cache_dir / f"{source.folder}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:8]}"
+        elif source.url is None and not folder.exists():
+            raise UserError(f"{source.folder} cannot be downloaded: {by_hand}")
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # two runs that start together download once
+            if not folder.exists():
+                download_to = cache_dir / f"{source.folder}.archive"
+                unpack(data_dir or download(source.url, download_to, by_hand, source.checksum), folder)
+                download_to.unlink(missing_ok=True)
+    elif not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such folder or archive; it should hold {source.layout}")
+    # An archive may add a folder of its own, and the user may point at the folder that holds the dataset.
+    found = sorted(folder.glob(source.marker)) + sorted(folder.glob(f"*/{source.marker}"))
+    if not found:
+        raise UserError(f"{folder} does not hold {source.marker}: {by_hand}")
+    return found[0].parents[len(Path(source.marker).parts) - 1]
+
+
+def download(url: str, target: Path, by_hand: str, checksum: str | None = None) -> Path:
+    """Fetch `url` into the file `target`, with a progress bar. `by_hand` ends the error message: the way without it.
+
+    `checksum` is "md5:..." or "sha256:...", in hexadecimal digits; a file with another one is not kept.
+    """
+    algorithm, _, expected = (checksum or "sha256:").partition(":")
+    digest = hashlib.new(algorithm)
     try:
         with urllib.request.urlopen(url, timeout=30) as response, whole_file(target) as temporary:
             size = int(response.headers.get("Content-Length") or 0)
@@ -385,37 +492,76 @@ def download(url: str, target: Path, by_hand: str) -> Path:
             with open(temporary, "wb") as file, bar:
                 while block := response.read(1 << 20):
                     file.write(block)
+                    digest.update(block)
                     bar.update(len(block))
             if size and temporary.stat().st_size != size:
                 raise OSError(f"the connection ended after {temporary.stat().st_size} of {size} bytes")
-    except (urllib.error.URLError, OSError) as error:
+            if expected and digest.hexdigest() != expected:
+                raise OSError(f"its {algorithm.upper()} is {digest.hexdigest()}, not {expected}")
+    except (OSError, http.client.HTTPException) as error:  # OSError is what urllib raises, too
         raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}): {by_hand}") from None
     return target
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip into the new folder `folder`, whole or not at all.
+    """Unpack a zip or a tar (compressed or not) into the new folder `folder`, whole or not at all.
 
-    Raises UserError for a damaged archive and for members that are links or would land outside the folder.
+    Raises UserError for a damaged archive and for members that would land outside the folder, links and devices.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+
+    def refuse(name, ordinary):
+        if not ordinary or not (temporary / name).resolve().is_relative_to(temporary.resolve()):
+            raise UserError(f"{archive}: refusing {name!r}, a link, a device or a path that leaves the folder")
+
     try:
-        with zipfile.ZipFile(archive) as zipped:
-            for member in tqdm(zipped.infolist(), desc=f"unpacking {archive.name}", unit="file", disable=None):
-                inside = (temporary / member.filename).resolve().is_relative_to(temporary.resolve())
-                if not inside or stat.S_ISLNK(member.external_attr >> 16):
-                    raise UserError(f"{archive}: refusing {member.filename!r}, a link or a path that leaves the folder")
-                zipped.extract(member, temporary)
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                for member in _progress(zipped.infolist(), archive):
+                    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made on Unix
+                    refuse(member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                    zipped.extract(member, temporary)
+        else:
+            with tarfile.open(archive) as tar:
+                for member in _progress(tar, archive):
+                    refuse(member.name, member.isreg() or member.isdir())
+                    tar.extract(member, temporary, filter="data")  # drops owners and odd permissions as well
         os.replace(temporary, folder)
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{archive} is not a whole zip archive ({error}): download it again") from None
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = str(error).splitlines()[0].rstrip(":") if str(error) else "it ends too early"
+        raise UserError(f"{archive} is not a whole zip or tar archive ({reason}): download it again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------ the datasets
+def _progress(members: Iterable, archive: Path) -> Iterable:
+    return tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None)
 
-ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/master.zip"  # of no known size: GitHub packs it on request
+
+# ------------------------------------------------------------------------------------------- the datasets of the paper
+
+ESC50 = Source(
+    "ESC-50", "meta/esc50.csv", "meta/esc50.csv and audio/*.wav",
+    url="https://github.com/karolpiczak/ESC-50/archive/master.zip",  # packed on request: no checksum
+)  # fmt: skip
+US8K = Source(
+    "UrbanSound8K", "metadata/UrbanSound8K.csv", "metadata/UrbanSound8K.csv and audio/fold1/ to audio/fold10/",
+    url="https://zenodo.org/records/1203745/files/UrbanSound8K.tar.gz?download=1",
+    checksum="md5:9aa69802bbf37fb986f71ec1483a196e",
+)  # fmt: skip
+GSC = Source(
+    "speech_commands_v0.02", "validation_list.txt", "validation_list.txt, testing_list.txt and WORD/*.wav",
+    url="https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+    checksum="sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+)  # fmt: skip
+FSC = Source(
+    "fluent_speech_commands_dataset", "data/train_data.csv",
+    "data/train_data.csv, valid_data.csv and test_data.csv, and wavs/speakers/SPEAKER/*.wav",
+    by_hand="request it from Fluent.ai (https://fluent.ai/fluent-speech-commands-a-dataset-for-spoken-language-"
+    "understanding-research/)",
+)  # fmt: skip
 
 
 def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> Dataset:
@@ -424,24 +570,15 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> D
     Fold k tests fold k, validates on fold k-1 (fold 1 on fold 5) and trains on the other three. Clips cut from one
     recording are in one fold. `data_dir` is the unpacked release or its zip; without it the release is downloaded.
     """
-    root = locate(data_dir, cache_dir / "ESC-50", "meta/esc50.csv", "meta/esc50.csv and audio/*.wav", ESC50_URL)
+    root = locate(ESC50, data_dir, cache_dir)
     rows = read_table(root / "meta" / "esc50.csv", ["filename", "fold", "target", "category", "esc10"])
     if only_esc10:
         rows = [row for row in rows if row["esc10"] == "True"]
-    names = {int(row["target"]): row["category"] for row in rows}
-    targets = sorted(names)  # ESC-10 keeps 10 of the 50 target numbers
-    labels = [targets.index(int(row["target"])) for row in rows]
+    classes, labels = _numbered(rows, "target", "category")
     paths = [root / "audio" / row["filename"] for row in rows]
     require_files(root, paths)
-
-    def clips(*folds):
-        return [i for i, row in enumerate(rows) if int(row["fold"]) in folds]
-
-    folds = {}
-    for test in range(1, 6):
-        val = (test - 2) % 5 + 1
-        folds[test] = Split(train=clips(*{1, 2, 3, 4, 5} - {val, test}), val=clips(val), test=clips(test))
-    return Dataset("esc10" if only_esc10 else "esc50", root, [names[t] for t in targets], paths, labels, folds)
+    folds = splits_of_folds([int(row["fold"]) for row in rows], validate=True)
+    return Dataset("esc10" if only_esc10 else "esc50", root, classes, paths, labels, folds)
 
 
 def esc10(data_dir: Path | None, cache_dir: Path) -> Dataset:
@@ -449,45 +586,227 @@ def esc10(data_dir: Path | None, cache_dir: Path) -> Dataset:
     return esc50(data_dir, cache_dir, only_esc10=True)
 
 
-def locate(data_dir: Path | None, default: Path, marker: str, layout: str, url: str) -> Path:
-    """The folder that holds `marker`: `data_dir` (a folder or an archive), else `default`, downloaded when absent."""
-    by_hand = f"download it by hand and give the archive or the unpacked folder as --data-dir (it holds {layout})"
-    if data_dir is None or data_dir.is_file():
-        archive = data_dir or default.with_suffix(".zip")
-        default.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{default}.lock"):  # two runs that start together download once
-            if not default.exists():
-                unpack(data_dir or download(url, archive, by_hand), default)
-                if data_dir is None:
-                    archive.unlink()
-        data_dir = default
-    elif not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder or archive; it should hold {layout}")
-    found = sorted(data_dir.glob(marker)) + sorted(data_dir.glob(f"*/{marker}"))  # archives add a folder of their own
-    if not found:
-        raise UserError(f"{data_dir} does not hold {marker}; the dataset has {layout}")
-    return found[0].parents[len(Path(marker).parts) - 1]
+def us8k(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """UrbanSound8K (Salamon, Jacoby and Bello, 2014): 8,732 clips of up to 4 s, 10 classes, 10 folds.
+
+    Fold k tests fold k and trains on the other nine, so there are no validation clips. Clips cut from one recording
+    (`fsID`) are in one fold.
+    """
+    root = locate(US8K, data_dir, cache_dir)
+    rows = read_table(root / "metadata" / "UrbanSound8K.csv", ["slice_file_name", "fold", "classID", "class"])
+    classes, labels = _numbered(rows, "classID", "class")
+    paths = [root / "audio" / f"fold{row['fold']}" / row["slice_file_name"] for row in rows]
+    require_files(root, paths)
+    folds = splits_of_folds([int(row["fold"]) for row in rows], validate=False)
+    return Dataset("us8k", root, classes, paths, labels, folds)
+
+
+def gsc(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """Google Speech Commands V2 (Warden, 2018): 105,829 clips of 1 s, 35 words.
+
+    Two files list the clips that validate and that test; all others train. Speakers do not cross these lists.
+    """
+    root = locate(GSC, data_dir, cache_dir)
+    part_of = {}
+    for part, file in (("val", root / "validation_list.txt"), ("test", root / "testing_list.txt")):
+        if not file.is_file():
+            raise UserError(f"{root} does not hold {file.name}; the dataset has {GSC.layout}")
+        for name in file.read_text(encoding="utf-8").split():
+            if part_of.setdefault(name, part) != part:
+                raise UserError(f"{root}: {name} is in validation_list.txt and in testing_list.txt: mend the lists")
+    require_files(root, [root / name for name in part_of])
+    clips = root.glob("[!._]*/[!.]*.wav")  # _background_noise_ is no word
+    names = sorted(f"{path.parent.name}/{path.name}" for path in clips)
+    words = sorted({name.split("/")[0] for name in names})
+    labels = [words.index(name.split("/")[0]) for name in names]
+    split = split_of_parts([part_of.get(name, "train") for name in names])
+    return Dataset("gsc", root, words, [root / name for name in names], labels, {1: split})
+
+
+def fsc(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """Fluent Speech Commands (Lugosch et al., 2019): 30,043 utterances, 31 intents, a table for each part.
+
+    An intent is the three columns action, object and location together. Speakers are in one part only.
+    """
+    root = locate(FSC, data_dir, cache_dir)
+    paths, intents, parts = [], [], []
+    for part, file in zip(PARTS, ("train_data.csv", "valid_data.csv", "test_data.csv"), strict=True):
+        for row in read_table(root / "data" / file, ["path", "action", "object", "location"]):
+            paths.append(root / row["path"])
+            intents.append(f"{row['action']}/{row['object']}/{row['location']}")
+            parts.append(part)
+    require_files(root, paths)
+    classes = sorted(set(intents))
+    return Dataset("fsc", root, classes, paths, [classes.index(i) for i in intents], {1: split_of_parts(parts)})
+
+
+def _numbered(rows: list[dict[str, str]], number: str, name: str) -> tuple[list[str], list[int]]:
+    """Classes in the order of their column `number`, and the class index of each row; ESC-10 has 10 of 50 numbers."""
+    names = {int(row[number]): row[name] for row in rows}
+    numbers = sorted(names)
+    return [names[n] for n in numbers], [numbers.index(int(row[number])) for row in rows]
 
 
 def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """The rows of a CSV file with a header line; UserError if one of `columns` is missing."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or [])]
-        if missing:
-            raise UserError(f"{path}: no column {missing[0]!r}; its header is {reader.fieldnames}")
-        rows = list(reader)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in columns if column not in (reader.fieldnames or [])]
+            rows = [] if missing else list(reader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such table") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path} ({error}): it must be a CSV file in UTF-8") from None
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}; its header is {', '.join(reader.fieldnames or ['empty'])}")
     if not rows:
         raise UserError(f"{path}: no rows beneath the header")
+    for line, row in enumerate(rows, start=2):
+        if any(row[column] is None for column in columns):
+            raise UserError(f"{path}, line {line}: too few columns; is the file whole?")
     return rows
 
 
 def require_files(root: Path, paths: list[Path]) -> None:
     """UserError that counts the missing files and names the first five."""
-    missing = [str(path.relative_to(root)) for path in paths if not path.is_file()]
+    missing = [os.path.relpath(path, root) for path in paths if not path.is_file()]
     if missing:
-        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({names}): complete the dataset")
+        raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({_first(missing)}): complete it")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+# ----------------------------------------------------------------------------------------------------- your own sounds
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
+
+
+def folder(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """One sub-folder of `data_dir` for each class, with the sounds anywhere beneath it.
+
+    Above the classes there may be train/, test/ and perhaps val/; otherwise `random_split` draws them.
+    """
+    if data_dir is None or not data_dir.is_dir():
+        problem = "needs --data-dir" if data_dir is None else f"--data-dir {data_dir} is no folder"
+        raise UserError(f"--dataset folder: {problem}: give the folder that holds one folder of sound files per class")
+    given = any(path.is_dir() for path in data_dir.glob("train/[!.]*"))
+    if given:
+        unknown = [path.name for path in _folders(data_dir) if path.name not in PARTS]
+        if unknown:
+            raise UserError(f"{data_dir}: beside train/ there may be val/ and test/ only, not {_first(unknown)}")
+    paths, names, parts, ignored = [], [], [], []
+    for part in PARTS if given else ("",):
+        for class_folder in _folders(data_dir / part) if (data_dir / part).is_dir() else []:
+            files = sorted(file for file in class_folder.rglob("[!.]*") if file.is_file())
+            sounds = [file for file in files if file.suffix.lower() in SUFFIXES]
+            if not sounds:
+                raise UserError(f"{class_folder} holds no sounds ({', '.join(SUFFIXES)}): fill it or remove it")
+            ignored += [os.path.relpath(file, data_dir) for file in files if file.suffix.lower() not in SUFFIXES]
+            paths, names = paths + sounds, names + [class_folder.name] * len(sounds)
+            parts += [part] * len(sounds)
+    if ignored:
+        warn(f"{data_dir}: {len(ignored)} files are no {', '.join(SUFFIXES)}, ignored ({_first(ignored)})")
+    return own_sounds(data_dir, data_dir.resolve().name, paths, names, parts)
+
+
+def table(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """A CSV file with the columns path and label, and perhaps split (train, val, test) or fold (a number).
+
+    Paths are relative to the file. Fold k tests fold k and, of three or more, validates on the one before it.
+    """
+    if data_dir is None or not data_dir.is_file():
+        problem = "needs --data-dir" if data_dir is None else f"--data-dir {data_dir} is no file"
+        raise UserError(f"--dataset csv: {problem}: give a CSV file with the columns path and label")
+    rows = read_table(data_dir, ["path", "label"])
+    if "split" in rows[0] and "fold" in rows[0]:
+        raise UserError(f"{data_dir}: has a column split and a column fold; only one of them can say what trains")
+    column = next((column for column in ("split", "fold") if column in rows[0]), None)
+    for line, row in enumerate(rows, start=2):
+        if not row["path"] or not row["label"] or (column and not row[column]):
+            raise UserError(f"{data_dir}, line {line}: an empty path, label or {column or 'column'}")
+        if column == "split" and row["split"] not in PARTS:
+            raise UserError(f"{data_dir}, line {line}: split is {row['split']!r}; it must be train, val or test")
+        if column == "fold" and not row["fold"].isdecimal():
+            raise UserError(f"{data_dir}, line {line}: fold is {row['fold']!r}; it must be a whole number")
+    paths = [data_dir.parent / row["path"] for row in rows]
+    parts = [row[column] if column else "" for row in rows]
+    first = {}
+    for path, part in zip(paths, parts, strict=True):
+        if path in first:
+            where = f"in {column} {first[path]} and {part}" if column and first[path] != part else "twice"
+            raise UserError(f"{data_dir}: {path} is listed {where}: every clip must be listed once")
+        first[path] = part
+    require_files(data_dir.parent, paths)
+    return own_sounds(data_dir.parent, data_dir.stem, paths, [row["label"] for row in rows], parts)
+
+
+def own_sounds(root: Path, name: str, paths: list[Path], names: list[str], parts: list[str]) -> Dataset:
+    """A Dataset of the user's clips: `names[i]` is the class of `paths[i]`, `parts[i]` train, val, test, a fold or "".
+
+    Raises UserError for what cannot be trained or tested and warns of what is probably a mistake.
+    """
+    classes = sorted(set(names))
+    if len(classes) < 2:
+        raise UserError(f"{root}: {len(classes)} classes; there must be two or more to tell apart")
+    labels = [classes.index(name) for name in names]
+    folds = {}
+    if set(parts) <= set(PARTS):
+        folds = {1: split_of_parts(parts)}
+    elif set(parts) != {""}:
+        folds = splits_of_folds([int(part) for part in parts], validate=len(set(parts)) > 2)
+    for fold, split in folds.items():
+        if not split.train or not split.test:
+            raise UserError(f"{root}: no clips to {'test' if split.train else 'train'}: say which in the data")
+        training, testing = (Counter(names[i] for i in clips) for clips in (split.train, split.test))
+        for class_name in classes:
+            if not training[class_name]:
+                raise UserError(f"{root}: class {class_name!r} has no training clips in fold {fold}: add some")
+            if training[class_name] == 1:
+                warn(f"{root}: class {class_name!r} has one training clip in fold {fold}")
+            if not testing[class_name]:
+                warn(f"{root}: class {class_name!r} has no test clips in fold {fold}")
+    alone = [class_name for class_name, count in Counter(names).items() if count == 1]
+    if alone and not folds:
+        raise UserError(f"{root}: class {alone[0]!r} has one clip; one to train and one to test are needed")
+    dataset = Dataset(name, root, classes, paths, labels, folds)
+    warn_of_copies(dataset, parts)
+    return dataset
+
+
+def warn_of_copies(dataset: Dataset, parts: list[str]) -> None:
+    """Warn of files with the same content in different parts: what has been trained on would be tested."""
+
+    def middle(path):  # the ends may be silence that many files share
+        with open(path, "rb") as file:
+            file.seek(path.stat().st_size // 2)
+            return file.read(4096)
+
+    groups = [list(range(len(dataset.paths)))]
+    # From quick to slow: hardly any file is read as a whole.
+    for key in (lambda path: path.stat().st_size, middle, lambda path: hashlib.sha256(path.read_bytes()).digest()):
+        alike = defaultdict(list)
+        for number, group in enumerate(groups):
+            for i in group:
+                alike[number, key(dataset.paths[i])].append(i)
+        groups = [group for group in alike.values() if len(group) > 1]
+    if dataset.folds:
+        groups = [group for group in groups if len({parts[i] for i in group}) > 1]
+    if groups:
+        names = dataset.names()
+        where = "in different splits" if dataset.folds else "and may come into different splits"
+        copies = _first([" = ".join(names[i] for i in group) for group in groups])
+        warn(f"{dataset.root}: {len(groups)} sounds are there more than once {where} ({copies})")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -495,7 +814,7 @@ class Recipe:
     """How the paper trains on a dataset; every number can be changed on the command line."""
 
     load: Callable[[Path | None, Path], Dataset]  # (data_dir, cache_dir)
-    n_frames: int
+    n_frames: int | None  # of 10 ms; None: as many as the clips have, see typical_seconds
     batch_size: int
     epochs: int
     mask: bool  # SpecAugment
@@ -504,4 +823,9 @@ class Recipe:
 DATASETS = {
     "esc50": Recipe(esc50, n_frames=500, batch_size=32, epochs=50, mask=True),
     "esc10": Recipe(esc10, n_frames=500, batch_size=32, epochs=50, mask=True),
+    "us8k": Recipe(us8k, n_frames=400, batch_size=32, epochs=30, mask=True),
+    "gsc": Recipe(gsc, n_frames=100, batch_size=128, epochs=75, mask=False),
+    "fsc": Recipe(fsc, n_frames=400, batch_size=32, epochs=75, mask=False),
+    "folder": Recipe(folder, n_frames=None, batch_size=32, epochs=50, mask=True),
+    "csv": Recipe(table, n_frames=None, batch_size=32, epochs=50, mask=True),
 }

@@ -12,6 +12,8 @@ import copy
 import csv
 import difflib
 import errno
+import hashlib
+import io
 import json
 import math
 import os
@@ -34,7 +36,20 @@ from tqdm import tqdm
 
 import petl
 from ast_model import AST, POOL, ASTConfig, UserError, make_head
-from data import DATASETS, Dataset, Split, build_features, default_cache_dir, few_shot, spec_augment, whole_file
+from data import (
+    DATASETS,
+    HOP,
+    RATE,
+    Dataset,
+    Split,
+    build_features,
+    default_cache_dir,
+    few_shot,
+    random_split,
+    spec_augment,
+    typical_seconds,
+    whole_file,
+)
 from load_weights import load_ast, load_tensors, read_header, save_trained, trained_tensors
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW
@@ -51,6 +66,7 @@ class Settings:
     pool: str
     seed: int
     shots: int | None
+    clips: str  # SHA-256 of split.csv: which clips train, validate and test
     n_frames: int
     epochs: int
     batch_size: int
@@ -220,39 +236,60 @@ def say(*words) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Train and test every fold that is not finished yet. Returns what it writes to result.json."""
+    """Train and test every fold of every seed that is not finished yet. Returns what it writes to result.json."""
     recipe = DATASETS[args.dataset]
     method = petl.override(petl.find(args.method), args.rr, args.alpha, args.prompts)
-    settings = Settings(
-        dataset=args.dataset, method=petl.to_dict(method), weights=args.weights, pool=args.pool, seed=args.seed,
-        shots=args.shots, n_frames=recipe.n_frames, epochs=args.epochs or recipe.epochs,
-        batch_size=args.batch_size or recipe.batch_size, lr=args.lr or method.lr, mask=recipe.mask, dtype=args.dtype,
-    )  # fmt: skip
-    folder = args.out / args.dataset / method.name / f"seed{args.seed}"
-    check_same_run(folder, settings)
     dataset = recipe.load(args.data_dir, args.cache_dir)
-    unknown = set(args.folds or []) - dataset.folds.keys()
+    splits = {seed: dataset.folds or {1: random_split(dataset, seed)} for seed in args.seed}
+    known = splits[args.seed[0]]
+    unknown = set(args.folds or []) - known.keys()
     if unknown:
-        raise UserError(f"--folds {min(unknown)}: {args.dataset} has the folds {', '.join(map(str, dataset.folds))}")
-    backbone = load_ast(settings.weights, settings.n_frames, len(dataset.classes), settings.pool)
-    features, bad = build_features(dataset, settings.n_frames, args.cache_dir, args.skip_bad)
+        raise UserError(f"--folds {min(unknown)}: {args.dataset} has the folds {', '.join(map(str, known))}")
+    n_frames = recipe.n_frames
+    if args.seconds or n_frames is None:
+        n_frames = max(ASTConfig.patch, round((args.seconds or typical_seconds(dataset)) * RATE / HOP))
+    backbone = load_ast(args.weights, n_frames, len(dataset.classes), args.pool)
+    features, bad = build_features(dataset, n_frames, args.cache_dir, args.skip_bad)
     clips = to_clips(features, dataset, args.device)
+    names = dataset.names()
 
-    if ranks()[0] == 0:
-        write_json(folder / "config.json", {**asdict(settings), "command": sys.argv, "skipped_clips": len(bad)})
-    say(f"{method.name} on {args.dataset}: {describe(settings)}, {args.device}")
-    for fold in args.folds or dataset.folds:
+    results = {}
+    for seed in args.seed:
+        folds = {fold: usable(dataset, split, bad, args.shots, seed) for fold, split in splits[seed].items()}
+        table = split_table(dataset, names, folds, bad)
+        settings = Settings(
+            dataset=args.dataset, method=petl.to_dict(method), weights=args.weights, pool=args.pool, seed=seed,
+            shots=args.shots, clips=hashlib.sha256(os.fsencode(table)).hexdigest(), n_frames=n_frames,
+            epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size,
+            lr=args.lr or method.lr, mask=recipe.mask, dtype=args.dtype,
+        )  # fmt: skip
+        folder = args.out / args.dataset / method.name / f"seed{seed}"
+        check_same_run(folder, settings)
+        if ranks()[0] == 0:
+            skipped = {names[i]: reason for i, reason in bad.items()}
+            write_json(folder / "config.json", {**asdict(settings), "command": sys.argv, "skipped_clips": skipped})
+            write_text(folder / "split.csv", table)
+        say(f"{method.name} on {args.dataset}: {describe(settings)}, {args.device}")
+        results[seed] = run_seed(backbone, method, clips, dataset.classes, folds, settings, folder, args)
+    return results[seed] if len(results) == 1 else summarise_seeds(folder.parent, results)
+
+
+def run_seed(
+    backbone: AST, method: petl.Method, clips: Clips, classes: list[str], folds: dict[int, Split], settings: Settings,
+    folder: Path, args: argparse.Namespace,
+) -> dict:  # fmt: skip
+    """Train and test the folds of one seed. Returns what it writes to result.json."""
+    for fold in args.folds or folds:
         fold_file = folder / f"fold{fold}.safetensors"
         if not fold_file.exists():
-            split = usable(dataset, dataset.folds[fold], bad, settings)
             seed_epoch(settings.seed, fold, epoch=0)  # of the new head and the method's parts
             model = copy.deepcopy(backbone)
             model.head = make_head(model.config)
             model = petl.apply(model, method).to(args.device)
             state_file = folder / f"fold{fold}.resume.pt"
-            result = train_fold(model, clips, split, fold, settings, state_file, args)
+            result = train_fold(model, clips, folds[fold], fold, settings, state_file, args)
             if ranks()[0] == 0:
-                header = {"result": result, "classes": dataset.classes, "settings": asdict(settings),
+                header = {"result": result, "classes": classes, "settings": asdict(settings),
                           "parameters": petl.count(model), "versions": versions()}  # fmt: skip
                 save_trained(model, fold_file, header)
                 state_file.unlink(missing_ok=True)
@@ -275,14 +312,26 @@ def to_clips(features: np.ndarray, dataset: Dataset, device: torch.device) -> Cl
     return Clips(features, torch.tensor(dataset.labels, device=device))
 
 
-def usable(dataset: Dataset, split: Split, bad: dict[int, str], settings: Settings) -> Split:
-    """The split without bad clips, its training part cut down to `--shots` per class."""
+def usable(dataset: Dataset, split: Split, bad: dict[int, str], shots: int | None, seed: int) -> Split:
+    """The split without bad clips, its training part cut down to `shots` per class."""
     train, val, test = ([i for i in part if i not in bad] for part in (split.train, split.val, split.test))
-    if settings.shots:
-        train = few_shot(dataset, train, settings.shots, settings.seed)
+    if shots:
+        train = few_shot(dataset, train, shots, seed)
     if not train or not test:
         raise UserError(f"{dataset.root}: no clips left to {'test' if train else 'train'} on")
     return Split(train, val, test)
+
+
+def split_table(dataset: Dataset, names: list[str], folds: dict[int, Split], bad: dict[int, str]) -> str:
+    """split.csv: what each clip is used for in each fold. Training clips that --shots has not drawn are left out."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["fold", "split", "label", "path"])
+    for fold, split in folds.items():
+        parts = {**asdict(split), "skipped": sorted(bad)}
+        for part, clips in parts.items():
+            writer.writerows([fold, part, dataset.classes[dataset.labels[i]], names[i]] for i in clips)
+    return text.getvalue()
 
 
 def check_same_run(folder: Path, settings: Settings) -> None:
@@ -297,9 +346,8 @@ def check_same_run(folder: Path, settings: Settings) -> None:
     new = json.loads(json.dumps(asdict(settings)))
     for name, value in new.items():
         if old.get(name) != value:
-            raise UserError(
-                f"{folder} holds a run with {name} {old.get(name)}, not {value}: give another --out, or delete it"
-            )
+            what = "other clips or splits" if name == "clips" else f"{name} {old.get(name)}, not {value}"
+            raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
 
 
 def summarise(folder: Path, settings: Settings) -> dict:
@@ -326,16 +374,39 @@ def summarise(folder: Path, settings: Settings) -> dict:
     return result
 
 
+def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:
+    """Mean and sample standard deviation over all folds of all seeds, into the result.json above their folders."""
+    if ranks()[0] != 0:
+        return {}
+    folds = [{"seed": seed, **fold} for seed, result in results.items() for fold in result["folds"]]
+    accuracies = [fold["accuracy"] for fold in folds]
+    result = {
+        "accuracy": round(statistics.mean(accuracies), 4),
+        "std": round(statistics.stdev(accuracies), 4),
+        "seeds": {seed: result["accuracy"] for seed, result in results.items()},
+        "folds": folds,
+    }
+    write_json(folder / "result.json", result)
+    say(f"accuracy {result['accuracy']:.2f} +- {result['std']:.2f} % over {len(results)} seeds, {len(folds)} runs in "
+        f"all; written to {folder}")  # fmt: skip
+    return result
+
+
 def describe(settings: Settings) -> str:
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
     masked = "masked" if settings.mask else "unmasked"
-    return (f"{shots}{settings.epochs} epochs, batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, "
-            f"weights {settings.weights}, seed {settings.seed}, {settings.dtype}")  # fmt: skip
+    return (f"{shots}{settings.n_frames * HOP / RATE:g} s a clip, {settings.epochs} epochs, batch "
+            f"{settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
+            f"{settings.seed}, {settings.dtype}")  # fmt: skip
 
 
 def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_bytes(os.fsencode(content))  # UTF-8, and whatever else names of files hold
 
 
 def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
@@ -375,7 +446,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 0,1,2")
+    return list(dict.fromkeys(int(word) for word in text.split(",")))  # each of them once
 
 
 def positive(text: str) -> int:
@@ -389,11 +462,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", default="esc50", help=", ".join(DATASETS))
     add("--method", default="houlsby_par", help="a name that --list-methods prints")
-    add("--data-dir", type=Path, help="a copy of the dataset; without it, it is downloaded once")
+    add("--data-dir", type=Path, help="the dataset or its archive, else it is downloaded; or your own sounds")
     add("--weights", default="audioset", help="audioset, hf:owner/name, a file or folder, random:base|small|tiny")
     add("--pool", default="mean", choices=POOL, help="how tokens become one vector; the paper takes the mean")
     add("--folds", type=numbers, metavar="1,2", help="only these folds")
-    add("--seed", type=int, default=0)
+    add("--seed", type=numbers, default=[0], metavar="0,1,2", help="one run for each of these seeds")
+    add("--seconds", type=float, help="cut or pad clips to this; default: the dataset's, or that of most of your clips")
     add("--shots", type=positive, metavar="K", help="train on K clips per class only")
     add("--epochs", type=positive, help="default: the dataset's")
     add("--batch-size", type=positive, help="over all processes; default: the dataset's")
@@ -416,6 +490,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"unknown dataset {args.dataset!r}: did you mean {nearest!r}? There are {', '.join(DATASETS)}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}; it must be positive")
+    if args.seconds is not None and not 0.16 <= args.seconds < math.inf:
+        raise UserError(f"--seconds is {args.seconds}; a clip must be at least 0.16 s, the width of one patch")
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     return args

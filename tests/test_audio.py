@@ -1,5 +1,7 @@
 """Audio as it really comes: every format gives the right features or a place in the list of bad files; the cache."""
 
+import csv
+import json
 import math
 import multiprocessing
 import os
@@ -13,8 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SMALL_AST
 
 import data
+import train
 from ast_model import UserError
 from data import Dataset, build_features, fbank, read_audio
 
@@ -155,6 +159,39 @@ def test_each_bad_file_has_its_reason(tmp_path):
         with pytest.raises(ValueError, match=reason) as error:
             read_audio(tmp_path / name)
         assert "\n" not in str(error.value) and len(str(error.value)) > 8, name
+
+
+def test_run_lists_bad_files_and_goes_on_without_them(tmp_path, capfd):
+    for name in ("high", "low"):
+        (tmp_path / "sounds" / name).mkdir(parents=True)
+        for i in range(5):
+            write(tmp_path / "sounds" / name / f"{i}.wav", seconds=0.3)
+    bad = make_bad_files(tmp_path / "sounds" / "low" / "bad") 
+    (tmp_path / "sounds" / "low" / "bad" / "notes.txt").write_text("recorded on Monday")
+    del bad["data.raw"], bad["absent.wav"]
+
+    def run(*options):
+        places = ["--data-dir", tmp_path / "sounds", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "runs"]
+        model = ["--weights", SMALL_AST, "--method", "linear", "--epochs", 1]
+        return train.main([str(word) for word in ("--dataset", "folder", *places, *model, "--seconds", 5, *options)])
+
+    assert run() == 2
+    error = capfd.readouterr().err
+    assert f"error: {len(bad)} of {10 + len(bad)} sound files cannot be used" in error and "--skip-bad" in error
+    for name, reason in bad.items():
+        assert any(line.split(": ", 1)[0].endswith(name) and reason in line for line in error.splitlines()), name
+    assert "ignored (low/bad/data.raw, low/bad/notes.txt)" in error
+    assert not (tmp_path / "runs").exists()
+
+    assert run("--skip-bad") == 0
+    assert f"going on without {len(bad)} of {10 + len(bad)} clips" in capfd.readouterr().err
+    folder = tmp_path / "runs" / "folder" / "linear" / "seed0"
+    skipped = json.loads((folder / "config.json").read_text())["skipped_clips"]
+    assert skipped.keys() == {f"low/bad/{name}" for name in bad}
+    assert "truncated" in skipped["low/bad/cut.wav"]
+    rows = list(csv.DictReader((folder / "split.csv").read_text().splitlines()))
+    assert {row["path"] for row in rows if row["split"] == "skipped"} == skipped.keys()
+    assert len(rows) == 10 + len(bad)
 
 
 # --------------------------------------------------------------------------------------------------------- the cache

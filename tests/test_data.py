@@ -7,6 +7,7 @@ import multiprocessing
 import threading
 import zipfile
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -322,7 +323,7 @@ def zip_folder(folder, archive):
 
 def test_download_unpack_and_read(esc50_dir, tmp_path, web, monkeypatch):
     zip_folder(esc50_dir, tmp_path / "web" / "master.zip")
-    monkeypatch.setattr(data, "ESC50_URL", f"{web}/master.zip")
+    monkeypatch.setattr(data, "ESC50", replace(data.ESC50, url=f"{web}/master.zip"))
     downloaded = esc50(None, tmp_path / "cache")
     assert len(downloaded.paths) == 60
     (tmp_path / "web" / "master.zip").unlink()
@@ -336,10 +337,10 @@ def test_archive_downloaded_by_hand(esc50_dir, tmp_path):
 
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ESC50_URL", "http://127.0.0.1:9/master.zip")
+    monkeypatch.setattr(data, "ESC50", replace(data.ESC50, url="http://127.0.0.1:9/master.zip"))
     with pytest.raises(UserError, match=r"cannot download .* by hand .* --data-dir"):
         esc50(None, tmp_path)
-    assert not list(tmp_path.glob("*.zip")) and not (tmp_path / "ESC-50").exists()
+    assert not list(tmp_path.glob("*.archive")) and not (tmp_path / "ESC-50").exists()
 
 
 def test_archives_that_leave_the_folder_or_are_damaged(tmp_path):
@@ -356,7 +357,7 @@ def test_archives_that_leave_the_folder_or_are_damaged(tmp_path):
         data.unpack(tmp_path / "link.zip", tmp_path / "target")
     content = (tmp_path / "evil.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a whole zip archive"):
+    with pytest.raises(UserError, match="not a whole zip or tar archive"):
         data.unpack(tmp_path / "cut.zip", tmp_path / "target")
     assert not (tmp_path / "target").exists() and not (tmp_path / "outside.txt").exists()
     assert not list(tmp_path.glob(".*"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def without_times(result: dict) -> dict:
 def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
     assert train_main("--method", "lora", "--folds", "1,2,3,4,5") == 0
     run = tmp_path / "runs" / "esc10" / "lora" / "seed0"
-    files = {f"fold{k}.safetensors" for k in range(1, 6)} | {"config.json", "metrics.csv", "result.json"}
+    files = {f"fold{k}.safetensors" for k in range(1, 6)} | {"config.json", "metrics.csv", "result.json", "split.csv"}
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == files
     rows = rows_of(run)
     assert [(row["fold"], row["epoch"]) for row in rows] == [(str(k), str(e)) for k in range(1, 6) for e in (1, 2)]
@@ -281,7 +282,7 @@ def test_bad_weights(fails, tmp_path):
 
 
 def test_no_network(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "ESC50_URL", "http://127.0.0.1:9/master.zip")
+    monkeypatch.setattr(data, "ESC50", replace(data.ESC50, url="http://127.0.0.1:9/master.zip"))
     defaults = ["--dataset", "esc10", "--weights", "random:tiny", "--cache-dir", tmp_path, "--out", tmp_path / "runs"]
     assert train.main([str(word) for word in defaults]) == 2
     assert nothing_written(tmp_path)
