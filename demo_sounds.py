@@ -1,0 +1,435 @@
+"""Sounds made here, so that everything can be tried without downloading anything.
+
+Each kind of sound is a short recipe: sweeps, vowels, bells, plucked strings, clicks, noises, engines, and events that
+follow each other. SOURCE has 64 of them: the small backbone in `weights/` was pretrained on those and on nothing else.
+TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. Nine of the ten are pairs or
+triples of the same events in another order: an average over time forgets what came first, and cannot tell them apart.
+
+    wave = render("bell", index=0)          # (16000,) float32: one second at 16 kHz
+    python demo_sounds.py bell echo_fades   # writes five of each as WAV files, to listen to
+
+A sound follows from its class, its index and a seed alone. Pitch, tempo, timbre, onset, level and the noise behind it
+are drawn anew for each index.
+"""
+
+import sys
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import soundfile
+
+RATE = 16_000  # Hz
+SAMPLES = RATE  # of a clip: one second
+
+# ---------------------------------------------------------------------------- blocks: arrays in, arrays out
+
+
+def glide(seconds: float, *points: float) -> np.ndarray:
+    """A curve through `points` at equal distances in time, straight on a logarithmic scale (as the ear hears pitch)."""
+    n = int(seconds * RATE)
+    return np.exp(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(points)), np.log(points)))
+
+
+def tone(hz: np.ndarray, harmonics) -> np.ndarray:
+    """A tone whose pitch follows the curve `hz`; harmonics[k] is the level of the (k + 1)-th."""
+    cycles = (np.cumsum(hz / RATE) % 1).astype(np.float32)
+    audible = [(k, level) for k, level in enumerate(harmonics, 1) if level and k * hz.max() < RATE / 2]  # no aliasing
+    return sum(np.float32(level) * np.sin(np.float32(2 * np.pi * k) * cycles) for k, level in audible)
+
+
+def buzz(hz: np.ndarray) -> np.ndarray:
+    """A sawtooth: all harmonics, what vocal folds and cylinders give."""
+    return (2 * (np.cumsum(hz / RATE) % 1) - 1).astype(np.float32)
+
+
+def colour(sound: np.ndarray, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """A filter: every frequency of the sound times gain(Hz)."""
+    hz = np.fft.rfftfreq(SAMPLES, 1 / RATE)  # always one second: some lengths make a slow Fourier transform
+    return np.fft.irfft(np.fft.rfft(sound, SAMPLES) * gain(hz), SAMPLES)[: len(sound)].astype(np.float32)
+
+
+def hiss(rng, seconds: float, low: float, high: float) -> np.ndarray:
+    """Noise between two frequencies in Hz, with soft edges."""
+    return colour(
+        rng.standard_normal(int(seconds * RATE), np.float32),
+        lambda hz: 1 / (1 + (low / (hz + 1)) ** 8) / (1 + (hz / high) ** 8),
+    )
+
+
+def shaped(sound: np.ndarray, attack: float = 0.01, release: float = 0.03) -> np.ndarray:
+    """The sound with a linear fade at both ends, in seconds: no clicks where none are meant."""
+    n = len(sound)
+    ramp = np.minimum(np.arange(n) / (attack * RATE + 1), np.arange(n, 0, -1) / (release * RATE + 1))
+    return sound * np.minimum(ramp, 1).astype(np.float32)
+
+
+def dying(seconds: float, half_life: float) -> np.ndarray:
+    """An envelope that halves every `half_life` seconds."""
+    return np.exp2(-np.arange(int(seconds * RATE), dtype=np.float32) / (half_life * RATE))
+
+
+def at(events: list[tuple[float, np.ndarray]]) -> np.ndarray:
+    """Sounds added up at their times, (seconds, sound); what reaches beyond one second is lost."""
+    clip = np.zeros(SAMPLES, np.float32)
+    for seconds, sound in events:
+        start = int(seconds * RATE)
+        sound = sound[: max(0, SAMPLES - start)]
+        clip[start : start + len(sound)] += sound
+    return clip
+
+
+def row(*sounds: np.ndarray, gap: float = 0.0) -> np.ndarray:
+    """Sounds one after another, `gap` seconds of silence between them."""
+    silence = np.zeros(int(gap * RATE), np.float32)
+    return np.concatenate([piece for sound in sounds for piece in (sound, silence)])
+
+
+# ------------------------------------------------------------- families: a random generator in, one sound out
+
+
+def voice(rng) -> np.ndarray:
+    """A random timbre: one to six harmonics."""
+    numbers = np.arange(1, rng.integers(2, 8))
+    return np.where(numbers == 1, 1, rng.uniform(0.2, 1, len(numbers)) / np.sqrt(numbers))
+
+
+def pitch(rng, low: float, high: float) -> float:
+    """A frequency in Hz, uniform on a logarithmic scale."""
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def sweep(rng, *octaves: float) -> np.ndarray:
+    """One tone gliding through the given heights, each in units of a random interval of half an octave to 1.6."""
+    size, base = rng.uniform(0.5, 1.6), pitch(rng, 250, 900)
+    return shaped(tone(glide(rng.uniform(0.5, 1), *(base * 2 ** (size * octave) for octave in octaves)), voice(rng)))
+
+
+def chirps(rng, *octaves: float) -> np.ndarray:
+    """The same short sweep again and again, 4 to 9 times a second."""
+    rate, base, size, timbre = rng.uniform(4, 9), pitch(rng, 500, 1500), rng.uniform(0.5, 1.2), voice(rng)
+    length = rng.uniform(0.4, 0.9) / rate
+    one = shaped(tone(glide(length, *(base * 2 ** (size * octave) for octave in octaves)), timbre), 0.005, 0.01)
+    return at([(i / rate, one) for i in range(int(rate))])
+
+
+def steady(rng, harmonics) -> np.ndarray:
+    return shaped(tone(glide(rng.uniform(0.4, 1), pitch(rng, 200, 1200)), harmonics))
+
+
+def chord(rng, *ratios: float) -> np.ndarray:
+    seconds, base, timbre = rng.uniform(0.5, 1), pitch(rng, 200, 600), voice(rng)
+    return shaped(sum(tone(glide(seconds, base * ratio), timbre) for ratio in ratios))
+
+
+def wobble(rng, rate: tuple[float, float], pitch_depth: float = 0.0, level_depth: float = 0.0) -> np.ndarray:
+    """Vibrato (pitch, in octaves) or tremolo (level, 0 to 1) at a rate in Hz."""
+    phase = 2 * np.pi * rng.uniform(*rate) * np.arange(int(rng.uniform(0.7, 1) * RATE)) / RATE + rng.uniform(0, 6)
+    wave = tone(pitch(rng, 300, 1200) * 2 ** (pitch_depth * np.sin(phase)), voice(rng))
+    return shaped(wave * (1 - level_depth * (0.5 + 0.5 * np.sin(phase))))
+
+
+def alternate(rng, rate: tuple[float, float], octaves: tuple[float, float]) -> np.ndarray:
+    """Two pitches in turn, without a glide between them."""
+    n = int(rng.uniform(0.75, 1) * RATE)
+    second = (np.arange(n) / RATE * rng.uniform(*rate) + rng.uniform(0, 2)) % 2 > 1
+    return shaped(tone(pitch(rng, 300, 1000) * 2 ** (rng.uniform(*octaves) * second), voice(rng)))
+
+
+FORMANTS = {  # Hz; Peterson and Barney, "Control methods used in a study of the vowels", 1952, men
+    "i": (270, 2290, 3010),
+    "e": (530, 1840, 2480),
+    "a": (730, 1090, 2440),
+    "o": (570, 840, 2410),
+    "u": (300, 870, 2240),
+    "er": (490, 1350, 1690),
+    "ae": (660, 1720, 2410),
+}
+
+
+def vowel(rng, *names: str) -> np.ndarray:
+    """A buzz through the resonances of the vocal tract; several vowels glide one into the next."""
+    seconds, size, base = rng.uniform(0.4, 0.95), rng.uniform(0.9, 1.2), pitch(rng, 90, 260)
+    folds = buzz(glide(seconds, *base * rng.uniform(0.85, 1.15, 3)))
+
+    def tract(name):  # three resonances, each 180 Hz wide
+        levels = zip((1, 0.6, 0.3), FORMANTS[name], strict=True)
+        resonances = [(level, size * formant) for level, formant in levels]
+        return lambda hz: sum(level / (1 + ((hz - formant) / 90) ** 2) for level, formant in resonances)
+
+    spoken = [colour(folds, tract(name)) for name in names]
+    position = np.interp(np.linspace(0, 1, len(folds)), [0.2, 0.8], [0, len(names) - 1])  # 1.5: halfway from 1 to 2
+    weights = [np.clip(1 - abs(position - i), 0, 1).astype(np.float32) for i in range(len(names))]
+    return shaped(sum(weight * sound for weight, sound in zip(weights, spoken, strict=True)), 0.03, 0.05)
+
+
+def strike(rng, low: float, high: float, ratios, half_life: tuple[float, float]) -> np.ndarray:
+    """Something hit: partials at `ratios` of a pitch between `low` and `high`, the upper ones dying faster."""
+    base, life, seconds = pitch(rng, low, high), rng.uniform(*half_life), rng.uniform(0.5, 0.95)
+    ratios = np.asarray(ratios) * rng.uniform(0.98, 1.02, len(ratios))
+    return shaped(sum(rng.uniform(0.3, 1) * tone(glide(seconds, base * r), [1]) * dying(seconds, life / r**0.7)
+                      for r in ratios), 0.002, 0.05)  # fmt: skip
+
+
+def string(hz: float, seconds: float, half_life: float) -> np.ndarray:
+    """A plucked string: seven harmonics, the n-th n times as weak and dying n times as fast as the first."""
+    t = np.arange(int(seconds * RATE)) / RATE
+    first = np.exp2(-t / half_life) * np.exp(2j * np.pi * hz * t)  # its n-th power is the n-th harmonic
+    return shaped(np.polyval([*(1 / n for n in range(7, 0, -1)), 0], first).imag, 0.002, 0.02)
+
+
+def strings(rng, *octaves: float) -> np.ndarray:
+    """Strings plucked one after another at these heights, in units of a random interval."""
+    base, size, step = pitch(rng, 150, 450), rng.uniform(0.3, 0.6), rng.uniform(0.13, 0.2)
+    length = 0.9 - step * (len(octaves) - 1)
+    life = rng.uniform(0.04, 0.15)
+    return at([(i * step, string(base * 2 ** (size * octave), length, life)) for i, octave in enumerate(octaves)])
+
+
+def click(rng) -> np.ndarray:
+    """A few milliseconds of a resonance."""
+    return tone(glide(0.012, pitch(rng, 800, 4000)), [1]) * dying(0.012, rng.uniform(0.001, 0.003))
+
+
+def clicks(rng, *rates: float) -> np.ndarray:
+    """Clicks whose number per second follows `rates`, all times a random tempo."""
+    density = np.cumsum(glide(1, *(rate * rng.uniform(0.8, 1.25) for rate in rates)) / RATE) + rng.uniform(0, 1)
+    starts = np.flatnonzero(np.diff(density.astype(int))) / RATE
+    one = click(rng)
+    return at([(start, one) for start in starts])
+
+
+def gallop(rng, rhythm: tuple[float, ...], tempo: tuple[float, float]) -> np.ndarray:
+    """Clicks in a repeated rhythm: the times of the clicks as parts of a bar, and bars per second."""
+    bars, one, start = rng.uniform(*tempo), click(rng), rng.uniform(0, 0.2)
+    return at([(start + (bar + part) / bars, one) for bar in range(int(bars) + 1) for part in rhythm])
+
+
+def scatter(rng, density: tuple[float, float]) -> np.ndarray:
+    """Clicks at random times, each with its own sound and level: crackle, or rain when there are many."""
+    count = rng.poisson(rng.uniform(*density))
+    kinds = [click(rng) for _ in range(8)]
+    return at([(t, rng.lognormal(0, 0.8) * kinds[rng.integers(8)]) for t in rng.uniform(0, 0.98, max(count, 3))])
+
+
+def drips(rng) -> np.ndarray:
+    """Drops into water: short blips of rising pitch."""
+    events = []
+    for start in np.arange(rng.uniform(0, 0.2), 0.95, rng.uniform(0.15, 0.3)):
+        hz, length = pitch(rng, 500, 1200), rng.uniform(0.03, 0.06)
+        events.append((start, shaped(tone(glide(length, hz, 2 * hz), [1]) * dying(length, 0.02), 0.002)))
+    return at(events)
+
+
+def band(rng, low: float, high: float) -> np.ndarray:
+    shift = rng.uniform(0.8, 1.25)
+    return shaped(hiss(rng, rng.uniform(0.4, 1), low * shift, high * shift))
+
+
+def moving_band(rng, start: float, end: float) -> np.ndarray:
+    """Noise whose band moves from one frequency to another: three bands, faded into each other."""
+    seconds, shift = rng.uniform(0.5, 1), rng.uniform(0.8, 1.25)
+    centres = shift * np.geomspace(start, end, 3)
+    bands = [hiss(rng, seconds, centre / 1.4, centre * 1.4) for centre in centres]
+    position = np.linspace(0, 2, len(bands[0]), dtype=np.float32)
+    return shaped(sum(np.clip(1 - abs(position - i), 0, 1) * band for i, band in enumerate(bands)))
+
+
+def pulsing_noise(rng, rate: tuple[float, float]) -> np.ndarray:
+    seconds, centre = rng.uniform(0.7, 1), pitch(rng, 600, 4000)
+    noise = hiss(rng, seconds, centre / 2, centre * 2)
+    return shaped(noise * (0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(*rate) * np.arange(len(noise)) / RATE)) ** 2)
+
+
+def swelling_noise(rng, start: float, end: float) -> np.ndarray:
+    """Noise that grows louder or softer, from the level `start` to the level `end`."""
+    seconds, centre = rng.uniform(0.6, 1), pitch(rng, 600, 4000)
+    noise = hiss(rng, seconds, centre / 2, centre * 2)
+    return shaped(noise * glide(seconds, start, end))
+
+
+def engine(rng, *speeds: float) -> np.ndarray:
+    """Combustion at 25 to 60 Hz times `speeds`, through an exhaust, with noise in the rhythm of the cylinders."""
+    seconds, base, exhaust = rng.uniform(0.7, 1), pitch(rng, 25, 60), pitch(rng, 150, 500)
+    strokes = buzz(glide(seconds, *(base * speed for speed in speeds)))
+    noise = rng.standard_normal(len(strokes), np.float32) * np.clip(strokes, 0, 1) ** 3
+    return shaped(colour(strokes + 0.7 * noise, lambda hz: 1 / (1 + ((hz - exhaust) / exhaust) ** 2)), 0.05, 0.05)
+
+
+def insect(rng, carrier: tuple[float, float], pulse: tuple[float, float], song: tuple[float, float]) -> np.ndarray:
+    """A tone in pulses, and the pulses in phrases (rates in Hz): crickets high and fast, frogs low and slow."""
+    t = np.arange(int(rng.uniform(0.8, 1) * RATE)) / RATE
+    wave = tone(np.full(len(t), pitch(rng, *carrier)), [1, 0.3])
+    fast = 0.5 - 0.5 * np.cos(2 * np.pi * rng.uniform(*pulse) * t)
+    return wave * fast * ((t * rng.uniform(*song) + rng.uniform(0, 1)) % 1 < 0.6)
+
+
+def beep(rng, hz: float, seconds: float, timbre) -> np.ndarray:
+    return shaped(tone(glide(seconds, hz), timbre), 0.01, 0.02)
+
+
+def beeps(rng, *lengths: int) -> np.ndarray:
+    """One pitch in a rhythm, short (1) and long (3), as in Morse code."""
+    unit, hz, timbre = rng.uniform(0.06, 0.085), pitch(rng, 300, 1500), voice(rng)
+    return row(*(beep(rng, hz, unit * length, timbre) for length in lengths), gap=unit)
+
+
+def notes(rng, *steps: int, length=(0.14, 0.25), semitones=(3, 8)) -> np.ndarray:
+    """Notes of one random length in seconds at these heights, in units of a random interval."""
+    length, base = rng.uniform(*length), pitch(rng, 300, 700)
+    size, timbre = rng.uniform(*semitones) / 12, voice(rng)
+    return row(*(beep(rng, base * 2 ** (size * step), length, timbre) for step in steps), gap=rng.uniform(0, 0.05))
+
+
+def tone_and_noise(rng, *kinds: str) -> np.ndarray:
+    """A tone (t), a noise (n) or a click (c), in the given order."""
+    length, hz, timbre, centre = rng.uniform(0.12, 0.22), pitch(rng, 300, 1500), voice(rng), pitch(rng, 800, 4000)
+    make = {
+        "t": lambda: beep(rng, hz, length, timbre),
+        "n": lambda: 2 * shaped(hiss(rng, length, centre / 1.5, centre * 1.5)),
+        "c": lambda: row(1.5 * click(rng), gap=length / 2),
+    }
+    return row(*(make[kind]() for kind in kinds), gap=rng.uniform(0.02, 0.08))
+
+
+def hisses(rng, *steps: int) -> np.ndarray:
+    """Bursts of noise, dark (0) and bright (1): two bands one and a half to two and a half octaves apart."""
+    length, dark, apart = rng.uniform(0.22, 0.28), pitch(rng, 400, 1000), rng.uniform(1.5, 2.5)
+    centres = [dark * 2 ** (apart * step) for step in steps]
+    return row(*(shaped(hiss(rng, length, c / 1.3, c * 1.3)) for c in centres), gap=rng.uniform(0.02, 0.06))
+
+
+def echo(rng, change: float) -> np.ndarray:
+    """The same short sound four to six times, each `change` times as loud as the one before."""
+    count, step = rng.integers(4, 7), rng.uniform(0.12, 0.16)
+    life, timbre, hz = rng.uniform(0.02, 0.04), voice(rng), pitch(rng, 400, 1600)
+    one = shaped(tone(glide(step, hz), timbre) * dying(step, life), 0.003)
+    return at([(i * step, change**i * one) for i in range(count)])
+
+
+# ------------------------------------------------------------------------------------------------- the classes
+
+Sound = Callable[[np.random.Generator], np.ndarray]
+
+SOURCE: dict[str, Sound] = {
+    # Pitch that moves
+    "rise": lambda rng: sweep(rng, 0, 1),
+    "fall": lambda rng: sweep(rng, 1, 0),
+    "hill": lambda rng: sweep(rng, 0, 1, 0),
+    "valley": lambda rng: sweep(rng, 1, 0, 1),
+    "late_jump": lambda rng: sweep(rng, 0, 0, 0, 1),
+    "early_drop": lambda rng: sweep(rng, 1, 0, 0, 0),
+    "chirps_up": lambda rng: chirps(rng, 0, 1),
+    "chirps_down": lambda rng: chirps(rng, 1, 0),
+    "slow_vibrato": lambda rng: wobble(rng, (3, 5), pitch_depth=0.15),
+    "fast_vibrato": lambda rng: wobble(rng, (9, 14), pitch_depth=0.15),
+    "slow_tremolo": lambda rng: wobble(rng, (3, 5), level_depth=0.9),
+    "fast_tremolo": lambda rng: wobble(rng, (10, 16), level_depth=0.9),
+    "two_tone_siren": lambda rng: alternate(rng, (2.5, 4), (0.3, 0.6)),
+    "wailing_siren": lambda rng: wobble(rng, (1, 1.8), pitch_depth=0.5),
+    # Tones that stay
+    "whistle": lambda rng: steady(rng, [1]),
+    "organ": lambda rng: steady(rng, [1, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15]),
+    "clarinet": lambda rng: steady(rng, [1, 0, 0.6, 0, 0.4, 0, 0.3, 0, 0.2]),
+    "fifth": lambda rng: chord(rng, 1, 1.5),
+    "minor_second": lambda rng: chord(rng, 1, 1.06),
+    "triad": lambda rng: chord(rng, 1, 1.26, 1.5),
+    # Voices
+    "vowel_i": lambda rng: vowel(rng, "i"),
+    "vowel_a": lambda rng: vowel(rng, "a"),
+    "vowel_u": lambda rng: vowel(rng, "u"),
+    "vowel_er": lambda rng: vowel(rng, "er"),
+    "ai": lambda rng: vowel(rng, "a", "i"),
+    "ia": lambda rng: vowel(rng, "i", "a"),
+    "iu": lambda rng: vowel(rng, "i", "u"),
+    "ui": lambda rng: vowel(rng, "u", "i"),
+    # Things hit and plucked
+    "bell": lambda rng: strike(rng, 400, 1000, (1, 2, 2.4, 3, 4.5, 5.3), (0.12, 0.3)),
+    "gong": lambda rng: strike(rng, 90, 200, (1, 1.6, 2.3, 3.1, 4.3, 5.9), (0.15, 0.4)),
+    "wood_block": lambda rng: strike(rng, 500, 1300, (1, 2.6), (0.01, 0.03)),
+    "pluck": lambda rng: strings(rng, 0),
+    "plucks_up": lambda rng: strings(rng, 0, 1, 2),
+    "plucks_down": lambda rng: strings(rng, 2, 1, 0),
+    # Clicks
+    "slow_clicks": lambda rng: clicks(rng, 6),
+    "fast_clicks": lambda rng: clicks(rng, 20),
+    "clicks_faster": lambda rng: clicks(rng, 5, 25),
+    "clicks_slower": lambda rng: clicks(rng, 25, 5),
+    "gallop": lambda rng: gallop(rng, (0, 0.25), (3, 5)),
+    "crackle": lambda rng: scatter(rng, (8, 25)),
+    "rain": lambda rng: scatter(rng, (120, 250)),
+    "drips": drips,
+    # Noises and machines
+    "low_noise": lambda rng: band(rng, 150, 500),
+    "high_noise": lambda rng: band(rng, 3000, 6000),
+    "noise_up": lambda rng: moving_band(rng, 500, 4000),
+    "noise_down": lambda rng: moving_band(rng, 4000, 500),
+    "noise_pulses": lambda rng: pulsing_noise(rng, (4, 7)),
+    "noise_grows": lambda rng: swelling_noise(rng, 0.05, 1),
+    "noise_fades": lambda rng: swelling_noise(rng, 1, 0.05),
+    "engine_runs": lambda rng: engine(rng, 1),
+    "engine_starts": lambda rng: engine(rng, 0.7, 2.5),
+    "engine_stops": lambda rng: engine(rng, 2.5, 0.7),
+    "cricket": lambda rng: insect(rng, (3000, 5500), (25, 45), (3, 5)),
+    "frog": lambda rng: insect(rng, (400, 900), (18, 28), (1.5, 3)),
+    # One thing after another
+    "cuckoo": lambda rng: notes(rng, 1, 0),
+    "doorbell": lambda rng: notes(rng, 0, 1),
+    "yodel": lambda rng: notes(rng, 0, 1, 0),
+    "dip": lambda rng: notes(rng, 1, 0, 1),
+    "tone_noise": lambda rng: tone_and_noise(rng, "t", "n"),
+    "noise_tone": lambda rng: tone_and_noise(rng, "n", "t"),
+    "click_tone": lambda rng: tone_and_noise(rng, "c", "t"),
+    "tone_click": lambda rng: tone_and_noise(rng, "t", "c"),
+    "dash_dot_dot": lambda rng: beeps(rng, 3, 1, 1),
+    "dot_dot_dash": lambda rng: beeps(rng, 1, 1, 3),
+}
+
+TARGET: dict[str, Sound] = {
+    "low_high_middle": lambda rng: notes(rng, 0, 2, 1, length=(0.24, 0.29), semitones=(8, 14)),
+    "high_low_middle": lambda rng: notes(rng, 2, 0, 1, length=(0.24, 0.29), semitones=(8, 14)),
+    "middle_low_high": lambda rng: notes(rng, 1, 0, 2, length=(0.24, 0.29), semitones=(8, 14)),
+    "dark_bright_dark": lambda rng: hisses(rng, 0, 1, 0),
+    "bright_dark_bright": lambda rng: hisses(rng, 1, 0, 1),
+    "eo": lambda rng: vowel(rng, "e", "o"),
+    "oe": lambda rng: vowel(rng, "o", "e"),
+    "echo_fades": lambda rng: echo(rng, 0.65),
+    "echo_grows": lambda rng: echo(rng, 1 / 0.65),
+    "trill": lambda rng: alternate(rng, (14, 22), (0.12, 0.3)),
+}
+
+CLASSES = SOURCE | TARGET
+
+
+def render(name: str, index: int, seed: int = 0) -> np.ndarray:
+    """Clip `index` of class `name`: (16000,) float32 in [-1, 1], always the same up to rounding.
+
+    The sound begins at a random time, -3 to 15 dB above a noise of random colour; the peak of both together is 1 to 20
+    dB below full scale.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
+    sound = CLASSES[name](rng)[:SAMPLES]
+    clip = np.zeros(SAMPLES, np.float32)
+    start = rng.integers(SAMPLES - len(sound) + 1)
+    clip[start : start + len(sound)] = sound
+    slope = rng.uniform(0, 1)  # from white noise (0) to pink noise, whose power falls with frequency (1)
+    noise = colour(rng.standard_normal(SAMPLES, np.float32), lambda hz: np.maximum(hz, 20) ** (-slope / 2))
+    signal_to_noise = 10 ** (rng.uniform(-3, 15) / 20)
+    clip = clip / clip.std() + noise / noise.std() / signal_to_noise
+    return (clip / abs(clip).max() * 10 ** (rng.uniform(-20, -1) / 20)).astype(np.float32)
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in CLASSES]
+    if unknown or not names:
+        print(f"usage: python demo_sounds.py CLASS ...; the classes are {', '.join(CLASSES)}", file=sys.stderr)
+        return 2
+    for name in names:
+        for index in range(5):
+            soundfile.write(f"{name}{index}.wav", render(name, index), RATE, subtype="PCM_16")
+            print(f"{name}{index}.wav")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
