@@ -2,13 +2,18 @@
 
 `load_ast` reads an AST checkpoint in any of its formats: Hugging Face names in .safetensors or .bin, the original AST
 repository's .pth, from the hub or from disk. `save_trained` writes what a method trained, about 1 MB, with a header
-that says what it belongs to; `load_trained` rebuilds the adapted model from it. No pickle is ever executed.
+that says what it belongs to; `load_trained` rebuilds the adapted model from it. `save_ast` writes a whole model, which
+any `load_ast` reads. No pickle is ever executed.
+
+    python load_weights.py export runs/esc50/lora/seed0/fold1.safetensors --to merged --out my_ast.safetensors
 """
 
+import argparse
 import hashlib
 import json
 import pickle
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +29,12 @@ from ast_model import AST, ASTConfig, UserError, make_head
 from data import whole_file
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
+DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of demo_sounds.py
 RANDOM = {  # dim, depth, heads
     "base": (768, 12, 12),
     "small": (384, 12, 6),
     "tiny": (192, 12, 3),
+    "demo": (128, 4, 2),
 }
 
 # Names in other people's files -> names in ours, applied in this order. Hugging Face writes `encoder.layer.N...`, and
@@ -50,6 +57,25 @@ HUGGING_FACE_NAMES = [
     (r"^layernorm\.", "norm."),
     (r"^classifier\.layernorm\.", "head.0."),
     (r"^classifier\.dense\.", "head.1."),
+]
+TO_HUGGING_FACE = [  # the way back
+    (r"^embed\.patches\.", "embeddings.patch_embeddings.projection."),
+    (r"^embed\.cls$", "embeddings.cls_token"),
+    (r"^embed\.dist$", "embeddings.distillation_token"),
+    (r"^embed\.position$", "embeddings.position_embeddings"),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.q\.", ".attention.attention.query."),
+    (r"\.attn\.k\.", ".attention.attention.key."),
+    (r"\.attn\.v\.", ".attention.attention.value."),
+    (r"\.attn\.o\.", ".attention.output.dense."),
+    (r"\.ffn\.fc1\.", ".intermediate.dense."),
+    (r"\.ffn\.fc2\.", ".output.dense."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"^norm\.", "layernorm."),
+    (r"^(embeddings|encoder|layernorm)\.", r"audio_spectrogram_transformer.\1."),
+    (r"^head\.0\.", "classifier.layernorm."),
+    (r"^head\.1\.", "classifier.dense."),
 ]
 ORIGINAL_NAMES = [  # github.com/YuanGongND/ast; `attn.qkv` is split before
     (r"^v\.patch_embed\.proj\.", "embed.patches."),
@@ -76,10 +102,10 @@ def load_ast(
 ) -> AST:
     """An AST with pretrained weights, for spectrograms of `n_frames` and with a new head for `n_classes`.
 
-    weights: "audioset", "hf:owner/name", the path of a file or of a Hugging Face folder, or "random:base|small|tiny"
-    (always the same random numbers, so that an adapter finds its backbone again). `n_frames=None` keeps the length of
-    the checkpoint; `n_classes=None` keeps its head, which needs pool="cls_dist". The result knows its origin as
-    `model.backbone`.
+    weights: "audioset", "demo" (the small backbone in weights/), "hf:owner/name", the path of a file or of a Hugging
+    Face folder, or "random:base|small|tiny|demo" (always the same random numbers, so that an adapter finds its backbone
+    again). `n_frames=None` keeps the length of the checkpoint; `n_classes=None` keeps its head, which needs the pool it
+    was trained with ("cls_dist"; "mean" for demo). The result knows its origin as `model.backbone`.
     Raises UserError for whatever is missing, damaged or not an AST.
     """
     state, config = read_checkpoint(weights)
@@ -123,13 +149,15 @@ def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
     if weights == "audioset" or weights.startswith("hf:"):
         path, config_path = fetch(AUDIOSET if weights == "audioset" else weights.removeprefix("hf:"))
     else:
-        path = Path(weights).expanduser()
+        path = DEMO if weights == "demo" else Path(weights).expanduser()
         if path.is_dir():
             candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
             path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
         config_path = path.parent / "config.json"
         if not path.is_file():
-            raise UserError(f"no weights at {weights}: give a file, a folder, hf:owner/name, audioset or random:tiny")
+            raise UserError(
+                f"no weights at {weights}: give a file, a folder, hf:owner/name, audioset, demo or random:tiny"
+            )
     state = to_our_names(read_tensors(path))
     return state, read_config(state, config_path, path)
 
@@ -189,6 +217,11 @@ def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name in [name for name in state if ".attn.qkv." in name]:
             for letter, part in zip("qkv", state.pop(name).chunk(3), strict=True):
                 state[name.replace(".qkv.", f".{letter}.")] = part.clone()
+    return translate(state, names)
+
+
+def translate(state: dict[str, torch.Tensor], names: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """The same tensors under the names that come out of all substitutions."""
     translated = {}
     for name, tensor in state.items():
         for pattern, replacement in names:
@@ -326,3 +359,44 @@ def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> No
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
+
+
+# ------------------------------------------------------------------------------------------------ a whole model out
+
+
+def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.float32) -> None:
+    """Write a plain AST as safetensors under Hugging Face names, with `metadata` as JSON in its header.
+
+    A head on the mean of all tokens keeps our name `head`: no Hugging Face model has one. float16 halves the file;
+    `load_ast` computes in float32 either way.
+    """
+    state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    with whole_file(Path(path)) as temporary:
+        temporary.write_bytes(save(translate(state, TO_HUGGING_FACE), metadata={"ast_petl": json.dumps(metadata)}))
+
+
+def export(args: argparse.Namespace) -> None:
+    """`--to merged`: backbone and trained parts as one plain AST, for methods that `petl.merge` can fold in."""
+    model = petl.merge(load_trained(args.trained, args.weights))
+    save_ast(model, args.out, read_header(args.trained), torch.float16 if args.half else torch.float32)
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.out.stat().st_size:,} bytes")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Turn trained parts into a file that other programs read.")
+    command = parser.add_subparsers(required=True, metavar="export").add_parser("export", description=export.__doc__)
+    command.add_argument("trained", type=Path, help="a foldK.safetensors that train.py wrote")
+    command.add_argument("--to", choices=["merged"], required=True, help="merged: one plain AST")
+    command.add_argument("--out", type=Path, required=True, help="the file to write")
+    command.add_argument("--weights", help="where the backbone is now, if not where the file says")
+    command.add_argument("--half", action="store_true", help="store float16: half the size")
+    try:
+        export(parser.parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

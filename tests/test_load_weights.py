@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import load_weights
 from ast_model import AST, UserError
-from load_weights import load_ast, load_trained, read_header, resize_positions, save_trained
+from load_weights import load_ast, load_trained, read_header, resize_positions, save_ast, save_trained
 from petl import METHODS, apply
 
 HF_STATE = load_file(SMALL_AST / "model.safetensors")  # the library's legacy names: encoder.layer.N...
@@ -309,3 +309,39 @@ def test_fingerprint_changes_with_any_value():
     before = load_weights.fingerprint(state)
     state["blocks.1.norm2.bias"][5] += np.spacing(np.float32(0.1))
     assert load_weights.fingerprint(state) != before
+
+
+# -------------------------------------------------------------------------------------------------- a whole model out
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls_dist"])
+def test_save_ast_and_load_ast_are_inverse(tmp_path, pool):
+    model = load_ast(SMALL_AST, n_frames=60, n_classes=3, pool=pool)
+    file = tmp_path / "whole.safetensors"
+    save_ast(model, file, {"classes": ["a", "b", "c"]})
+    again = load_ast(file, pool=pool)
+    assert same_weights(again, model) and read_header(file)["classes"] == ["a", "b", "c"]
+    if pool == "cls_dist":
+        assert load_file(file).keys() == HF_STATE.keys()  # nothing is left under our names
+    save_ast(model, file, {}, torch.float16)
+    assert all(tensor.dtype == torch.float16 for tensor in load_file(file).values())
+    again = load_ast(file, pool=pool).state_dict()
+    assert all(torch.allclose(again[name], tensor, atol=1e-3) for name, tensor in model.state_dict().items())
+
+
+def test_export_merged(tmp_path, capsys):
+    model = apply(load_ast("random:tiny", n_frames=60, n_classes=3), "lora").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_trained(model, tmp_path / "lora.safetensors", {"classes": ["a", "b", "c"]})
+    options = ["export", "", "--to", "merged", "--out", str(tmp_path / "plain.safetensors")]
+    options[1] = str(tmp_path / "lora.safetensors")
+    assert load_weights.main(options) == 0
+    plain, x = load_ast(tmp_path / "plain.safetensors", n_frames=60).eval(), torch.randn(2, 60, 128)
+    with torch.inference_mode():
+        assert torch.allclose(plain(x), model(x), atol=1e-5)
+    save_trained(apply(load_ast("random:tiny", 60, 3), "pfeiffer_par"), tmp_path / "adapter.safetensors", {})
+    options[1] = str(tmp_path / "adapter.safetensors")
+    assert load_weights.main(options) == 2
+    assert "cannot be merged" in capsys.readouterr().err
