@@ -17,6 +17,7 @@ import shutil
 import stat
 import sys
 import tarfile
+import tempfile
 import time
 import tokenize
 import urllib.request
@@ -26,7 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,6 +39,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+import demo_sounds
 from ast_model import UserError
 
 RATE = 16_000  # Hz
@@ -809,6 +811,53 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+DEMO_SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it hears
+
+
+def demo(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """The ten target classes of `demo_sounds`: 80 clips each to train, 30 to validate, 100 to test."""
+    return rendered("demo", demo_sounds.TARGET, (80, 30, 100), data_dir, cache_dir)
+
+
+def demo_source(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """The source classes of `demo_sounds`, on which the backbone `--weights demo` was pretrained: 100 + 10 + 10."""
+    return rendered("demo_source", demo_sounds.SOURCE, (100, 10, 10), data_dir, cache_dir)
+
+
+def rendered(
+    name: str, classes: Iterable[str], sizes: tuple[int, int, int], data_dir: Path | None, cache_dir: Path
+) -> Dataset:
+    """Sounds that `demo_sounds` makes, rendered once to 16-bit WAV files. One fold, as in Speech Commands.
+
+    sizes: clips per class to train, to validate and to test. The name of the folder carries a hash of the synthesiser,
+    so that changed recipes are rendered anew.
+    """
+    if data_dir is not None:
+        raise UserError(f"--data-dir {data_dir}: {name} makes its own sounds; leave --data-dir out")
+    classes, per_class = sorted(classes), range(sum(sizes))
+    recipe = f"{Path(demo_sounds.__file__).read_text(encoding='utf-8')} {sizes} {DEMO_SEED}"
+    root = cache_dir / f"{name}-{zlib.crc32(recipe.encode()):08x}"
+    wanted = [(kind, index) for kind in classes for index in per_class]
+    paths = [root / kind / f"{index:03d}.wav" for kind, index in wanted]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{root}.lock"):  # two runs that start together render once
+        if not all(path.is_file() for path in paths):
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root.parent) as temporary:
+                for kind, index in tqdm(wanted, desc=f"rendering {name}", unit="clip", disable=None):
+                    path = Path(temporary, root.name, kind, f"{index:03d}.wav")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    soundfile.write(path, demo_sounds.render(kind, index, DEMO_SEED), RATE, subtype="PCM_16")
+                shutil.rmtree(root, ignore_errors=True)  # some of its files were deleted
+                os.replace(Path(temporary, root.name), root)
+    train, val = sizes[0], sizes[0] + sizes[1]
+    split = Split(
+        train=[i for i, (_, index) in enumerate(wanted) if index < train],
+        val=[i for i, (_, index) in enumerate(wanted) if train <= index < val],
+        test=[i for i, (_, index) in enumerate(wanted) if index >= val],
+    )
+    return Dataset(name, root, classes, paths, [classes.index(kind) for kind, _ in wanted], {1: split})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the paper trains on a dataset; every number can be changed on the command line."""
@@ -818,6 +867,9 @@ class Recipe:
     batch_size: int
     epochs: int
     mask: bool  # SpecAugment
+    weights: str = "audioset"  # the backbone to start from
+    shrink: int = 1  # reduction rates and numbers of prompts are divided by this: a narrow backbone has less to reduce
+    lr: dict[str, float] = field(default_factory=dict)  # by method, where it is not that of METHODS
 
 
 DATASETS = {
@@ -828,4 +880,13 @@ DATASETS = {
     "fsc": Recipe(fsc, n_frames=400, batch_size=32, epochs=75, mask=False),
     "folder": Recipe(folder, n_frames=None, batch_size=32, epochs=50, mask=True),
     "csv": Recipe(table, n_frames=None, batch_size=32, epochs=50, mask=True),
+    # One-second sounds for a backbone of 128 dimensions. No masking: 80 of 98 frames would leave nothing to hear.
+    "demo": Recipe(
+        demo, n_frames=98, batch_size=16, epochs=15, mask=False, weights="demo", shrink=4,
+        lr={"full_ft": 5e-4, "linear": 1e-2},
+    ),
+    "demo_source": Recipe(
+        demo_source, n_frames=98, batch_size=32, epochs=20, mask=False, weights="random:demo", shrink=4,
+        lr={"full_ft": 1e-3},
+    ),
 }

@@ -432,6 +432,19 @@ def override(method: Method, rr: int | None = None, alpha: float | None = None, 
     return method
 
 
+def shrink(method: Method, factor: int) -> Method:
+    """The method for a backbone `factor` times narrower than the base AST: as many dimensions, fewer to divide.
+
+    RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Numbers of prompts shrink too, to an even one.
+    """
+    scale = {"rr": lambda n: max(1, n // factor), "prompts": lambda n: max(2, n // factor // 2 * 2)}
+    parts = (
+        replace(part, **{name: f(getattr(part, name)) for name, f in scale.items() if hasattr(part, name)})
+        for part in method.parts
+    )
+    return method if factor == 1 else replace(method, parts=tuple(parts))
+
+
 def to_dict(method: Method) -> dict:
     """The method as plain JSON types; `from_dict` is the way back."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]

@@ -1,5 +1,6 @@
 """Adapt an Audio Spectrogram Transformer to a dataset, test it, write down what came out.
 
+    python train.py                                         # sounds made here, the small backbone in weights/
     python train.py --method houlsby_par --dataset esc50
 
 `main` reads the command line, `run` goes over the folds, `train_fold` is the training loop, `evaluate` the test. The
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -237,8 +238,12 @@ def say(*words) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Train and test every fold of every seed that is not finished yet. Returns what it writes to result.json."""
+    started = time.perf_counter()
     recipe = DATASETS[args.dataset]
-    method = petl.override(petl.find(args.method), args.rr, args.alpha, args.prompts)
+    method = petl.shrink(petl.find(args.method), recipe.shrink)
+    method = replace(method, lr=args.lr or recipe.lr.get(method.name, method.lr))
+    method = petl.override(method, args.rr, args.alpha, args.prompts)
+    weights = args.weights or recipe.weights
     dataset = recipe.load(args.data_dir, args.cache_dir)
     splits = {seed: dataset.folds or {1: random_split(dataset, seed)} for seed in args.seed}
     known = splits[args.seed[0]]
@@ -248,7 +253,7 @@ def run(args: argparse.Namespace) -> dict:
     n_frames = recipe.n_frames
     if args.seconds or n_frames is None:
         n_frames = max(ASTConfig.patch, round((args.seconds or typical_seconds(dataset)) * RATE / HOP))
-    backbone = load_ast(args.weights, n_frames, len(dataset.classes), args.pool)
+    backbone = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     features, bad = build_features(dataset, n_frames, args.cache_dir, args.skip_bad)
     clips = to_clips(features, dataset, args.device)
     names = dataset.names()
@@ -258,10 +263,10 @@ def run(args: argparse.Namespace) -> dict:
         folds = {fold: usable(dataset, split, bad, args.shots, seed) for fold, split in splits[seed].items()}
         table = split_table(dataset, names, folds, bad)
         settings = Settings(
-            dataset=args.dataset, method=petl.to_dict(method), weights=args.weights, pool=args.pool, seed=seed,
+            dataset=args.dataset, method=petl.to_dict(method), weights=weights, pool=args.pool, seed=seed,
             shots=args.shots, clips=hashlib.sha256(os.fsencode(table)).hexdigest(), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size,
-            lr=args.lr or method.lr, mask=recipe.mask, dtype=args.dtype,
+            lr=method.lr, mask=recipe.mask, dtype=args.dtype,
         )  # fmt: skip
         folder = args.out / args.dataset / method.name / f"seed{seed}"
         check_same_run(folder, settings)
@@ -271,6 +276,8 @@ def run(args: argparse.Namespace) -> dict:
             write_text(folder / "split.csv", table)
         say(f"{method.name} on {args.dataset}: {describe(settings)}, {args.device}")
         results[seed] = run_seed(backbone, method, clips, dataset.classes, folds, settings, folder, args)
+        if ranks()[0] == 0:
+            print_summary(results[seed], folder, settings, started)
     return results[seed] if len(results) == 1 else summarise_seeds(folder.parent, results)
 
 
@@ -365,12 +372,6 @@ def summarise(folder: Path, settings: Settings) -> dict:
         "versions": headers[0]["versions"],
     }
     write_json(folder / "result.json", result)
-    spread = "" if result["std"] is None else f" +- {result['std']:.2f}"
-    count = result["parameters"]
-    trained = count["petl"] + count["head"]
-    say(f"accuracy {result['accuracy']:.2f}{spread} % over {len(folds)} folds, {result['seconds']:.0f} s; trained "
-        f"{trained:,} parameters ({count['petl']:,} + {count['head']:,} of the head), "
-        f"{100 * trained / count['total']:.2f} % of the model; written to {folder}")  # fmt: skip
     return result
 
 
@@ -390,6 +391,25 @@ def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:
     say(f"accuracy {result['accuracy']:.2f} +- {result['std']:.2f} % over {len(results)} seeds, {len(folds)} runs in "
         f"all; written to {folder}")  # fmt: skip
     return result
+
+
+def print_summary(result: dict, folder: Path, settings: Settings, started: float) -> None:
+    """What a person wants to know at the end of a run that began at `started` on the performance counter."""
+    name, count, folds = settings.method["name"], result["parameters"], len(result["folds"])
+    trained = count["petl"] + count["head"]
+    spread = "" if result["std"] is None else f" +- {result['std']:.2f}"
+    over = f" over {folds} folds" if folds > 1 else ""
+    file = folder / f"fold{result['folds'][0]['fold']}.safetensors"
+    baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
+    weights = "" if settings.weights == DATASETS[settings.dataset].weights else f" --weights {settings.weights}"
+    say(
+        f"\n  test accuracy   {result['accuracy']:.2f}{spread} %{over}"
+        f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
+        f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
+        f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
+        f"\n  time            {result['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
+        f"\n  to compare      python train.py --dataset {settings.dataset} --method {baseline}{weights}\n"
+    )
 
 
 def describe(settings: Settings) -> str:
@@ -460,10 +480,11 @@ def positive(text: str) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Adapt an Audio Spectrogram Transformer to a dataset and test it.")
     add = parser.add_argument
-    add("--dataset", default="esc50", help=", ".join(DATASETS))
+    add("--dataset", default="demo", help=", ".join(DATASETS))
     add("--method", default="houlsby_par", help="a name that --list-methods prints")
     add("--data-dir", type=Path, help="the dataset or its archive, else it is downloaded; or your own sounds")
-    add("--weights", default="audioset", help="audioset, hf:owner/name, a file or folder, random:base|small|tiny")
+    add("--weights", help="audioset, demo, hf:owner/name, a file or folder, random:base|small|tiny|demo; default: the "
+        "dataset's")  # fmt: skip
     add("--pool", default="mean", choices=POOL, help="how tokens become one vector; the paper takes the mean")
     add("--folds", type=numbers, metavar="1,2", help="only these folds")
     add("--seed", type=numbers, default=[0], metavar="0,1,2", help="one run for each of these seeds")
