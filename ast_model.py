@@ -54,7 +54,8 @@ class ASTConfig:
 POOL = {
     "mean": lambda tokens: tokens.mean(1),  # all tokens, as in the paper
     "cls": lambda tokens: tokens[:, 0],
-    "cls_dist": lambda tokens: (tokens[:, 0] + tokens[:, 1]) / 2,  # the AudioSet head of the checkpoint
+    # The AudioSet head of the checkpoint. Prompts replace [distillation]: then the first of them stands in its place.
+    "cls_dist": lambda tokens: (tokens[:, 0] + tokens[:, 1]) / 2,
 }
 
 
@@ -76,7 +77,7 @@ class Embedding(nn.Module):
             raise ValueError(f"this AST reads (batch, {self.shape[0]}, {self.shape[1]}), not {tuple(fbank.shape)}")
         image = fbank.transpose(1, 2).unsqueeze(1)  # (batch, 1, n_mels, n_frames)
         patches = self.patches(image).flatten(2).transpose(1, 2)  # (batch, F * T, dim): patch index = f * T + t
-        batch = len(fbank)
+        batch = fbank.shape[0]  # not len(): an exporter would take it for a constant
         tokens = torch.cat([self.cls.expand(batch, -1, -1), self.dist.expand(batch, -1, -1), patches], dim=1)
         return tokens + self.position  # (batch, 2 + F * T, dim)
 

@@ -254,7 +254,7 @@ class PrefixLinear(nn.Module):
 
     def forward(self, x):  # (batch, tokens, dim) -> (batch, n + tokens, dim)
         y = self.wrapped(x)
-        return torch.cat([self.prefix.to(y.dtype).expand(len(y), -1, -1), y], dim=1)
+        return torch.cat([self.prefix.to(y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class PromptedEmbedding(nn.Module):
 
     def forward(self, fbank):  # (batch, n_frames, n_mels) -> (batch, 1 + n + patches, dim)
         x = self.wrapped(fbank)
-        return torch.cat([x[:, :1], self.prompts.expand(len(x), -1, -1), x[:, 2:]], dim=1)
+        return torch.cat([x[:, :1], self.prompts.expand(x.shape[0], -1, -1), x[:, 2:]], dim=1)
 
 
 class PromptedBlock(nn.Module):
@@ -293,7 +293,7 @@ class PromptedBlock(nn.Module):
         self.wrapped, self.prompts = wrapped, prompts
 
     def forward(self, x):  # (batch, 1 + n + patches, dim)
-        fresh = self.prompts.expand(len(x), -1, -1)
+        fresh = self.prompts.expand(x.shape[0], -1, -1)
         return self.wrapped(torch.cat([x[:, :1], fresh, x[:, 1 + fresh.shape[1] :]], dim=1))
 
 

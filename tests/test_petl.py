@@ -313,6 +313,25 @@ def test_a_bottleneck_is_at_least_one_wide():
     assert [petl.rank_of(768, 64), petl.rank_of(192, 128), petl.rank_of(192, 1000)] == [12, 2, 1]
 
 
+# ----------------------------------------------------------------------------------------------- prompts and pooling
+
+
+@pytest.mark.parametrize("name", ["spt", "dpt", "adapter_dpt"])
+def test_pooling_with_prompts(name):
+    """`cls_dist` takes [CLS] and the first prompt, which stands where [distillation] was; `mean` takes every token."""
+    for pool, n_pooled in (("mean", None), ("cls", 1), ("cls_dist", 2)):
+        model = randomised(apply(tiny_ast(pool=pool), name))
+        prompts = model.embed.prompts
+        tokens = model.features(torch.randn(2, 36, 36))
+        assert tokens.shape[1] == 1 + len(prompts) + 9  # [CLS], prompts, patches: no distillation token
+        fbank = torch.randn(2, 36, 36)
+        expected = model.head(model.features(fbank)[:, :n_pooled].mean(1))
+        torch.testing.assert_close(model(fbank), expected)
+        assert torch.equal(model.embed(fbank)[:, 1], prompts[:1].expand(2, -1))
+        model(fbank).sum().backward()
+        assert prompts.grad.abs().amax(1).min() > 0  # each of them is heard by the head or by what it reads
+
+
 # ---------------------------------------------------------------------------------------------------- against peft
 
 
