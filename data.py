@@ -24,7 +24,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,12 +46,15 @@ RATE = 16_000  # Hz
 WINDOW, HOP, N_FFT = 400, 160, 512  # samples: 25 ms, 10 ms, and the next power of two
 N_MELS = 128
 MEAN, STD = -4.2677393, 4.5689974  # of the log-Mel values of AudioSet; the checkpoint was trained with them
+FRONT_END = {  # all that decides the features of a sound; travels with every trained model
+    "sample_rate": RATE, "window": WINDOW, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mean": MEAN, "std": STD,
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------- features
 
 
 @lru_cache(maxsize=8)
-def _window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The symmetric Hann window (400,) and the triangular Mel filters (257, 128), made once per device."""
     low, high = (1127 * math.log(1 + hz / 700) for hz in (20, RATE / 2))  # the Kaldi Mel scale
     width = (high - low) / (N_MELS + 1)
@@ -70,14 +73,20 @@ def fbank(waveforms: torch.Tensor) -> torch.Tensor:
     zeros. The operations and their order are those of `torchaudio.compliance.kaldi.fbank(waveform,
     sample_frequency=16000, window_type="hanning", num_mel_bins=128)`, so that even the rounding is the same.
     """
-    hann, filters = _window_and_filters(waveforms.device)
+    _, filters = window_and_filters(waveforms.device)
     waveforms = torch.nn.functional.pad(waveforms, (0, max(0, WINDOW - waveforms.shape[-1])))
     frames = waveforms.unfold(-1, WINDOW, HOP)  # (batch, frames, 400)
+    power = spectrum(frames).abs().square()  # (batch, frames, 257)
+    return (power @ filters).clamp_min(2**-23).log()  # the floor is the float32 epsilon, as in Kaldi
+
+
+def spectrum(frames: torch.Tensor) -> torch.Tensor:
+    """The linear part of `fbank`: frames (..., 400) to their complex spectrum (..., 257)."""
+    hann, _ = window_and_filters(frames.device)
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
     frames = (frames - 0.97 * previous) * hann  # pre-emphasis, the first sample against itself
-    power = torch.fft.rfft(frames, N_FFT).abs().square()  # (batch, frames, 257)
-    return (power @ filters).clamp_min(2**-23).log()  # the floor is the float32 epsilon, as in Kaldi
+    return torch.fft.rfft(frames, N_FFT)
 
 
 def to_input(fb: torch.Tensor, n_frames: int) -> torch.Tensor:
@@ -116,7 +125,12 @@ _MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no trunca
 
 
 def read_audio(path: Path, seconds: float = math.inf) -> np.ndarray:
-    """The first `seconds` of a sound file as mono float32 at 16 kHz, (samples,).
+    """The first `seconds` of a sound file as mono float32 at 16 kHz, (samples,). Raises as `stream_audio` does."""
+    return np.concatenate(list(stream_audio(path, seconds)))
+
+
+def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
+    """What `read_audio` returns, in blocks of ten seconds: a long file takes no more memory than a short one.
 
     Reads what libsndfile reads: WAV of any kind, FLAC, OGG, MP3, at any rate, with any number of channels. Raises
     ValueError with the reason for a file that is no audio, holds no samples, ends before the header says (within the
@@ -129,21 +143,25 @@ def read_audio(path: Path, seconds: float = math.inf) -> np.ndarray:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
             rate = file.samplerate
             wanted = min(_length_in_header(file), seconds * rate)  # samples per channel
-            samples = file.read(math.ceil(min(wanted, file.frames)), dtype="float32", always_2d=True)
+            there = math.ceil(min(wanted, file.frames))
+            resampler, read = soxr.ResampleStream(rate, RATE, num_channels=1), 0
+            while len(samples := file.read(min(10 * rate, there - read), dtype="float32", always_2d=True)):
+                read += len(samples)
+                wave = samples.mean(axis=1)  # (samples,)
+                if not np.isfinite(wave).all():
+                    raise ValueError("holds samples that are not finite")
+                yield resampler.resample_chunk(wave)
     # TypeError: a name in .raw, of unknown rate. MemoryError: a damaged header promises more than any memory holds.
     except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as error:
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
         if "not recognised" in reason or "does not exist" in reason:  # it exists, it has just been opened
             reason = "is in no known sound format"
         raise ValueError(reason.removeprefix("Error : ")) from None
-    if not len(samples):
+    if not read:
         raise ValueError("holds no samples")
-    if len(samples) < wanted - _MAY_BE_MISSING * rate:
-        raise ValueError(f"is truncated: it ends after {len(samples) / rate:.2f} s, before its header says")
-    wave = samples.mean(axis=1)  # (samples,)
-    if not np.isfinite(wave).all():
-        raise ValueError("holds samples that are not finite")
-    return wave if rate == RATE else soxr.resample(wave, rate, RATE)
+    if read < wanted - _MAY_BE_MISSING * rate:
+        raise ValueError(f"is truncated: it ends after {read / rate:.2f} s, before its header says")
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # what the filter still holds back
 
 
 def _length_in_header(file: soundfile.SoundFile) -> float:
