@@ -22,6 +22,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -556,35 +557,49 @@ def list_methods() -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command. What the user can mend becomes one line and the exit code 2, here and in the other commands."""
     try:
-        args = parse(argv)
-        if args.list_methods:
-            list_methods()
-            return 0
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def start(argv: list[str] | None) -> int | None:
+    args = parse(argv)
+    if args.list_methods:
+        return list_methods()
+    try:
         if "RANK" in os.environ:  # set by torchrun
             if args.device.type == "cuda":
                 torch.cuda.set_device(args.device)
             dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         run(args)
-        return 0
-    except UserError as error:
-        message = str(error)
     except torch.OutOfMemoryError:
         tried = args.micro_batch or args.batch_size or DATASETS[args.dataset].batch_size
-        message = f"out of memory on {args.device} with {tried} clips at once: choose a smaller --micro-batch"
+        raise UserError(
+            f"out of memory on {args.device} with {tried} clips at once: choose a smaller --micro-batch"
+        ) from None
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        message = f"the disk is full ({error.filename or args.out}): free some space, then add --resume to go on"
+        raise UserError(
+            f"the disk is full ({error.filename or args.out}): free some space, then add --resume to go on"
+        ) from None
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on after the last finished epoch", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: start(argv))
 
 
 if __name__ == "__main__":
