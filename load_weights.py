@@ -5,16 +5,16 @@ repository's .pth, from the hub or from disk. `save_trained` writes what a metho
 that says what it belongs to; `load_trained` rebuilds the adapted model from it. `save_ast` writes a whole model, which
 any `load_ast` reads. No pickle is ever executed.
 
-    python load_weights.py export runs/esc50/lora/seed0/fold1.safetensors --to merged --out my_ast.safetensors
+    python load_weights.py show runs/esc50/lora/seed0/fold1.safetensors
+    python load_weights.py export runs/esc50/lora/seed0/fold1.safetensors --to onnx --out lora.onnx
 """
 
-import argparse
 import hashlib
 import json
 import pickle
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 
 import petl
 from ast_model import AST, ASTConfig, UserError, make_head
-from data import whole_file
+from data import FRONT_END, whole_file
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of demo_sounds.py
@@ -143,23 +143,33 @@ def shorten(names: list[str]) -> str:
 
 def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
     """Tensors under our names in float32, and the shape of the model they make."""
-    weights = str(weights)
-    if weights.startswith("random:"):
-        return random_checkpoint(weights)
-    if weights == "audioset" or weights.startswith("hf:"):
-        path, config_path = fetch(AUDIOSET if weights == "audioset" else weights.removeprefix("hf:"))
-    else:
-        path = DEMO if weights == "demo" else Path(weights).expanduser()
-        if path.is_dir():
-            candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-            path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-        config_path = path.parent / "config.json"
-        if not path.is_file():
-            raise UserError(
-                f"no weights at {weights}: give a file, a folder, hf:owner/name, audioset, demo or random:tiny"
-            )
+    if str(weights).startswith("random:"):
+        return random_checkpoint(str(weights))
+    path, config_path = find_checkpoint(str(weights))
     state = to_our_names(read_tensors(path))
     return state, read_config(state, config_path, path)
+
+
+def find_checkpoint(weights: str) -> tuple[Path, Path]:
+    """The file of weights, fetched if need be, and where its config.json is if it has one."""
+    if weights == "audioset" or weights.startswith("hf:"):
+        return fetch(AUDIOSET if weights == "audioset" else weights.removeprefix("hf:"))
+    path = DEMO if weights == "demo" else Path(weights).expanduser()
+    if path.is_dir():
+        candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+    if not path.is_file():
+        raise UserError(f"no weights at {weights}: give a file, a folder, hf:owner/name, audioset, demo or random:tiny")
+    return path, path.parent / "config.json"
+
+
+def class_names(weights: str) -> list[str]:
+    """Names of the classes that a checkpoint's own head knows, the id2label of its config.json."""
+    config_path = None if weights.startswith("random:") else find_checkpoint(weights)[1]
+    names = read_json(config_path).get("id2label") if config_path and config_path.is_file() else None
+    if not names:
+        raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
+    return [names[str(i)] for i in range(len(names))]
 
 
 def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
@@ -232,10 +242,12 @@ def translate(state: dict[str, torch.Tensor], names: list[tuple[str, str]]) -> d
 
 def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -> ASTConfig:
     """The shape of the model: from its tensors, and from config.json what no tensor shows."""
-    try:
-        written = json.loads(config_path.read_text()) if config_path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {config_path} ({error}): download it again") from None
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("ast_petl", "{}"))
+        if "config" in header:  # of save_ast
+            return ASTConfig(**header["config"])
+    written = read_json(config_path) if config_path.is_file() else {}
     if written.get("model_type") != "audio-spectrogram-transformer":
         written = {}  # some other program's config.json
     time_stride, stride = written.get("time_stride", 10), written.get("frequency_stride", 10)
@@ -261,6 +273,13 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
         dim=dim, depth=depth, heads=heads, eps=written.get("layer_norm_eps", 1e-12), n_classes=n_classes,
         pool="cls_dist" if "head.1.bias" in state else "mean", hidden=hidden,
     )  # fmt: skip
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): download it again") from None
 
 
 def resize_positions(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -315,6 +334,7 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
         "n_frames": model.config.n_frames,
         "n_classes": model.config.n_classes,
         "pool": model.config.pool,
+        "front_end": FRONT_END,
         "backbone": {"name": model.backbone.name, "sha256": model.backbone.sha256},
     }
     with whole_file(Path(path)) as temporary:
@@ -322,7 +342,7 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
 
 
 def read_header(path: Path) -> dict:
-    """The description in a file of `save_trained`. UserError if it is damaged or something else."""
+    """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["ast_petl"])
@@ -332,11 +352,13 @@ def read_header(path: Path) -> dict:
 
 
 def load_trained(path: Path, weights: str | None = None) -> AST:
-    """The adapted model of a file of `save_trained`: backbone, method and trained tensors.
+    """The adapted model of a file of `save_trained`: backbone, method and trained tensors; or that of `save_ast`.
 
     `weights` says where the backbone is now, if not where the header has it. Another backbone is a UserError.
     """
     header = read_header(path)
+    if "config" in header:  # a whole model: it needs no backbone
+        return load_ast(path, pool=header["config"]["pool"])
     wanted = Backbone(**header["backbone"])
     model = load_ast(weights or wanted.name, header["n_frames"], header["n_classes"], header["pool"])
     if model.backbone.sha256 != wanted.sha256:
@@ -365,37 +387,22 @@ def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> No
 
 
 def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.float32) -> None:
-    """Write a plain AST as safetensors under Hugging Face names, with `metadata` as JSON in its header.
+    """Write a plain AST as safetensors under Hugging Face names, with its shape and `metadata` in the header.
 
     A head on the mean of all tokens keeps our name `head`: no Hugging Face model has one. float16 halves the file;
     `load_ast` computes in float32 either way.
     """
     state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    header = {**metadata, "config": asdict(model.config)}
     with whole_file(Path(path)) as temporary:
-        temporary.write_bytes(save(translate(state, TO_HUGGING_FACE), metadata={"ast_petl": json.dumps(metadata)}))
-
-
-def export(args: argparse.Namespace) -> None:
-    """`--to merged`: backbone and trained parts as one plain AST, for methods that `petl.merge` can fold in."""
-    model = petl.merge(load_trained(args.trained, args.weights))
-    save_ast(model, args.out, read_header(args.trained), torch.float16 if args.half else torch.float32)
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.out.stat().st_size:,} bytes")
+        metadata = {"format": "pt", "ast_petl": json.dumps(header)}  # transformers asks for the format
+        temporary.write_bytes(save(translate(state, TO_HUGGING_FACE), metadata))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Turn trained parts into a file that other programs read.")
-    command = parser.add_subparsers(required=True, metavar="export").add_parser("export", description=export.__doc__)
-    command.add_argument("trained", type=Path, help="a foldK.safetensors that train.py wrote")
-    command.add_argument("--to", choices=["merged"], required=True, help="merged: one plain AST")
-    command.add_argument("--out", type=Path, required=True, help="the file to write")
-    command.add_argument("--weights", help="where the backbone is now, if not where the file says")
-    command.add_argument("--half", action="store_true", help="store float16: half the size")
-    try:
-        export(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    import export  # not above: it needs train.py, which needs this file
+
+    return export.main(argv)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+import petl
 import train
 from ast_model import AST, ASTConfig
+from load_weights import load_ast, save_trained
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALL_AST = REFERENCE / "ast_small"  # 2 layers, 64 dimensions: fast enough for runs of train.py
@@ -63,3 +66,16 @@ def train_main(esc50_dir, cache_dir, tmp_path):
         return train.main([str(word) for word in (*defaults, *places, *options)])
 
     return call
+
+
+def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60, **header) -> AST:
+    """A fold file of the small AST in which everything that `method` trains is random. Returns the model, in eval()."""
+    torch.manual_seed(0)
+    model = petl.apply(load_ast(SMALL_AST, n_frames, 4, pool), method)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.get_submodule("head.1" if pool == "cls_dist" else "head").weight.mul_(5)  # answers far from one another
+    save_trained(model, path, {"classes": ["rain", "sea, waves", "dog", "wind"], **header})
+    return model.eval()

@@ -1,0 +1,359 @@
+"""Every export opened by the library it is meant for, the way back from peft, and `show`."""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+import peft
+import pytest
+import torch
+import transformers
+from conftest import SMALL_AST, save_random
+from safetensors.torch import load_file, save_file
+
+import data
+import export
+import load_weights
+import petl
+from ast_model import POOL
+from load_weights import load_ast, load_trained, read_header, save_trained
+
+CLASSES = ["rain", "sea, waves", "dog", "wind"]
+
+
+@pytest.fixture
+def fbank() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(3, 60, 128)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs `load_weights.py WORDS`; returns what it prints."""
+
+    def call(*words, code: int = 0) -> str:
+        capsys.readouterr()
+        assert load_weights.main([str(word) for word in words]) == code
+        out, err = capsys.readouterr()
+        assert code == 0 or (err.startswith("error: ") and err.count("\n") == 1 and not out)
+        return err if code else out
+
+    return call
+
+
+def noise(samples: int, batch: int = 1) -> torch.Tensor:
+    return 0.1 * torch.randn(batch, samples, generator=torch.Generator().manual_seed(2))
+
+
+# ----------------------------------------------------------------------------------------------------------- merged
+
+
+@pytest.mark.parametrize("pool", POOL)
+@pytest.mark.parametrize("method", ["lora_qkvo", "hydra", "bitfit", "linear", "full_ft"])
+def test_merged_is_one_plain_ast(method, pool, tmp_path, fbank, command):
+    model = save_random(tmp_path / "fold1.safetensors", method, pool)
+    command("export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "merged.safetensors")
+    plain = load_ast(tmp_path / "merged.safetensors", pool=pool).eval()
+    assert not any(hasattr(module, "wrapped") for module in plain.modules()) and not hasattr(plain, "method")
+    torch.testing.assert_close(plain(fbank), model(fbank), rtol=0, atol=1e-5)
+    again = load_trained(tmp_path / "merged.safetensors").eval()  # predict.py and the other exports read it like a fold
+    assert torch.equal(again(fbank), plain(fbank))
+
+
+def test_merged_in_half_the_size(tmp_path, fbank, command):
+    model = save_random(tmp_path / "fold1.safetensors", "lora")
+    for name, options in (("whole", []), ("half", ["--half"])):
+        command("export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / name, *options)
+    assert (tmp_path / "half").stat().st_size < 0.52 * (tmp_path / "whole").stat().st_size
+    (tmp_path / "half").rename(tmp_path / "half.safetensors")
+    half = load_ast(tmp_path / "half.safetensors").eval()
+    assert half.head.weight.dtype == torch.float32 and 0 < (half(fbank) - model(fbank)).abs().max() < 0.02
+
+
+def test_a_merged_model_is_a_backbone_too(tmp_path, command):
+    save_random(tmp_path / "fold1.safetensors", "hydra")
+    command("export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "merged.safetensors")
+    model = load_ast(tmp_path / "merged.safetensors", n_frames=100, n_classes=7, pool="cls")
+    assert model.config.heads == 2 and model(torch.randn(1, 100, 128)).shape == (1, 7)
+
+
+def test_adapters_cannot_be_merged(tmp_path, command):
+    save_random(tmp_path / "fold1.safetensors", "houlsby_par")
+    words = ["export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "merged.safetensors"]
+    assert "'houlsby_par' cannot be merged: Bottleneck is no linear change" in command(*words, code=2)
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("method", ["lora", "hydra", "bitfit", "full_ft"])
+def test_transformers_opens_it(method, tmp_path, command):
+    """From the waveform on: the library's extractor and model against our features and model."""
+    ours = save_random(tmp_path / "fold1.safetensors", method, "cls_dist")
+    command("export", tmp_path / "fold1.safetensors", "--to", "hf", "--out", tmp_path / "hf")
+    load = transformers.AutoModelForAudioClassification.from_pretrained
+    theirs, info = load(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
+    assert theirs.config.id2label == dict(enumerate(CLASSES)) and theirs.config.label2id["dog"] == 2
+    for samples in (5_000, 9_840, 20_000):  # shorter than 60 frames, as long, longer
+        wave = noise(samples)
+        inputs = extractor(wave[0].numpy(), sampling_rate=16_000, return_tensors="pt")
+        with torch.no_grad():
+            expected = ours(data.to_input(data.fbank(wave), 60))
+            assert (theirs.eval()(**inputs).logits - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("to", ["hf", "peft"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_other_heads_have_no_place_in_transformers(to, pool, tmp_path, command):
+    save_random(tmp_path / "fold1.safetensors", "lora", pool)
+    message = command("export", tmp_path / "fold1.safetensors", "--to", to, "--out", tmp_path / "out", code=2)
+    assert f"--to {to} needs a model trained with --pool cls_dist" in message and "no weights can express" in message
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- peft
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_qkvo"])
+def test_peft_opens_it(method, tmp_path, fbank, command):
+    """As the command says: on the backbone from its own place, which has another length and another head."""
+    ours = save_random(tmp_path / "fold1.safetensors", method, "cls_dist")
+    said = command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "peft")
+    scope = {**vars(transformers), "PeftModel": peft.PeftModel}
+    exec("\n".join(line.strip() for line in said.splitlines()[1:]), scope)
+    assert str(SMALL_AST) in said and scope["base"].config.max_length == 60
+    assert scope["base"].config.id2label == dict(enumerate(CLASSES))
+    with torch.no_grad():
+        assert (scope["model"].eval()(input_values=fbank).logits - ours(fbank)).abs().max() <= 1e-4
+
+
+def test_a_backbone_without_a_place_of_its_own_travels_along(tmp_path, command):
+    """transformers cannot open random:tiny by that name."""
+    torch.manual_seed(0)
+    model = petl.apply(load_ast("random:tiny", 60, 4, "cls_dist"), "lora").eval()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.v.b, std=0.2)
+    save_trained(model, tmp_path / "fold1.safetensors", {"classes": CLASSES})
+    command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "peft")
+    base = json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"]
+    theirs = transformers.AutoModelForAudioClassification.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    fbank = torch.randn(2, 60, 128)
+    with torch.no_grad():
+        assert (theirs(input_values=fbank).logits - model(fbank)).abs().max() <= 1e-4
+
+
+def test_there_and_back(tmp_path, fbank, command):
+    ours = save_random(tmp_path / "fold1.safetensors", "lora_qk", "cls_dist")
+    command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "peft")
+    command("import", tmp_path / "peft", "--out", tmp_path / "back.safetensors")
+    back, header = load_trained(tmp_path / "back.safetensors").eval(), read_header(tmp_path / "back.safetensors")
+    assert torch.equal(back(fbank), ours(fbank))
+    (lora,) = header["method"]["parts"]
+    assert header["classes"] == CLASSES and lora["targets"] == "qk" and lora["alpha"] / lora["rr"] == 8 / 128
+
+
+def peft_lora(folder, base=SMALL_AST, **config):
+    """A LoRA as a user of peft trains it; random, so that nothing is left at its start."""
+    torch.manual_seed(3)
+    theirs = transformers.AutoModelForAudioClassification.from_pretrained(base)
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **config}
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["classifier"]},
+        {"modules_to_save": ["classifier", "audio_spectrogram_transformer.layernorm"], "target_modules": ["k_proj"]},
+        {"r": 5, "use_rslora": True},  # no divisor of 64; the head stays that of the checkpoint
+        {"layers_to_transform": [1]},
+    ],
+)
+def test_a_lora_trained_with_peft_opens_here(config, tmp_path, command):
+    theirs = peft_lora(tmp_path / "peft", **config)
+    command("import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors")
+    ours = load_trained(tmp_path / "fold.safetensors").eval()
+    fbank = torch.randn(2, 100, 128)
+    with torch.no_grad():
+        assert (theirs(input_values=fbank).logits - ours(fbank)).abs().max() <= 1e-5
+    if "modules_to_save" not in config:
+        assert read_header(tmp_path / "fold.safetensors")["classes"] == [f"LABEL_{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "holds LORA, use_dora: only LoRA"),
+        ({"rank_pattern": {"q_proj": 2}}, "holds LORA, rank_pattern: only LoRA"),
+        ({"target_modules": ["q_proj", "fc1"]}, r"does not fit the method 'lora': blocks.0.ffn.fc1.a"),
+        ({"modules_to_save": ["audio_spectrogram_transformer.embeddings"]}, "trained embeddings are no part of a LoRA"),
+    ],
+)
+def test_what_cannot_be_read_from_peft(config, message, tmp_path, command):
+    peft_lora(tmp_path / "peft", **config)
+    assert message in command("import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors", code=2)
+    assert not (tmp_path / "fold.safetensors").exists()
+
+
+def test_other_adapters_of_peft(tmp_path, command):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    assert "holds IA3" in command("import", tmp_path, "--out", tmp_path / "f.safetensors", code=2)
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert "cannot read" in command("import", tmp_path, "--out", tmp_path / "f.safetensors", code=2)
+    assert "holds no adapter_config.json" in command("import", SMALL_AST, "--out", tmp_path / "f.safetensors", code=2)
+
+
+def test_another_base_for_peft(tmp_path, command):
+    """The head of the adapter has another width than random:tiny."""
+    peft_lora(tmp_path / "peft")
+    words = ["import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors", "--weights", "random:tiny"]
+    assert "does not fit the method 'lora'" in command(*words, code=2)
+
+
+def test_only_lora_goes_to_peft(tmp_path, command):
+    for method in ("adapter_lora", "hydra"):
+        save_random(tmp_path / "fold1.safetensors", method, "cls_dist")
+        message = command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "p", code=2)
+        assert f"takes LoRA alone, not '{method}'" in message
+
+
+# ------------------------------------------------------------------------------------------------------------- ONNX
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["linear", "spt", "dpt", "prefix", "houlsby_mixed", "convpass_pfeiffer_seq", "convpass2d_pfeiffer_par", "hydra",
+     "adapter_dpt_lora"],
+)  # fmt: skip
+def test_onnxruntime_runs_every_kind_of_method(method, tmp_path, command):
+    pool = {"dpt": "cls_dist", "prefix": "cls"}.get(method, "mean")
+    model = save_random(tmp_path / "fold1.safetensors", method, pool)
+    said = command("export", tmp_path / "fold1.safetensors", "--to", "onnx", "--out", tmp_path / "model.onnx")
+    assert "waveforms (batch, samples) at 16 kHz to probabilities (batch, 4)" in said
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch, samples in ((1, 3), (4, 4_000), (2, 9_840), (1, 9_841), (3, 30_000)):
+        wave = noise(samples, batch)
+        with torch.no_grad():
+            expected = model(data.to_input(data.fbank(wave), 60)).softmax(-1)
+        (found,) = session.run(None, {"waveform": wave.numpy()})
+        assert found.shape == (batch, 4) and np.abs(found - expected.numpy()).max() <= 1e-3
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == CLASSES and json.loads(facts["front_end"])["sample_rate"] == 16_000
+
+
+def test_features_as_a_convolution():
+    """The graph's features against float64, where rounding shows most: a pure tone, a quiet tone on a large offset."""
+    seconds = torch.arange(16_000) / 16_000
+    tone = torch.sin(2 * torch.pi * 440 * seconds)
+    waves = torch.stack([0.9 * tone, 0.5 + 0.001 * tone, torch.zeros(16_000), noise(16_000)[0]])
+    seen = []
+
+    class Model(torch.nn.Module):
+        config = load_ast("random:tiny", n_frames=98, n_classes=2).config
+
+        def forward(self, x):
+            seen.append(x * 2 * data.STD + data.MEAN)
+            return torch.zeros(len(x), 2)
+
+    export.Listener(Model())(waves)
+    power = data.spectrum(waves.double().unfold(-1, 400, 160)).abs().square()
+    exact = (power @ data.window_and_filters(torch.device("cpu"))[1].double()).clamp_min(2**-23).log()
+    graph, ours = ((features - exact).abs().amax((1, 2)) for features in (seen[0], data.fbank(waves)))
+    assert graph[0] <= 1.5 * ours[0]  # of the tone, most bands hold nothing but rounding
+    assert graph[1] <= 2e-3 and graph[2:].max() <= 1e-4
+
+
+def test_a_wrong_graph_is_not_kept(tmp_path, monkeypatch):
+    model = save_random(tmp_path / "fold1.safetensors", "lora")
+    fbank = data.fbank
+    monkeypatch.setattr(data, "fbank", lambda waves: fbank(waves) + 3)  # which the graph does not know of
+    with pytest.raises(RuntimeError, match="onnxruntime and torch differ by"):
+        export.export_onnx(model, {}, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_without_onnx(missing, tmp_path, monkeypatch, command):
+    save_random(tmp_path / "fold1.safetensors", "lora")
+    monkeypatch.setitem(sys.modules, missing, None)
+    words = ["export", tmp_path / "fold1.safetensors", "--to", "onnx", "--out", tmp_path / "model.onnx"]
+    assert f"--to onnx needs {missing}: pip install onnx onnxruntime" in command(*words, code=2)
+
+
+# ------------------------------------------------------------------------------------------- show, the command line
+
+
+def test_show_prints_what_the_file_is(train_main, tmp_path, command):
+    train_main("--method", "lora", "--pool", "cls_dist")
+    file = tmp_path / "runs/esc10/lora/seed0/fold1.safetensors"
+    header = read_header(file)
+    said = command("show", file)
+    lines = {line[:12].strip(): line[12:] for line in said.splitlines()}
+    assert lines["method"].startswith("lora: LoRA(targets='qv', rr=128, alpha=8)")
+    assert f"{header['parameters']['petl']:,} of the method" in lines["parameters"]
+    assert lines["classes"].startswith("10: sound 0, sound 4, ") and lines["pool"] == "cls_dist"
+    assert lines["backbone"] == f"{SMALL_AST}, SHA-256 {load_ast(SMALL_AST, pool='cls_dist').backbone.sha256}"
+    assert lines["front end"].startswith("500 frames; sample_rate 16000, window 400, hop 160, n_fft 512, n_mels 128")
+    assert lines["accuracy"].startswith(f"{header['result']['accuracy']:.2f} % of the test clips of fold 1")
+    assert f"torch {torch.__version__}" in lines["versions"] and "seed 0" in lines["trained on"]
+
+
+def test_show_of_a_merged_model_and_of_a_bare_one(tmp_path, command):
+    save_random(tmp_path / "fold1.safetensors", "hydra")
+    command("export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "merged.safetensors")
+    assert "a whole AST, merged" in command("show", tmp_path / "merged.safetensors")
+    said = command("show", tmp_path / "fold1.safetensors")
+    assert "4: rain, sea, waves, dog, wind" in said and "accuracy" not in said
+
+
+def test_files_that_are_something_else(tmp_path, command):
+    (tmp_path / "cut.safetensors").write_bytes(save_random_bytes(tmp_path)[:500])
+    for words in (["show"], ["export", "--to", "onnx", "--out", tmp_path / "out"]):
+        assert "no whole file of trained parts" in command(*words, tmp_path / "cut.safetensors", code=2)
+        assert "it has no such header" in command(*words, SMALL_AST / "model.safetensors", code=2)
+        assert "no whole file" in command(*words, tmp_path / "absent", code=2)
+
+
+def save_random_bytes(tmp_path) -> bytes:
+    save_random(tmp_path / "whole.safetensors", "lora")
+    return (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_header_of_another_method(tmp_path, command):
+    """The tensors of an adapter under the name of another method."""
+    save_random(tmp_path / "fold1.safetensors", "lora")
+    header = read_header(tmp_path / "fold1.safetensors")
+    header["method"] = petl.to_dict(petl.METHODS["houlsby_par"])
+    tensors = load_file(tmp_path / "fold1.safetensors")
+    save_file(tensors, tmp_path / "mixed.safetensors", {"ast_petl": json.dumps(header)})
+    words = ["export", tmp_path / "mixed.safetensors", "--to", "onnx", "--out", tmp_path / "model.onnx"]
+    assert "does not fit the method 'houlsby_par'" in command(*words, code=2)
+
+
+def test_the_wrong_backbone(tmp_path, command):
+    save_random(tmp_path / "fold1.safetensors", "lora")
+    words = ["export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "out"]
+    assert "was trained on the backbone" in command(*words, "--weights", "random:tiny", code=2)
+
+
+def test_words_that_do_not_fit(tmp_path, command):
+    save_random(tmp_path / "fold1.safetensors", "lora", "cls_dist")
+    words = ["export", tmp_path / "fold1.safetensors", "--out"]
+    assert "invalid choice: 'tflite'" in command(*words, tmp_path / "x", "--to", "tflite", code=2)
+    assert "--half goes with --to merged" in command(*words, tmp_path / "x", "--to", "onnx", "--half", code=2)
+    assert "is a file" in command(*words, tmp_path / "fold1.safetensors", "--to", "hf", code=2)
+    assert "is a folder" in command(*words, tmp_path, "--to", "onnx", code=2)
+    assert "--help shows all options" in command(code=2)
+    (tmp_path / "file").touch()
+    assert "cannot write" in command(*words, tmp_path / "file" / "x", "--to", "merged", code=2)
