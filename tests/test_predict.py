@@ -1,0 +1,388 @@
+"""predict.py as a user runs it: windows, formats, folders, several folds, tags, and everything that can go wrong."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+from conftest import SMALL_AST, save_random
+
+import data
+import export
+import petl
+import predict
+from load_weights import load_ast, read_header, save_trained
+
+CLASSES = ["rain", "sea, waves", "dog", "wind"]
+WINDOW = 59 * 160 + 400  # samples under 60 frames
+
+
+@pytest.fixture
+def main(capsys):
+    """Runs predict.py; returns its exit code and what it printed to stdout and stderr."""
+
+    def call(*words) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = predict.main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def rows(main):
+    """Runs `predict.py WORDS --json`; returns its lines as dictionaries."""
+
+    def call(*words, code: int = 0) -> list[dict]:
+        found, out, _ = main(*words, "--json")
+        assert found == code
+        return [json.loads(line) for line in out.splitlines()]
+
+    return call
+
+
+@pytest.fixture
+def fold(tmp_path) -> Path:
+    """Of a method with dropout, which must be off."""
+    save_random(tmp_path / "fold1.safetensors", "convpass_houlsby_par")
+    return tmp_path / "fold1.safetensors"
+
+
+def sound(seconds: float, rate: int = 16_000, channels: int = 1, seed: int = 0) -> np.ndarray:
+    """A glide through noise that gets louder: no two windows are alike."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * rate)) / rate
+    wave = np.sin(2 * np.pi * (300 + 200 * seed + 400 * time) * time) * (time + 0.1) / (seconds + 0.1)
+    return 0.3 * wave[:, None] + 0.05 * rng.standard_normal((len(time), channels))
+
+
+def write(path: Path, *args, **kwargs) -> Path:
+    rate = kwargs.pop("rate", 16_000)
+    soundfile.write(path, sound(*args, rate=rate, **kwargs), rate)
+    return path
+
+
+def by_hand(model, wave: np.ndarray) -> torch.Tensor:
+    """Probabilities of one clip, the way training sees it: the beginning, padded or cut."""
+    n_frames = model.config.n_frames
+    with torch.no_grad():
+        return model(data.to_input(data.fbank(torch.from_numpy(wave)[None]), n_frames)).softmax(-1)[0]
+
+
+def as_tensor(row: dict) -> torch.Tensor:
+    found = {entry["class"]: entry["probability"] for entry in row["classes"]}
+    return torch.tensor([found[name] for name in CLASSES])
+
+
+# --------------------------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("length", [0, 1, 399, 400, 700, 999, 1000, 1159, 1160, 1300, 1800, 1959, 1960, 5000, 5077])
+@pytest.mark.parametrize("hop", [160, 480, 800])
+@pytest.mark.parametrize("block", [1, 333, 10_000])
+def test_windows_cover_everything(length, hop, block):
+    """Windows of 4 frames, 880 samples: in order, a hop apart but for the last, which ends with the sound."""
+    wave = np.arange(length, dtype=np.float32)
+    blocks = [wave[i : i + block] for i in range(0, length, block)]
+    windows = list(predict.cut(blocks, n_frames=4, hop=hop))
+    starts = [start for start, _ in windows]
+    for start, piece in windows:
+        assert np.array_equal(piece, wave[start : start + len(piece)])
+    assert all(len(piece) == 880 for _, piece in windows[:-1])
+    assert starts[-1] + len(windows[-1][1]) == length
+    assert starts[:-1] == [hop * i for i in range(len(starts) - 1)]
+    if length < 880:
+        assert starts == [0]
+    else:
+        assert 880 <= len(windows[-1][1]) < 880 + 160 and starts[-1] % 160 == 0
+        assert len(starts) == 1 or 0 < starts[-1] - starts[-2] <= hop
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100, 8_000])
+def test_reading_in_blocks_changes_nothing(rate, tmp_path):
+    """Three blocks against the whole file at once, bit for bit."""
+    file = write(tmp_path / "long.wav", 25.3, rate=rate, channels=2)
+    samples, _ = soundfile.read(file, dtype="float32")
+    blocks = list(data.stream_audio(file))
+    assert len(blocks) >= 3 and all(len(block) <= 160_100 for block in blocks)
+    expected = samples.mean(axis=1) if rate == 16_000 else soxr.resample(samples.mean(axis=1), rate, 16_000)
+    assert np.array_equal(np.concatenate(blocks), expected)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.2, 0.6, 0.614])
+def test_a_short_sound_is_heard_as_in_training(seconds, tmp_path, fold, rows):
+    """Batched with a longer one, so that it is padded where training would not pad."""
+    model = save_random(fold, "convpass_houlsby_par")
+    short, longer = write(tmp_path / "short.wav", seconds), write(tmp_path / "longer.wav", 0.61, seed=1)
+    first, second = rows(fold, longer, short, "--top", 4)
+    torch.testing.assert_close(as_tensor(second), by_hand(model, data.read_audio(short)), atol=2e-6, rtol=0)
+    torch.testing.assert_close(as_tensor(first), by_hand(model, data.read_audio(longer)), atol=2e-6, rtol=0)
+    assert second["end"] == pytest.approx(seconds, abs=1e-3) and second["what"] == "file"
+
+
+def test_a_long_sound_is_the_mean_of_its_windows(tmp_path, fold, rows):
+    model = save_random(fold, "convpass_houlsby_par")
+    file = write(tmp_path / "long.wav", 3.0, rate=44_100, channels=2)
+    wave = data.read_audio(file)
+    starts = [*range(0, len(wave) - WINDOW, 4_800), (len(wave) - 400) // 160 * 160 - 59 * 160]
+    expected = [by_hand(model, wave[start:]) for start in starts]
+    *windows, answer = rows(fold, file, "--top", 4, "--windows")
+    assert [row["start"] for row in windows] == [round(start / 16_000, 3) for start in starts]
+    assert [row["what"] for row in windows] == ["window"] * len(starts) and answer["end"] == 3.0
+    for row, scores in zip(windows, expected, strict=True):
+        (best,) = row["classes"]
+        assert best["class"] == CLASSES[scores.argmax()]
+        assert best["probability"] == pytest.approx(scores.max().item(), abs=2e-6)
+    torch.testing.assert_close(as_tensor(answer), torch.stack(expected).mean(0), atol=2e-6, rtol=0)
+    assert len({round(row["classes"][0]["probability"], 4) for row in windows}) > 3  # the windows do differ
+
+
+def test_windows_point_at_the_events(tmp_path, rows):
+    """Three tones in two minutes of noise. The head is fitted to a random backbone, which is enough to tell tones."""
+    rng = np.random.default_rng(0)
+
+    def tone(hz, seconds):  # at 44.1 kHz
+        time = np.arange(round(seconds * 44_100)) / 44_100
+        return 0.4 * np.sin(2 * np.pi * hz * time) * (hz > 0) + 0.02 * rng.standard_normal(len(time))
+
+    pitch = {"nothing": 0, "low": 300, "middle": 1_000, "high": 4_000}
+    model = petl.apply(load_ast(SMALL_AST, 60, 4), "linear").eval()
+    labels = torch.arange(4).repeat(40)
+    hz = np.array(list(pitch.values()))[labels] * rng.uniform(0.98, 1.02, len(labels))
+    waves = torch.from_numpy(np.stack([soxr.resample(tone(one, 0.7), 44_100, 16_000) for one in hz])).float()
+    with torch.no_grad():
+        pooled = model.features(data.to_input(data.fbank(waves), 60)).mean(1).double()
+        mean, std = pooled.mean(0), pooled.std(0)
+        x, target = (pooled - mean) / std, torch.nn.functional.one_hot(labels, 4).double() - 0.25
+        weight = torch.linalg.solve(x.T @ x + len(x) * torch.eye(64), x.T @ target).T / std  # ridge regression
+        model.head.weight.copy_(10 * weight)
+        model.head.bias.copy_(-10 * weight @ mean)
+    save_trained(model, tmp_path / "fold1.safetensors", {"classes": list(pitch)})
+
+    events = {20.0: "high", 61.5: "low", 100.3: "middle"}  # seconds; two seconds long
+    recording = tone(0, 120)
+    for start, name in events.items():
+        recording[round(start * 44_100) :][: 2 * 44_100] += tone(pitch[name], 2)
+    soundfile.write(tmp_path / "two minutes.flac", np.stack([recording, recording], axis=1), 44_100)
+    *windows, _ = rows(tmp_path / "fold1.safetensors", tmp_path / "two minutes.flac", "--windows")
+    inside = dict.fromkeys(events.values(), 0)
+    for row in windows:
+        (best,) = row["classes"]
+        if all(row["end"] <= start or row["start"] >= start + 2 for start in events):
+            assert best["class"] == "nothing", row
+        for start, name in events.items():
+            if start <= row["start"] and row["end"] <= start + 2:
+                assert best["class"] == name, row
+                inside[name] += 1
+    assert len(windows) == 399 and min(inside.values()) >= 4
+
+
+def test_hop_and_batch_size(tmp_path, fold, rows, main):
+    file = write(tmp_path / "long.wav", 2.0)
+    half = rows(fold, file, "--windows")
+    fine = rows(fold, file, "--windows", "--hop", 0.1)
+    assert [row["start"] for row in fine[:4]] == [0, 0.1, 0.2, 0.3] and len(fine) == 16 and len(half) == 7
+    one_by_one = rows(fold, file, "--hop", 0.1, "--batch-size", 1, "--top", 4)[-1]
+    together = rows(fold, file, "--hop", 0.1, "--top", 4)[-1]
+    torch.testing.assert_close(as_tensor(one_by_one), as_tensor(together), atol=2e-6, rtol=0)
+    for hop in (0, -1, 0.7):
+        code, out, err = main(fold, file, "--hop", hop)
+        assert code == 2 and not out and err.startswith(f"error: --hop {float(hop)}: windows are 0.6 s long")
+
+
+# ------------------------------------------------------------------------------------------- files, folders, formats
+
+
+def test_five_formats(tmp_path, fold, rows):
+    """The same sound in each; lossy ones come close."""
+    formats = {"wav": "PCM_16", "flac": "PCM_24", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III", "aiff": "FLOAT"}
+    wave = sound(1.0, 44_100, 2)
+    for suffix, subtype in formats.items():
+        soundfile.write(tmp_path / f"sound.{suffix}", wave, 44_100, subtype=subtype)
+    found = rows(fold, *(tmp_path / f"sound.{suffix}" for suffix in formats), "--top", 4)
+    assert [Path(row["file"]).suffix[1:] for row in found] == list(formats)
+    for row, tolerance in zip(found, (0.02, 1e-3, 0.2, 0.2, 1e-3), strict=True):
+        assert (as_tensor(row) - as_tensor(found[1])).abs().max() <= tolerance, row["file"]
+
+
+def test_folders_are_walked(tmp_path, fold, rows, main):
+    root = tmp_path / "sounds"
+    (root / "deep" / "er").mkdir(parents=True)
+    for name in ("b.WAV", "a.flac", "deep/c.ogg", "deep/er/d.wav", ".hidden.wav"):
+        write(root / name, 0.3)
+    (root / "notes.txt").write_text("no sound")
+    found = [Path(row["file"]).relative_to(root).as_posix() for row in rows(fold, root, root / "a.flac")]
+    assert found == ["a.flac", "b.WAV", "deep/c.ogg", "deep/er/d.wav"]  # each once
+    (root / "empty").mkdir()
+    code, out, err = main(fold, root / "empty")
+    assert code == 2 and not out and err.count("\n") == 1 and "holds no sounds (.wav, .flac" in err
+
+
+def test_bad_files_do_not_stop_the_others(tmp_path, fold, rows, main):
+    good = write(tmp_path / "good.wav", 1.0)
+    (tmp_path / "text.wav").write_text("no sound")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.array([*sound(12)[:, 0], np.nan]), 16_000, subtype="FLOAT")
+    files = ["text.wav", "empty.wav", "good.wav", "nan.wav", "absent.wav", "good2.wav"]
+    write(tmp_path / "good2.wav", 0.5)
+    paths = [tmp_path / name for name in files]
+    code, out, err = main(fold, *paths)
+    assert code == 1 and [Path(line.split()[0]).name for line in out.splitlines()] == ["good.wav", "good2.wav"]
+    errors = err.splitlines()
+    assert len(errors) == 4 and all(line.startswith(f"error: {tmp_path}") for line in errors)
+    reasons = {"text": "no known sound format", "empty": "no samples", "nan": "not finite", "absent": "No such file"}
+    for line, (name, reason) in zip(errors, reasons.items(), strict=True):
+        assert f"{name}.wav: " in line and reason in line, line
+    found = rows(fold, *paths, code=1)
+    assert [Path(row["file"]).name for row in found] == files
+    assert [("error" in row) for row in found] == [True, True, False, True, True, False]
+    assert main(fold, good)[0] == 0
+
+
+def test_the_table(tmp_path, fold, main):
+    write(tmp_path / "one.wav", 1.0)
+    code, out, _ = main(fold, tmp_path / "one.wav", "--windows", "--top", 2)
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 4
+    assert lines[0].startswith(f"{tmp_path}/one.wav       0.00 -     0.61 s  ")
+    name, probability, second, other = lines[-1].split(" s  ")[1].replace("sea, waves", "sea_waves").split()
+    assert "1.00 s" in lines[-1] and 1 >= float(probability) >= float(other) >= 0 and name != second
+
+
+def test_csv_reads_back(tmp_path, fold, main):
+    write(tmp_path / "one, two.wav", 1.0)
+    code, out, _ = main(fold, tmp_path / "one, two.wav", tmp_path / "absent.wav", "--csv", "--windows", "--top", 4)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 1 and len(rows) == 3 + 4 + 1
+    assert {row["file"] for row in rows[:-1]} == {str(tmp_path / "one, two.wav")}
+    assert [row["rank"] for row in rows] == ["1", "1", "1", "1", "2", "3", "4", ""]
+    assert {row["class"] for row in rows[3:7]} == set(CLASSES)
+    assert sum(float(row["probability"]) for row in rows[3:7]) == pytest.approx(1, abs=1e-5)
+    assert "No such file" in rows[-1]["error"]
+
+
+def test_names_that_are_no_text(tmp_path, fold, rows):
+    good, strange = write(tmp_path / "good.wav", 0.3), Path(str(tmp_path / "caf") + "\udce9.wav")  # a Latin-1 byte
+    strange.write_bytes(good.read_bytes())
+    first, second = rows(fold, strange, good)
+    assert first["file"].endswith("caf\\xe9.wav") and first["classes"] == second["classes"]
+
+
+def test_what_follows_in_the_pipe_may_stop_reading(tmp_path, fold):
+    write(tmp_path / "long.wav", 30.0)
+    command = f"{sys.executable} {predict.__file__} {fold} {tmp_path}/long.wav --windows --hop 0.01 | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def test_folds_of_a_run_are_averaged(tmp_path, rows):
+    run = tmp_path / "run"
+    models = []
+    for k in (1, 2, 10):
+        model = save_random(run / f"fold{k}.safetensors", "lora")
+        with torch.no_grad():
+            model.head.bias.copy_(torch.arange(4) * k * 0.3)
+        save_trained(model, run / f"fold{k}.safetensors", {"classes": CLASSES})
+        models.append(model)
+    file = write(tmp_path / "sound.wav", 0.6)
+    wave = data.read_audio(file)
+    single = [by_hand(model, wave) for model in models]
+    (answer,) = rows(run, file, "--top", 4)
+    torch.testing.assert_close(as_tensor(answer), torch.stack(single).mean(0), atol=2e-6, rtol=0)
+    (answer,) = rows(run / "fold10.safetensors", file, "--top", 4)
+    torch.testing.assert_close(as_tensor(answer), single[2], atol=2e-6, rtol=0)
+
+
+def test_a_merged_model_answers_alike(tmp_path, rows):
+    save_random(tmp_path / "fold1.safetensors", "lora", "cls")
+    words = ["export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "m.safetensors"]
+    assert export.main([str(word) for word in words]) == 0
+    file = write(tmp_path / "sound.wav", 1.0)
+    one, other = (rows(tmp_path / name, file, "--top", 4)[0] for name in ("fold1.safetensors", "m.safetensors"))
+    torch.testing.assert_close(as_tensor(one), as_tensor(other), atol=1e-5, rtol=0)
+
+
+def test_tags_of_the_unmodified_model(tmp_path, main):
+    """Its own head, names of its config.json, and a sigmoid: probabilities do not add up to one."""
+    file = write(tmp_path / "sound.wav", 0.9)
+    code, out, _ = main("--tags", "--weights", SMALL_AST, file, "--json", "--top", 5)
+    found = {entry["class"]: entry["probability"] for entry in json.loads(out)["classes"]}
+    model = load_ast(SMALL_AST, pool="cls_dist").eval()
+    with torch.no_grad():
+        logits = model(data.to_input(data.fbank(torch.from_numpy(data.read_audio(file))[None]), 100))[0]
+    assert code == 0
+    for i, value in enumerate(logits.sigmoid().tolist()):
+        assert found[f"LABEL_{i}"] == pytest.approx(value, abs=2e-6)
+    code, out, err = main("--tags", "--weights", "random:tiny", file)
+    assert code == 2 and "the names of its classes are unknown" in err
+
+
+@pytest.mark.parametrize(("pool", "method"), [("mean", "linear"), ("cls_dist", "dpt")])
+def test_a_trained_run_knows_its_sounds(pool, method, train_main, tmp_path, esc50_dir, rows):
+    """train.py --pool, then predict.py on the test clips of the fold: as many right as the fold's accuracy says."""
+    assert train_main("--method", method, "--pool", pool, "--epochs", 3, "--lr", 1e-2) == 0
+    run = tmp_path / "runs/esc10" / method / "seed0"
+    assert read_header(run / "fold1.safetensors")["pool"] == pool
+    clips = [path for path in sorted((esc50_dir / "audio").glob("1-*.wav")) if int(path.stem.split("-")[-1]) < 40]
+    found = rows(run, *clips)
+    right = [row["classes"][0]["class"] == f"sound {Path(row['file']).stem.split('-')[-1]}" for row in found]
+    accuracy = json.loads((run / "result.json").read_text())["accuracy"]
+    assert 100 * sum(right) / len(right) == pytest.approx(accuracy)
+
+
+# -------------------------------------------------------------------------------------------------------- bad models
+
+
+@pytest.fixture
+def fails(main, tmp_path):
+    """Runs predict.py on a good sound; returns the one line it ends with."""
+    file = write(tmp_path / "good.wav", 0.3)
+
+    def call(*words) -> str:
+        code, out, err = main(*words, file)
+        assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return call
+
+
+def test_wrong_and_damaged_checkpoints(tmp_path, fold, fails):
+    assert "was trained on the backbone" in fails(fold, "--weights", "random:tiny")
+    content = fold.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    assert "no whole file of trained parts" in fails(tmp_path / "cut.safetensors")
+    assert "it has no such header" in fails(SMALL_AST / "model.safetensors")
+    assert "no such run or checkpoint" in fails(tmp_path / "absent")
+    (tmp_path / "run").mkdir()
+    assert "holds no fold*.safetensors" in fails(tmp_path / "run")
+
+
+def test_folds_that_do_not_belong_together(tmp_path, fails):
+    save_random(tmp_path / "run/fold1.safetensors", "lora")
+    save_random(tmp_path / "run/fold2.safetensors", "lora", classes=["a", "b", "c", "d"])
+    assert "have other classes: they are not folds of one run" in fails(tmp_path / "run")
+    save_random(tmp_path / "run/fold2.safetensors", "lora", n_frames=100)
+    assert "have other n_frames" in fails(tmp_path / "run")
+
+
+def test_another_front_end(tmp_path, monkeypatch, fails):
+    save_random(tmp_path / "fold1.safetensors", "lora")
+    monkeypatch.setattr(predict, "FRONT_END", {**data.FRONT_END, "hop": 80})
+    assert "was trained with another front end" in fails(tmp_path / "fold1.safetensors")
+
+
+def test_no_sounds_and_unknown_options(fold, main):
+    for words, message in (((fold,), "no sounds to classify"), ((fold, "x.wav", "--top", "0"), "--top"),
+                           ((fold, "x.wav", "--json", "--csv"), "not allowed with"), ((), "are required")):  # fmt: skip
+        code, _, err = main(*words)
+        assert code == 2 and message in err and err.count("\n") == 1
