@@ -13,7 +13,10 @@ from torch import nn
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message says what, where and what to do; the commands print it and exit 2."""
+    """A mistake the user can mend. The message says what, where and what to do; the commands print it and exit 2.
+
+    It stands here because every other file imports this one.
+    """
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ASTConfig:
     def __post_init__(self):
         if self.pool not in POOL:
             raise ValueError(f"pool is {self.pool!r}; choose one of {', '.join(POOL)}")
-        if self.dim % self.heads:
+        if self.heads < 1 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
         if min(self.n_frames, self.n_mels) < self.patch:
             raise ValueError(f"{self.n_frames} frames x {self.n_mels} bands do not hold one {self.patch}-wide patch")

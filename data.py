@@ -591,13 +591,19 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> D
     recording are in one fold. `data_dir` is the unpacked release or its zip; without it the release is downloaded.
     """
     root = locate(ESC50, data_dir, cache_dir)
-    rows = read_table(root / "meta" / "esc50.csv", ["filename", "fold", "target", "category", "esc10"])
+    table = root / "meta" / "esc50.csv"
+    rows = read_table(table, ["filename", "fold", "target", "category", "esc10"], integers=["fold", "target"])
     if only_esc10:
-        rows = [row for row in rows if row["esc10"] == "True"]
+        rows = [row for row in rows if row["esc10"].lower() == "true"]
+        if not rows:
+            raise UserError(f"{table}: no row has esc10 = True; is it the table of the release?")
     classes, labels = _numbered(rows, "target", "category")
     paths = [root / "audio" / row["filename"] for row in rows]
     require_files(root, paths)
     folds = splits_of_folds([int(row["fold"]) for row in rows], validate=True)
+    expected = (10, 400) if only_esc10 else (50, 2000)
+    if (len(classes), len(rows)) != expected:
+        warn(f"{root}: {len(rows)} clips of {len(classes)} classes, where the release has %d of %d" % expected[::-1])
     return Dataset("esc10" if only_esc10 else "esc50", root, classes, paths, labels, folds)
 
 
@@ -613,7 +619,8 @@ def us8k(data_dir: Path | None, cache_dir: Path) -> Dataset:
     (`fsID`) are in one fold.
     """
     root = locate(US8K, data_dir, cache_dir)
-    rows = read_table(root / "metadata" / "UrbanSound8K.csv", ["slice_file_name", "fold", "classID", "class"])
+    table = root / "metadata" / "UrbanSound8K.csv"
+    rows = read_table(table, ["slice_file_name", "fold", "classID", "class"], integers=["fold", "classID"])
     classes, labels = _numbered(rows, "classID", "class")
     paths = [root / "audio" / f"fold{row['fold']}" / row["slice_file_name"] for row in rows]
     require_files(root, paths)
@@ -667,8 +674,8 @@ def _numbered(rows: list[dict[str, str]], number: str, name: str) -> tuple[list[
     return [names[n] for n in numbers], [numbers.index(int(row[number])) for row in rows]
 
 
-def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header line; UserError if one of `columns` is missing."""
+def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header line; UserError if one of `columns` is missing or no whole number."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -685,6 +692,9 @@ def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     for line, row in enumerate(rows, start=2):
         if any(row[column] is None for column in columns):
             raise UserError(f"{path}, line {line}: too few columns; is the file whole?")
+        for column in integers:
+            if not row[column].isdecimal():
+                raise UserError(f"{path}, line {line}: {column} is {row[column]!r}; it must be a whole number")
     return rows
 
 

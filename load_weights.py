@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.utils
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import EntryNotFoundError
@@ -108,8 +109,10 @@ def load_ast(
     was trained with ("cls_dist"; "mean" for demo). The result knows its origin as `model.backbone`.
     Raises UserError for whatever is missing, damaged or not an AST.
     """
+    weights = str(weights)
     state, config = read_checkpoint(weights)
-    backbone = Backbone(str(weights), fingerprint(state))
+    origin = weights if is_named(weights) else str(Path(weights).expanduser().resolve())
+    backbone = Backbone(origin, fingerprint(state, config))
     keep_head = n_classes is None
     if keep_head and pool != config.pool:
         raise UserError(f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; n_classes makes a new one")
@@ -143,11 +146,16 @@ def shorten(names: list[str]) -> str:
 
 def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
     """Tensors under our names in float32, and the shape of the model they make."""
-    if str(weights).startswith("random:"):
-        return random_checkpoint(str(weights))
-    path, config_path = find_checkpoint(str(weights))
+    if weights.startswith("random:"):
+        return random_checkpoint(weights)
+    path, config_path = find_checkpoint(weights)
     state = to_our_names(read_tensors(path))
     return state, read_config(state, config_path, path)
+
+
+def is_named(weights: str) -> bool:
+    """Whether this is a name that means the same everywhere, not a path."""
+    return weights in ("audioset", "demo") or weights.startswith(("hf:", "random:"))
 
 
 def find_checkpoint(weights: str) -> tuple[Path, Path]:
@@ -207,8 +215,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "GLOBAL" in str(error):
             reason = "it holds Python code, which is never executed here"
+        elif isinstance(error, pickle.UnpicklingError):  # whose own text recommends to load it unsafely
+            reason = "it is no file of tensors"
         else:
             reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise UserError(f"cannot read {path} ({reason}): download it again, or convert it to .safetensors") from None
@@ -250,36 +260,44 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
     written = read_json(config_path) if config_path.is_file() else {}
     if written.get("model_type") != "audio-spectrogram-transformer":
         written = {}  # some other program's config.json
-    time_stride, stride = written.get("time_stride", 10), written.get("frequency_stride", 10)
-    activation, qkv_bias = written.get("hidden_act", "gelu"), written.get("qkv_bias", True)
-    if time_stride != stride or activation != "gelu" or not qkv_bias:
-        raise UserError(f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported")
     try:
         dim, _, patch, _ = state["embed.patches.weight"].shape
         n_tokens = state["embed.position"].shape[1]
         hidden = state["blocks.0.ffn.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is no AST checkpoint: {error} is missing or of another shape") from None
+        trained_parts = any(".adapter." in name or name == "head.weight" for name in state)
+        hint = "; it holds trained parts, whose backbone is wanted here" if trained_parts else ""
+        raise UserError(f"{path} is no AST checkpoint: {error} is missing or of another shape{hint}") from None
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    n_mels = written.get("num_mel_bins", 128)
-    heads = written.get("num_attention_heads", dim // 64)
-    bands = (n_mels - patch) // stride + 1
-    if not heads or dim % heads or (n_tokens - 2) % bands:
-        raise UserError(f"{path} is no AST checkpoint: {dim} dimensions in {heads} heads, {n_tokens} positions")
-    steps = (n_tokens - 2) // bands
+    time_stride, stride = written.get("time_stride", 10), written.get("frequency_stride", 10)
+    activation, qkv_bias = written.get("hidden_act", "gelu"), written.get("qkv_bias", True)
+    if time_stride != stride or activation != "gelu" or not qkv_bias:
+        raise UserError(f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported")
     n_classes = next((len(state[name]) for name in ("head.1.bias", "head.bias") if name in state), 1)
-    return ASTConfig(
-        n_frames=written.get("max_length", (steps - 1) * stride + patch), n_mels=n_mels, patch=patch, stride=stride,
-        dim=dim, depth=depth, heads=heads, eps=written.get("layer_norm_eps", 1e-12), n_classes=n_classes,
-        pool="cls_dist" if "head.1.bias" in state else "mean", hidden=hidden,
-    )  # fmt: skip
+    try:
+        n_mels = written.get("num_mel_bins", 128)
+        steps = (n_tokens - 2) // ((n_mels - patch) // stride + 1)
+        config = ASTConfig(
+            n_frames=written.get("max_length", (steps - 1) * stride + patch), n_mels=n_mels, patch=patch,
+            stride=stride, dim=dim, depth=depth, heads=written.get("num_attention_heads", dim // 64),
+            eps=written.get("layer_norm_eps", 1e-12), n_classes=n_classes,
+            pool="cls_dist" if "head.1.bias" in state else "mean", hidden=hidden,
+        )  # fmt: skip
+        if config.n_tokens != n_tokens:
+            raise ValueError(f"a grid of {config.grid} patches does not have {n_tokens} positions")
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} and its config.json do not make an AST: {error}") from None
+    return config
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path} (it holds no table): download it again")
+    return content
 
 
 def resize_positions(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -305,9 +323,9 @@ def crop_or_stretch(grid: torch.Tensor, rows: int, size: int) -> torch.Tensor:
     return F.interpolate(grid, size=(rows, size), mode="bilinear", align_corners=False)
 
 
-def fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the names and float32 values of all tensors but the head's."""
-    digest = hashlib.sha256()
+def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
+    """SHA-256 over the names and float32 values of all tensors but the head's, and what no tensor shows."""
+    digest = hashlib.sha256(f"{config.heads} heads, stride {config.stride}".encode())
     for name in sorted(state):
         if not name.startswith("head."):
             digest.update(name.encode())
@@ -348,19 +366,23 @@ def read_header(path: Path) -> dict:
             return json.loads(file.metadata()["ast_petl"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if not isinstance(error, KeyError | TypeError) else "it has no such header"
-        raise UserError(f"{path} is no whole file of trained parts ({reason})") from None
+        raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again") from None
 
 
 def load_trained(path: Path, weights: str | None = None) -> AST:
     """The adapted model of a file of `save_trained`: backbone, method and trained tensors; or that of `save_ast`.
 
-    `weights` says where the backbone is now, if not where the header has it. Another backbone is a UserError.
+    `weights` says where the backbone is now, if not where the header has it. Another backbone is a UserError. The model
+    comes back in evaluation mode.
     """
     header = read_header(path)
     if "config" in header:  # a whole model: it needs no backbone
-        return load_ast(path, pool=header["config"]["pool"])
+        return load_ast(path, pool=header["config"]["pool"]).eval()
     wanted = Backbone(**header["backbone"])
-    model = load_ast(weights or wanted.name, header["n_frames"], header["n_classes"], header["pool"])
+    try:
+        model = load_ast(weights or wanted.name, header["n_frames"], header["n_classes"], header["pool"])
+    except UserError as error:
+        raise UserError(f"{path} needs its backbone: {error}; --weights says where it is") from None
     if model.backbone.sha256 != wanted.sha256:
         raise UserError(
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), not on "
@@ -368,7 +390,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
         )
     petl.apply(model, petl.from_dict(header["method"]))
     load_tensors(model, load_file(path), path)
-    return model
+    return model.eval()
 
 
 def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -6,11 +6,12 @@ prefixes), the embedding or a whole block (prompts). A wrapper keeps what it wra
 own code is never changed. To add a method: write the module, write the part, add the row.
 
     model = apply(load_ast("audioset", n_frames=500, n_classes=50), "houlsby_par")
-    count(model)   # {'petl': 497952, 'head': 39986, 'total': 86244452}
+    count(model)   # {'petl': 497952, 'head': 39986, 'total': 86207570}
 """
 
 import copy
 import difflib
+import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -95,6 +96,9 @@ def zeros(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+# Where an adapter A meets a sub-layer S whose input is u, the output of its LayerNorm. What comes out replaces S(u).
+
+
 def seq_after(S, A, u):
     h = S(u)
     return h + A(h)
@@ -105,7 +109,6 @@ def seq_before(S, A, u):
     return S(a) + a
 
 
-# Where an adapter A meets a sub-layer S whose input is u, the output of its LayerNorm. What comes out replaces S(u).
 INSERTIONS = {
     "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7)
     "seq_after": seq_after,  # eq. (6)
@@ -425,8 +428,8 @@ def override(method: Method, rr: int | None = None, alpha: float | None = None, 
             continue
         if not any(hasattr(part, setting) for part in method.parts):
             raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
-        if value <= 0:
-            raise UserError(f"--{setting} is {value}; it must be positive")
+        if not 0 < value < math.inf:
+            raise UserError(f"--{setting} is {value}; it must be a positive number")
         parts = (replace(part, **{setting: value}) if hasattr(part, setting) else part for part in method.parts)
         method = replace(method, parts=tuple(parts))
     return method

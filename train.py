@@ -18,11 +18,13 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +66,8 @@ class Settings:
 
     dataset: str
     method: dict  # petl.to_dict
-    weights: str
+    weights: str  # as the user named it; what counts is `backbone`
+    backbone: str  # SHA-256
     pool: str
     seed: int
     shots: int | None
@@ -79,14 +82,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Clips:
-    """The features and labels of a dataset, where the loop reads them: (clips, n_frames, n_mels) and (clips,)."""
+    """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU."""
 
     features: torch.Tensor
     labels: torch.Tensor
 
     def batch(self, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.features[index.to(self.features.device)].to(device, torch.float32, non_blocking=True)
-        return x, self.labels[index.to(self.labels.device)]
+        """Clips `index`, which lies where the features lie, on `device` in float32."""
+        return self.features[index].to(device, torch.float32), self.labels[index].to(device)
 
 
 # ------------------------------------------------------------------------------------------------------ the training
@@ -106,18 +109,24 @@ def train_epoch(
     forward: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clips: Clips,
     train: torch.Tensor, learning_rates: list[float], settings: Settings, args: argparse.Namespace,
 ) -> list[float]:  # fmt: skip
-    """One pass over the clips `train`, in random order, one step per learning rate. Returns the loss of every step."""
+    """One pass over the clips `train`, in random order, one step per learning rate. Returns the loss of every step.
+
+    A batch is shared out between the processes, and each takes its share in equally many micro-batches, as
+    DistributedDataParallel wants it; some of them may be empty. Masks are drawn for the whole batch everywhere, so the
+    number of processes does not change them. (The dropout of Convpass does depend on it.)
+    """
     device, rank, world = args.device, *ranks()
+    micro_batch = (args.micro_batch or settings.batch_size) * world
     losses = []
-    for index, lr in zip(train[torch.randperm(len(train))].split(settings.batch_size), learning_rates, strict=True):
+    order = train[torch.randperm(len(train))].to(clips.features.device)
+    for index, lr in zip(order.split(settings.batch_size), learning_rates, strict=True):
         optimizer.param_groups[0]["lr"] = lr
-        draws = torch.rand(len(index), 4, device=device)  # of the whole batch, though a process takes a part of it
-        mine = torch.arange(rank, len(index), world)
+        draws = torch.rand(len(index), 4, device=device)
         total = torch.zeros((), device=device)
-        for part in mine.split(args.micro_batch or settings.batch_size):
-            x, y = clips.batch(index[part], device)
+        for clips_now, draws_now in zip(index.split(micro_batch), draws.split(micro_batch), strict=True):
+            x, y = clips.batch(clips_now[rank::world], device)
             if settings.mask:
-                x = spec_augment(x, draws[part.to(device)])
+                x = spec_augment(x, draws_now[rank::world])
             with autocast(device, settings.dtype):
                 logits = forward(x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index)
@@ -127,7 +136,7 @@ def train_epoch(
         scaler.update()
         optimizer.zero_grad()
         losses.append(total)
-    return sum_over_ranks(torch.stack(losses)).tolist()  # the only wait for the device in the whole epoch
+    return sum_over_ranks(torch.stack(losses)).tolist()  # with features in its memory, the only wait for the device
 
 
 def train_fold(
@@ -148,7 +157,7 @@ def train_fold(
 
     history, best, seconds = [], {"accuracy": -1.0, "epoch": 0, "tensors": {}}, 0.0
     if args.resume and state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state = read_state(state_file)
         load_tensors(model, state["tensors"], state_file)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -160,7 +169,7 @@ def train_fold(
     train = torch.tensor(split.train)
     steps = math.ceil(len(train) / settings.batch_size)  # in an epoch
     epochs = range(len(history) + 1, settings.epochs + 1)
-    hidden = True if rank else None  # None: shown on a terminal only
+    hidden = True if rank else None  # None leaves it to tqdm: no bar where the output is no terminal
     bar = tqdm(epochs, f"fold {fold}", settings.epochs, initial=len(history), unit="epoch", disable=hidden)
     for epoch in bar:
         start = time.perf_counter()
@@ -195,7 +204,15 @@ def train_fold(
     return {
         "fold": fold, "accuracy": evaluate(model, clips, split.test, settings, device),
         "validation_accuracy": best["accuracy"], "epoch": best["epoch"], "seconds": round(seconds, 1),
+        "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
+
+
+def read_state(file: Path) -> dict:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        raise UserError(f"{file} is damaged: delete it, and the fold starts over") from None
 
 
 @torch.inference_mode()
@@ -204,7 +221,7 @@ def evaluate(model: AST, clips: Clips, indices: list[int], settings: Settings, d
     rank, world = ranks()
     model.eval()
     correct = torch.zeros((), device=device)
-    for index in torch.tensor(indices)[rank::world].split(settings.batch_size):
+    for index in torch.tensor(indices, device=clips.features.device)[rank::world].split(settings.batch_size):
         x, y = clips.batch(index, device)
         with autocast(device, settings.dtype):
             correct += (model(x).argmax(1) == y).sum()
@@ -264,10 +281,11 @@ def run(args: argparse.Namespace) -> dict:
         folds = {fold: usable(dataset, split, bad, args.shots, seed) for fold, split in splits[seed].items()}
         table = split_table(dataset, names, folds, bad)
         settings = Settings(
-            dataset=args.dataset, method=petl.to_dict(method), weights=weights, pool=args.pool, seed=seed,
-            shots=args.shots, clips=hashlib.sha256(os.fsencode(table)).hexdigest(), n_frames=n_frames,
-            epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size,
-            lr=method.lr, mask=recipe.mask, dtype=args.dtype,
+            dataset=args.dataset, method=petl.to_dict(method), weights=weights,
+            backbone=backbone.backbone.sha256, pool=args.pool, seed=seed, shots=args.shots,
+            clips=hashlib.sha256(os.fsencode(table)).hexdigest(), n_frames=n_frames,
+            epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
+            mask=recipe.mask, dtype=args.dtype,
         )  # fmt: skip
         folder = args.out / args.dataset / method.name / f"seed{seed}"
         check_same_run(folder, settings)
@@ -279,7 +297,7 @@ def run(args: argparse.Namespace) -> dict:
         results[seed] = run_seed(backbone, method, clips, dataset.classes, folds, settings, folder, args)
         if ranks()[0] == 0:
             print_summary(results[seed], folder, settings, started)
-    return results[seed] if len(results) == 1 else summarise_seeds(folder.parent, results)
+    return next(iter(results.values())) if len(results) == 1 else summarise_seeds(folder.parent, results)
 
 
 def run_seed(
@@ -309,7 +327,7 @@ def run_seed(
             say(f"fold {fold}: test accuracy {result['accuracy']:.2f} % ({chosen}), {result['seconds']:.0f} s")
     if dist.is_initialized():
         dist.barrier()
-    return summarise(folder, settings) if ranks()[0] == 0 else {}
+    return summarise(folder, folds) if ranks()[0] == 0 else {}
 
 
 def to_clips(features: np.ndarray, dataset: Dataset, device: torch.device) -> Clips:
@@ -317,7 +335,7 @@ def to_clips(features: np.ndarray, dataset: Dataset, device: torch.device) -> Cl
     features = torch.from_numpy(features)
     if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0]:
         features = features.to(device)
-    return Clips(features, torch.tensor(dataset.labels, device=device))
+    return Clips(features, torch.tensor(dataset.labels, device=features.device))
 
 
 def usable(dataset: Dataset, split: Split, bad: dict[int, str], shots: int | None, seed: int) -> Split:
@@ -348,32 +366,36 @@ def check_same_run(folder: Path, settings: Settings) -> None:
     if not file.exists():
         return
     try:
-        old = json.loads(file.read_text())
-    except ValueError:
+        old = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
         raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
     new = json.loads(json.dumps(asdict(settings)))
+    in_words = {"clips": "other clips or splits", "method": "other settings of the method"}
     for name, value in new.items():
-        if old.get(name) != value:
-            what = "other clips or splits" if name == "clips" else f"{name} {old.get(name)}, not {value}"
+        if name != "weights" and old.get(name) != value:
+            if name == "backbone":
+                in_words[name] = f"the backbone {old.get('weights')} as it was then"
+            what = in_words.get(name, f"{name} {old.get(name)}, not {value}")
             raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
 
 
-def summarise(folder: Path, settings: Settings) -> dict:
+def summarise(folder: Path, folds: Iterable[int]) -> dict:
     """Collect the finished folds of a run into result.json. Accuracies in percent, sample standard deviation."""
-    headers = [read_header(file) for file in sorted(folder.glob("fold*.safetensors"), key=lambda f: int(f.stem[4:]))]
-    folds = [header["result"] for header in headers]
-    accuracies = [fold["accuracy"] for fold in folds]
-    result = {
+    files = [folder / f"fold{fold}.safetensors" for fold in folds]
+    headers = [read_header(file) for file in files if file.exists()]
+    results = [header["result"] for header in headers]
+    accuracies = [result["accuracy"] for result in results]
+    summary = {
         "accuracy": round(statistics.mean(accuracies), 4),
-        "std": round(statistics.stdev(accuracies), 4) if len(folds) > 1 else None,
-        "folds": folds,
+        "std": round(statistics.stdev(accuracies), 4) if len(results) > 1 else None,
+        "folds": results,
         "parameters": headers[0]["parameters"],
-        "seconds": round(sum(fold["seconds"] for fold in folds), 1),
-        "peak_memory_mb": peak_memory_mb(),
+        "seconds": round(sum(result["seconds"] for result in results), 1),
+        "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
         "versions": headers[0]["versions"],
     }
-    write_json(folder / "result.json", result)
-    return result
+    write_json(folder / "result.json", summary)
+    return summary
 
 
 def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:
@@ -402,14 +424,14 @@ def print_summary(result: dict, folder: Path, settings: Settings, started: float
     over = f" over {folds} folds" if folds > 1 else ""
     file = folder / f"fold{result['folds'][0]['fold']}.safetensors"
     baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
-    weights = "" if settings.weights == DATASETS[settings.dataset].weights else f" --weights {settings.weights}"
     say(
         f"\n  test accuracy   {result['accuracy']:.2f}{spread} %{over}"
         f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
         f"\n  time            {result['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
-        f"\n  to compare      python train.py --dataset {settings.dataset} --method {baseline}{weights}\n"
+        f"\n  to use it       python predict.py {folder} SOUND.wav"
+        f"\n  to compare      the same command with --method {baseline}\n"
     )
 
 
@@ -512,21 +534,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"unknown dataset {args.dataset!r}: did you mean {nearest!r}? There are {', '.join(DATASETS)}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}; it must be positive")
-    if args.seconds is not None and not 0.16 <= args.seconds < math.inf:
-        raise UserError(f"--seconds is {args.seconds}; a clip must be at least 0.16 s, the width of one patch")
+    if args.seconds is not None and not 0.16 <= args.seconds <= 60:
+        raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
+    if max(args.seed) >= 2**31:
+        raise UserError(f"--seed {max(args.seed)} is too large; choose numbers below {2**31}")
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     return args
 
 
 def choose_device(name: str) -> torch.device:
+    """The device of this process; under torchrun each has its own GPU. UserError if it is not there."""
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda, cuda:1, ... or mps")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: there is none that this PyTorch ({torch.__version__}) can use") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -535,7 +566,7 @@ def choose_dtype(name: str, device: torch.device) -> str:
         return name
     if device.type != "cuda":
         return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def list_methods() -> None:
@@ -575,8 +606,6 @@ def start(argv: list[str] | None) -> int | None:
         return list_methods()
     try:
         if "RANK" in os.environ:  # set by torchrun
-            if args.device.type == "cuda":
-                torch.cuda.set_device(args.device)
             dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         run(args)
     except torch.OutOfMemoryError:
@@ -585,11 +614,10 @@ def start(argv: list[str] | None) -> int | None:
             f"out of memory on {args.device} with {tried} clips at once: choose a smaller --micro-batch"
         ) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(
-            f"the disk is full ({error.filename or args.out}): free some space, then add --resume to go on"
-        ) from None
+        where = error.filename or args.out
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full ({where}): free some space, then add --resume to go on") from None
+        raise UserError(f"{where}: {error.strerror or error}; is --out or --cache-dir a folder to write to?") from None
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on after the last finished epoch", file=sys.stderr)
         return 130

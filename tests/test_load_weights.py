@@ -2,6 +2,10 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -15,6 +19,7 @@ from ast_model import AST, UserError
 from load_weights import load_ast, load_trained, read_header, resize_positions, save_ast, save_trained
 from petl import METHODS, apply
 
+ROOT = Path(load_weights.__file__).parent
 HF_STATE = load_file(SMALL_AST / "model.safetensors")  # the library's legacy names: encoder.layer.N...
 
 
@@ -173,8 +178,9 @@ def test_trained_parts_round_trip(name, tmp_path):
                 parameter.normal_(std=0.1)
     save_trained(model, tmp_path / "adapter.safetensors", {"classes": ["ä", "b", "c", "d"]})
     restored = load_trained(tmp_path / "adapter.safetensors")
+    assert not restored.training  # or the dropout of Convpass would go on
     fbank = torch.randn(2, 60, 128)
-    assert torch.equal(model.eval()(fbank), restored.eval()(fbank))
+    assert torch.equal(model.eval()(fbank), restored(fbank))
     header = read_header(tmp_path / "adapter.safetensors")
     assert header["classes"] == ["ä", "b", "c", "d"] and header["method"]["name"] == name
     if name != "full_ft":
@@ -214,6 +220,19 @@ class Trap:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def test_trained_parts_are_no_backbone(tmp_path):
+    save_trained(apply(load_ast(SMALL_AST, n_classes=4), "pfeiffer_par"), tmp_path / "adapter.safetensors", {})
+    with pytest.raises(UserError, match="holds trained parts, whose backbone is wanted"):
+        load_ast(tmp_path / "adapter.safetensors", n_classes=4)
+
+
+def test_bytes_that_are_no_checkpoint_are_not_called_code(tmp_path):
+    (tmp_path / "noise.pth").write_bytes(bytes(range(256)) * 10)
+    with pytest.raises(UserError, match=r"cannot read .*noise\.pth") as error:
+        load_ast(tmp_path / "noise.pth")
+    assert "Python code" not in str(error.value)
 
 
 def test_no_code_in_a_checkpoint_is_executed(tmp_path):
@@ -263,6 +282,14 @@ def test_other_configs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
     with pytest.raises(UserError, match="exact GELU"):
         load_ast(tmp_path, n_classes=3)
+    for name, value in {"max_length": 500, "num_attention_heads": "x", "frequency_stride": 0}.items():
+        changed = {**config, name: value, **({"time_stride": 0} if value == 0 else {})}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="do not make an AST"):
+            load_ast(tmp_path, n_classes=3)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_ast(tmp_path, n_classes=3)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
         load_ast(tmp_path, n_classes=3)
@@ -283,11 +310,13 @@ def test_names_that_lead_nowhere(tmp_path):
         load_ast("random:huge")
 
 
-def test_no_network_says_what_to_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"cannot fetch MIT/ast-finetuned.* by hand.* --weights"):
-        load_ast("audioset", n_classes=3)
+def test_no_network_says_what_to_download(tmp_path):
+    """In a process of its own, where nothing else has imported parts of huggingface_hub."""
+    code = "from load_weights import load_ast; load_ast('audioset', n_classes=3)"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=offline, capture_output=True, text=True)
+    message = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"UserError: cannot fetch MIT/ast-finetuned.* by hand.* --weights", message), done.stderr
 
 
 def test_hub_weights_come_through_the_users_cache(monkeypatch):
@@ -305,10 +334,10 @@ def test_hub_weights_come_through_the_users_cache(monkeypatch):
 
 
 def test_fingerprint_changes_with_any_value():
-    state, _ = load_weights.read_checkpoint(SMALL_AST)
-    before = load_weights.fingerprint(state)
+    state, config = load_weights.read_checkpoint(str(SMALL_AST))
+    before = load_weights.fingerprint(state, config)
     state["blocks.1.norm2.bias"][5] += np.spacing(np.float32(0.1))
-    assert load_weights.fingerprint(state) != before
+    assert load_weights.fingerprint(state, config) != before
 
 
 # -------------------------------------------------------------------------------------------------- a whole model out

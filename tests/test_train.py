@@ -31,7 +31,7 @@ def rows_of(run: Path) -> list[dict]:
 
 
 def without_times(result: dict) -> dict:
-    result = {**result, "folds": [{**fold, "seconds": 0} for fold in result["folds"]]}
+    result = {**result, "folds": [{**fold, "seconds": 0, "peak_memory_mb": 0} for fold in result["folds"]]}
     return {name: value for name, value in result.items() if name not in ("seconds", "peak_memory_mb")}
 
 
@@ -194,10 +194,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, esc50_dir, cache_dir):
 
 
 def test_two_processes_train_like_one(tmp_path, esc50_dir, cache_dir):
-    """Batches of 29 and then 1 clip: the last one leaves nothing for the second process."""
+    """Batches of 29 and then 1 clip, which leaves nothing for the second process; and in micro-batches of 8 or 7 each,
+    29 = 8 + 7 + 7 + 7."""
     options = ["--method", "houlsby_par", "--folds", "1", "--epochs", "2", "--batch-size", "29"]
     one = command(tmp_path, esc50_dir, cache_dir, "one", *options)
-    two = command(tmp_path, esc50_dir, cache_dir, "two", *options)
+    two = command(tmp_path, esc50_dir, cache_dir, "two", *options, "--micro-batch", "8")
     subprocess.run(one, check=True, cwd=tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, *two[1:]], check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -219,7 +220,8 @@ def fails(train_main, capsys):
     def call(*options, lines=1) -> str:
         capsys.readouterr()
         assert train_main(*options) == 2
-        error = capsys.readouterr().err.strip()
+        printed = capsys.readouterr().err.strip().splitlines()  # warnings: the miniature is not whole
+        error = "\n".join(line for line in printed if not line.startswith("warning: "))
         assert len(error.splitlines()) == lines and "Traceback" not in error, error
         assert error.splitlines()[-1].startswith("error: ")
         return error
@@ -239,6 +241,10 @@ def test_unknown_names_and_numbers(fails, tmp_path):
     assert "esc10 has the folds 1, 2, 3, 4, 5" in fails("--folds", "6")
     assert "has no setting 'alpha'" in fails("--method", "dpt", "--alpha", "3")
     assert "--lr is -1.0" in fails("--lr", "-1")
+    assert "--alpha is nan" in fails("--method", "lora", "--alpha", "nan")
+    assert "is too large" in fails("--seed", 10**18)
+    assert "0.16 s (one patch) to 60 s" in fails("--seconds", "100000")
+    assert "--device meta" in fails("--device", "meta")
     assert "--device quantum" in fails("--device", "quantum")
     assert nothing_written(tmp_path)
 
@@ -297,7 +303,22 @@ def test_a_loss_that_is_not_finite(fails, tmp_path):
 def test_another_experiment_in_the_same_folder(fails, train_main):
     assert train_main("--epochs", 1) == 0
     assert "holds a run with epochs 1, not 2" in fails("--epochs", 2)
-    assert "holds a run with weights" in fails("--epochs", 1, "--weights", "random:tiny")
+    assert "holds a run with the backbone" in fails("--epochs", 1, "--weights", "random:demo")
+    relative = os.path.relpath(SMALL_AST)
+    assert train_main("--epochs", 1, "--weights", relative) == 0  # the same backbone by another name
+
+
+def test_a_damaged_state_is_named(fails, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "esc10" / "houlsby_par" / "seed0"
+    run.mkdir(parents=True)
+    (run / "fold1.resume.pt").write_bytes(b"PK nothing")
+    assert "fold1.resume.pt is damaged: delete it" in fails("--resume")
+
+
+def test_a_place_that_cannot_be_written(fails, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert "--out or --cache-dir" in fails("--out", tmp_path / "file")
+    assert "--out or --cache-dir" in fails("--cache-dir", tmp_path / "file")
 
 
 def test_a_full_disk(fails, monkeypatch):
