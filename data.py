@@ -843,13 +843,13 @@ DEMO_SEED = 0  # of the sounds; the seed of a run decides how it learns, not wha
 
 
 def demo(data_dir: Path | None, cache_dir: Path) -> Dataset:
-    """The ten target classes of `demo_sounds`: 80 clips each to train, 30 to validate, 100 to test."""
-    return rendered("demo", demo_sounds.TARGET, (80, 30, 100), data_dir, cache_dir)
+    """The ten target classes of `demo_sounds`: 200 clips each to train, 40 to validate, 100 to test."""
+    return rendered("demo", demo_sounds.TARGET, (200, 40, 100), data_dir, cache_dir)
 
 
 def demo_source(data_dir: Path | None, cache_dir: Path) -> Dataset:
-    """The source classes of `demo_sounds`, on which the backbone `--weights demo` was pretrained: 100 + 10 + 10."""
-    return rendered("demo_source", demo_sounds.SOURCE, (100, 10, 10), data_dir, cache_dir)
+    """The source classes of `demo_sounds`, on which the backbone `--weights demo` was pretrained: 200 + 10 + 10."""
+    return rendered("demo_source", demo_sounds.SOURCE, (200, 10, 10), data_dir, cache_dir)
 
 
 def rendered(
@@ -910,11 +910,11 @@ DATASETS = {
     "csv": Recipe(table, n_frames=None, batch_size=32, epochs=50, mask=True),
     # One-second sounds for a backbone of 128 dimensions. No masking: 80 of 98 frames would leave nothing to hear.
     "demo": Recipe(
-        demo, n_frames=98, batch_size=16, epochs=15, mask=False, weights="demo", shrink=4,
+        demo, n_frames=98, batch_size=16, epochs=6, mask=False, weights="demo", shrink=4,
         lr={"full_ft": 5e-4, "linear": 1e-2},
     ),
     "demo_source": Recipe(
-        demo_source, n_frames=98, batch_size=32, epochs=20, mask=False, weights="random:demo", shrink=4,
+        demo_source, n_frames=98, batch_size=32, epochs=14, mask=False, weights="random:demo", shrink=4,
         lr={"full_ft": 1e-3},
     ),
 }

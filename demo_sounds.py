@@ -1,7 +1,7 @@
 """Sounds made here, so that everything can be tried without downloading anything.
 
 Each kind of sound is a short recipe: sweeps, vowels, bells, plucked strings, clicks, noises, engines, and events that
-follow each other. SOURCE has 64 of them: the small backbone in `weights/` was pretrained on those and on nothing else.
+follow each other. SOURCE has 68 of them: the small backbone in `weights/` was pretrained on those and on nothing else.
 TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. Nine of the ten are pairs or
 triples of the same events in another order: an average over time forgets what came first, and cannot tell them apart.
 
@@ -21,6 +21,7 @@ import soundfile
 
 RATE = 16_000  # Hz
 SAMPLES = RATE  # of a clip: one second
+LATEST = RATE // 8  # sample at which a sound begins, at the latest
 
 # ---------------------------------------------------------------------------- blocks: arrays in, arrays out
 
@@ -377,6 +378,10 @@ SOURCE: dict[str, Sound] = {
     "doorbell": lambda rng: notes(rng, 0, 1),
     "yodel": lambda rng: notes(rng, 0, 1, 0),
     "dip": lambda rng: notes(rng, 1, 0, 1),
+    "arpeggio_up": lambda rng: notes(rng, 0, 1, 2),
+    "arpeggio_down": lambda rng: notes(rng, 2, 1, 0),
+    "dark_bright": lambda rng: hisses(rng, 0, 1),
+    "bright_dark": lambda rng: hisses(rng, 1, 0),
     "tone_noise": lambda rng: tone_and_noise(rng, "t", "n"),
     "noise_tone": lambda rng: tone_and_noise(rng, "n", "t"),
     "click_tone": lambda rng: tone_and_noise(rng, "c", "t"),
@@ -404,13 +409,13 @@ CLASSES = SOURCE | TARGET
 def render(name: str, index: int, seed: int = 0) -> np.ndarray:
     """Clip `index` of class `name`: (16000,) float32 in [-1, 1], always the same up to rounding.
 
-    The sound begins at a random time, -3 to 15 dB above a noise of random colour; the peak of both together is 1 to 20
-    dB below full scale.
+    The sound begins within the first eighth of the second, -3 to 15 dB above a noise of random colour; the peak of both
+    together is 1 to 20 dB below full scale.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
     sound = CLASSES[name](rng)[:SAMPLES]
     clip = np.zeros(SAMPLES, np.float32)
-    start = rng.integers(SAMPLES - len(sound) + 1)
+    start = rng.integers(min(SAMPLES - len(sound), LATEST) + 1)
     clip[start : start + len(sound)] = sound
     slope = rng.uniform(0, 1)  # from white noise (0) to pink noise, whose power falls with frequency (1)
     noise = colour(rng.standard_normal(SAMPLES, np.float32), lambda hz: np.maximum(hz, 20) ** (-slope / 2))

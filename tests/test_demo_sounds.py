@@ -17,7 +17,7 @@ from demo_sounds import CLASSES, SAMPLES, SOURCE, TARGET, render
 from load_weights import DEMO, load_ast, read_header
 
 FRESH = 1  # a seed of sounds that nothing was trained on
-BAR = 0.6  # of the shipped backbone on new source sounds
+BAR = 0.7  # of the shipped backbone on new source sounds
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -94,7 +94,7 @@ def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
     assert (config["weights"], config["mask"], config["n_frames"]) == ("demo", False, 98)
     assert {part["rr"] for part in config["method"]["parts"]} == {16}
     out = capsys.readouterr().out
-    for word in ("test accuracy", "parameters (", "kB", "s in all", "python train.py --dataset demo --method linear"):
+    for word in ("test accuracy", "parameters (", "kB", "s in all", "--method linear", "python predict.py"):
         assert word in out
     assert train.main([*options, "--method", "linear"]) == 0
     config = json.loads((run.parent.parent / "linear" / "seed0" / "config.json").read_text())
@@ -123,7 +123,7 @@ def test_shrink_keeps_even_numbers_and_at_least_one():
 
 
 def test_the_shipped_backbone_knows_the_source_sounds():
-    """On new sounds of the classes it was trained on; guessing gives 1.6 %."""
+    """On new sounds of the classes it was trained on; guessing gives 1.5 %."""
     assert DEMO.stat().st_size <= 3_000_000
     header = read_header(DEMO)
     assert header["classes"] == sorted(SOURCE) and header["settings"]["dataset"] == "demo_source"
