@@ -877,12 +877,8 @@ def rendered(
                     soundfile.write(path, demo_sounds.render(kind, index, DEMO_SEED), RATE, subtype="PCM_16")
                 shutil.rmtree(root, ignore_errors=True)  # some of its files were deleted
                 os.replace(Path(temporary, root.name), root)
-    train, val = sizes[0], sizes[0] + sizes[1]
-    split = Split(
-        train=[i for i, (_, index) in enumerate(wanted) if index < train],
-        val=[i for i, (_, index) in enumerate(wanted) if train <= index < val],
-        test=[i for i, (_, index) in enumerate(wanted) if index >= val],
-    )
+    parts = [part for part, size in zip(PARTS, sizes, strict=True) for _ in range(size)]  # of the clips of a class
+    split = split_of_parts([parts[index] for _, index in wanted])
     return Dataset(name, root, classes, paths, [classes.index(kind) for kind, _ in wanted], {1: split})
 
 
