@@ -892,7 +892,6 @@ class Recipe:
     epochs: int
     mask: bool  # SpecAugment
     weights: str = "audioset"  # the backbone to start from
-    shrink: int = 1  # reduction rates and numbers of prompts are divided by this: a narrow backbone has less to reduce
     lr: dict[str, float] = field(default_factory=dict)  # by method, where it is not that of METHODS
 
 
@@ -904,13 +903,9 @@ DATASETS = {
     "fsc": Recipe(fsc, n_frames=400, batch_size=32, epochs=75, mask=False),
     "folder": Recipe(folder, n_frames=None, batch_size=32, epochs=50, mask=True),
     "csv": Recipe(table, n_frames=None, batch_size=32, epochs=50, mask=True),
-    # One-second sounds for a backbone of 128 dimensions. No masking: 80 of 98 frames would leave nothing to hear.
-    "demo": Recipe(
-        demo, n_frames=98, batch_size=16, epochs=6, mask=False, weights="demo", shrink=4,
-        lr={"full_ft": 5e-4, "linear": 1e-2},
-    ),
+    # One-second sounds. No masking: 80 of 98 frames would leave nothing to hear.
+    "demo": Recipe(demo, n_frames=98, batch_size=16, epochs=4, mask=False, weights="demo"),
     "demo_source": Recipe(
-        demo_source, n_frames=98, batch_size=32, epochs=14, mask=False, weights="random:demo", shrink=4,
-        lr={"full_ft": 1e-3},
+        demo_source, n_frames=98, batch_size=32, epochs=14, mask=False, weights="random:demo", lr={"full_ft": 1e-3},
     ),
 }

@@ -2,11 +2,11 @@
 
 Each kind of sound is a short recipe: sweeps, vowels, bells, plucked strings, clicks, noises, engines, and events that
 follow each other. SOURCE has 68 of them: the small backbone in `weights/` was pretrained on those and on nothing else.
-TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. Nine of the ten are pairs or
-triples of the same events in another order: an average over time forgets what came first, and cannot tell them apart.
+TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. They are five pairs of opposites
+made of the same events: what one does first, the other does last, and an average over time hardly tells which is which.
 
     wave = render("bell", index=0)          # (16000,) float32: one second at 16 kHz
-    python demo_sounds.py bell echo_fades   # writes five of each as WAV files, to listen to
+    python demo_sounds.py bell up_up_down   # writes five of each as WAV files, to listen to
 
 A sound follows from its class, its index and a seed alone. Pitch, tempo, timbre, onset, level and the noise behind it
 are drawn anew for each index.
@@ -112,6 +112,14 @@ def chirps(rng, *octaves: float) -> np.ndarray:
     length = rng.uniform(0.4, 0.9) / rate
     one = shaped(tone(glide(length, *(base * 2 ** (size * octave) for octave in octaves)), timbre), 0.005, 0.01)
     return at([(i / rate, one) for i in range(int(rate))])
+
+
+def calls(rng, *steps: int) -> np.ndarray:
+    """Short sweeps up (1) or down (-1), three to four of them a second."""
+    rate, base, size, timbre = rng.uniform(3, 4), pitch(rng, 500, 1500), rng.uniform(0.5, 1.2), voice(rng)
+    length = rng.uniform(0.5, 0.9) / rate
+    up = glide(length, base, base * 2**size)
+    return at([(i / rate, shaped(tone(up[::step], timbre), 0.005, 0.01)) for i, step in enumerate(steps)])
 
 
 def steady(rng, harmonics) -> np.ndarray:
@@ -275,10 +283,10 @@ def beeps(rng, *lengths: int) -> np.ndarray:
     return row(*(beep(rng, hz, unit * length, timbre) for length in lengths), gap=unit)
 
 
-def notes(rng, *steps: int, length=(0.14, 0.25), semitones=(3, 8)) -> np.ndarray:
-    """Notes of one random length in seconds at these heights, in units of a random interval."""
-    length, base = rng.uniform(*length), pitch(rng, 300, 700)
-    size, timbre = rng.uniform(*semitones) / 12, voice(rng)
+def notes(rng, *steps: int) -> np.ndarray:
+    """Notes of one random length at these heights, in units of a random interval of three to eight semitones."""
+    length, base = rng.uniform(0.14, 0.25), pitch(rng, 300, 700)
+    size, timbre = rng.uniform(3, 8) / 12, voice(rng)
     return row(*(beep(rng, base * 2 ** (size * step), length, timbre) for step in steps), gap=rng.uniform(0, 0.05))
 
 
@@ -298,14 +306,6 @@ def hisses(rng, *steps: int) -> np.ndarray:
     length, dark, apart = rng.uniform(0.22, 0.28), pitch(rng, 400, 1000), rng.uniform(1.5, 2.5)
     centres = [dark * 2 ** (apart * step) for step in steps]
     return row(*(shaped(hiss(rng, length, c / 1.3, c * 1.3)) for c in centres), gap=rng.uniform(0.02, 0.06))
-
-
-def echo(rng, change: float) -> np.ndarray:
-    """The same short sound four to six times, each `change` times as loud as the one before."""
-    count, step = rng.integers(4, 7), rng.uniform(0.12, 0.16)
-    life, timbre, hz = rng.uniform(0.02, 0.04), voice(rng), pitch(rng, 400, 1600)
-    one = shaped(tone(glide(step, hz), timbre) * dying(step, life), 0.003)
-    return at([(i * step, change**i * one) for i in range(count)])
 
 
 # ------------------------------------------------------------------------------------------------- the classes
@@ -390,17 +390,17 @@ SOURCE: dict[str, Sound] = {
     "dot_dot_dash": lambda rng: beeps(rng, 1, 1, 3),
 }
 
-TARGET: dict[str, Sound] = {
-    "low_high_middle": lambda rng: notes(rng, 0, 2, 1, length=(0.24, 0.29), semitones=(8, 14)),
-    "high_low_middle": lambda rng: notes(rng, 2, 0, 1, length=(0.24, 0.29), semitones=(8, 14)),
-    "middle_low_high": lambda rng: notes(rng, 1, 0, 2, length=(0.24, 0.29), semitones=(8, 14)),
-    "dark_bright_dark": lambda rng: hisses(rng, 0, 1, 0),
-    "bright_dark_bright": lambda rng: hisses(rng, 1, 0, 1),
-    "eo": lambda rng: vowel(rng, "e", "o"),
-    "oe": lambda rng: vowel(rng, "o", "e"),
-    "echo_fades": lambda rng: echo(rng, 0.65),
-    "echo_grows": lambda rng: echo(rng, 1 / 0.65),
-    "trill": lambda rng: alternate(rng, (14, 22), (0.12, 0.3)),
+TARGET: dict[str, Sound] = {  # five pairs: what one does, the other does the other way round
+    "rise_fall_rise": lambda rng: sweep(rng, 0, 1, 0, 1),
+    "fall_rise_fall": lambda rng: sweep(rng, 1, 0, 1, 0),
+    "up_up_down": lambda rng: calls(rng, 1, 1, -1),
+    "down_down_up": lambda rng: calls(rng, -1, -1, 1),
+    "plucks_low_high_middle": lambda rng: strings(rng, 0, 2, 1),
+    "plucks_high_low_middle": lambda rng: strings(rng, 2, 0, 1),
+    "tone_noise_tone": lambda rng: tone_and_noise(rng, "t", "n", "t"),
+    "noise_tone_noise": lambda rng: tone_and_noise(rng, "n", "t", "n"),
+    "eoe": lambda rng: vowel(rng, "e", "o", "e"),
+    "oeo": lambda rng: vowel(rng, "o", "e", "o"),
 }
 
 CLASSES = SOURCE | TARGET

@@ -436,16 +436,27 @@ def override(method: Method, rr: int | None = None, alpha: float | None = None, 
 
 
 def shrink(method: Method, factor: int) -> Method:
-    """The method for a backbone `factor` times narrower than the base AST: as many dimensions, fewer to divide.
-
-    RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Numbers of prompts shrink too, to an even one.
-    """
+    """The method with reduction rates and numbers of prompts divided by `factor`; of prompts, an even number stays."""
     scale = {"rr": lambda n: max(1, n // factor), "prompts": lambda n: max(2, n // factor // 2 * 2)}
     parts = (
         replace(part, **{name: f(getattr(part, name)) for name, f in scale.items() if hasattr(part, name)})
         for part in method.parts
     )
     return method if factor == 1 else replace(method, parts=tuple(parts))
+
+
+NARROW_LR = {"full_ft": 5e-4, "linear": 1e-2}  # ten times that of METHODS
+
+
+def fit(method: Method, dim: int) -> Method:
+    """The method for a backbone of `dim` dimensions: what the paper chose for 768 does not suit a narrow one.
+
+    RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Reduction rates are divided so that about 8
+    remain, by 4 at 128 dimensions and not at all from 384 on, and prompts become fewer. What trains the backbone's own
+    weights or the head alone learns faster there. Both were chosen on the demo backbone.
+    """
+    factor = max(1, round(512 / dim))
+    return replace(shrink(method, factor), lr=NARROW_LR.get(method.name, method.lr)) if factor > 1 else method
 
 
 def to_dict(method: Method) -> dict:
@@ -455,8 +466,12 @@ def to_dict(method: Method) -> dict:
 
 
 def from_dict(entry: dict) -> Method:
-    known = {part.__name__: part for part in (Adapter, Hydra, LoRA, Prefix, Prompts, Biases, Everything)}
+    """The way back. Raises UserError for a part that no row of METHODS has."""
+    known = {type(part).__name__: type(part) for method in METHODS.values() for part in method.parts}
     settings = [dict(part) for part in entry["parts"]]
+    unknown = [part["part"] for part in settings if part["part"] not in known]
+    if unknown:
+        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS in petl.py has")
     parts = tuple(known[part.pop("part")](**part) for part in settings)
     return Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"])
 

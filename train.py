@@ -65,9 +65,9 @@ class Settings:
     """Everything that decides the result of a run: two runs with the same settings are the same experiment."""
 
     dataset: str
-    method: dict  # petl.to_dict
     weights: str  # as the user named it; what counts is `backbone`
     backbone: str  # SHA-256
+    method: dict  # petl.to_dict, fitted to the width of the backbone
     pool: str
     seed: int
     shots: int | None
@@ -258,9 +258,7 @@ def run(args: argparse.Namespace) -> dict:
     """Train and test every fold of every seed that is not finished yet. Returns what it writes to result.json."""
     started = time.perf_counter()
     recipe = DATASETS[args.dataset]
-    method = petl.shrink(petl.find(args.method), recipe.shrink)
-    method = replace(method, lr=args.lr or recipe.lr.get(method.name, method.lr))
-    method = petl.override(method, args.rr, args.alpha, args.prompts)
+    petl.override(petl.find(args.method), args.rr, args.alpha, args.prompts)  # errors now, not after a download
     weights = args.weights or recipe.weights
     dataset = recipe.load(args.data_dir, args.cache_dir)
     splits = {seed: dataset.folds or {1: random_split(dataset, seed)} for seed in args.seed}
@@ -268,10 +266,9 @@ def run(args: argparse.Namespace) -> dict:
     unknown = set(args.folds or []) - known.keys()
     if unknown:
         raise UserError(f"--folds {min(unknown)}: {args.dataset} has the folds {', '.join(map(str, known))}")
-    n_frames = recipe.n_frames
-    if args.seconds or n_frames is None:
-        n_frames = max(ASTConfig.patch, round((args.seconds or typical_seconds(dataset)) * RATE / HOP))
+    n_frames = frames_for(args, dataset)
     backbone = load_ast(weights, n_frames, len(dataset.classes), args.pool)
+    method = method_for(args, backbone.config.dim)
     features, bad = build_features(dataset, n_frames, args.cache_dir, args.skip_bad)
     clips = to_clips(features, dataset, args.device)
     names = dataset.names()
@@ -281,8 +278,8 @@ def run(args: argparse.Namespace) -> dict:
         folds = {fold: usable(dataset, split, bad, args.shots, seed) for fold, split in splits[seed].items()}
         table = split_table(dataset, names, folds, bad)
         settings = Settings(
-            dataset=args.dataset, method=petl.to_dict(method), weights=weights,
-            backbone=backbone.backbone.sha256, pool=args.pool, seed=seed, shots=args.shots,
+            dataset=args.dataset, weights=weights, backbone=backbone.backbone.sha256,
+            method=petl.to_dict(method), pool=args.pool, seed=seed, shots=args.shots,
             clips=hashlib.sha256(os.fsencode(table)).hexdigest(), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
             mask=recipe.mask, dtype=args.dtype,
@@ -298,6 +295,21 @@ def run(args: argparse.Namespace) -> dict:
         if ranks()[0] == 0:
             print_summary(results[seed], folder, settings, started)
     return next(iter(results.values())) if len(results) == 1 else summarise_seeds(folder.parent, results)
+
+
+def frames_for(args: argparse.Namespace, dataset: Dataset) -> int:
+    """How many frames the model reads: those of --seconds or of the dataset, else as many as most clips have."""
+    n_frames = DATASETS[args.dataset].n_frames
+    if args.seconds or n_frames is None:
+        n_frames = max(ASTConfig.patch, round((args.seconds or typical_seconds(dataset)) * RATE / HOP))
+    return n_frames
+
+
+def method_for(args: argparse.Namespace, dim: int) -> petl.Method:
+    """The method that `args` ask for, for a backbone of `dim` dimensions."""
+    method = petl.fit(petl.find(args.method), dim)
+    method = replace(method, lr=args.lr or DATASETS[args.dataset].lr.get(method.name, method.lr))
+    return petl.override(method, args.rr, args.alpha, args.prompts)
 
 
 def run_seed(

@@ -46,7 +46,8 @@ def test_no_two_classes_are_the_same():
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("low_high_middle", "high_low_middle"), ("low_high_middle", "middle_low_high"), ("echo_fades", "echo_grows")],
+    [("rise_fall_rise", "fall_rise_fall"), ("plucks_low_high_middle", "plucks_high_low_middle"),
+     ("up_up_down", "down_down_up")],
 )
 def test_order_is_all_that_tells_some_classes_apart(one, other):
     """From one random state the average spectra are the same; the spectra frame by frame are not."""
@@ -61,8 +62,8 @@ def test_order_is_all_that_tells_some_classes_apart(one, other):
 
 
 def test_rendered_datasets(tmp_path):
-    dataset = rendered("demo", ["trill", "bell"], (3, 2, 4), None, tmp_path)
-    assert dataset.classes == ["bell", "trill"] and len(dataset.paths) == 18
+    dataset = rendered("demo", ["eoe", "bell"], (3, 2, 4), None, tmp_path)
+    assert dataset.classes == ["bell", "eoe"] and len(dataset.paths) == 18
     split = dataset.folds[1]
     parts = [set(split.train), set(split.val), set(split.test)]
     assert [len(part) for part in parts] == [6, 4, 8] and set().union(*parts) == set(range(18))
@@ -70,14 +71,14 @@ def test_rendered_datasets(tmp_path):
         labels = [dataset.labels[i] for i in part]
         assert labels.count(0) == labels.count(1)
     wave = data.read_audio(dataset.paths[9])
-    assert np.allclose(wave, render("trill", 0, data.DEMO_SEED), atol=1e-4)  # 16 bits
+    assert np.allclose(wave, render("eoe", 0, data.DEMO_SEED), atol=1e-4)  # 16 bits
     before = dataset.paths[0].stat().st_mtime_ns
-    assert rendered("demo", ["trill", "bell"], (3, 2, 4), None, tmp_path).paths[0].stat().st_mtime_ns == before
+    assert rendered("demo", ["eoe", "bell"], (3, 2, 4), None, tmp_path).paths[0].stat().st_mtime_ns == before
     dataset.paths[3].unlink()
-    assert all(path.is_file() for path in rendered("demo", ["trill", "bell"], (3, 2, 4), None, tmp_path).paths)
+    assert all(path.is_file() for path in rendered("demo", ["eoe", "bell"], (3, 2, 4), None, tmp_path).paths)
     assert not list(tmp_path.glob(".demo*"))  # nothing half-made stays
     with pytest.raises(UserError, match="makes its own sounds"):
-        rendered("demo", ["trill"], (1, 1, 1), tmp_path, tmp_path)
+        rendered("demo", ["eoe"], (1, 1, 1), tmp_path, tmp_path)
 
 
 def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
@@ -98,7 +99,7 @@ def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
         assert word in out
     assert train.main([*options, "--method", "linear"]) == 0
     config = json.loads((run.parent.parent / "linear" / "seed0" / "config.json").read_text())
-    assert config["lr"] == config["method"]["lr"] == DATASETS["demo"].lr["linear"]
+    assert config["lr"] == config["method"]["lr"] == petl.NARROW_LR["linear"]
     assert "--method houlsby_par" in capsys.readouterr().out
 
 
@@ -121,6 +122,19 @@ def test_shrink_keeps_even_numbers_and_at_least_one():
     assert petl.shrink(petl.METHODS["lora"], 1000).parts[0].rr == 1
     assert petl.shrink(petl.METHODS["dpt"], 1) is petl.METHODS["dpt"]
 
+
+def test_methods_fit_the_width_of_the_backbone():
+    """The base AST takes the paper's numbers, the demo backbone a quarter of RR and prompts, whatever the dataset."""
+    for method in petl.METHODS.values():
+        assert petl.fit(method, 768) is method and petl.fit(method, 384) is method
+        assert petl.fit(method, 128).parts == petl.shrink(method, 4).parts
+    assert petl.rank_of(128, petl.fit(petl.METHODS["houlsby_par"], 128).parts[0].rr) == 8
+    rates = {name: petl.fit(petl.METHODS[name], 128).lr for name in ("full_ft", "linear", "lora")}
+    assert rates == {"full_ft": 5e-4, "linear": 1e-2, "lora": 5e-3}
+    assert train.method_for(train.parse(["--dataset", "demo_source", "--method", "full_ft"]), 128).lr == 1e-3
+    assert train.method_for(train.parse(["--dataset", "esc10", "--method", "dpt", "--prompts", "9"]), 128).parts == (
+        petl.Prompts(9, deep=True),
+    )
 
 def test_the_shipped_backbone_knows_the_source_sounds():
     """On new sounds of the classes it was trained on; guessing gives 1.5 %."""

@@ -300,7 +300,7 @@ def test_show_prints_what_the_file_is(train_main, tmp_path, command):
     header = read_header(file)
     said = command("show", file)
     lines = {line[:12].strip(): line[12:] for line in said.splitlines()}
-    assert lines["method"].startswith("lora: LoRA(targets='qv', rr=128, alpha=8)")
+    assert lines["method"].startswith("lora: LoRA(targets='qv', rr=16, alpha=8)")  # fitted to 64 dimensions
     assert f"{header['parameters']['petl']:,} of the method" in lines["parameters"]
     assert lines["classes"].startswith("10: sound 0, sound 4, ") and lines["pool"] == "cls_dist"
     assert lines["backbone"] == f"{SMALL_AST}, SHA-256 {load_ast(SMALL_AST, pool='cls_dist').backbone.sha256}"

@@ -309,6 +309,11 @@ def test_a_method_survives_json(name):
     assert (restored.name, restored.parts, restored.lr) == (name, METHODS[name].parts, METHODS[name].lr)
 
 
+def test_a_part_that_is_not_known():
+    with pytest.raises(UserError, match="'mine' has the part 'Gate', which no row"):
+        petl.from_dict({"name": "mine", "lr": 1e-3, "parts": [{"part": "Gate", "width": 3}]})
+
+
 def test_a_bottleneck_is_at_least_one_wide():
     assert [petl.rank_of(768, 64), petl.rank_of(192, 128), petl.rank_of(192, 1000)] == [12, 2, 1]
 

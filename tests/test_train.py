@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     accuracies = [fold["accuracy"] for fold in result["folds"]]
     assert result["accuracy"] == pytest.approx(sum(accuracies) / 5, abs=1e-3) and result["std"] is not None
-    model = petl.apply(load_ast(SMALL_AST, 500, 10), "lora")
+    model = petl.apply(load_ast(SMALL_AST, 500, 10), petl.fit(petl.METHODS["lora"], 64))
     assert result["parameters"] == petl.count(model)
     assert {"seconds", "peak_memory_mb", "versions"} <= result.keys()
     config = json.loads((run / "config.json").read_text())
