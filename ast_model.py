@@ -145,12 +145,16 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.eps)
         self.head = make_head(config)
 
-    def features(self, fbank):
-        """Tokens after the final LayerNorm, (batch, tokens, dim): [CLS], [distillation], patches."""
+    def encode(self, fbank):
+        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation], patches."""
         x = self.embed(fbank)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return x
+
+    def features(self, fbank):
+        """Tokens after the final LayerNorm, (batch, tokens, dim)."""
+        return self.norm(self.encode(fbank))
 
     def forward(self, fbank):
         return self.head(POOL[self.config.pool](self.features(fbank)))  # (batch, n_classes)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ast_model import AST, UserError
 from data import FRONT_END, HOP, RATE, SUFFIXES, WINDOW, fbank, length_of, stream_audio, to_input
 from load_weights import class_names, load_ast, load_trained, read_header
+from onednn_linear import onednn_helps, use_onednn
 from train import Parser, autocast, choose_device, choose_dtype, exit_code, positive
 
 
@@ -276,6 +277,8 @@ def run(args: argparse.Namespace) -> int:
         classifier = load_classifier(args.checkpoint, args.weights)
     for model in classifier.models:
         model.to(args.device).eval()
+        if args.device.type == "cpu" and onednn_helps():
+            use_onednn(model)
     n_frames = classifier.n_frames
     hop = (n_frames // 2 if args.hop is None else round(args.hop * RATE / HOP)) * HOP
     if not 0 < hop <= n_frames * HOP:

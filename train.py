@@ -21,12 +21,15 @@ import os
 import pickle
 import platform
 import re
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import petl
@@ -55,8 +59,10 @@ from data import (
     whole_file,
 )
 from load_weights import load_ast, load_tensors, read_header, save_trained, trained_tensors
+from onednn_linear import onednn_helps, use_onednn
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW
+PATIENCE = timedelta(minutes=10)  # of a process that waits for another; a dead one on the same node shows at once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,14 +88,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Clips:
-    """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU."""
+    """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU.
+
+    `pooled` (clips, dim) is for a linear probe: see `pool_clips`. It starts as nan.
+    """
 
     features: torch.Tensor
     labels: torch.Tensor
+    pooled: torch.Tensor | None = None
 
     def batch(self, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips `index`, which lies where the features lie, on `device` in float32."""
-        return self.features[index].to(device, torch.float32), self.labels[index].to(device)
+        """Clips `index`, which lies where the features lie, on `device` in float32.
+
+        From main memory to a GPU they go through pinned memory: such a copy lets the program run on, so that it gathers
+        the next batch while the GPU still computes with this one.
+        """
+        x, y = self.features[index], self.labels[index]
+        if device.type == "cuda" and x.device.type == "cpu":
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=True).float(), y.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the training
@@ -151,17 +168,21 @@ def train_fold(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.lr, BETAS, EPS, WEIGHT_DECAY, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
-    forward = torch.compile(model) if args.compile else model
+    network, start = model, time.perf_counter()
+    if clips.pooled is not None:
+        network, clips = Probe(model), pool_clips(model, clips, split, settings, args)
+    seconds = time.perf_counter() - start
+    forward = torch.compile(network) if args.compile else network
     if world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
 
-    history, best, seconds = [], {"accuracy": -1.0, "epoch": 0, "tensors": {}}, 0.0
+    history, best = [], {"accuracy": -1.0, "epoch": 0, "tensors": {}}
     if args.resume and state_file.exists():
         state = read_state(state_file)
         load_tensors(model, state["tensors"], state_file)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        history, best, seconds = state["history"], state["best"], state["seconds"]
+        history, best, seconds = state["history"], state["best"], state["seconds"] + seconds
         say(f"fold {fold}: going on after epoch {len(history)}")
     elif state_file.exists():
         say(f"fold {fold}: was interrupted and starts over; --resume would go on where it was")
@@ -183,7 +204,7 @@ def train_fold(
                 raise UserError(f"the loss is {loss} in {where}: choose a smaller --lr, or --dtype float32")
         rate = len(train) / (time.perf_counter() - start)
 
-        accuracy = evaluate(model, clips, split.val, settings, device) if split.val else None
+        accuracy = evaluate(network, clips, split.val, settings, args) if split.val else None
         if accuracy is None or accuracy > best["accuracy"]:
             best = {"accuracy": accuracy, "epoch": epoch, "tensors": trained_tensors(model)}
         history.append({
@@ -202,7 +223,7 @@ def train_fold(
 
     load_tensors(model, best["tensors"], state_file)
     return {
-        "fold": fold, "accuracy": evaluate(model, clips, split.test, settings, device),
+        "fold": fold, "accuracy": evaluate(network, clips, split.test, settings, args),
         "validation_accuracy": best["accuracy"], "epoch": best["epoch"], "seconds": round(seconds, 1),
         "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
@@ -216,20 +237,87 @@ def read_state(file: Path) -> dict:
 
 
 @torch.inference_mode()
-def evaluate(model: AST, clips: Clips, indices: list[int], settings: Settings, device: torch.device) -> float:
+def evaluate(model: nn.Module, clips: Clips, indices: list[int], settings: Settings, args: argparse.Namespace) -> float:
     """Accuracy in percent on the given clips; every rank takes its share."""
-    rank, world = ranks()
+    device, rank, world = args.device, *ranks()
     model.eval()
     correct = torch.zeros((), device=device)
-    for index in torch.tensor(indices, device=clips.features.device)[rank::world].split(settings.batch_size):
-        x, y = clips.batch(index, device)
+    index = torch.tensor(indices, device=clips.features.device)[rank::world]
+    for index_now in index.split(evaluation_batch(settings, args)):
+        x, y = clips.batch(index_now, device)
         with autocast(device, settings.dtype):
             correct += (model(x).argmax(1) == y).sum()
     return 100 * sum_over_ranks(correct).item() / len(indices)
 
 
+def evaluation_batch(settings: Settings, args: argparse.Namespace) -> int:
+    """Clips at once without gradients. Training keeps a dozen tensors of every block, evaluation those of one block: on
+    a GPU four times the clips still take less memory. A CPU gains nothing: its caches like small batches."""
+    return (args.micro_batch or settings.batch_size) * (4 if args.device.type == "cuda" else 1)
+
+
 def autocast(device: torch.device, dtype: str):
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+# --------------------------------------------------------------------------------- what makes it fast, or saves memory
+
+
+def prepare(model: AST, args: argparse.Namespace) -> AST:
+    """The adapted model on its device, ready for training. Changes `model` and returns it."""
+    model = model.to(args.device)
+    if args.dtype != "float32":  # autocast would convert frozen weights anew in every step, and gives the same numbers
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+                for parameter in module.parameters():
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.to(DTYPES[args.dtype])
+    elif args.device.type == "cpu" and not args.compile and onednn_helps():
+        use_onednn(model)
+    if args.recompute:
+        for block in model.blocks:  # keep only the input of each block, and run it again for its gradients
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+class Probe(nn.Module):
+    """Final LayerNorm and head of a model, the parameters themselves, on what `pool_clips` has kept of each clip.
+
+    The scale and shift of the LayerNorm are the same for all tokens, so they may as well come after the pooling.
+    """
+
+    def __init__(self, model: AST):
+        super().__init__()
+        self.norm, self.head = model.norm, model.head
+
+    def forward(self, pooled):  # (batch, dim)
+        return self.head(pooled * self.norm.weight + self.norm.bias)  # (batch, n_classes)
+
+
+@torch.inference_mode()
+def pool_clips(model: AST, clips: Clips, split: Split, settings: Settings, args: argparse.Namespace) -> Clips:
+    """What a linear probe trains on, in place of the features: normalised, pooled tokens, (clips, dim).
+
+    The backbone is the same in all folds and seeds, so only what is not there yet goes through it; each process takes
+    its share. A batch is a block of neighbouring clips, whatever the split: rounding may depend on the company, and a
+    resumed run must get the bits of an unbroken one.
+    """
+    device, rank, world = args.device, *ranks()
+    model.eval()
+    needed = torch.tensor(split.train + split.val + split.test)
+    needed = needed[clips.pooled[needed.to(device), 0].isnan().cpu()]
+    blocks = torch.arange(len(clips.labels)).split(evaluation_batch(settings, args))
+    blocks = [blocks[i] for i in (needed // len(blocks[0])).unique().tolist()]
+    new = torch.zeros_like(clips.pooled)
+    for index in blocks[rank::world]:
+        x, _ = clips.batch(index.to(clips.features.device), device)
+        with autocast(device, settings.dtype):
+            tokens = F.layer_norm(model.encode(x), (model.config.dim,), eps=model.norm.eps)
+            new[index.to(device)] = POOL[model.config.pool](tokens).float()
+    if blocks:
+        rows = torch.cat(blocks).to(device)
+        clips.pooled[rows] = sum_over_ranks(new[rows])
+    return Clips(clips.pooled, clips.labels.to(device))
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -244,6 +332,16 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if ranks()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def lost_process(*_) -> None:
+    """Raises the UserError of a process that cannot go on without the others. Also what torchrun's SIGTERM calls: it
+    ends all processes when one has died, and may do so before the next exchange of numbers fails."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # saying it once is enough
+    raise UserError(
+        f"process {os.environ.get('RANK')} stops: another process of this run has ended or does not answer; where no "
+        "line above says why, it was killed; the same command with --resume goes on after the last finished epoch"
+    )
 
 
 def say(*words) -> None:
@@ -271,6 +369,9 @@ def run(args: argparse.Namespace) -> dict:
     method = method_for(args, backbone.config.dim)
     features, bad = build_features(dataset, n_frames, args.cache_dir, args.skip_bad)
     clips = to_clips(features, dataset, args.device)
+    mask = recipe.mask and not args.no_mask
+    if not method.parts and not mask:  # a linear probe of clips that are the same in every epoch
+        clips = replace(clips, pooled=torch.full((len(features), backbone.config.dim), math.nan, device=args.device))
     names = dataset.names()
 
     results = {}
@@ -282,15 +383,26 @@ def run(args: argparse.Namespace) -> dict:
             method=petl.to_dict(method), pool=args.pool, seed=seed, shots=args.shots,
             clips=hashlib.sha256(os.fsencode(table)).hexdigest(), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
-            mask=recipe.mask, dtype=args.dtype,
+            mask=mask, dtype=args.dtype,
         )  # fmt: skip
         folder = args.out / args.dataset / method.name / f"seed{seed}"
         check_same_run(folder, settings)
         if ranks()[0] == 0:
             skipped = {names[i]: reason for i, reason in bad.items()}
-            write_json(folder / "config.json", {**asdict(settings), "command": sys.argv, "skipped_clips": skipped})
+            write_json(folder / "config.json", {
+                **asdict(settings), "command": sys.argv, "skipped_clips": skipped,
+                "data_dir": args.data_dir and str(args.data_dir.resolve()),
+                "cache_dir": str(args.cache_dir.resolve()),
+            })  # fmt: skip
             write_text(folder / "split.csv", table)
         say(f"{method.name} on {args.dataset}: {describe(settings)}, {args.device}")
+        if not method.parts:
+            say(
+                "linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
+                "epoch; with --no-mask it does so once"
+                if mask
+                else "linear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
+            )
         results[seed] = run_seed(backbone, method, clips, dataset.classes, folds, settings, folder, args)
         if ranks()[0] == 0:
             print_summary(results[seed], folder, settings, started)
@@ -323,7 +435,7 @@ def run_seed(
             seed_epoch(settings.seed, fold, epoch=0)  # of the new head and the method's parts
             model = copy.deepcopy(backbone)
             model.head = make_head(model.config)
-            model = petl.apply(model, method).to(args.device)
+            model = prepare(petl.apply(model, method), args)
             state_file = folder / f"fold{fold}.resume.pt"
             result = train_fold(model, clips, folds[fold], fold, settings, state_file, args)
             if ranks()[0] == 0:
@@ -393,20 +505,21 @@ def check_same_run(folder: Path, settings: Settings) -> None:
 
 def summarise(folder: Path, folds: Iterable[int]) -> dict:
     """Collect the finished folds of a run into result.json. Accuracies in percent, sample standard deviation."""
-    files = [folder / f"fold{fold}.safetensors" for fold in folds]
-    headers = [read_header(file) for file in files if file.exists()]
-    results = [header["result"] for header in headers]
-    accuracies = [result["accuracy"] for result in results]
-    summary = {
-        "accuracy": round(statistics.mean(accuracies), 4),
-        "std": round(statistics.stdev(accuracies), 4) if len(results) > 1 else None,
-        "folds": results,
-        "parameters": headers[0]["parameters"],
-        "seconds": round(sum(result["seconds"] for result in results), 1),
-        "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
-        "versions": headers[0]["versions"],
-    }
-    write_json(folder / "result.json", summary)
+    with FileLock(folder / ".result.lock"):  # folds may end at the same time on several machines
+        files = [folder / f"fold{fold}.safetensors" for fold in folds]
+        headers = [read_header(file) for file in files if file.exists()]
+        results = [header["result"] for header in headers]
+        accuracies = [result["accuracy"] for result in results]
+        summary = {
+            "accuracy": round(statistics.mean(accuracies), 4),
+            "std": round(statistics.stdev(accuracies), 4) if len(results) > 1 else None,
+            "folds": results,
+            "parameters": headers[0]["parameters"],
+            "seconds": round(sum(result["seconds"] for result in results), 1),
+            "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
+            "versions": headers[0]["versions"],
+        }
+        write_json(folder / "result.json", summary)
     return summary
 
 
@@ -534,7 +647,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", type=positive, help="number of prompts or prefixes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the arithmetic; trained tensors stay float32")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action="store_true", help="torch.compile the model for training")
+    add("--recompute", action="store_true", help="keep less for the backward pass and compute it again: saves memory")
+    add("--no-mask", action="store_true", help="leave SpecAugment out where the dataset's protocol has it")
     add("--skip-bad", action="store_true", help="go on without sound files that cannot be read")
     add("--resume", action="store_true", help="continue an interrupted fold after its last finished epoch")
     add("--out", type=Path, default=Path("runs"), help="results go to OUT/DATASET/METHOD/seedS")
@@ -618,13 +733,18 @@ def start(argv: list[str] | None) -> int | None:
         return list_methods()
     try:
         if "RANK" in os.environ:  # set by torchrun
-            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+            signal.signal(signal.SIGTERM, lost_process)
+            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=PATIENCE)
         run(args)
     except torch.OutOfMemoryError:
         tried = args.micro_batch or args.batch_size or DATASETS[args.dataset].batch_size
         raise UserError(
             f"out of memory on {args.device} with {tried} clips at once: choose a smaller --micro-batch"
         ) from None
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            lost_process()
+        raise
     except OSError as error:
         where = error.filename or args.out
         if error.errno == errno.ENOSPC:

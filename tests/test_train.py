@@ -210,6 +210,28 @@ def test_two_processes_train_like_one(tmp_path, esc50_dir, cache_dir):
     assert histories[0] == histories[1]
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_with_a_message(victim, tmp_path, esc50_dir, cache_dir):
+    train_command = command(tmp_path, esc50_dir, cache_dir, "runs", "--epochs", 10_000)[1:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train_command]
+    process = subprocess.Popen(
+        torchrun, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not list((tmp_path / "runs").rglob("metrics.csv")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[victim]), signal.SIGKILL)
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert f"process {1 - victim} stops: another process of this run has ended" in line and "--resume" in line
+    assert f"{ROOT}/train.py\", line" not in printed  # no traceback through our own code
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -1,0 +1,219 @@
+"""What makes training fast must not change what it computes."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import SMALL_AST, tiny_ast
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import petl
+import train
+from load_weights import load_ast
+from onednn_linear import OneDNNLinear, use_onednn
+
+
+def arguments(**changes) -> Namespace:
+    return Namespace(
+        **{"device": torch.device("cpu"), "dtype": "float32", "compile": False, "recompute": False, **changes}
+    )
+
+
+def gradients(model, x, y) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)  # of the dropout
+    model.train().zero_grad()
+    cross_entropy(model(x).float(), y).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def batch(model, size=3):
+    torch.manual_seed(0)
+    return torch.randn(size, model.config.n_frames, model.config.n_mels), torch.arange(size) % model.config.n_classes
+
+
+# ----------------------------------------------------------------------------------------------- the linear layers
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (0, 5, 7)])
+def test_onednn_linear_is_the_linear_layer(trained, shape):
+    """Output and all gradients, for vectors, sequences and nothing; as exact as float32 can be."""
+    torch.manual_seed(0)
+    plain = nn.Linear(7, 4).requires_grad_(trained)
+    fast = use_onednn(nn.Sequential(nn.Linear(7, 4)))[0]
+    fast.load_state_dict(plain.state_dict())
+    fast.requires_grad_(trained)
+    assert type(fast) is OneDNNLinear and fast.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(shape)
+    results = []
+    for layer in (plain, fast):
+        leaf = x.clone().requires_grad_(True)
+        out = layer(leaf)
+        (out**2).sum().backward()
+        results.append([out, leaf.grad, layer.weight.grad, layer.bias.grad])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    wide, x = nn.Linear(768, 256), torch.randn(64, 768)
+    exact = x.double() @ wide.weight.double().t() + wide.bias.double()
+    assert (use_onednn(nn.Sequential(wide))(x) - exact).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("method", ["full_ft", "lora", "houlsby_par", "prefix", "bitfit", "adapter_dpt_lora"])
+def test_onednn_gives_the_same_gradients_to_a_method(method):
+    torch.manual_seed(0)
+    model = petl.apply(tiny_ast(), method)
+    x, y = batch(model)
+    before = gradients(model, x, y)
+    after = gradients(use_onednn(model), x, y)
+    assert any(type(module) is OneDNNLinear for module in model.modules()) and before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_frozen_layer_keeps_no_input():
+    """That is where the memory of training goes."""
+    layer, x = (
+        use_onednn(nn.Sequential(nn.Linear(8, 4)))[0].requires_grad_(False),
+        torch.randn(3, 8, requires_grad=True),
+    )
+    assert layer(x).grad_fn.saved_tensors[0] is None
+    assert layer.requires_grad_(True)(x).grad_fn.saved_tensors[0] is not None
+
+
+def test_prepare_chooses_onednn_by_the_processor(monkeypatch):
+    for helps in (True, False):
+        monkeypatch.setattr(train, "onednn_helps", lambda helps=helps: helps)
+        model = train.prepare(petl.apply(tiny_ast(), "lora"), arguments())
+        assert (type(model.blocks[0].attn.k) is OneDNNLinear) == helps
+        model = train.prepare(petl.apply(tiny_ast(), "lora"), arguments(dtype="bfloat16"))
+        assert type(model.blocks[0].attn.k) is nn.Linear
+
+
+# -------------------------------------------------------------------------------------------------- types and memory
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "convpass2d_houlsby_par", "adapter_dpt", "full_ft"])
+def test_frozen_weights_in_bfloat16_change_no_bit(method):
+    """They hold what autocast would make of them; what is trained, and the LayerNorms, stay in float32."""
+    torch.manual_seed(0)
+    model = petl.apply(tiny_ast(), method)
+    x, y = batch(model)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return gradients(model, x, y)
+
+    before = run()
+    train.prepare(model, arguments(dtype="bfloat16"))
+    after = run()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    frozen = petl.inner(model.blocks[1]).ffn
+    types = {p.dtype for p in petl.inner(frozen).fc1.parameters() if not p.requires_grad}
+    assert types == (set() if method == "full_ft" else {torch.bfloat16})
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.blocks[0].norm1.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["lora", "convpass_houlsby_par", "adapter_dpt"])
+def test_recomputing_changes_no_gradient(method):
+    """Not even with the dropout of Convpass; and the blocks do run twice."""
+    torch.manual_seed(0)
+    model = petl.apply(tiny_ast(), method)
+    x, y = batch(model)
+    before, runs = gradients(model, x, y), []
+    train.prepare(model, arguments(recompute=True))
+    petl.inner(model.blocks[0]).norm1.register_forward_hook(lambda *_: runs.append(1))
+    after = gradients(model, x, y)
+    assert len(runs) == 2
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_recompute_on_the_command_line(train_main, tmp_path):
+    options = "--method", "lora", "--epochs", 1
+    assert train_main(*options, "--out", tmp_path / "a") == 0
+    assert train_main(*options, "--out", tmp_path / "b", "--recompute") == 0
+    one, other = (load_file(tmp_path / out / "esc10/lora/seed0/fold1.safetensors") for out in "ab")
+    assert one.keys() == other.keys()
+    assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
+
+
+# ------------------------------------------------------------------------------------------------- the linear probe
+
+
+def encodings(monkeypatch) -> list[int]:
+    """The sizes of the batches that go through a backbone from now on."""
+    sizes, original = [], train.AST.encode
+    monkeypatch.setattr(train.AST, "encode", lambda self, x: sizes.append(len(x)) or original(self, x))
+    return sizes
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "cls_dist"])
+def test_a_linear_probe_runs_the_backbone_once_per_clip(pool, train_main, tmp_path, monkeypatch, capsys):
+    """The same weights and accuracies as when all clips go through it in every epoch, for all folds and seeds."""
+    options = ["--method", "linear", "--no-mask", "--pool", pool, "--epochs", 3, "--lr", 1e-3]
+    options += ["--folds", "1,2", "--seed", "0,1"]
+    sizes = encodings(monkeypatch)
+    assert train_main(*options, "--out", tmp_path / "pooled") == 0
+    assert sum(sizes) == 50  # fold 1 takes all clips: 30 train, 10 validate, 10 test
+    assert "each clip goes through the backbone once" in capsys.readouterr().out
+
+    monkeypatch.setattr(train, "Probe", lambda model: model)  # the plain loop
+    monkeypatch.setattr(train, "pool_clips", lambda model, clips, *_: clips)
+    sizes.clear()
+    assert train_main(*options, "--out", tmp_path / "plain") == 0
+    assert sum(sizes) == 2 * 2 * (3 * (30 + 10) + 10)
+    for seed in (0, 1):
+        runs = [tmp_path / out / f"esc10/linear/seed{seed}" for out in ("pooled", "plain")]
+        for fold in (1, 2):
+            one, other = (load_file(run / f"fold{fold}.safetensors") for run in runs)
+            assert one.keys() == other.keys()
+            for name in one:
+                assert (one[name] - other[name]).abs().max() <= 1e-5, name
+        results = [json.loads((run / "result.json").read_text())["folds"] for run in runs]
+        assert [fold["accuracy"] for fold in results[0]] == [fold["accuracy"] for fold in results[1]]
+
+
+def test_a_masked_probe_says_that_it_takes_the_long_way(train_main, monkeypatch, capsys):
+    sizes = encodings(monkeypatch)
+    assert train_main("--method", "linear") == 0
+    assert sum(sizes) == 2 * (30 + 10) + 10
+    printed = capsys.readouterr().out
+    assert "every epoch masks the clips anew" in printed and "--no-mask" in printed
+
+
+def test_only_the_needed_clips_are_pooled(train_main, monkeypatch):
+    sizes = encodings(monkeypatch)
+    assert train_main("--method", "linear", "--no-mask", "--shots", 1, "--batch-size", 1) == 0
+    assert sum(sizes) == 10 + 10 + 10  # one of each class trains
+
+
+def test_pooling_from_features_at_the_start(monkeypatch):
+    """Against the formula, by hand: mean of the normalised tokens, then scale and shift, then the head."""
+    torch.manual_seed(0)
+    model = petl.apply(load_ast(SMALL_AST, 60, 4), "linear")
+    nn.init.normal_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    clips = train.Clips(
+        torch.randn(5, 60, 128), torch.zeros(5, dtype=int), torch.full((5, model.config.dim), torch.nan)
+    )
+    settings = Namespace(batch_size=2, dtype="float32")
+    split = train.Split([0], [1], [4])
+    pooled = train.pool_clips(model, clips, split, settings, arguments(micro_batch=None))
+    logits = train.Probe(model)(pooled.features[[0, 1, 4]])
+    torch.testing.assert_close(logits, model.eval()(clips.features[[0, 1, 4]]), rtol=1e-4, atol=1e-4)
+    assert pooled.features[[2, 3]].isnan().all()
+
+
+def test_a_later_run_pools_to_the_same_bits(train_main, tmp_path):
+    """Fold 2 after fold 1, and in a run of its own, which has pooled none of the clips yet."""
+    options = ["--method", "linear", "--no-mask", "--shots", 1, "--batch-size", 3, "--dtype", "bfloat16"]
+    assert train_main(*options, "--folds", "1,2", "--out", tmp_path / "whole") == 0
+    assert train_main(*options, "--folds", "2", "--out", tmp_path / "later") == 0
+    one, other = (load_file(tmp_path / out / "esc10/linear/seed0/fold2.safetensors") for out in ("whole", "later"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
