@@ -13,6 +13,7 @@ import http.client
 import math
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -285,7 +286,7 @@ def default_cache_dir() -> Path:
 def whole_file(path: Path):
     """Yields a temporary path beside `path` that takes its place at the end: readers see all of the file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat on other machines
     try:
         yield temporary
         os.replace(temporary, path)

@@ -1,0 +1,256 @@
+"""The figures of experiments.py: numbers or finished runs in, PNG and SVG out.
+
+Above what draws, below what reads a run: which clips it tested, and what its models make of them. Colours are those of
+Okabe and Ito, which colour-blind eyes tell apart, without their yellow, which vanishes on paper. Markers and lines
+differ as well, so that nothing depends on colour.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ast_model import UserError
+from data import DATASETS, Dataset, build_features, whole_file
+from load_weights import load_trained
+from train import Parser, autocast, choose_device, choose_dtype
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
+GRID = {"color": "#dddddd", "linewidth": 0.6}
+
+
+def pyplot():
+    """matplotlib.pyplot, set up for files. UserError if matplotlib or scikit-learn is not installed."""
+    try:
+        import matplotlib
+        import sklearn.manifold  # noqa: F401
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise UserError(f"figures need {missing}: pip install -r requirements-figures.txt") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "0", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def save(figure, path: Path) -> None:
+    """As `path`.png and `path`.svg."""
+    for kind, metadata in {"png": {}, "svg": {"Date": None}}.items():  # no date: the same numbers give the same file
+        with whole_file(path.with_name(f"{path.name}.{kind}")) as temporary:
+            figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+    pyplot().close(figure)
+    print(f"written to {path}.png and .svg", flush=True)
+
+
+def draw_curves(panels: dict[str, dict[str, list[tuple[int, float, float]]]], reference: str, path: Path) -> None:
+    """Accuracy against trained parameters: {panel: {curve: [(parameters, accuracy in %, its standard deviation)]}}.
+
+    The curve `reference` is one point far to the right: a dashed line at its height.
+    """
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(1.6 + 3.4 * len(panels), 3.4), squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for i, (name, points) in enumerate(curves.items()):
+            x, y, errors = zip(*sorted(points), strict=True)
+            if name == reference:
+                axis.axhline(y[0], color="#666666", linestyle=(0, (6, 3)), linewidth=1.2, label=name)
+                title += f" ({name} trains {x[0]:,} parameters)"
+            else:
+                style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linestyle": LINES[i % 6]}
+                axis.errorbar(x, y, errors if any(errors) else None, label=name, markersize=5, linewidth=1.4,
+                              capsize=2, **style)  # fmt: skip
+        axis.set(xscale="log", ylabel="test accuracy (%)")
+        axis.set(xlabel="trained parameters (final LayerNorm and head apart)")
+        axis.set_title(title, fontsize=9)
+        axis.margins(0.06, 0.12)
+        axis.grid(which="major", **GRID)
+    legend_below(figure, axes[0], ncol=5)
+    save(figure, path)
+
+
+def draw_tsne(panels: dict[str, np.ndarray], labels: list[int], classes: list[str], kinds: list[str], path) -> None:
+    """Tokens of test clips in the plane by t-SNE (van der Maaten and Hinton, 2008).
+
+    panels: a column for each title, tokens (clips, kinds, dim); a row for each of `kinds`. labels: (clips,).
+    """
+    plt = pyplot()
+    from sklearn.manifold import TSNE
+
+    shown = sorted(set(labels))
+    labels = np.array(labels)
+    figure, axes = plt.subplots(len(kinds), len(panels), squeeze=False,
+                                figsize=(2.4 * len(panels) + 0.3, 2.4 * len(kinds) + 0.3))  # fmt: skip
+    for column, (title, tokens) in enumerate(panels.items()):
+        for row, kind in enumerate(kinds):
+            perplexity = min(30, (len(labels) - 1) / 3)
+            plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(tokens[:, row])
+            axis = axes[row][column]
+            for i, k in enumerate(shown):
+                axis.scatter(*plane[labels == k].T, s=11, c=COLOURS[i % 7], marker=MARKERS[i % 10], linewidths=0,
+                             alpha=0.85, label=classes[k])  # fmt: skip
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(True)
+            axis.set_title(title if row == 0 else "")
+            axis.set_ylabel(f"t-SNE of the {kind}" if column == 0 else "")
+    legend_below(figure, axes[0][:1], ncol=5, markerscale=2)
+    save(figure, path)
+
+
+def legend_below(figure, axes, **style) -> None:
+    """One legend beneath all panels, each name once."""
+    entries = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        entries.update(zip(names, handles, strict=True))
+    figure.tight_layout()
+    figure.legend(entries.values(), entries, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, **style)
+
+
+def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Path) -> None:
+    """counts: (classes, classes), row: true class, column: predicted class. Numbers are printed up to 20 classes."""
+    n = len(classes)
+    size, font = (2.5 + 0.28 * n, 8) if n <= 20 else (2.5 + 0.17 * n, 6)
+    figure, axis = pyplot().subplots(figsize=(size, size))
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for i, j in zip(*np.nonzero(counts), strict=True) if n <= 20 else ():
+        colour = "white" if percent[i, j] > 55 else "black"
+        axis.text(j, i, counts[i, j], ha="center", va="center", color=colour, fontsize=7)
+    axis.set_xticks(range(n), classes, rotation=90, fontsize=font)
+    axis.set_yticks(range(n), classes, fontsize=font)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.set_title(title, fontsize=9)
+    figure.colorbar(image, fraction=0.046, pad=0.03, label="% of the clips of the true class")
+    save(figure, path)
+
+
+def draw_history(rows: list[dict[str, str]], title: str, path: Path) -> None:
+    """The rows of metrics.csv: training loss and validation accuracy, if there is one, after every epoch."""
+    labels = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
+    labels = {column: label for column, label in labels.items() if any(row[column] for row in rows)}
+    figure, axes = pyplot().subplots(1, len(labels), figsize=(3.6 * len(labels), 3), squeeze=False)
+    folds = sorted({int(row["fold"]) for row in rows})
+    for axis, colour, (column, label) in zip(axes[0], COLOURS, labels.items(), strict=False):
+        lines = [[float(row[column]) for row in rows if int(row["fold"]) == fold] for fold in folds]
+        epochs = range(1, 1 + max(map(len, lines)))
+        thin = {"marker": "o", "markersize": 3} if len(lines) == 1 else {"alpha": 0.5, "linewidth": 0.8}
+        for line in lines:
+            axis.plot(epochs[: len(line)], line, color=colour, label="one fold", **thin)
+        if len(lines) > 1 and len(set(map(len, lines))) == 1:
+            axis.plot(epochs, np.mean(lines, axis=0), color="black", linewidth=1.8, label="mean of the folds")
+        axis.set(xlabel="epoch", ylabel=label, xlim=(0.5, len(epochs) + 0.5))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(**GRID)
+    figure.suptitle(title, fontsize=9)
+    if len(folds) > 1:
+        legend_below(figure, axes[0], ncol=2)
+    figure.tight_layout()
+    save(figure, path)
+
+
+# -------------------------------------------------------------------------------------------------------- finished runs
+
+
+def read_run(run: Path) -> tuple[dict, dict, list[dict[str, str]]]:
+    """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none."""
+    try:
+        config, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+        with open(run / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return dict(config), dict(result), list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{run} is no finished run of train.py: there is no {Path(error.filename).name}") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{run} holds a damaged config.json or result.json: delete the folder") from None
+
+
+def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[Dataset, np.ndarray, dict]:
+    """The dataset of a run, its features (clips, n_frames, 128), and the indices of the test clips of each fold.
+
+    Raises UserError if the run is not finished, or if the clips that it tested are not found.
+    """
+    config, result, rows = read_run(run)
+    cache_dir = cache_dir or Path(config["cache_dir"])
+    data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
+    dataset = DATASETS[config["dataset"]].load(data_dir, cache_dir)
+    index = {name: i for i, name in enumerate(dataset.names())}
+    tests = {fold["fold"]: [] for fold in result["folds"]}
+    for row in rows:
+        if row["split"] == "test" and int(row["fold"]) in tests:
+            tests[int(row["fold"])].append(row["path"])
+    missing = [name for clips in tests.values() for name in clips if name not in index]
+    if missing:
+        raise UserError(f"{run}: {len(missing)} of its test clips ({missing[0]}, ...) are not in {dataset.root}: give "
+                        "the sounds it was trained on as --data-dir")  # fmt: skip
+    features, _ = build_features(dataset, config["n_frames"], cache_dir, skip_bad=True)
+    return dataset, features, {k: [index[name] for name in clips] for k, clips in tests.items()}
+
+
+@torch.inference_mode()
+def batched(forward, features: np.ndarray, clips: list[int], device: torch.device) -> torch.Tensor:
+    """`forward` of the given clips, in batches on `device`; what it returns is gathered on the CPU."""
+    outputs = []
+    for start in range(0, len(clips), 32):
+        x = torch.from_numpy(features[clips[start : start + 32]]).to(device, torch.float32)
+        with autocast(device, choose_dtype("auto", device)):
+            outputs.append(forward(x).float().cpu())
+    return torch.cat(outputs)
+
+
+def draw_tokens(runs: dict[str, Path], path: Path, args: argparse.Namespace) -> None:
+    """Figure 2: test clips of ten classes as the models of {title: run} see them, all runs with the same first fold.
+
+    [CLS] as in the paper, and the mean of all tokens, which the head reads. `args` say where data and cache are.
+    """
+    device, panels = choose_device(args.device), {}
+    first = next(iter(runs.values()))
+    data_dir = args.data_dir.get(read_run(first)[0]["dataset"])
+    dataset, features, tests = tested_clips(first, data_dir, args.cache_dir)
+    fold, test = next(iter(tests.items()))
+    classes = sorted({dataset.labels[i] for i in test})[:10]  # as many as in the paper
+    clips = [i for k in classes for i in [i for i in test if dataset.labels[i] == k][:50]]
+    for title, run in runs.items():
+        model = load_trained(run / f"fold{fold}.safetensors").to(device)
+
+        def both(x, model=model):
+            tokens = model.features(x)
+            return torch.stack([tokens[:, 0], tokens.mean(1)], dim=1)  # (batch, 2, dim)
+
+        panels[title] = batched(both, features, clips, device).numpy()
+    labels = [dataset.labels[i] for i in clips]
+    draw_tsne(panels, labels, dataset.classes, ["[CLS] token", "mean of all tokens"], path)
+
+
+def confusion(run: Path, args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
+    """Test clips by true class (row) and predicted class (column), all folds together; and the names of the classes."""
+    dataset, features, tests = tested_clips(run, args.data_dir, args.cache_dir)
+    counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)
+    for fold, clips in tests.items():
+        model = load_trained(run / f"fold{fold}.safetensors", args.weights).to(args.device)
+        predicted = batched(model, features, clips, args.device).argmax(1).numpy()
+        np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
+    return counts, dataset.classes
+
+
+def plot(argv: list[str]) -> None:
+    """The command `plot` of experiments.py: confusion matrix and learning curves of a run, into its folder."""
+    parser = Parser(prog="experiments.py plot", description="Draw the confusion matrix and learning curves of a run.")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
+    add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
+    add("--weights", help="where its backbone is now, if not where the run says")
+    add("--cache-dir", type=Path, help="for downloads and features; default: that of the run")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    pyplot()  # missing? now, not after the work
+    args.device = choose_device(args.device)
+    config, _, _ = read_run(args.run)
+    counts, classes = confusion(args.run, args)
+    title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
+    score = f"{100 * counts.trace() / counts.sum():.2f} % of {counts.sum():,} test clips"
+    draw_confusion(counts, classes, f"{title}: {score}", args.run / "confusion")
+    draw_history(list(csv.DictReader((args.run / "metrics.csv").read_text().splitlines())), title, args.run / "curves")
