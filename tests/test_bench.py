@@ -160,4 +160,4 @@ def test_missing_libraries_are_named(monkeypatch, capsys):
 
 def test_parse_knows_the_defaults():
     args = bench.parse(["--device", "cpu"])
-    assert (args.batch, args.repeats, args.dtype) == (4, 5, "float32")
+    assert (args.batch, args.repeats, args.dtype) == (4, 3, "float32")

@@ -136,7 +136,7 @@ def test_a_backbone_without_a_place_of_its_own_travels_along(tmp_path, command):
     torch.manual_seed(0)
     model = petl.apply(load_ast("random:tiny", 60, 4, "cls_dist"), "lora").eval()
     for block in model.blocks:
-        torch.nn.init.normal_(block.attn.v.b, std=0.2)
+        torch.nn.init.normal_(block.attn.v.b.weight, std=0.2)
     save_trained(model, tmp_path / "fold1.safetensors", {"classes": CLASSES})
     command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "peft")
     base = json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"]
@@ -196,7 +196,7 @@ def test_a_lora_trained_with_peft_opens_here(config, tmp_path, command):
     [
         ({"use_dora": True}, "holds LORA, use_dora: only LoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "holds LORA, rank_pattern: only LoRA"),
-        ({"target_modules": ["q_proj", "fc1"]}, r"does not fit the method 'lora': blocks.0.ffn.fc1.a"),
+        ({"target_modules": ["q_proj", "fc1"]}, r"does not fit the method 'lora': blocks.0.ffn.fc1.a.weight"),
         ({"modules_to_save": ["audio_spectrogram_transformer.embeddings"]}, "trained embeddings are no part of a LoRA"),
     ],
 )

@@ -196,8 +196,8 @@ def test_another_backbone_is_refused(tmp_path):
 def test_tensors_that_do_not_fit_the_method(tmp_path):
     model = apply(load_ast(SMALL_AST, n_classes=4), "lora")
     tensors = load_weights.trained_tensors(model)
-    tensors.pop("blocks.1.attn.v.b")
-    with pytest.raises(UserError, match=r"does not fit the method 'lora': blocks.1.attn.v.b"):
+    tensors.pop("blocks.1.attn.v.b.weight")
+    with pytest.raises(UserError, match=r"does not fit the method 'lora': blocks.1.attn.v.b.weight"):
         load_weights.load_tensors(model, tensors, tmp_path)
 
 
@@ -361,7 +361,7 @@ def test_save_ast_and_load_ast_are_inverse(tmp_path, pool):
 def test_export_merged(tmp_path, capsys):
     model = apply(load_ast("random:tiny", n_frames=60, n_classes=3), "lora").eval()
     for name, parameter in model.named_parameters():
-        if name.endswith(".b"):
+        if name.endswith(".b.weight"):
             torch.nn.init.normal_(parameter, std=0.1)
     save_trained(model, tmp_path / "lora.safetensors", {"classes": ["a", "b", "c"]})
     options = ["export", "", "--to", "merged", "--out", str(tmp_path / "plain.safetensors")]

@@ -149,9 +149,10 @@ def test_lora_by_hand():
     x = torch.randn(2, 11, 32)
     for name in "qo":
         lora = getattr(model.blocks[1].attn, name)
-        expected = x @ lora.wrapped.weight.T + lora.wrapped.bias + 8 / 16 * (x @ lora.a.T @ lora.b.T)  # eq. (5)
+        ba = lora.b.weight @ lora.a.weight
+        expected = x @ lora.wrapped.weight.T + lora.wrapped.bias + 8 / 16 * x @ ba.T  # eq. (5)
         torch.testing.assert_close(lora(x), expected)
-        assert lora.a.shape == (2, 32)
+        assert lora.a.weight.shape == (2, 32)
     assert isinstance(model.blocks[1].attn.k, torch.nn.Linear)
 
 
@@ -359,9 +360,9 @@ def test_lora_equals_peft(tmp_path):
         for lora, reference in ((block.attn.q, layer.attention.q_proj), (block.attn.v, layer.attention.v_proj)):
             a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
             torch.nn.init.normal_(b, std=0.1)
-            lora.a.data.copy_(a.detach())
-            lora.b.data.copy_(b.detach())
-            pairs += [(lora.a, a), (lora.b, b)]
+            lora.a.weight.data.copy_(a.detach())
+            lora.b.weight.data.copy_(b.detach())
+            pairs += [(lora.a.weight, a), (lora.b.weight, b)]
     fbank, labels = torch.randn(2, 100, 128), torch.tensor([0, 3])
     our_logits, their_logits = ours(fbank), theirs(input_values=fbank).logits
     assert (our_logits - their_logits).abs().max() <= 1e-5
