@@ -190,7 +190,7 @@ def contestants(method: str | None, n_frames: int, args: Namespace) -> dict[str,
     if args.compile:
         torch.compiler.reset()  # torch compiles a function a few times, then gives up: other rows must not count
         models = {name: torch.compile(model) for name, model in models.items()}
-    x, _ = batch_of(2, n_frames, args)
+    x, _ = batch_of(args.batch, n_frames, args)  # the shape of the steps to come: torch.compile looks at it
     with torch.inference_mode(), train.autocast(args.device, args.dtype):
         logits = {name: model.eval()(x).float() for name, model in models.items()}
     difference = max((logits["ours"] - other).abs().max().item() for other in logits.values())
@@ -324,7 +324,10 @@ def load_config(model: nn.Module) -> ASTConfig:
 
 
 def measure_features(args: Namespace) -> list[Result]:
-    """Five-second waveforms to 500 frames, one by one on one core: ours, transformers' extractor, torchaudio."""
+    """Five-second waveforms to 500 frames, one by one on one core: ours, transformers' extractor, torchaudio.
+
+    The extractor uses torchaudio where it is installed, else numpy.
+    """
     from transformers import ASTFeatureExtractor
 
     wave = 0.1 * torch.randn(5 * data.RATE, generator=torch.Generator().manual_seed(0))
@@ -424,7 +427,8 @@ def growth(args: Namespace) -> dict:
 
             times = in_turn({"step": step, "attention": attention}, args.repeats, args.device)
             seconds, alone = (statistics.median(times[name]) for name in ("step", "attention"))
-            quadratic = 12 * config.n_tokens**2 * config.dim * config.depth  # 4 forward, 8 backward
+            forward = 4 * config.n_tokens**2 * config.dim
+            quadratic = 3 * config.depth * forward - forward // 2  # two thirds of it backward; see `flops`
             peak = peak_mb(step, args.device)
             entries.append({
                 "n_frames": n_frames, "tokens": config.n_tokens, "batch": batch, "ms_per_clip": 1e3 * seconds / batch,
@@ -484,7 +488,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = train.Parser(description="Measure speed and memory.")
     add = parser.add_argument
     add("what", nargs="?", default="table", choices=["table", "growth", "esc50"])
-    add("--quick", action="store_true", help="fewer rows and repeats: less than 3 minutes on 2 cores")
+    add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--batch", type=train.positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
     add("--repeats", type=train.positive, help="default: 20 on a GPU, 3 on a CPU")

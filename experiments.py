@@ -305,8 +305,8 @@ def claimed(folder: Path) -> bool:
 def start_cell(cell: Cell, args: argparse.Namespace) -> subprocess.Popen:
     folder = args.out / cell.name
     environment = dict(os.environ)
-    if args.jobs > 1:  # the cells share the cores; for small models several single threads beat threads that wait
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // args.jobs)))
+    if args.jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(threads_of_job(args)))
     words = [sys.executable, __file__, "cell", str(folder), *options(cell, args), "--resume"]
     with open(folder / "log.txt", "ab") as log:
         log.write(ATTEMPT.encode())
@@ -314,8 +314,10 @@ def start_cell(cell: Cell, args: argparse.Namespace) -> subprocess.Popen:
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads_of_job(args: argparse.Namespace) -> int:
+    """The cells share the cores: for small models several single threads beat threads that wait for one another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // args.jobs)
 
 
 def reason(code: int, log: Path) -> str:
@@ -355,16 +357,15 @@ def train_cells(cells: list[Cell], args: argparse.Namespace) -> tuple[dict[Cell,
             say(f"FAILED all cells of {dataset} from {weights}: {why}")
             failed |= {cell: why for cell in waiting if (cell.dataset, cell.weights) == (dataset, weights)}
     waiting = [cell for cell in waiting if cell not in failed]
-    started, trained, told = time.perf_counter(), 0, False
+    told = False
     try:
         while waiting or running:
             for process in [process for process in running if process.poll() is not None]:
                 cell = running.pop(process)
                 take_results([cell], done, failed, args)
                 if cell in done:
-                    trained += 1
-                    left = (time.perf_counter() - started) / trained * (len(waiting) + len(running))
-                    r = done[cell]
+                    r, each = done[cell], statistics.mean(result["seconds"] for result in done.values())
+                    left = each * (len(waiting) + len(running) / 2) / args.jobs  # those that run are half done
                     say(f"[{len(done)}/{len(cells)}] {cell.name}: {r['accuracy']:.2f} %, {r['seconds']:.0f} s"
                         + (f"; about {minutes(left)} left" if left else ""))  # fmt: skip
                 elif process.returncode == BUSY:
@@ -421,6 +422,8 @@ def dry_run(cells: list[Cell], args: argparse.Namespace) -> None:
     A finished cell has its time in result.json. For the others a training step and a test step on noise are timed on
     this machine, once for each dataset and kind of method. No dataset is downloaded: there is then no estimate.
     """
+    if args.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_of_job(args))
     done, failed = {}, {}
     take_results(cells, done, failed, args)
     mine = set(cells if args.shard is None else cells[args.shard[0] - 1 :: args.shard[1]])

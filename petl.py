@@ -208,7 +208,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.wrapped, self.scale = wrapped, scale
         self.a = nn.Linear(wrapped.in_features, rank, bias=False)
-        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))
+        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # zero: nothing to draw
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.wrapped(x) + self.b(self.scale * self.a(x))  # scaling r numbers, not dim

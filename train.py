@@ -129,8 +129,9 @@ def train_epoch(
     """One pass over the clips `train`, in random order, one step per learning rate. Returns the loss of every step.
 
     A batch is shared out between the processes, and each takes its share in equally many micro-batches, as
-    DistributedDataParallel wants it; some of them may be empty. Masks are drawn for the whole batch everywhere, so the
-    number of processes does not change them. (The dropout of Convpass does depend on it.)
+    DistributedDataParallel wants it. Where there are more processes than clips, some run another's clip for nothing.
+    Masks are drawn for the whole batch everywhere, so the number of processes does not change them. (The dropout of
+    Convpass does depend on it, and on micro-batches.)
     """
     device, rank, world = args.device, *ranks()
     micro_batch = (args.micro_batch or settings.batch_size) * world
@@ -141,12 +142,14 @@ def train_epoch(
         draws = torch.rand(len(index), 4, device=device)
         total = torch.zeros((), device=device)
         for clips_now, draws_now in zip(index.split(micro_batch), draws.split(micro_batch), strict=True):
-            x, y = clips.batch(clips_now[rank::world], device)
+            idle = rank >= len(clips_now)
+            share = slice(0, 1) if idle else slice(rank, None, world)
+            x, y = clips.batch(clips_now[share], device)
             if settings.mask:
-                x = spec_augment(x, draws_now[rank::world])
+                x = spec_augment(x, draws_now[share])
             with autocast(device, settings.dtype):
                 logits = forward(x)
-            loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index) * (not idle)
             scaler.scale(loss * world).backward()  # DistributedDataParallel averages over processes: this undoes it
             total += loss.detach()
         scaler.step(optimizer)
@@ -172,6 +175,8 @@ def train_fold(
     if clips.pooled is not None:
         network, clips = Probe(model), pool_clips(model, clips, split, settings, args)
     seconds = time.perf_counter() - start
+    if args.recompute:
+        torch.compiler.reset()  # its blocks are new code in every fold, and torch gives up compiling after a few
     forward = torch.compile(network) if args.compile else network
     if world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
@@ -238,22 +243,30 @@ def read_state(file: Path) -> dict:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, clips: Clips, indices: list[int], settings: Settings, args: argparse.Namespace) -> float:
-    """Accuracy in percent on the given clips; every rank takes its share."""
+    """Accuracy in percent on the given clips; every rank takes its share, in batches as large as its memory allows."""
     device, rank, world = args.device, *ranks()
     model.eval()
     correct = torch.zeros((), device=device)
     index = torch.tensor(indices, device=clips.features.device)[rank::world]
-    for index_now in index.split(evaluation_batch(settings, args)):
-        x, y = clips.batch(index_now, device)
-        with autocast(device, settings.dtype):
-            correct += (model(x).argmax(1) == y).sum()
+    batch, start = evaluation_batch(settings, args), 0
+    while start < len(index):
+        try:
+            x, y = clips.batch(index[start : start + batch], device)
+            with autocast(device, settings.dtype):
+                correct += (model(x).argmax(1) == y).sum()
+            start += batch
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
     return 100 * sum_over_ranks(correct).item() / len(indices)
 
 
 def evaluation_batch(settings: Settings, args: argparse.Namespace) -> int:
     """Clips at once without gradients. Training keeps a dozen tensors of every block, evaluation those of one block: on
-    a GPU four times the clips still take less memory. A CPU gains nothing: its caches like small batches."""
-    return (args.micro_batch or settings.batch_size) * (4 if args.device.type == "cuda" else 1)
+    a GPU four times a process's share takes less memory still. A CPU gains nothing: its caches like small batches."""
+    share = args.micro_batch or math.ceil(settings.batch_size / ranks()[1])
+    return share * (4 if args.device.type == "cuda" else 1)
 
 
 def autocast(device: torch.device, dtype: str):
@@ -736,11 +749,11 @@ def start(argv: list[str] | None) -> int | None:
             signal.signal(signal.SIGTERM, lost_process)
             dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=PATIENCE)
         run(args)
+        if dist.is_initialized():  # only now: after an error it might wait for processes that are lost
+            dist.destroy_process_group()
     except torch.OutOfMemoryError:
         tried = args.micro_batch or args.batch_size or DATASETS[args.dataset].batch_size
-        raise UserError(
-            f"out of memory on {args.device} with {tried} clips at once: choose a smaller --micro-batch"
-        ) from None
+        raise UserError(f"out of memory on {args.device}: choose a --micro-batch smaller than {tried}") from None
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             lost_process()
@@ -753,9 +766,6 @@ def start(argv: list[str] | None) -> int | None:
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on after the last finished epoch", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:

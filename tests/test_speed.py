@@ -38,9 +38,9 @@ def batch(model, size=3):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (0, 5, 7)])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7)])
 def test_onednn_linear_is_the_linear_layer(trained, shape):
-    """Output and all gradients, for vectors, sequences and nothing; as exact as float32 can be."""
+    """Output and all gradients, for vectors and sequences; as exact as float32 can be."""
     torch.manual_seed(0)
     plain = nn.Linear(7, 4).requires_grad_(trained)
     fast = use_onednn(nn.Sequential(nn.Linear(7, 4)))[0]
@@ -141,6 +141,45 @@ def test_recompute_on_the_command_line(train_main, tmp_path):
     one, other = (load_file(tmp_path / out / "esc10/lora/seed0/fold1.safetensors") for out in "ab")
     assert one.keys() == other.keys()
     assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--method", "lora", "--recompute"], ["--method", "convpass_houlsby_par"], ["--method", "linear", "--no-mask"]],
+)
+def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
+    """By torch's tracer, without the C++ compiler behind it, that not every machine has."""
+    compiled, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(1) or compile_(model, backend="eager"))
+    assert train_main(*options, "--folds", "1,2", "--out", tmp_path / "a") == 0 and not compiled
+    assert train_main(*options, "--folds", "1,2", "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
+    for fold in (1, 2):
+        one, other = (load_file(tmp_path / out / f"esc10/{options[1]}/seed0/fold{fold}.safetensors") for out in "ab")
+        assert one.keys() == other.keys()
+        assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
+
+
+def test_evaluation_takes_what_memory_allows():
+    """Batches are halved when they do not fit, and no clip counts twice; one clip alone must fit."""
+    sizes = []
+
+    def model_with_room_for(room):
+        def forward(x):
+            sizes.append(len(x))
+            if len(x) > room:
+                raise torch.OutOfMemoryError
+            return nn.functional.one_hot(x[:, 0].long(), 4)
+
+        model = nn.Module()
+        model.forward = forward
+        return model
+
+    clips = train.Clips(torch.arange(4.0).repeat(5)[:, None], torch.tensor([0, 1, 2, 0]).repeat(5))
+    settings, args = Namespace(batch_size=12, dtype="float32"), arguments(micro_batch=None)
+    assert train.evaluate(model_with_room_for(4), clips, list(range(20)), settings, args) == 75
+    assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        train.evaluate(model_with_room_for(0), clips, [3], settings, args)
 
 
 # ------------------------------------------------------------------------------------------------- the linear probe

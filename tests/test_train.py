@@ -193,16 +193,17 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, esc50_dir, cache_dir):
     assert histories[0] == histories[1]
 
 
-def test_two_processes_train_like_one(tmp_path, esc50_dir, cache_dir):
+@pytest.mark.parametrize("method", [["houlsby_par"], ["linear", "--no-mask"]], ids=["houlsby_par", "linear"])
+def test_two_processes_train_like_one(method, tmp_path, esc50_dir, cache_dir):
     """Batches of 29 and then 1 clip, which leaves nothing for the second process; and in micro-batches of 8 or 7 each,
     29 = 8 + 7 + 7 + 7."""
-    options = ["--method", "houlsby_par", "--folds", "1", "--epochs", "2", "--batch-size", "29"]
+    options = ["--method", *method, "--folds", "1", "--epochs", "2", "--batch-size", "29"]
     one = command(tmp_path, esc50_dir, cache_dir, "one", *options)
     two = command(tmp_path, esc50_dir, cache_dir, "two", *options, "--micro-batch", "8")
     subprocess.run(one, check=True, cwd=tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, *two[1:]], check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    runs = [tmp_path / name / "esc10" / "houlsby_par" / "seed0" for name in ("one", "two")]
+    runs = [tmp_path / name / "esc10" / method[0] / "seed0" for name in ("one", "two")]
     first, second = (load_file(run / "fold1.safetensors") for run in runs)
     for name in first:
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
@@ -356,7 +357,7 @@ def test_out_of_memory(fails, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "train_fold", out_of_memory)
-    assert "with 32 clips at once: choose a smaller --micro-batch" in fails()
+    assert "choose a --micro-batch smaller than 32" in fails()
 
 
 def test_interruption_by_the_user(train_main, monkeypatch, capsys):
