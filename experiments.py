@@ -248,8 +248,8 @@ def result_of(cell: Cell, args: argparse.Namespace) -> dict | None:
     run = train.parse([*options(cell, args), "--device", "cpu"])  # nothing is computed here
     recipe, method = DATASETS[cell.dataset], train.method_for(run, shape_of(cell.weights).dim)
     expected = {
-        "method": json.loads(json.dumps(petl.to_dict(method))), "epochs": run.epochs, "pool": run.pool,
-        "batch_size": run.batch_size or recipe.batch_size, "shots": cell.shots,
+        "method": petl.to_dict(method), "epochs": run.epochs, "pool": run.pool,
+        "batch_size": run.batch_size or recipe.batch_size, "shots": cell.shots, "mask": recipe.mask,
     }  # fmt: skip
     if args.dtype:
         expected["dtype"] = run.dtype
@@ -259,11 +259,7 @@ def result_of(cell: Cell, args: argparse.Namespace) -> dict | None:
         expected["backbone"] = _read(cell.weights)[1]
     if cell.dataset in ("folder", "csv"):
         expected["data_dir"] = str(run.data_dir.resolve())
-    in_words = {"method": "other settings of the method", "backbone": f"{cell.weights} as it was then"}
-    for name, value in expected.items():
-        if config.get(name) != value:
-            what = in_words.get(name, f"{name} {config.get(name)}, not {value}")
-            raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
+    train.compare_settings(folder, config, expected)
     wanted = set(run.folds or {int(row["fold"]) for row in split})
     results = [fold for fold in result["folds"] if fold["fold"] in wanted]
     if len(results) < len(wanted):
@@ -804,7 +800,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-PASSED = ("--folds", "--batch-size", "--micro-batch", "--seconds", "--pool", "--compile", "--skip-bad")
+PASSED = ("--folds", "--batch-size", "--micro-batch", "--seconds", "--pool", "--compile", "--recompute", "--skip-bad")
 
 
 def require(name: str, known, what: str) -> None:

@@ -506,12 +506,19 @@ def check_same_run(folder: Path, settings: Settings) -> None:
         old = dict(json.loads(file.read_text()))
     except (ValueError, TypeError):
         raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
-    new = json.loads(json.dumps(asdict(settings)))
-    in_words = {"clips": "other clips or splits", "method": "other settings of the method"}
-    for name, value in new.items():
-        if name != "weights" and old.get(name) != value:
-            if name == "backbone":
-                in_words[name] = f"the backbone {old.get('weights')} as it was then"
+    new = asdict(settings)
+    del new["weights"]  # a name; `backbone` is what counts
+    compare_settings(folder, old, new)
+
+
+def compare_settings(folder: Path, old: dict, new: dict) -> None:
+    """UserError that names the first of the `new` settings that differs from the `old` ones, those of the run there."""
+    in_words = {
+        "clips": "other clips or splits", "method": "other settings of the method",
+        "backbone": f"the backbone {old.get('weights')} as it was then",
+    }  # fmt: skip
+    for name, value in json.loads(json.dumps(new)).items():  # JSON has no tuples
+        if old.get(name) != value:
             what = in_words.get(name, f"{name} {old.get(name)}, not {value}")
             raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
 

@@ -282,6 +282,10 @@ def test_other_options_of_train_are_other_experiments(here, capsys):
     assert "holds a run with n_frames 50, not 100" in capsys.readouterr().err
     assert here("table1", "--methods", "linear", "--dtype", "bfloat16") == 1
     assert "holds a run with dtype float32, not bfloat16" in capsys.readouterr().err
+    config = here.started[0] / "config.json"  # as train.py --no-mask would leave it there
+    config.write_text(config.read_text().replace('"mask": true', '"mask": false'))
+    assert here("table1", "--methods", "linear") == 1
+    assert "holds a run with mask False, not True" in capsys.readouterr().err
     assert len(here.started) == 2
 
 
@@ -298,7 +302,7 @@ def test_results_of_other_weights_or_sounds_are_not_read_back(here, sounds, caps
     config = here.started[0] / "config.json"
     config.write_text(config.read_text().replace('"backbone": "', '"backbone": "other'))
     assert here(*options, tables[0]) == 1
-    assert f"holds a run with {SMALL_AST} as it was then" in capsys.readouterr().err
+    assert f"holds a run with the backbone {SMALL_AST} as it was then" in capsys.readouterr().err
     assert len(here.started) == 1
 
 
