@@ -12,13 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class UserError(Exception):
-    """A mistake the user can mend. The message says what, where and what to do; the commands print it and exit 2.
-
-    It stands here because every other file imports this one.
-    """
-
-
 @dataclass(frozen=True)
 class ASTConfig:
     """The shape of an AST. The defaults are the base model that was trained on 10.24-second AudioSet clips."""
@@ -156,8 +149,12 @@ class AST(nn.Module):
         """Tokens after the final LayerNorm, (batch, tokens, dim)."""
         return self.norm(self.encode(fbank))
 
+    def pool(self, tokens):
+        """Tokens (batch, tokens, dim) to the one vector (batch, dim) that the head reads."""
+        return POOL[self.config.pool](tokens)
+
     def forward(self, fbank):
-        return self.head(POOL[self.config.pool](self.features(fbank)))  # (batch, n_classes)
+        return self.head(self.pool(self.features(fbank)))  # (batch, n_classes)
 
 
 def make_head(config: ASTConfig) -> nn.Module:

@@ -1,36 +1,29 @@
-"""Pretrained checkpoints in, trained parts out.
+"""Pretrained checkpoints in, trained parts out and in again.
 
 `load_ast` reads an AST checkpoint in any of its formats: Hugging Face names in .safetensors or .bin, the original AST
 repository's .pth, from the hub or from disk. `save_trained` writes what a method trained, about 1 MB, with a header
 that says what it belongs to; `load_trained` rebuilds the adapted model from it. `save_ast` writes a whole model, which
 any `load_ast` reads. No pickle is ever executed.
-
-    python load_weights.py show runs/esc50/lora/seed0/fold1.safetensors
-    python load_weights.py export runs/esc50/lora/seed0/fold1.safetensors --to onnx --out lora.onnx
 """
 
 import hashlib
 import json
-import pickle
-import re
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import huggingface_hub
-import huggingface_hub.utils
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 import petl
-from ast_model import AST, ASTConfig, UserError, make_head
-from data import FRONT_END, whole_file
+from ast_model import AST, ASTConfig, make_head
+from data import FRONT_END
+from support.checkpoints import fetch, read_header, read_json, read_metadata, read_tensors, shorten
+from support.command import UserError
+from support.files import whole_file
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
-DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of demo_sounds.py
+DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
 RANDOM = {  # dim, depth, heads
     "base": (768, 12, 12),
     "small": (384, 12, 6),
@@ -38,55 +31,25 @@ RANDOM = {  # dim, depth, heads
     "demo": (128, 4, 2),
 }
 
-# Names in other people's files -> names in ours, applied in this order. Hugging Face writes `encoder.layer.N...`, and
-# `layers.N...` inside the current library.
-HUGGING_FACE_NAMES = [
-    (r"^audio_spectrogram_transformer\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection\.", "embed.patches."),
-    (r"^embeddings\.cls_token$", "embed.cls"),
-    (r"^embeddings\.distillation_token$", "embed.dist"),
-    (r"^embeddings\.position_embeddings$", "embed.position"),
-    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
-    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
-    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
-    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.o."),
-    (r"\.(intermediate\.dense|mlp\.fc1)\.", ".ffn.fc1."),
-    (r"\.(output\.dense|mlp\.fc2)\.", ".ffn.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.layernorm\.", "head.0."),
-    (r"^classifier\.dense\.", "head.1."),
-]
-TO_HUGGING_FACE = [  # the way back
-    (r"^embed\.patches\.", "embeddings.patch_embeddings.projection."),
-    (r"^embed\.cls$", "embeddings.cls_token"),
-    (r"^embed\.dist$", "embeddings.distillation_token"),
-    (r"^embed\.position$", "embeddings.position_embeddings"),
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.attn\.q\.", ".attention.attention.query."),
-    (r"\.attn\.k\.", ".attention.attention.key."),
-    (r"\.attn\.v\.", ".attention.attention.value."),
-    (r"\.attn\.o\.", ".attention.output.dense."),
-    (r"\.ffn\.fc1\.", ".intermediate.dense."),
-    (r"\.ffn\.fc2\.", ".output.dense."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"^norm\.", "layernorm."),
-    (r"^(embeddings|encoder|layernorm)\.", r"audio_spectrogram_transformer.\1."),
-    (r"^head\.0\.", "classifier.layernorm."),
-    (r"^head\.1\.", "classifier.dense."),
-]
-ORIGINAL_NAMES = [  # github.com/YuanGongND/ast; `attn.qkv` is split before
-    (r"^v\.patch_embed\.proj\.", "embed.patches."),
-    (r"^v\.cls_token$", "embed.cls"),
-    (r"^v\.dist_token$", "embed.dist"),
-    (r"^v\.pos_embed$", "embed.position"),
-    (r"^v\.(blocks\.|norm\.)", r"\1"),
-    (r"\.attn\.proj\.", ".attn.o."),
-    (r"\.mlp\.fc", ".ffn.fc"),
-    (r"^mlp_head\.", "head."),
+# One tensor, many names: ours, that of Hugging Face's files, and then that of others: inside the current library, and
+# of the original repository, github.com/YuanGongND/ast. Parts of a name, between dots; read from top to bottom.
+NAMES = [
+    (".embed.patches.", ".embeddings.patch_embeddings.projection.", ".v.patch_embed.proj."),
+    (".embed.cls.", ".embeddings.cls_token.", ".v.cls_token."),
+    (".embed.dist.", ".embeddings.distillation_token.", ".v.dist_token."),
+    (".embed.position.", ".embeddings.position_embeddings.", ".v.pos_embed."),
+    (".blocks.", ".encoder.layer.", ".layers.", ".v.blocks."),
+    (".attn.q.", ".attention.attention.query.", ".attention.q_proj."),
+    (".attn.k.", ".attention.attention.key.", ".attention.k_proj."),
+    (".attn.v.", ".attention.attention.value.", ".attention.v_proj."),
+    (".attn.o.", ".attention.output.dense.", ".attention.o_proj.", ".attn.proj."),
+    (".ffn.fc1.", ".intermediate.dense.", ".mlp.fc1."),
+    (".ffn.fc2.", ".output.dense.", ".mlp.fc2."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".head.0.", ".classifier.layernorm.", ".mlp_head.0."),
+    (".head.1.", ".classifier.dense.", ".mlp_head.1."),
+    (".norm.", ".layernorm.", ".v.norm."),
 ]
 
 
@@ -135,10 +98,6 @@ def load_ast(
         model.head = make_head(config)
     model.backbone = backbone
     return model
-
-
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -191,72 +150,41 @@ def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]
         return AST(config).state_dict(), config
 
 
-def fetch(repository: str) -> tuple[Path, Path]:
-    """The weights and config.json of a model on the Hugging Face hub, through the user's own cache."""
-    huggingface_hub.utils.logging.set_verbosity_error()  # no line for each of its five retries
-    try:
-        config = huggingface_hub.hf_hub_download(repository, "config.json")
-        try:
-            weights = huggingface_hub.hf_hub_download(repository, "model.safetensors")
-        except EntryNotFoundError:
-            weights = huggingface_hub.hf_hub_download(repository, "pytorch_model.bin")
-    except Exception as error:  # the hub's client raises whatever its network stack does: all of it means "not fetched"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"cannot fetch {repository} from the Hugging Face hub ({reason}): download its config.json and "
-            "model.safetensors by hand, and give their folder as --weights"
-        ) from None
-    return Path(weights), Path(config)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "GLOBAL" in str(error):
-            reason = "it holds Python code, which is never executed here"
-        elif isinstance(error, pickle.UnpicklingError):  # whose own text recommends to load it unsafely
-            reason = "it is no file of tensors"
-        else:
-            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise UserError(f"cannot read {path} ({reason}): download it again, or convert it to .safetensors") from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no table of tensors: give a checkpoint of an AST")
-    return content
-
-
 def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Recognise the naming and translate it. The original's files carry ImageNet heads, used by nothing: dropped."""
-    state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
-    names = HUGGING_FACE_NAMES
-    if "v.pos_embed" in state:
-        names = ORIGINAL_NAMES
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(("v.head.", "v.head_dist."))}
-        for name in [name for name in state if ".attn.qkv." in name]:
-            for letter, part in zip("qkv", state.pop(name).chunk(3), strict=True):
-                state[name.replace(".qkv.", f".{letter}.")] = part.clone()
-    return translate(state, names)
-
-
-def translate(state: dict[str, torch.Tensor], names: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """The same tensors under the names that come out of all substitutions."""
+    """The same tensors in float32 under our names. The original's files carry ImageNet heads, used by nothing."""
     translated = {}
     for name, tensor in state.items():
-        for pattern, replacement in names:
-            name = re.sub(pattern, replacement, name)
-        translated[name] = tensor
+        name = f".{name.removeprefix('module.').removeprefix('audio_spectrogram_transformer.')}."
+        if name.startswith((".v.head.", ".v.head_dist.")):
+            continue
+        for ours, *others in NAMES:
+            for theirs in others:
+                name = name.replace(theirs, ours)
+        if ".attn.qkv." in name:  # of the original: three projections in one
+            for letter, part in zip("qkv", tensor.float().chunk(3), strict=True):
+                translated[name.replace(".qkv.", f".{letter}.").strip(".")] = part.clone()
+        else:
+            translated[name.strip(".")] = tensor.float()
+    return translated
+
+
+def to_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors with our names under those of Hugging Face's files. A head on the mean of all tokens keeps its name."""
+    translated = {}
+    for name, tensor in state.items():
+        prefix = "" if name.startswith("head.") else ".audio_spectrogram_transformer"
+        name = f"{prefix}.{name}."
+        for ours, theirs, *_ in NAMES:
+            name = name.replace(ours, theirs)
+        translated[name.strip(".")] = tensor
     return translated
 
 
 def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -> ASTConfig:
     """The shape of the model: from its tensors, and from config.json what no tensor shows."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("ast_petl", "{}"))
-        if "config" in header:  # of save_ast
-            return ASTConfig(**header["config"])
+    header = read_metadata(path) if path.suffix == ".safetensors" else {}
+    if "config" in header:  # of save_ast
+        return ASTConfig(**header["config"])
     written = read_json(config_path) if config_path.is_file() else {}
     if written.get("model_type") != "audio-spectrogram-transformer":
         written = {}  # some other program's config.json
@@ -288,16 +216,6 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} and its config.json do not make an AST: {error}") from None
     return config
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path} (it holds no table): download it again")
-    return content
 
 
 def resize_positions(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -336,6 +254,23 @@ def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
 # ---------------------------------------------------------------------------------------------- trained parts, alone
 
 
+def to_dict(method: petl.Method) -> dict:
+    """The method as plain JSON types; `from_dict` is the way back."""
+    parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
+    return {"name": method.name, "lr": method.lr, "parts": parts}
+
+
+def from_dict(entry: dict) -> petl.Method:
+    """The way back. Raises UserError for a part that no row of METHODS has."""
+    known = {type(part).__name__: type(part) for method in petl.METHODS.values() for part in method.parts}
+    settings = [dict(part) for part in entry["parts"]]
+    unknown = [part["part"] for part in settings if part["part"] not in known]
+    if unknown:
+        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS in petl.py has")
+    parts = tuple(known[part.pop("part")](**part) for part in settings)
+    return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"])
+
+
 def trained_tensors(model: AST) -> dict[str, torch.Tensor]:
     """Copies of the trained parameters on the CPU. Copies: `state_dict` hands out the live tensors themselves."""
     return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
@@ -348,7 +283,7 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
     """
     header = {
         **metadata,
-        "method": petl.to_dict(model.method),
+        "method": to_dict(model.method),
         "n_frames": model.config.n_frames,
         "n_classes": model.config.n_classes,
         "pool": model.config.pool,
@@ -357,16 +292,6 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
     }
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(trained_tensors(model), metadata={"ast_petl": json.dumps(header)}))
-
-
-def read_header(path: Path) -> dict:
-    """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else."""
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["ast_petl"])
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if not isinstance(error, KeyError | TypeError) else "it has no such header"
-        raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again") from None
 
 
 def load_trained(path: Path, weights: str | None = None) -> AST:
@@ -388,7 +313,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), not on "
             f"{model.backbone.name} ({model.backbone.sha256[:12]}): give the right one as weights"
         )
-    petl.apply(model, petl.from_dict(header["method"]))
+    petl.apply(model, from_dict(header["method"]))
     load_tensors(model, load_file(path), path)
     return model.eval()
 
@@ -418,14 +343,4 @@ def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.
     header = {**metadata, "config": asdict(model.config)}
     with whole_file(Path(path)) as temporary:
         metadata = {"format": "pt", "ast_petl": json.dumps(header)}  # transformers asks for the format
-        temporary.write_bytes(save(translate(state, TO_HUGGING_FACE), metadata))
-
-
-def main(argv: list[str] | None = None) -> int:
-    import export  # not above: it needs train.py, which needs this file
-
-    return export.main(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        temporary.write_bytes(save(to_hugging_face(state), metadata))

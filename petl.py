@@ -10,15 +10,14 @@ own code is never changed. To add a method: write the module, write the part, ad
 """
 
 import copy
-import difflib
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ast_model import AST, FFN, UserError
+from ast_model import AST, FFN
+from support.command import UserError, nearest
 
 
 def inner(module: nn.Module) -> nn.Module:
@@ -410,68 +409,7 @@ METHODS: dict[str, Method] = {
 
 def find(name: str) -> Method:
     """The row of METHODS called `name`; a UserError that suggests the nearest name if there is none."""
-    if name not in METHODS:
-        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0)[0]
-        raise UserError(f"unknown method {name!r}: did you mean {nearest!r}? (--list-methods shows all of them)")
-    return METHODS[name]
-
-
-def override(method: Method, rr: int | None = None, alpha: float | None = None, prompts: int | None = None) -> Method:
-    """The method with another reduction rate, alpha or number of prompts, in every part that has one.
-
-    Raises UserError where the method has no such setting.
-    """
-    for setting, value in {"rr": rr, "alpha": alpha, "prompts": prompts}.items():
-        if value is None:
-            continue
-        if not any(hasattr(part, setting) for part in method.parts):
-            raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
-        if not 0 < value < math.inf:
-            raise UserError(f"--{setting} is {value}; it must be a positive number")
-        parts = (replace(part, **{setting: value}) if hasattr(part, setting) else part for part in method.parts)
-        method = replace(method, parts=tuple(parts))
-    return method
-
-
-def shrink(method: Method, factor: int) -> Method:
-    """The method with reduction rates and numbers of prompts divided by `factor`; of prompts, an even number stays."""
-    scale = {"rr": lambda n: max(1, n // factor), "prompts": lambda n: max(2, n // factor // 2 * 2)}
-    parts = (
-        replace(part, **{name: f(getattr(part, name)) for name, f in scale.items() if hasattr(part, name)})
-        for part in method.parts
-    )
-    return method if factor == 1 else replace(method, parts=tuple(parts))
-
-
-NARROW_LR = {"full_ft": 5e-4, "linear": 1e-2}  # ten times that of METHODS
-
-
-def fit(method: Method, dim: int) -> Method:
-    """The method for a backbone of `dim` dimensions: what the paper chose for 768 does not suit a narrow one.
-
-    RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Reduction rates are divided so that about 8
-    remain, by 4 at 128 dimensions and not at all from 384 on, and prompts become fewer. What trains the backbone's own
-    weights or the head alone learns faster there. Both were chosen on the demo backbone.
-    """
-    factor = max(1, round(512 / dim))
-    return replace(shrink(method, factor), lr=NARROW_LR.get(method.name, method.lr)) if factor > 1 else method
-
-
-def to_dict(method: Method) -> dict:
-    """The method as plain JSON types; `from_dict` is the way back."""
-    parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
-    return {"name": method.name, "lr": method.lr, "parts": parts}
-
-
-def from_dict(entry: dict) -> Method:
-    """The way back. Raises UserError for a part that no row of METHODS has."""
-    known = {type(part).__name__: type(part) for method in METHODS.values() for part in method.parts}
-    settings = [dict(part) for part in entry["parts"]]
-    unknown = [part["part"] for part in settings if part["part"] not in known]
-    if unknown:
-        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS in petl.py has")
-    parts = tuple(known[part.pop("part")](**part) for part in settings)
-    return Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"])
+    return METHODS[nearest(name, METHODS, "method", " (--list-methods shows all of them)")]
 
 
 def apply(model: AST, method: str | Method) -> AST:

@@ -6,7 +6,7 @@ TARGET has ten of other kinds, the task that `python train.py` adapts that backb
 made of the same events: what one does first, the other does last, and an average over time hardly tells which is which.
 
     wave = render("bell", index=0)          # (16000,) float32: one second at 16 kHz
-    python demo_sounds.py bell up_up_down   # writes five of each as WAV files, to listen to
+    python -m sounds.synth bell up_up_down   # writes five of each as WAV files, to listen to
 
 A sound follows from its class, its index and a seed alone. Pitch, tempo, timbre, onset, level and the noise behind it
 are drawn anew for each index.
@@ -427,7 +427,7 @@ def render(name: str, index: int, seed: int = 0) -> np.ndarray:
 def main(names: list[str]) -> int:
     unknown = [name for name in names if name not in CLASSES]
     if unknown or not names:
-        print(f"usage: python demo_sounds.py CLASS ...; the classes are {', '.join(CLASSES)}", file=sys.stderr)
+        print(f"usage: python -m sounds.synth CLASS ...; the classes are {', '.join(CLASSES)}", file=sys.stderr)
         return 2
     for name in names:
         for index in range(5):

@@ -1,0 +1,88 @@
+"""Any sound file to mono samples at 16 kHz."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+RATE = 16_000  # Hz
+SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
+
+# How libsndfile's log puts it that a WAV or AIFF file ends before its header says: "data : 88200 (should be 44078)".
+_TOO_SHORT = re.compile(r"^ ?(?:data|SSND) *: (\d+) \(should be ([1-9]\d*)\)", re.MULTILINE)
+_UNKNOWN_LENGTH = 0x7FFF_F000  # a program that writes into a pipe puts this many bytes or more into the header
+_NO_LENGTH = 2**63 - 1  # samples that libsndfile reports for a FLAC file written into a pipe
+_MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no truncated file
+
+
+def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The sounds anywhere beneath a folder, and its other files; hidden ones are neither."""
+    files = sorted(file for file in folder.rglob("[!.]*") if file.is_file())
+    sounds = [file for file in files if file.suffix.lower() in SUFFIXES]
+    return sounds, [file for file in files if file.suffix.lower() not in SUFFIXES]
+
+
+def read_audio(path: Path, seconds: float = math.inf) -> np.ndarray:
+    """The first `seconds` of a sound file as mono float32 at 16 kHz, (samples,). Raises as `stream_audio` does."""
+    return np.concatenate(list(stream_audio(path, seconds)))
+
+
+def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
+    """What `read_audio` returns, in blocks of ten seconds: a long file takes no more memory than a short one.
+
+    Reads what libsndfile reads: WAV of any kind, FLAC, OGG, MP3, at any rate, with any number of channels. Raises
+    ValueError with the reason for a file that is no audio, holds no samples, ends before the header says (within the
+    first `seconds`), or holds values that are not finite.
+    """
+    try:
+        with open(path, "rb") as opened:  # says why a file cannot be opened; libsndfile would say "system error"
+            if not opened.read(1):
+                raise ValueError("is empty (0 bytes)")
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
+            rate = file.samplerate
+            wanted = min(_length_in_header(file), seconds * rate)  # samples per channel
+            there = math.ceil(min(wanted, file.frames))
+            resampler, read = soxr.ResampleStream(rate, RATE, num_channels=1), 0
+            while len(samples := file.read(min(10 * rate, there - read), dtype="float32", always_2d=True)):
+                read += len(samples)
+                wave = samples.mean(axis=1)  # (samples,)
+                if not np.isfinite(wave).all():
+                    raise ValueError("holds samples that are not finite")
+                yield resampler.resample_chunk(wave)
+    # TypeError: a name in .raw, of unknown rate. MemoryError: a damaged header promises more than any memory holds.
+    except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as error:
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+        if "not recognised" in reason or "does not exist" in reason:  # it exists, it has just been opened
+            reason = "is in no known sound format"
+        raise ValueError(reason.removeprefix("Error : ")) from None
+    if not read:
+        raise ValueError("holds no samples")
+    if read < wanted - _MAY_BE_MISSING * rate:
+        raise ValueError(f"is truncated: it ends after {read / rate:.2f} s, before its header says")
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # what the filter still holds back
+
+
+def _length_in_header(file: soundfile.SoundFile) -> float:
+    """Samples per channel that the header promises; for WAV and AIFF `file.frames` counts what is there instead."""
+    claim = _TOO_SHORT.search(file.extra_info)
+    if claim and int(claim[1]) < _UNKNOWN_LENGTH:
+        return file.frames * int(claim[1]) / int(claim[2])
+    if "Ogg: Junk after the last page" in file.extra_info:  # cut inside a page; how much is missing cannot be known
+        return math.inf
+    if file.frames == _NO_LENGTH:
+        raise ValueError("does not say how long it is: write it to a file again, not into a pipe")
+    return file.frames
+
+
+def length_of(path: Path) -> float:
+    """Seconds of sound in a file, from its header; nan where there is no readable one."""
+    try:
+        info = soundfile.info(os.fsencode(path))
+        return info.frames / info.samplerate if info.frames < _NO_LENGTH else math.nan
+    except (soundfile.LibsndfileError, TypeError):
+        return math.nan

@@ -1,0 +1,21 @@
+"""What a loader says of a dataset: where it lies, and for each clip its class and what it is used for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+PARTS = ("train", "val", "test")
+
+
+class Clip(NamedTuple):
+    path: Path
+    label: str  # name of its class
+    part: str | int = ""  # one of PARTS, the number of a fold, or "": nobody has said
+
+
+@dataclass(frozen=True)
+class Listing:
+    root: Path
+    clips: list[Clip]
+    classes: list[str] | None = None  # in the order of their numbers; None: in that of the alphabet
+    name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS

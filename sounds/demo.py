@@ -1,0 +1,52 @@
+"""The demo: sounds that `synth` makes, so that everything can be tried without downloading anything."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import soundfile
+from filelock import FileLock
+from tqdm import tqdm
+
+from sounds import synth
+from sounds.audio import RATE
+from sounds.clip import PARTS, Clip, Listing
+from support.command import UserError
+from support.files import whole_folder
+
+SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it hears
+# Folders in the cache: a recipe in `synth` that changes needs a new name here, else the old sounds are used on.
+FOLDERS = {"demo": "demo-fe5a0b5f", "demo_source": "demo_source-146f2f13"}
+
+
+def target(data_dir: Path | None, cache_dir: Path) -> Listing:
+    """The ten target classes of `synth`: 200 clips each to train, 40 to validate, 100 to test."""
+    return rendered("demo", synth.TARGET, (200, 40, 100), data_dir, cache_dir)
+
+
+def source(data_dir: Path | None, cache_dir: Path) -> Listing:
+    """The source classes of `synth`, on which the backbone `--weights demo` was pretrained: 200 + 10 + 10."""
+    return rendered("demo_source", synth.SOURCE, (200, 10, 10), data_dir, cache_dir)
+
+
+def rendered(
+    name: str, classes: Iterable[str], sizes: tuple[int, int, int], data_dir: Path | None, cache_dir: Path
+) -> Listing:
+    """Sounds of `synth`, rendered once to 16-bit WAV files. One fold, as in Speech Commands.
+
+    sizes: clips per class to train, to validate and to test.
+    """
+    if data_dir is not None:
+        raise UserError(f"--data-dir {data_dir}: {name} makes its own sounds; leave --data-dir out")
+    root = cache_dir / FOLDERS[name]
+    parts = [part for part, size in zip(PARTS, sizes, strict=True) for _ in range(size)]  # of the clips of a class
+    clips = [Clip(root / kind / f"{i:03d}.wav", kind, part) for kind in sorted(classes) for i, part in enumerate(parts)]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{root}.lock"):  # two runs that start together render once
+        if not all(clip.path.is_file() for clip in clips):
+            with whole_folder(root) as temporary:
+                for clip in tqdm(clips, desc=f"rendering {name}", unit="clip", disable=None):
+                    file = temporary / clip.path.relative_to(root)
+                    file.parent.mkdir(exist_ok=True)
+                    wave = synth.render(clip.label, int(file.stem), SEED)
+                    soundfile.write(file, wave, RATE, subtype="PCM_16")
+    return Listing(root, clips)

@@ -1,0 +1,47 @@
+"""Tables of clips, and whether the files they name are there."""
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from support.command import UserError
+
+
+def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header line; UserError if one of `columns` is missing or no whole number."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in columns if column not in (reader.fieldnames or [])]
+            rows = [] if missing else list(reader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such table") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path} ({error}): it must be a CSV file in UTF-8") from None
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}; its header is {', '.join(reader.fieldnames or ['empty'])}")
+    if not rows:
+        raise UserError(f"{path}: no rows beneath the header")
+    for line, row in enumerate(rows, start=2):
+        if any(row[column] is None for column in columns):
+            raise UserError(f"{path}, line {line}: too few columns; is the file whole?")
+        for column in integers:
+            if not row[column].isdecimal():
+                raise UserError(f"{path}, line {line}: {column} is {row[column]!r}; it must be a whole number")
+    return rows
+
+
+def require_files(root: Path, paths: list[Path]) -> None:
+    """UserError that counts the missing files and names the first five."""
+    missing = [os.path.relpath(path, root) for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({first_of(missing)}): complete it")
+
+
+def first_of(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def folders_in(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

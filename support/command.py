@@ -1,0 +1,101 @@
+"""What the commands have in common: errors for people, options, the device."""
+
+import argparse
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what, where and what to do; the commands print it and exit 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its whole usage
+        raise UserError(f"{message} (--help shows all options)")
+
+
+def numbers(text: str) -> list[int]:
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 0,1,2")
+    return list(dict.fromkeys(int(word) for word in text.split(",")))  # each of them once
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; under torchrun each has its own GPU. UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda, cuda:1, ... or mps")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: there is none that this PyTorch ({torch.__version__}) can use") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command. What the user can mend becomes one line and the exit code 2, here and in the other commands."""
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def explained(device: torch.device, tried: int, out: Path):
+    """What the machine has too little of becomes a UserError; `tried` is the batch that did not fit into its memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on {device}: choose a --micro-batch smaller than {tried}") from None
+    except OSError as error:
+        where = error.filename or out
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full ({where}): free some space, then add --resume to go on") from None
+        raise UserError(f"{where}: {error.strerror or error}; is --out or --cache-dir a folder to write to?") from None
+    except KeyboardInterrupt:
+        hint = "interrupted: the same command with --resume goes on after the last finished epoch"
+        raise KeyboardInterrupt(hint) from None
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def nearest(name: str, known: Iterable[str], what: str, hint: str = "") -> str:
+    """`name` if it is one of `known`; else a UserError that suggests the nearest."""
+    if name in known:
+        return name
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    raise UserError(f"unknown {what} {name!r}: did you mean {close!r}?{hint}")

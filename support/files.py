@@ -1,0 +1,49 @@
+"""Files and folders that are whole or not there."""
+
+import json
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+
+def default_cache_dir() -> Path:
+    return Path(platformdirs.user_cache_dir("ast-petl", appauthor=False))
+
+
+@contextmanager
+def whole_file(path: Path):
+    """Yields a temporary path beside `path` that takes its place at the end: readers see all of the file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat on other machines
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path):
+    """Yields an empty folder beside `path` that takes its place at the end. Its maker holds a lock: there is one."""
+    temporary = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(os.fsencode(content))  # UTF-8, and whatever else names of files hold

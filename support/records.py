@@ -1,0 +1,288 @@
+"""What a run leaves on disk: config.json, split.csv, metrics.csv, foldK.resume.pt, result.json; and what it prints."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from support.checkpoints import read_header
+from support.command import UserError
+from support.files import whole_file, write_json, write_text
+from support.processes import is_first, say
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a run: two runs with the same settings are the same experiment.
+
+    A field that comes later has a default: that of the runs before it.
+    """
+
+    dataset: str
+    weights: str  # as the user named it; what counts is `backbone`
+    backbone: str  # SHA-256
+    method: dict  # as load_weights.to_dict has it, fitted to the width of the backbone
+    pool: str
+    seed: int
+    shots: int | None
+    clips: str  # SHA-256 of split.csv: which clips train, validate and test
+    n_frames: int
+    epochs: int
+    batch_size: int
+    lr: float
+    mask: bool
+    dtype: str
+
+
+# ----------------------------------------------------------------------------------------------- the start of a run
+
+
+def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
+    """split.csv: what each clip is used for in each fold. Training clips that --shots has not drawn are left out."""
+    text, names = io.StringIO(), dataset.names()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["fold", "split", "label", "path"])
+    for fold, split in folds.items():
+        parts = {**asdict(split), "skipped": sorted(bad)}
+        for part, clips in parts.items():
+            writer.writerows([fold, part, dataset.classes[dataset.labels[i]], names[i]] for i in clips)
+    return text.getvalue()
+
+
+def hash_of(table: str) -> str:
+    return hashlib.sha256(os.fsencode(table)).hexdigest()
+
+
+def start_run(
+    folder: Path, settings: Settings, table: str, skipped: dict[str, str], data_dir: Path | None, cache_dir: Path
+) -> None:
+    """Write config.json and split.csv. UserError if `folder` holds another experiment: its finished folds must not be
+    mixed with these."""
+    file = folder / "config.json"
+    if file.exists():
+        try:
+            old = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
+        new = asdict(settings)
+        del new["weights"]  # a name; `backbone` is what counts
+        compare_settings(folder, old, new)
+    if is_first():
+        write_json(file, {
+            **asdict(settings), "command": sys.argv, "skipped_clips": skipped,
+            "data_dir": data_dir and str(data_dir.resolve()), "cache_dir": str(cache_dir.resolve()),
+        })  # fmt: skip
+        write_text(folder / "split.csv", table)
+
+
+def compare_settings(folder: Path, old: dict, new: dict) -> None:
+    """UserError that names the first of the `new` settings that differs from the `old` ones, those of the run there."""
+    in_words = {
+        "clips": "other clips or splits", "method": "other settings of the method",
+        "backbone": f"the backbone {old.get('weights')} as it was then",
+    }  # fmt: skip
+    defaults = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+    for name, value in json.loads(json.dumps(new)).items():  # JSON has no tuples
+        before = old.get(name, defaults.get(name))
+        if before != value:
+            what = in_words.get(name, f"{name} {before}, not {value}")
+            raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
+
+
+def describe(settings: Settings, seconds: float) -> str:
+    """One line on a run whose clips last `seconds`."""
+    shots = f"{settings.shots} clips per class, " if settings.shots else ""
+    masked = "masked" if settings.mask else "unmasked"
+    return (
+        f"{shots}{seconds:g} s a clip, {settings.epochs} epochs, batch {settings.batch_size}, learning rate "
+        f"{settings.lr:g}, {masked}, weights {settings.weights}, seed {settings.seed}, {settings.dtype}"
+    )
+
+
+def describe_probe(mask: bool) -> str:
+    if mask:
+        return ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
+                "epoch; with --no-mask it does so once")  # fmt: skip
+    return "linear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
+
+
+# ---------------------------------------------------------------------------------------------------- epoch by epoch
+
+
+@dataclass
+class Progress:
+    """What is known of a fold after its last finished epoch."""
+
+    fold: int
+    history: list[dict] = field(default_factory=list)  # the rows of metrics.csv
+    best: dict = field(default_factory=lambda: {"accuracy": -1.0, "epoch": 0, "tensors": {}})
+    seconds: float = 0.0
+
+    def add(self, losses: list[float], rates: list[float], accuracy: float | None, tensors: dict, speed: float) -> None:
+        """One more epoch. Without validation clips (accuracy None) the last one is the best.
+
+        Raises UserError if a loss is not finite.
+        """
+        epoch, steps = len(self.history) + 1, len(rates)
+        for i, (loss, lr) in enumerate(zip(losses, rates, strict=True), start=1):
+            if not math.isfinite(loss):
+                where = f"fold {self.fold}, epoch {epoch}, step {i} of {steps}, learning rate {lr:.2g}"
+                raise UserError(f"the loss is {loss} in {where}: choose a smaller --lr, or --dtype float32")
+        if accuracy is None or accuracy > self.best["accuracy"]:
+            self.best = {"accuracy": accuracy, "epoch": epoch, "tensors": tensors}
+        self.history.append({
+            "fold": self.fold, "epoch": epoch, "step": steps * epoch, "loss": round(statistics.mean(losses), 6),
+            "accuracy": "" if accuracy is None else round(accuracy, 4), "lr": f"{rates[-1]:.4g}",
+            "clips/s": round(speed, 1),
+        })  # fmt: skip
+
+    def result(self, accuracy: float) -> dict:
+        """What result.json says of the fold, `accuracy` being that on the test clips."""
+        return {
+            "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
+            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak_memory_mb(),
+        }  # fmt: skip
+
+
+def epochs_left(progress: Progress, epochs: int) -> Iterator[int]:
+    """The epochs still to train, with a progress bar that shows the last loss and accuracy."""
+    done = len(progress.history)
+    hidden = None if is_first() else True  # None leaves it to tqdm: no bar where the output is no terminal
+    numbers = range(done + 1, epochs + 1)
+    bar = tqdm(numbers, f"fold {progress.fold}", epochs, initial=done, unit="epoch", disable=hidden)
+    for epoch in bar:
+        yield epoch
+        bar.set_postfix(loss=progress.history[-1]["loss"], accuracy=progress.history[-1]["accuracy"])
+
+
+def save_progress(file: Path, progress: Progress, state: dict) -> None:
+    """metrics.csv, and in `file` the state that --resume goes on from."""
+    if is_first():
+        write_metrics(file.parent / "metrics.csv", progress.fold, progress.history)
+        known = {"history": progress.history, "best": progress.best, "seconds": progress.seconds}
+        with whole_file(file) as temporary:
+            torch.save({**state, **known}, temporary)
+
+
+def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict | None]:
+    """What `save_progress` left of an interrupted fold, if it is to be resumed; else a fresh start and None."""
+    if not file.exists():
+        return Progress(fold), None
+    if not resume:
+        say(f"fold {fold}: was interrupted and starts over; --resume would go on where it was")
+        return Progress(fold), None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        raise UserError(f"{file} is damaged: delete it, and the fold starts over") from None
+    progress = Progress(fold, *(state.pop(name) for name in ("history", "best", "seconds")))
+    say(f"fold {fold}: going on after epoch {len(progress.history)}")
+    return progress, state
+
+
+def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
+    """Put the epochs of one fold into metrics.csv, beside those of the others: folds may run in parallel."""
+    with FileLock(path.with_name(".metrics.lock")):
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = [row for row in rows if int(row["fold"]) != fold] + history
+        rows.sort(key=lambda row: (int(row["fold"]), int(row["epoch"])))
+        with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def peak_memory_mb() -> int | None:
+    """Peak memory of this process: on the GPU where one is used, else in main memory. None on Windows."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() >> 20
+    if platform.system() == "Windows":
+        return None
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if platform.system() == "Darwin" else 10)  # bytes there, KiB on Linux
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def describe_fold(result: dict) -> str:
+    best = result["validation_accuracy"]
+    chosen = "last epoch" if best is None else f"best of validation {best:.2f} % in epoch {result['epoch']}"
+    return f"fold {result['fold']}: test accuracy {result['accuracy']:.2f} % ({chosen}), {result['seconds']:.0f} s"
+
+
+def mean_and_std(results: list[dict]) -> dict:
+    """Accuracies in percent, with their sample standard deviation where there are several."""
+    accuracies = [result["accuracy"] for result in results]
+    std = round(statistics.stdev(accuracies), 4) if len(accuracies) > 1 else None
+    return {"accuracy": round(statistics.mean(accuracies), 4), "std": std}
+
+
+def summarise(folder: Path, folds: Iterable[int], settings: Settings, started: float) -> dict:
+    """Collect the finished ones of a run's folds into result.json, and print what a person wants to know at its end.
+
+    `started`: when the command began, on the performance counter.
+    """
+    if not is_first():
+        return {}
+    with FileLock(folder / ".result.lock"):  # folds may end at the same time on several machines
+        files = [folder / f"fold{fold}.safetensors" for fold in folds]
+        headers = [read_header(file) for file in files if file.exists()]
+        results = [header["result"] for header in headers]
+        summary = {
+            **mean_and_std(results), "folds": results, "parameters": headers[0]["parameters"],
+            "seconds": round(sum(result["seconds"] for result in results), 1),
+            "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
+            "versions": headers[0]["versions"],
+        }  # fmt: skip
+        write_json(folder / "result.json", summary)
+    name, count, n = settings.method["name"], summary["parameters"], len(results)
+    trained = count["petl"] + count["head"]
+    spread = "" if summary["std"] is None else f" +- {summary['std']:.2f}"
+    file = folder / f"fold{results[0]['fold']}.safetensors"
+    baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
+    print(
+        f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
+        f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
+        f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
+        f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
+        f"\n  time            {summary['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
+        f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
+        f"\n  to compare      the same command with --method {baseline}\n",
+        flush=True,
+    )
+    return summary
+
+
+def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:
+    """Mean and standard deviation over all folds of all seeds, into the result.json above their folders."""
+    if not is_first():
+        return {}
+    folds = [{"seed": seed, **fold} for seed, result in results.items() for fold in result["folds"]]
+    seeds = {seed: result["accuracy"] for seed, result in results.items()}
+    result = {**mean_and_std(folds), "seeds": seeds, "folds": folds}
+    write_json(folder / "result.json", result)
+    say(f"accuracy {result['accuracy']:.2f} +- {result['std']:.2f} % over {len(results)} seeds, {len(folds)} runs in "
+        f"all; written to {folder}")  # fmt: skip
+    return result
