@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REFERENCE, SMALL_AST, tiny_ast
+from helpers import REFERENCE, SMALL_AST, tiny_ast
 from make_reference import outputs_and_gradients, random_hf_ast
 
 from ast_model import ASTConfig

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SMALL_AST
+from helpers import SMALL_AST
 
 import data
 import train

@@ -4,14 +4,14 @@ import json
 import re
 import sys
 
+import bench
 import pytest
 import torch
-from conftest import tiny_ast
+from helpers import tiny_ast
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import petl
 from load_weights import load_ast
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import REFERENCE, make_esc50
+from helpers import REFERENCE, make_esc50
 
 import data
 from ast_model import UserError

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import SMALL_AST
+from helpers import SMALL_AST
 
 import data
 import train

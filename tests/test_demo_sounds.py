@@ -3,17 +3,17 @@
 import json
 from dataclasses import replace
 
+import demo_sounds
 import numpy as np
 import pytest
 import torch
+from demo_sounds import CLASSES, SAMPLES, SOURCE, TARGET, render
 
 import data
-import demo_sounds
 import petl
 import train
 from ast_model import UserError
 from data import DATASETS, fbank, rendered, to_input
-from demo_sounds import CLASSES, SAMPLES, SOURCE, TARGET, render
 from load_weights import DEMO, load_ast, read_header
 
 FRESH = 1  # a seed of sounds that nothing was trained on

@@ -13,15 +13,15 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import pytest
-from conftest import SMALL_AST, make_esc50
-from filelock import FileLock
-
 import experiments
 import figures
+import pytest
+from experiments import TABLES, Cell, marked
+from filelock import FileLock
+from helpers import SMALL_AST, make_esc50
+
 import petl
 import train
-from experiments import TABLES, Cell, marked
 from load_weights import read_header
 
 ROOT = Path(experiments.__file__).parent

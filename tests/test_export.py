@@ -3,17 +3,17 @@
 import json
 import sys
 
+import export
 import numpy as np
 import onnxruntime
 import peft
 import pytest
 import torch
 import transformers
-from conftest import SMALL_AST, save_random
+from helpers import SMALL_AST, save_random
 from safetensors.torch import load_file, save_file
 
 import data
-import export
 import load_weights
 import petl
 from ast_model import POOL

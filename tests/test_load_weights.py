@@ -11,7 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_AST
+from helpers import SMALL_AST
 from safetensors.torch import load_file, save_file
 
 import load_weights

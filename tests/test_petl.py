@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_AST, tiny_ast
+from helpers import SMALL_AST, tiny_ast
 
 import petl
 from ast_model import AST, ASTConfig, UserError

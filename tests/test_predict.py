@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export
 import numpy as np
+import predict
 import pytest
 import soundfile
 import soxr
 import torch
-from conftest import SMALL_AST, save_random
+from helpers import SMALL_AST, save_random
 
 import data
-import export
 import petl
-import predict
 from load_weights import load_ast, read_header, save_trained
 
 CLASSES = ["rain", "sea, waves", "dog", "wind"]

@@ -5,7 +5,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import SMALL_AST, tiny_ast
+from helpers import SMALL_AST, tiny_ast
+from onednn_linear import OneDNNLinear, use_onednn
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -13,7 +14,6 @@ from torch.nn.functional import cross_entropy
 import petl
 import train
 from load_weights import load_ast
-from onednn_linear import OneDNNLinear, use_onednn
 
 
 def arguments(**changes) -> Namespace:

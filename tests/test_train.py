@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import SMALL_AST, make_esc50
+from helpers import SMALL_AST, make_esc50
 from safetensors.torch import load_file
 
 import data
