@@ -9,7 +9,6 @@ lists its clips, and how the paper trains on it.
 import math
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 from ast_model import ASTConfig
 from sounds import demo, own, paper
-from sounds.audio import RATE, length_of, read_audio
+from sounds.audio import RATE, read_audio, typical_seconds
 from sounds.cache import cached
 from sounds.clip import PARTS, Listing
 from support.command import UserError, nearest
@@ -215,16 +214,9 @@ def frames_for(recipe: "Recipe", dataset: Dataset, seconds: float | None) -> int
     """How many frames the model reads: those of `seconds` or of the dataset, else as many as most clips have."""
     if seconds is None and recipe.n_frames is not None:
         return recipe.n_frames
-    return max(ASTConfig.patch, round((seconds or typical_seconds(dataset)) * RATE / HOP))
-
-
-def typical_seconds(dataset: Dataset) -> float:
-    """95th percentile of the lengths of the clips that may train, at most 10.24 s: what the AST was pretrained on."""
-    training = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seconds = np.array(list(pool.map(length_of, (dataset.paths[i] for i in sorted(training)))))
-    seconds = seconds[np.isfinite(seconds)]
-    return min(10.24, float(np.percentile(seconds, 95))) if len(seconds) else 10.24
+    may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
+    seconds = seconds or typical_seconds([dataset.paths[i] for i in sorted(may_train)])
+    return max(ASTConfig.patch, round(seconds * RATE / HOP))
 
 
 def build_features(

@@ -7,20 +7,17 @@ any `load_ast` reads. No pickle is ever executed.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
 
 import petl
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
-from support.checkpoints import fetch, read_header, read_json, read_metadata, read_tensors, shorten
+from support.checkpoints import fetch, read_header, read_json, read_metadata, read_tensors, shorten, write_tensors
 from support.command import UserError
-from support.files import whole_file
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
@@ -72,14 +69,13 @@ def load_ast(
     was trained with ("cls_dist"; "mean" for demo). The result knows its origin as `model.backbone`.
     Raises UserError for whatever is missing, damaged or not an AST.
     """
-    weights = str(weights)
+    weights, keep_head = str(weights), n_classes is None
     state, config = read_checkpoint(weights)
-    origin = weights if is_named(weights) else str(Path(weights).expanduser().resolve())
-    backbone = Backbone(origin, fingerprint(state, config))
-    keep_head = n_classes is None
     if keep_head and pool != config.pool:
         raise UserError(f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; n_classes makes a new one")
-    old_grid = config.grid
+    named = weights in ("audioset", "demo") or weights.startswith(("hf:", "random:"))  # the same everywhere
+    origin = weights if named else str(Path(weights).expanduser().resolve())
+    backbone, old_grid = Backbone(origin, fingerprint(state, config)), config.grid
     config = replace(config, n_frames=n_frames or config.n_frames, n_classes=n_classes or config.n_classes, pool=pool)
     state["embed.position"] = resize_positions(state["embed.position"], old_grid, config.grid)
     if not keep_head:
@@ -110,11 +106,6 @@ def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
     path, config_path = find_checkpoint(weights)
     state = to_our_names(read_tensors(path))
     return state, read_config(state, config_path, path)
-
-
-def is_named(weights: str) -> bool:
-    """Whether this is a name that means the same everywhere, not a path."""
-    return weights in ("audioset", "demo") or weights.startswith(("hf:", "random:"))
 
 
 def find_checkpoint(weights: str) -> tuple[Path, Path]:
@@ -290,8 +281,7 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
         "front_end": FRONT_END,
         "backbone": {"name": model.backbone.name, "sha256": model.backbone.sha256},
     }
-    with whole_file(Path(path)) as temporary:
-        temporary.write_bytes(save(trained_tensors(model), metadata={"ast_petl": json.dumps(header)}))
+    write_tensors(path, trained_tensors(model), header)
 
 
 def load_trained(path: Path, weights: str | None = None) -> AST:
@@ -314,7 +304,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
             f"{model.backbone.name} ({model.backbone.sha256[:12]}): give the right one as weights"
         )
     petl.apply(model, from_dict(header["method"]))
-    load_tensors(model, load_file(path), path)
+    load_tensors(model, read_tensors(path), path)
     return model.eval()
 
 
@@ -341,6 +331,4 @@ def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.
     """
     state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     header = {**metadata, "config": asdict(model.config)}
-    with whole_file(Path(path)) as temporary:
-        metadata = {"format": "pt", "ast_petl": json.dumps(header)}  # transformers asks for the format
-        temporary.write_bytes(save(to_hugging_face(state), metadata))
+    write_tensors(path, to_hugging_face(state), header, format="pt")  # transformers asks for the format

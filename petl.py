@@ -399,7 +399,7 @@ METHODS: dict[str, Method] = {
             (*adapters(FFN_PAR), Prompts(14, deep=True), LoRA(rr=256)),
             "488K",
             "Table VI, Adapter + DPT-14 + LoRA",
-        ),
+        ),  # fmt: skip
         # Residual connections the wrong way round.
         Method("adapter_ffn_seq_no_residual", adapters(("ffn", "seq_after_no_residual")), "249K", "Table VII, Seq"),
         Method("adapter_ffn_par_residual", adapters(("ffn", "par_before_residual")), "249K", "Table VII, Par"),

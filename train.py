@@ -25,18 +25,8 @@ import petl
 from ast_model import AST, POOL, ASTConfig, make_head
 from data import DATASETS, HOP, RATE, Clips, Split, folds_of, frames_for, load_clips, load_dataset, spec_augment
 from load_weights import load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
-from support import records, speed
-from support.command import (
-    Parser,
-    UserError,
-    choose_device,
-    choose_dtype,
-    exit_code,
-    explained,
-    nearest,
-    numbers,
-    positive,
-)
+from support import command, records, speed
+from support.command import UserError
 from support.files import default_cache_dir
 from support.processes import is_first, mean_over_ranks, process_group, say, shares, wait_for_all
 from support.records import Settings
@@ -188,9 +178,7 @@ def run(args: argparse.Namespace) -> dict:
         folder = args.out / args.dataset / method.name / f"seed{seed}"
         skipped = {dataset.names()[i]: reason for i, reason in bad.items()}
         records.start_run(folder, settings, table, skipped, args.data_dir, args.cache_dir)
-        say(f"{method.name} on {args.dataset}: {records.describe(settings, n_frames * HOP / RATE)}, {args.device}")
-        if not method.parts:
-            say(records.describe_probe(mask))
+        say(records.describe(settings, n_frames * HOP / RATE, args.device))
         for fold in args.folds or folds:
             file = folder / f"fold{fold}.safetensors"
             if not file.exists():
@@ -223,7 +211,7 @@ def finish_fold(model: AST, file: Path, header: dict) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Adapt an Audio Spectrogram Transformer to a dataset and test it.")
+    parser = command.Parser(description="Adapt an Audio Spectrogram Transformer to a dataset and test it.")
     add = parser.add_argument
     add("--dataset", default="demo", help=", ".join(DATASETS))
     add("--method", default="houlsby_par", help="a name that --list-methods prints")
@@ -231,24 +219,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", help="audioset, demo, hf:owner/name, a file or folder, random:base|small|tiny|demo; default: the "
         "dataset's")  # fmt: skip
     add("--pool", default="mean", choices=POOL, help="how tokens become one vector; the paper takes the mean")
-    add("--folds", type=numbers, metavar="1,2", help="only these folds")
-    add("--seed", type=numbers, default=[0], metavar="0,1,2", help="one run for each of these seeds")
+    add("--folds", type=command.numbers, metavar="1,2", help="only these folds")
+    add("--seed", type=command.numbers, default=[0], metavar="0,1,2", help="one run for each of these seeds")
     add("--seconds", type=float, help="cut or pad clips to this; default: the dataset's, or that of most of your clips")
-    add("--shots", type=positive, metavar="K", help="train on K clips per class only")
-    add("--epochs", type=positive, help="default: the dataset's")
-    add("--batch-size", type=positive, help="over all processes; default: the dataset's")
-    add("--micro-batch", type=positive, help="clips at once on a device; the result stays that of --batch-size")
+    add("--shots", type=command.positive, metavar="K", help="train on K clips per class only")
+    add("--epochs", type=command.positive, help="default: the dataset's")
+    add("--batch-size", type=command.positive, help="over all processes; default: the dataset's")
+    add("--micro-batch", type=command.positive, help="clips at once on a device; the result stays that of --batch-size")
     add("--lr", type=float, help="first learning rate; default: the method's")
-    add("--rr", type=positive, help="reduction rate: the bottleneck is dim / RR wide")
+    add("--rr", type=command.positive, help="reduction rate: the bottleneck is dim / RR wide")
     add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
-    add("--prompts", type=positive, help="number of prompts or prefixes")
+    add("--prompts", type=command.positive, help="number of prompts or prefixes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", *speed.DTYPES],
-        help="of the arithmetic; trained tensors stay float32",
-    )
+    add("--dtype", default="auto", choices=["auto", *speed.DTYPES], help="of the arithmetic; trained tensors: float32")
     add("--compile", action="store_true", help="torch.compile the model for training")
     add("--recompute", action="store_true", help="keep less for the backward pass and compute it again: saves memory")
     add("--no-mask", action="store_true", help="leave SpecAugment out where the dataset's protocol has it")
@@ -258,15 +241,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cache-dir", type=Path, default=default_cache_dir(), help="for downloads and features (%(default)s)")
     add("--list-methods", action="store_true", help="print all methods with their parameter counts")
     args = parser.parse_args(argv)
-    nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
+    command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}; it must be positive")
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:
         raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
     if max(args.seed) >= 2**31:
         raise UserError(f"--seed {max(args.seed)} is too large; choose numbers below {2**31}")
-    args.device = choose_device(args.device)
-    args.dtype = choose_dtype(args.dtype, args.device)
+    args.device = command.choose_device(args.device)
+    args.dtype = command.choose_dtype(args.dtype, args.device)
     return args
 
 
@@ -294,12 +277,12 @@ def start(argv: list[str] | None) -> int | None:
     if args.list_methods:
         return list_methods()
     tried = args.micro_batch or args.batch_size or DATASETS[args.dataset].batch_size
-    with explained(args.device, tried, args.out), process_group(args.device):
+    with command.explained(args.device, tried, args.out), process_group(args.device):
         run(args)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: start(argv))
+    return command.exit_code(lambda: start(argv))
 
 
 if __name__ == "__main__":

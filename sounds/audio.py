@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,11 @@ def length_of(path: Path) -> float:
         return info.frames / info.samplerate if info.frames < _NO_LENGTH else math.nan
     except (soundfile.LibsndfileError, TypeError):
         return math.nan
+
+
+def typical_seconds(paths: list[Path]) -> float:
+    """95th percentile of the lengths of sounds, at most 10.24 s: what the AST was pretrained on."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        seconds = np.array(list(pool.map(length_of, paths)))
+    seconds = seconds[np.isfinite(seconds)]
+    return min(10.24, float(np.percentile(seconds, 95))) if len(seconds) else 10.24

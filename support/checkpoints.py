@@ -9,9 +9,10 @@ import huggingface_hub.utils
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from support.command import UserError
+from support.files import whole_file
 
 
 def shorten(names: list[str]) -> str:
@@ -82,3 +83,9 @@ def read_header(path: Path) -> dict:
             f"{path} is no whole file of trained parts (it has no such header): delete it and train it again"
         )
     return header
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
+    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`."""
+    with whole_file(Path(path)) as temporary:
+        temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))

@@ -104,21 +104,21 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
             raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
 
 
-def describe(settings: Settings, seconds: float) -> str:
-    """One line on a run whose clips last `seconds`."""
+def describe(settings: Settings, seconds: float, device: torch.device) -> str:
+    """What is about to be trained, on clips that last `seconds`."""
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
     masked = "masked" if settings.mask else "unmasked"
-    return (
-        f"{shots}{seconds:g} s a clip, {settings.epochs} epochs, batch {settings.batch_size}, learning rate "
-        f"{settings.lr:g}, {masked}, weights {settings.weights}, seed {settings.seed}, {settings.dtype}"
+    line = (
+        f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, batch "
+        f"{settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
+        f"{settings.seed}, {settings.dtype}, {device}"
     )
-
-
-def describe_probe(mask: bool) -> str:
-    if mask:
-        return ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
-                "epoch; with --no-mask it does so once")  # fmt: skip
-    return "linear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
+    if settings.method["parts"]:
+        return line
+    if settings.mask:
+        return (f"{line}\nlinear probe, masked: every epoch masks the clips anew, so each goes through the backbone in "
+                "every epoch; with --no-mask it does so once")  # fmt: skip
+    return f"{line}\nlinear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
 
 
 # ---------------------------------------------------------------------------------------------------- epoch by epoch

@@ -1,4 +1,4 @@
-"""predict.py as a user runs it: windows, formats, folders, several folds, tags, and everything that can go wrong."""
+"""tools.predict as a user runs it: windows, formats, folders, several folds, tags, and everything that can go wrong."""
 
 import csv
 import io
@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import export
 import numpy as np
-import predict
 import pytest
 import soundfile
 import soxr
@@ -18,7 +16,10 @@ from helpers import SMALL_AST, save_random
 
 import data
 import petl
-from load_weights import load_ast, read_header, save_trained
+from load_weights import load_ast, save_trained
+from sounds.audio import read_audio, stream_audio
+from support.checkpoints import read_header
+from tools import predict
 
 CLASSES = ["rain", "sea, waves", "dog", "wind"]
 WINDOW = 59 * 160 + 400  # samples under 60 frames
@@ -26,7 +27,7 @@ WINDOW = 59 * 160 + 400  # samples under 60 frames
 
 @pytest.fixture
 def main(capsys):
-    """Runs predict.py; returns its exit code and what it printed to stdout and stderr."""
+    """Runs `tools.predict`; returns its exit code and what it printed to stdout and stderr."""
 
     def call(*words) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -38,7 +39,7 @@ def main(capsys):
 
 @pytest.fixture
 def rows(main):
-    """Runs `predict.py WORDS --json`; returns its lines as dictionaries."""
+    """Runs `tools.predict WORDS --json`; returns its lines as dictionaries."""
 
     def call(*words, code: int = 0) -> list[dict]:
         found, out, _ = main(*words, "--json")
@@ -110,7 +111,7 @@ def test_reading_in_blocks_changes_nothing(rate, tmp_path):
     """Three blocks against the whole file at once, bit for bit."""
     file = write(tmp_path / "long.wav", 25.3, rate=rate, channels=2)
     samples, _ = soundfile.read(file, dtype="float32")
-    blocks = list(data.stream_audio(file))
+    blocks = list(stream_audio(file))
     assert len(blocks) >= 3 and all(len(block) <= 160_100 for block in blocks)
     expected = samples.mean(axis=1) if rate == 16_000 else soxr.resample(samples.mean(axis=1), rate, 16_000)
     assert np.array_equal(np.concatenate(blocks), expected)
@@ -122,15 +123,15 @@ def test_a_short_sound_is_heard_as_in_training(seconds, tmp_path, fold, rows):
     model = save_random(fold, "convpass_houlsby_par")
     short, longer = write(tmp_path / "short.wav", seconds), write(tmp_path / "longer.wav", 0.61, seed=1)
     first, second = rows(fold, longer, short, "--top", 4)
-    torch.testing.assert_close(as_tensor(second), by_hand(model, data.read_audio(short)), atol=2e-6, rtol=0)
-    torch.testing.assert_close(as_tensor(first), by_hand(model, data.read_audio(longer)), atol=2e-6, rtol=0)
+    torch.testing.assert_close(as_tensor(second), by_hand(model, read_audio(short)), atol=2e-6, rtol=0)
+    torch.testing.assert_close(as_tensor(first), by_hand(model, read_audio(longer)), atol=2e-6, rtol=0)
     assert second["end"] == pytest.approx(seconds, abs=1e-3) and second["what"] == "file"
 
 
 def test_a_long_sound_is_the_mean_of_its_windows(tmp_path, fold, rows):
     model = save_random(fold, "convpass_houlsby_par")
     file = write(tmp_path / "long.wav", 3.0, rate=44_100, channels=2)
-    wave = data.read_audio(file)
+    wave = read_audio(file)
     starts = [*range(0, len(wave) - WINDOW, 4_800), (len(wave) - 400) // 160 * 160 - 59 * 160]
     expected = [by_hand(model, wave[start:]) for start in starts]
     *windows, answer = rows(fold, file, "--top", 4, "--windows")
@@ -277,8 +278,9 @@ def test_names_that_are_no_text(tmp_path, fold, rows):
 
 def test_what_follows_in_the_pipe_may_stop_reading(tmp_path, fold):
     write(tmp_path / "long.wav", 30.0)
-    command = f"{sys.executable} {predict.__file__} {fold} {tmp_path}/long.wav --windows --hop 0.01 | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    command = f"{sys.executable} -m tools.predict {fold} {tmp_path}/long.wav --windows --hop 0.01 | head -n 1"
+    root = Path(predict.__file__).parents[1]
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=root)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
@@ -295,7 +297,7 @@ def test_folds_of_a_run_are_averaged(tmp_path, rows):
         save_trained(model, run / f"fold{k}.safetensors", {"classes": CLASSES})
         models.append(model)
     file = write(tmp_path / "sound.wav", 0.6)
-    wave = data.read_audio(file)
+    wave = read_audio(file)
     single = [by_hand(model, wave) for model in models]
     (answer,) = rows(run, file, "--top", 4)
     torch.testing.assert_close(as_tensor(answer), torch.stack(single).mean(0), atol=2e-6, rtol=0)
@@ -319,7 +321,7 @@ def test_tags_of_the_unmodified_model(tmp_path, main):
     found = {entry["class"]: entry["probability"] for entry in json.loads(out)["classes"]}
     model = load_ast(SMALL_AST, pool="cls_dist").eval()
     with torch.no_grad():
-        logits = model(data.to_input(data.fbank(torch.from_numpy(data.read_audio(file))[None]), 100))[0]
+        logits = model(data.to_input(data.fbank(torch.from_numpy(read_audio(file))[None]), 100))[0]
     assert code == 0
     for i, value in enumerate(logits.sigmoid().tolist()):
         assert found[f"LABEL_{i}"] == pytest.approx(value, abs=2e-6)
@@ -329,7 +331,7 @@ def test_tags_of_the_unmodified_model(tmp_path, main):
 
 @pytest.mark.parametrize(("pool", "method"), [("mean", "linear"), ("cls_dist", "dpt")])
 def test_a_trained_run_knows_its_sounds(pool, method, train_main, tmp_path, esc50_dir, rows):
-    """train.py --pool, then predict.py on the test clips of the fold: as many right as the fold's accuracy says."""
+    """train.py --pool, then tools.predict on the test clips of the fold: as many right as the fold's accuracy says."""
     assert train_main("--method", method, "--pool", pool, "--epochs", 3, "--lr", 1e-2) == 0
     run = tmp_path / "runs/esc10" / method / "seed0"
     assert read_header(run / "fold1.safetensors")["pool"] == pool
@@ -345,7 +347,7 @@ def test_a_trained_run_knows_its_sounds(pool, method, train_main, tmp_path, esc5
 
 @pytest.fixture
 def fails(main, tmp_path):
-    """Runs predict.py on a good sound; returns the one line it ends with."""
+    """Runs tools.predict on a good sound; returns the one line it ends with."""
     file = write(tmp_path / "good.wav", 0.3)
 
     def call(*words) -> str:

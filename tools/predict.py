@@ -1,7 +1,7 @@
 """Classify sounds with what train.py trained, or tag them with the pretrained model.
 
-    python predict.py runs/demo/houlsby_par/seed0 recording.wav folder_of_sounds/
-    python predict.py --tags street.mp3                    # AudioSet's 527 tags, nothing trained
+    python -m tools.predict runs/demo/houlsby_par/seed0 recording.wav folder_of_sounds/
+    python -m tools.predict --tags street.mp3                    # AudioSet's 527 tags, nothing trained
 
 A sound longer than the training clips is read in windows. `windows_of` cuts all files into one stream of windows,
 `score` turns that stream into probabilities, batch by batch, `answers` gathers them again file by file. Everything is
@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ast_model import AST, UserError
-from data import FRONT_END, HOP, RATE, SUFFIXES, WINDOW, fbank, length_of, stream_audio, to_input
-from load_weights import class_names, load_ast, load_trained, read_header
-from onednn_linear import onednn_helps, use_onednn
-from train import Parser, autocast, choose_device, choose_dtype, exit_code, positive
+from ast_model import AST
+from data import FRONT_END, HOP, WINDOW, fbank, to_input
+from load_weights import class_names, load_ast, load_trained
+from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
+from support.checkpoints import read_header
+from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
+from support.speed import Machine, autocast, prepare
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,10 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
     """Files as they are, folders with every sound beneath them; each only once. UserError for folders without any."""
     found = {}
     for path in paths:
-        if path.is_dir():
-            inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES)
-            files = [file for file in inside if file.is_file() and not file.name.startswith(".")]
-            if not files:
-                raise UserError(f"{path} holds no sounds ({', '.join(SUFFIXES)})")
-            found.update(dict.fromkeys(files))
-        else:
-            found[path] = None
+        files = files_in(path)[0] if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path} holds no sounds ({', '.join(SUFFIXES)})")
+        found.update(dict.fromkeys(files))
     return list(found)
 
 
@@ -180,16 +178,13 @@ def answers(scored: Iterable[tuple[Window, np.ndarray | None]], classes: list[st
     """For each file an answer on every window and then, from their mean, on the whole; or one with an error."""
     for file, windows in groupby(scored, key=lambda pair: pair[0].file):
         total, n, end = np.zeros(len(classes)), 0, 0.0
-        error = None
         for window, scores in windows:
-            if window.error is not None:
-                error = window.error
+            if window.error is not None:  # always the last of a file
+                yield Answer(file, "file", error=window.error)
                 break
             end = (window.start + len(window.wave)) / RATE
             yield Answer(file, "window", window.start / RATE, end, best_of(scores, classes, 1))
             total, n = total + scores, n + 1
-        if error is not None:
-            yield Answer(file, "file", error=error)
         else:
             yield Answer(file, "file", 0.0, end, best_of(total / n, classes, top))
 
@@ -222,20 +217,13 @@ def json_line(answer: Answer) -> str:
     return json.dumps({**content, "start": round(answer.start, 3), "end": round(answer.end, 3), "classes": best})
 
 
-CSV_COLUMNS = ["file", "what", "start", "end", "rank", "class", "probability", "error"]
-
-
 def csv_lines(answer: Answer) -> str:
-    """One row for each of the best classes, or one with the error."""
-    file = printable(answer.file)
-    rows = [
-        [file, answer.what, f"{answer.start:.3f}", f"{answer.end:.3f}", rank, name, f"{p:.6f}", ""]
-        for rank, (name, p) in enumerate(answer.best, 1)
-    ]
-    if answer.error is not None:
-        rows = [[file, answer.what, "", "", "", "", "", answer.error]]
+    """One row for each of the best classes, or one with the error. Columns: see `run`."""
+    first = [printable(answer.file), answer.what]
+    span = [f"{answer.start:.3f}", f"{answer.end:.3f}"]
+    rows = [[*first, *span, rank, name, f"{p:.6f}", ""] for rank, (name, p) in enumerate(answer.best, 1)]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(rows or [[*first, *[""] * 5, answer.error]])
     return text.getvalue().rstrip("\n")
 
 
@@ -244,6 +232,7 @@ def csv_lines(answer: Answer) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
+        prog="python -m tools.predict",
         usage="%(prog)s [options] RUN_OR_CHECKPOINT SOUND...\n       %(prog)s [options] --tags SOUND...",
         description="Classify sounds with a trained model, or tag them with the pretrained one.",
     )
@@ -270,27 +259,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Answer every file that can be read; 1 if there was one that cannot."""
-    files = find_sounds(args.sounds)
-    if args.tags:
-        classifier = load_tagger(args.weights or "audioset")
-    else:
-        classifier = load_classifier(args.checkpoint, args.weights)
+    files, dtype = find_sounds(args.sounds), choose_dtype("auto", args.device)
+    tagger = args.tags and load_tagger(args.weights or "audioset")
+    classifier = tagger or load_classifier(args.checkpoint, args.weights)
     for model in classifier.models:
-        model.to(args.device).eval()
-        if args.device.type == "cpu" and onednn_helps():
-            use_onednn(model)
+        prepare(model, dtype, Machine(args.device)).eval()
     n_frames = classifier.n_frames
     hop = (n_frames // 2 if args.hop is None else round(args.hop * RATE / HOP)) * HOP
     if not 0 < hop <= n_frames * HOP:
         raise UserError(f"--hop {args.hop}: windows are {n_frames * HOP / RATE:g} s long, give a hop of 0.01 s to that")
 
-    windows = windows_of(files, n_frames, hop)
-    scored = score(windows, classifier, args.batch_size, args.device, choose_dtype("auto", args.device))
+    scored = score(windows_of(files, n_frames, hop), classifier, args.batch_size, args.device, dtype)
     width = 2 + max(len(printable(file)) for file in files)
     show = json_line if args.json else csv_lines if args.csv else lambda answer: table_line(answer, width)
     seconds = float(np.nansum([*map(length_of, files)])) if sys.stderr.isatty() else None  # only the bar asks
     if args.csv:
-        print(",".join(CSV_COLUMNS))
+        print("file,what,start,end,rank,class,probability,error")
     failed, heard = 0, 0.0
     with tqdm(total=seconds, desc="listening", unit="s", unit_scale=True, disable=None) as progress:
         for answer in answers(scored, classifier.classes, args.top):
