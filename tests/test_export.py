@@ -2,8 +2,8 @@
 
 import json
 import sys
+from pathlib import Path
 
-import export
 import numpy as np
 import onnxruntime
 import peft
@@ -14,10 +14,11 @@ from helpers import SMALL_AST, save_random
 from safetensors.torch import load_file, save_file
 
 import data
-import load_weights
 import petl
 from ast_model import POOL
-from load_weights import load_ast, load_trained, read_header, save_trained
+from load_weights import load_ast, load_trained, save_ast, save_trained, to_dict
+from support.checkpoints import read_header
+from tools import export
 
 CLASSES = ["rain", "sea, waves", "dog", "wind"]
 
@@ -30,11 +31,11 @@ def fbank() -> torch.Tensor:
 
 @pytest.fixture
 def command(capsys):
-    """Runs `load_weights.py WORDS`; returns what it prints."""
+    """Runs `tools.export WORDS`; returns what it prints."""
 
     def call(*words, code: int = 0) -> str:
         capsys.readouterr()
-        assert load_weights.main([str(word) for word in words]) == code
+        assert export.main([str(word) for word in words]) == code
         out, err = capsys.readouterr()
         assert code == 0 or (err.startswith("error: ") and err.count("\n") == 1 and not out)
         return err if code else out
@@ -57,7 +58,7 @@ def test_merged_is_one_plain_ast(method, pool, tmp_path, fbank, command):
     plain = load_ast(tmp_path / "merged.safetensors", pool=pool).eval()
     assert not any(hasattr(module, "wrapped") for module in plain.modules()) and not hasattr(plain, "method")
     torch.testing.assert_close(plain(fbank), model(fbank), rtol=0, atol=1e-5)
-    again = load_trained(tmp_path / "merged.safetensors").eval()  # predict.py and the other exports read it like a fold
+    again = load_trained(tmp_path / "merged.safetensors").eval()  # predict and the other exports read it like a fold
     assert torch.equal(again(fbank), plain(fbank))
 
 
@@ -334,7 +335,7 @@ def test_a_header_of_another_method(tmp_path, command):
     """The tensors of an adapter under the name of another method."""
     save_random(tmp_path / "fold1.safetensors", "lora")
     header = read_header(tmp_path / "fold1.safetensors")
-    header["method"] = petl.to_dict(petl.METHODS["houlsby_par"])
+    header["method"] = to_dict(petl.METHODS["houlsby_par"])
     tensors = load_file(tmp_path / "fold1.safetensors")
     save_file(tensors, tmp_path / "mixed.safetensors", {"ast_petl": json.dumps(header)})
     words = ["export", tmp_path / "mixed.safetensors", "--to", "onnx", "--out", tmp_path / "model.onnx"]
@@ -357,3 +358,204 @@ def test_words_that_do_not_fit(tmp_path, command):
     assert "--help shows all options" in command(code=2)
     (tmp_path / "file").touch()
     assert "cannot write" in command(*words, tmp_path / "file" / "x", "--to", "merged", code=2)
+
+
+# ---------------------------------------------------------------------- lines and numbers typed by hand
+
+SHA256 = "afdbe74769c46f9cafa50e9c2ccaed1d14ca1df42b25d1c1a9bdb5c91017a261"  # of the small AST
+N_FRAMES = 60  # of the models here: windows of 0.6 s, 59 * 160 + 400 samples
+
+
+HEADER = {
+    "classes": ["rain", "dog"],
+    "parameters": {"petl": 1234, "head": 258, "total": 98765},
+    "result": {"fold": 3, "accuracy": 81.256, "validation_accuracy": 90.5, "epoch": 7},
+    "settings": {"dataset": "esc50", "method": {"name": "lora"}, "seed": 2, "lr": 0.005},
+    "versions": {"python": "3.11.7", "torch": "2.0"},
+}
+
+
+def test_show_line_by_line(tmp_path, command):
+    file = tmp_path / "fold3.safetensors"
+    save_trained(petl.apply(load_ast(SMALL_AST, N_FRAMES, 2), "adapter_lora"), file, HEADER)
+    part = "Adapter(at='ffn', how='par_before', kind='bottleneck', rr=64) + LoRA(targets='qv', rr=128, alpha=8)"
+    lines = [
+        f"file        {file}, {file.stat().st_size:,} bytes",
+        "holds       trained parts only: needs its backbone",
+        f"method      adapter_lora: {part}, learning rate 0.005",
+        "parameters  1,492 trained (1,234 of the method, 258 of final LayerNorm and head), 1.51 % of 98,765",
+        "classes     2: rain, dog",
+        "pool        mean",
+        f"backbone    {SMALL_AST}, SHA-256 {SHA256}",
+        "front end   60 frames; sample_rate 16000, window 400, hop 160, n_fft 512, n_mels 128, mean -4.2677393, std "
+        "4.5689974",
+        "accuracy    81.26 % of the test clips of fold 3 (epoch 7, best of validation, 90.50 %)",
+        "trained on  dataset esc50, seed 2, lr 0.005",
+        "versions    python 3.11.7, torch 2.0",
+    ]
+    assert command("show", file).splitlines() == lines
+
+
+def test_show_of_a_file_that_says_little(tmp_path, command):
+    """Without names, without validation, of a method without parts; and a whole model."""
+    file = tmp_path / "fold1.safetensors"
+    result = {"fold": 1, "accuracy": 50.0, "validation_accuracy": None, "epoch": 30}
+    save_trained(petl.apply(load_ast(SMALL_AST, N_FRAMES, 2), "linear"), file, {"result": result})
+    lines = command("show", file).splitlines()
+    assert "method      linear: final LayerNorm and head alone, learning rate 0.001" in lines
+    assert "classes     2, without names" in lines
+    assert "accuracy    50.00 % of the test clips of fold 1 (epoch 30, the last epoch)" in lines
+    assert len(lines) == 8
+    save_ast(load_ast(SMALL_AST, N_FRAMES, 2), tmp_path / "whole.safetensors", {})
+    lines = command("show", tmp_path / "whole.safetensors").splitlines()
+    assert lines[1] == "holds       a whole AST, merged" and len(lines) == 2
+
+
+@pytest.fixture
+def odd_backbone(tmp_path) -> Path:
+    """The small AST with four heads, an eps that matters, and frames that no stride of ten ends at."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    config = json.loads((SMALL_AST / "config.json").read_text())
+    config |= {"num_attention_heads": 4, "layer_norm_eps": 0.25, "max_length": 105}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((SMALL_AST / "model.safetensors").read_bytes())
+    return folder
+
+
+def trained(backbone: Path, method: str, file: Path, n_frames: int = 67, pool: str = "cls_dist", **header):
+    """A fold file in which everything that the method trains is random."""
+    torch.manual_seed(3)
+    model = petl.apply(load_ast(backbone, n_frames, 2, pool), method)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_trained(model, file, {"classes": ["rain", "dog"], **header})
+    return model.eval()
+
+
+CONFIG = {
+    "architectures": ["ASTForAudioClassification"],
+    "model_type": "audio-spectrogram-transformer",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 0.25,
+    "patch_size": 16,
+    "qkv_bias": True,
+    "frequency_stride": 10,
+    "time_stride": 10,
+    "max_length": 67,
+    "num_mel_bins": 128,
+    "id2label": {"0": "rain", "1": "dog"},
+    "label2id": {"rain": 0, "dog": 1},
+}
+EXTRACTOR = {
+    "feature_extractor_type": "ASTFeatureExtractor",
+    "feature_size": 1,
+    "sampling_rate": 16000,
+    "num_mel_bins": 128,
+    "max_length": 67,
+    "do_normalize": True,
+    "mean": -4.2677393,
+    "std": 4.5689974,
+    "padding_value": 0.0,
+}
+
+
+@pytest.mark.parametrize("to", ["hf", "peft"])
+def test_folders_for_the_libraries_say_what_the_model_is(to, tmp_path, odd_backbone, command):
+    trained(odd_backbone, "lora", tmp_path / "fold1.safetensors")
+    command("export", tmp_path / "fold1.safetensors", "--to", to, "--out", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {name: config[name] for name in CONFIG} == CONFIG
+    extractor = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert {name: extractor[name] for name in EXTRACTOR} == EXTRACTOR
+
+
+@pytest.mark.parametrize("method", ["lora_qkvo", "hydra", "bitfit", "linear", "full_ft"])
+def test_every_way_out_and_back_gives_the_same_logits(method, tmp_path, odd_backbone, command):
+    """merged and hf, read again by `load_ast`; with an eps, heads and a length that are nobody's default."""
+    fold = tmp_path / "fold1.safetensors"
+    model = trained(odd_backbone, method, fold, result={"accuracy": 1.5})
+    command("export", fold, "--to", "merged", "--out", tmp_path / "merged.safetensors")
+    command("export", fold, "--to", "hf", "--out", tmp_path / "hf")
+    x = torch.randn(2, 67, 128)
+    for file in ("merged.safetensors", "hf"):
+        again = load_ast(tmp_path / file, pool="cls_dist").eval()
+        assert (again.config.eps, again.config.heads, again.config.n_frames) == (0.25, 4, 67)
+        with torch.no_grad():
+            torch.testing.assert_close(again(x), model(x), rtol=0, atol=2e-5)
+    header = read_header(tmp_path / "merged.safetensors")
+    assert header["classes"] == ["rain", "dog"] and header["result"] == {"accuracy": 1.5}
+    assert header["method"]["name"] == method and header["backbone"]["name"] == str(odd_backbone)
+
+
+def test_what_goes_into_the_folder_for_peft(tmp_path, odd_backbone, command):
+    """Rank, scale and targets; the LoRA under peft's names, and what was trained beside it."""
+    method = petl.Method("lora", (petl.LoRA("qo", 32, 12),), "-", "-")  # rank 2, scale 12 / 32
+    model = trained(odd_backbone, method, tmp_path / "fold1.safetensors")
+    command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert {name: config[name] for name in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias")} == {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 0.75, "lora_dropout": 0.0, "bias": "none",
+    }  # fmt: skip
+    assert config["target_modules"] == ["q_proj", "o_proj"] and config["base_model_name_or_path"] == str(odd_backbone)
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    prefix = "base_model.model.audio_spectrogram_transformer."
+    for n in (0, 1):
+        for letter in "qo":
+            ours = getattr(model.blocks[n].attn, letter)
+            theirs = f"{prefix}layers.{n}.attention.{letter}_proj"
+            assert torch.equal(tensors.pop(f"{theirs}.lora_A.weight"), ours.a.weight)
+            assert torch.equal(tensors.pop(f"{theirs}.lora_B.weight"), ours.b.weight)
+    assert torch.equal(tensors.pop(f"{prefix}layernorm.weight"), model.norm.weight)
+    assert torch.equal(tensors.pop("base_model.model.classifier.dense.bias"), model.head[1].bias)
+    assert torch.equal(tensors.pop(f"{prefix}embeddings.position_embeddings"), model.embed.position)
+    assert len(tensors) == 1 + 3 + 4  # layernorm.bias, head, embeddings
+
+
+def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command):
+    """s = lora_alpha / r on one projection of one block; the rest stays that of the backbone."""
+    torch.manual_seed(0)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "base_model_name_or_path": str(odd_backbone)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    a, b = torch.randn(4, 64), torch.randn(64, 4)
+    name = "base_model.model.audio_spectrogram_transformer.layers.1.attention.v_proj"
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    command("import", folder, "--out", tmp_path / "fold1.safetensors")
+    ours = load_trained(tmp_path / "fold1.safetensors")
+    plain = load_ast(odd_backbone, pool="cls_dist").eval()
+    x = torch.randn(2, 105, 128)
+    with torch.no_grad():
+        plain.blocks[1].attn.v.weight.add_(1.5 * b @ a)
+        torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-4)
+    header = read_header(tmp_path / "fold1.safetensors")
+    assert header["classes"] == [f"LABEL_{i}" for i in range(5)]
+    assert header["parameters"]["petl"] == 2 * 2 * 4 * 64  # A and B of both blocks
+
+
+def test_exports_land_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    """A file that was there stays when the disk fills."""
+    save_random(tmp_path / "fold1.safetensors", "lora", "cls_dist")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for to, where in (("merged", out / "model.safetensors"), ("hf", out), ("peft", out)):
+        words = ["export", tmp_path / "fold1.safetensors", "--to", to, "--out", where]
+        assert export.main([str(word) for word in words]) == 2
+        assert capsys.readouterr().err == f"error: cannot write {where}: No space left on device\n"
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    assert (out / "model.safetensors").read_bytes() == b"old"

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -19,7 +21,7 @@ import petl
 from load_weights import load_ast, save_trained
 from sounds.audio import read_audio, stream_audio
 from support.checkpoints import read_header
-from tools import predict
+from tools import export, predict
 
 CLASSES = ["rain", "sea, waves", "dog", "wind"]
 WINDOW = 59 * 160 + 400  # samples under 60 frames
@@ -388,3 +390,203 @@ def test_no_sounds_and_unknown_options(fold, main):
                            ((fold, "x.wav", "--json", "--csv"), "not allowed with"), ((), "are required")):  # fmt: skip
         code, _, err = main(*words)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------- lines and numbers typed by hand
+
+
+def constant(path: Path, *probabilities: float, classes: list[str] | None = None, n_frames: int = 60) -> Path:
+    """A fold file that gives every sound these probabilities."""
+    model = petl.apply(load_ast(SMALL_AST, n_frames, len(probabilities)), "linear")
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor(probabilities).log())
+    save_trained(model, path, {"classes": classes} if classes else {})
+    return path
+
+
+def glide(path: Path, samples: int, rate: int = 16_000) -> Path:
+    """A glide: no two windows are alike."""
+    time = np.arange(samples) / rate
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * (300 + 400 * time) * time), rate)
+    return path
+
+
+@pytest.fixture
+def answer(capsys):
+    """Runs `tools.predict`; returns its lines, and checks its exit code."""
+
+    def call(*words, code: int = 0) -> list[str]:
+        capsys.readouterr()
+        found = predict.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert found == code and (bool(err) is bool(code)), err
+        return out.splitlines()
+
+    return call
+
+
+def test_answers_are_sorted_and_three_unless_told(tmp_path, answer):
+    fold = constant(tmp_path / "fold1.safetensors", 0.125, 0.5, 0.125, 0.25, classes=CLASSES)
+    file = glide(tmp_path / "a.wav", 8000)
+    (line,) = answer(fold, file)
+    assert line == f"{file}{0.5:22.2f} s  sea, waves 0.500  wind 0.250  rain 0.125"  # of equal ones the first
+    (line,) = answer(fold, file, "--json")
+    classes = [{"class": name, "probability": p} for name, p in (("sea, waves", 0.5), ("wind", 0.25), ("rain", 0.125))]
+    assert json.loads(line) == {"file": str(file), "what": "file", "start": 0.0, "end": 0.5, "classes": classes}
+    lines = answer(fold, file, "--csv", "--top", 9)
+    assert lines == [
+        "file,what,start,end,rank,class,probability,error",
+        f'{file},file,0.000,0.500,1,"sea, waves",0.500000,',
+        f"{file},file,0.000,0.500,2,wind,0.250000,",
+        f"{file},file,0.000,0.500,3,rain,0.125000,",
+        f"{file},file,0.000,0.500,4,dog,0.125000,",
+    ]
+
+
+def test_a_file_that_cannot_be_read_in_every_form(tmp_path, answer, capsys):
+    """Exit code 1, the reason, and the others answered."""
+    fold = constant(tmp_path / "fold1.safetensors", 0.75, 0.25)
+    good, bad = glide(tmp_path / "a.wav", 4000), tmp_path / "absent.wav"
+    found = [json.loads(line) for line in answer(fold, bad, good, "--json", code=1)]
+    assert found[0] == {"file": str(bad), "what": "file", "error": "No such file or directory"}
+    assert found[1]["classes"] == [
+        {"class": "class 0", "probability": 0.75}, {"class": "class 1", "probability": 0.25},
+    ]  # fmt: skip
+    assert answer(fold, bad, good, "--csv", code=1)[1] == f"{bad},file,,,,,,No such file or directory"
+    assert len(answer(fold, bad, good, code=1)) == 1
+    assert predict.main([str(fold), str(bad), "--json"]) == 1
+    assert capsys.readouterr().err == f"error: {bad}: No such file or directory\n"
+
+
+def test_the_folds_of_a_run_vote_with_their_probabilities(tmp_path, answer):
+    """Not with their logits: the mean of (0.9, 0.1) and (0.2, 0.8) and (0.5, 0.5)."""
+    for fold, probabilities in enumerate(((0.9, 0.1), (0.2, 0.8), (0.5, 0.5)), start=1):
+        constant(tmp_path / "run" / f"fold{fold}.safetensors", *probabilities, classes=["a", "b"])
+    (line,) = answer(tmp_path / "run", glide(tmp_path / "a.wav", 4000), "--json")
+    found = {entry["class"]: entry["probability"] for entry in json.loads(line)["classes"]}
+    assert found == {"a": pytest.approx(1.6 / 3, abs=2e-6), "b": pytest.approx(1.4 / 3, abs=2e-6)}
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "spans"),  # in samples; a window has 9,840
+    [
+        ((), 9_840 + 159, [(0, 9_999)]),  # not a frame more than one window
+        ((), 9_840 + 160, [(0, 9_840), (160, 10_000)]),
+        ((), 20_000, [(0, 9_840), (4_800, 14_640), (9_600, 19_440), (10_080, 20_000)]),  # half a window
+        (("--hop", "0.6"), 29_040, [(0, 9_840), (9_600, 19_440), (19_200, 29_040)]),
+        (("--hop", "0.456"), 20_000, [(0, 9_840), (7_360, 17_200), (10_080, 20_000)]),  # 46 frames
+        (("--hop", "0.01"), 10_200, [(0, 9_840), (160, 10_000), (320, 10_200)]),
+    ],
+)
+def test_windows_by_hand(tmp_path, answer, options, samples, spans):
+    """Where they lie, and that a file's answer is the mean of theirs."""
+    model = save_random(tmp_path / "fold1.safetensors", "convpass_pfeiffer_seq")
+    file = glide(tmp_path / "a.wav", samples)
+    lines = [json.loads(line) for line in answer(tmp_path / "fold1.safetensors", file, "--json", "--windows", *options)]
+    *windows, whole = lines
+    assert [(row["start"], row["end"]) for row in windows] == [
+        (round(a / 16e3, 3), round(b / 16e3, 3)) for a, b in spans
+    ]
+    assert (whole["what"], whole["start"], whole["end"]) == ("file", 0.0, round(samples / 16_000, 3))
+    wave = torch.from_numpy(read_audio(file))
+    with torch.no_grad():
+        scores = [model(data.to_input(data.fbank(wave[None, a:b]), 60)).softmax(-1)[0] for a, b in spans]
+    for row, expected in zip(windows, scores, strict=True):
+        assert row["what"] == "window" and row["classes"] == [
+            {"class": CLASSES[expected.argmax()], "probability": pytest.approx(expected.max().item(), abs=3e-6)}
+        ]
+    mean = torch.stack(scores).mean(0)
+    assert whole["classes"][0] == {
+        "class": CLASSES[mean.argmax()], "probability": pytest.approx(mean.max().item(), abs=3e-6),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("hop", ["0.004", "0.61", "-0.3"])
+def test_hops_that_no_window_has(tmp_path, hop, capsys):
+    fold = constant(tmp_path / "fold1.safetensors", 0.5, 0.5)
+    assert predict.main([str(fold), str(glide(tmp_path / "a.wav", 4000)), "--hop", hop]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --hop {float(hop)}: windows are 0.6 s long, give a hop of 0.01 s to that\n"
+    )
+
+
+def test_a_long_recording_is_listened_to_as_it_comes():
+    """Reading stays one window and a hop ahead, and a batch of windows is answered before the next one is cut."""
+    pulled = []
+
+    def blocks():
+        for i in range(1000):
+            pulled.append(i)
+            yield np.zeros(1000, np.float32)
+
+    windows = predict.cut(blocks(), n_frames=4, hop=160)  # 880 samples
+    assert next(windows)[0] == 0 and len(pulled) == 2
+    assert next(windows)[0] == 160 and len(pulled) == 2
+    cut = []
+
+    def counted():
+        for start in range(100):
+            cut.append(start)
+            yield predict.Window(Path("a"), start, np.zeros(880, np.float32))
+
+    model = petl.apply(load_ast(SMALL_AST, 36, 2), "linear").eval()
+    classifier = predict.Classifier([model], ["a", "b"], lambda logits: logits.softmax(-1))
+    scored = predict.score(counted(), classifier, 5, torch.device("cpu"), "float32")
+    assert [next(scored)[0].start for _ in range(5)] == [0, 1, 2, 3, 4] and len(cut) == 5
+    answers = predict.answers(scored, ["a", "b"], 1)
+    assert next(answers).what == "window" and len(cut) == 10
+
+
+def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, monkeypatch):
+    """Nothing trained: its own head on the mean of [CLS] and [distillation], a sigmoid for each tag."""
+    asked = []
+
+    def deliver(repository, name):
+        asked.append((repository, name))
+        return str(SMALL_AST / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
+    file = glide(tmp_path / "street.wav", 16_240)  # 100 frames
+    (line,) = answer("--tags", file, "--json", "--top", 5)
+    assert {repository for repository, _ in asked} == {"MIT/ast-finetuned-audioset-10-10-0.4593"}
+    model = load_ast(SMALL_AST, pool="cls_dist").eval()
+    with torch.no_grad():
+        tokens = model.features(data.to_input(data.fbank(torch.from_numpy(read_audio(file))[None]), 100))
+        logits = model.head((tokens[:, 0] + tokens[:, 1]) / 2)[0].tolist()
+    expected = {f"LABEL_{i}": pytest.approx(1 / (1 + math.exp(-logit)), abs=3e-6) for i, logit in enumerate(logits)}
+    found = json.loads(line)["classes"]
+    assert {entry["class"]: entry["probability"] for entry in found} == expected
+    assert [entry["probability"] for entry in found] == sorted((e["probability"] for e in found), reverse=True)
+
+
+def test_a_backbone_that_has_moved(tmp_path, answer):
+    """Files of trained parts name the place of their backbone; --weights says where it is now."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((SMALL_AST / name).read_bytes())
+    model = petl.apply(load_ast(folder, 60, 2), "lora").eval()
+    save_trained(model, tmp_path / "fold1.safetensors", {"classes": ["a", "b"]})
+    folder.rename(tmp_path / "new")
+    file, fold = glide(tmp_path / "a.wav", 4000), tmp_path / "fold1.safetensors"
+    assert predict.main([str(fold), str(file)]) == 2
+    (line,) = answer(fold, file, "--weights", tmp_path / "new", "--json")
+    with torch.no_grad():
+        expected = (
+            model(data.to_input(data.fbank(torch.from_numpy(read_audio(file))[None]), 60)).softmax(-1).max().item()
+        )
+    assert json.loads(line)["classes"][0]["probability"] == pytest.approx(expected, abs=3e-6)
+    words = ["export", fold, "--to", "merged", "--out", tmp_path / "m.safetensors", "--weights", tmp_path / "new"]
+    assert export.main([str(word) for word in words]) == 0
+    assert read_header(tmp_path / "m.safetensors")["classes"] == ["a", "b"]
+
+
+def test_csv_of_windows_reads_back(tmp_path, answer):
+    fold = constant(tmp_path / "fold1.safetensors", 0.25, 0.75, classes=["a", "b"])
+    lines = answer(fold, glide(tmp_path / "a.wav", 20_000), "--csv", "--windows")
+    rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
+    assert [(row["what"], row["start"], row["rank"], row["class"]) for row in rows] == [
+        ("window", "0.000", "1", "b"), ("window", "0.300", "1", "b"), ("window", "0.600", "1", "b"),
+        ("window", "0.630", "1", "b"), ("file", "0.000", "1", "b"), ("file", "0.000", "2", "a"),
+    ]  # fmt: skip

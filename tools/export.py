@@ -1,11 +1,11 @@
-"""Trained models for other programs, and theirs for this one. The commands of load_weights.py:
+"""Trained models for other programs, and theirs for this one.
 
-    python load_weights.py show FILE                             what a file of trained parts is
-    python load_weights.py export FILE --to merged --out FILE    one plain AST, which any AST program reads
-    python load_weights.py export FILE --to hf --out FOLDER      for transformers' from_pretrained
-    python load_weights.py export FILE --to peft --out FOLDER    a LoRA for peft
-    python load_weights.py export FILE --to onnx --out FILE      waveform to probabilities, without this repository
-    python load_weights.py import FOLDER --out FILE              a LoRA that was trained with peft
+    python -m tools.export show FILE                             what a file of trained parts is
+    python -m tools.export export FILE --to merged --out FILE    one plain AST, which any AST program reads
+    python -m tools.export export FILE --to hf --out FOLDER      for transformers' from_pretrained
+    python -m tools.export export FILE --to peft --out FOLDER    a LoRA for peft
+    python -m tools.export export FILE --to onnx --out FILE      waveform to probabilities, without this repository
+    python -m tools.export import FOLDER --out FILE              a LoRA that was trained with peft
 
 `hf` and `peft` are written with nothing but json and safetensors; the tests open them with the libraries themselves.
 """
@@ -15,6 +15,8 @@ import json
 import math
 import sys
 import warnings
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,103 +24,75 @@ from safetensors.torch import save
 from torch import nn
 
 import data
+import load_weights
 import petl
-from ast_model import AST, ASTConfig, UserError
-from load_weights import (
-    AUDIOSET,
-    TO_HUGGING_FACE,
-    class_names,
-    load_ast,
-    load_tensors,
-    load_trained,
-    read_header,
-    read_json,
-    read_tensors,
-    save_ast,
-    save_trained,
-    to_our_names,
-    trained_tensors,
-    translate,
-)  # fmt: skip
-from train import Parser, exit_code, write_json
+from ast_model import AST, ASTConfig
+from support.checkpoints import read_header, read_json, read_tensors
+from support.command import Parser, UserError, exit_code
+from support.files import whole_file, write_json
 
 # ------------------------------------------------------------------------------------------------------------- show
 
 
-def show(args: argparse.Namespace) -> None:
-    """Print what the header of a file says. The backbone need not be there."""
-    for name, value in describe(args.file).items():
-        print(f"{name:<12}{value}")
-
-
-def describe(path: Path) -> dict[str, str]:
-    """What a file of `save_trained` or `save_ast` is, as lines for people: only those the header knows about."""
-    header = read_header(path)
-    lines = {"file": f"{path}, {path.stat().st_size:,} bytes"}
+def show(path: Path) -> None:
+    """Print what a file of `save_trained` or `save_ast` is, as far as its header knows. Needs no backbone."""
+    header, lines = read_header(path), {"file": f"{path}, {path.stat().st_size:,} bytes"}
     lines["holds"] = "a whole AST, merged" if "config" in header else "trained parts only: needs its backbone"
     if "method" in header:
-        method = petl.from_dict(header["method"])
+        method = load_weights.from_dict(header["method"])
         parts = " + ".join(map(str, method.parts)) or "final LayerNorm and head alone"
         lines["method"] = f"{method.name}: {parts}, learning rate {method.lr:g}"
     if "parameters" in header:
-        count = header["parameters"]
-        trained = count["petl"] + count["head"]
-        lines["parameters"] = (
-            f"{trained:,} trained ({count['petl']:,} of the method, {count['head']:,} of final LayerNorm and head), "
-            f"{100 * trained / count['total']:.2f} % of {count['total']:,}"
-        )
+        own, head, total = (header["parameters"][key] for key in ("petl", "head", "total"))
+        what = f"{own + head:,} trained ({own:,} of the method, {head:,} of final LayerNorm and head)"
+        lines["parameters"] = f"{what}, {100 * (own + head) / total:.2f} % of {total:,}"
     if "n_classes" in header:
         names = f": {', '.join(header['classes'])}" if "classes" in header else ", without names"
-        lines["classes"] = f"{header['n_classes']}{names}"
-        lines["pool"] = header["pool"]
+        lines |= {"classes": f"{header['n_classes']}{names}", "pool": header["pool"]}
     if "backbone" in header:
         lines["backbone"] = f"{header['backbone']['name']}, SHA-256 {header['backbone']['sha256']}"
     if "front_end" in header:
         frames = f"{header['n_frames']} frames; " if "n_frames" in header else ""
-        lines["front end"] = frames + ", ".join(f"{name} {value}" for name, value in header["front_end"].items())
+        lines["front end"] = frames + listed(header["front_end"])
     if "result" in header:
-        result = header["result"]
-        best = result["validation_accuracy"]
+        result, best = header["result"], header["result"]["validation_accuracy"]
         chosen = "the last epoch" if best is None else f"best of validation, {best:.2f} %"
-        lines["accuracy"] = (
-            f"{result['accuracy']:.2f} % of the test clips of fold {result['fold']} (epoch {result['epoch']}, {chosen})"
-        )
+        tested = f"{result['accuracy']:.2f} % of the test clips of fold {result['fold']}"
+        lines["accuracy"] = f"{tested} (epoch {result['epoch']}, {chosen})"
     if "settings" in header:
-        lines["trained on"] = ", ".join(f"{n} {v}" for n, v in header["settings"].items() if n != "method")
+        lines["trained on"] = listed({name: value for name, value in header["settings"].items() if name != "method"})
     if "versions" in header:
-        lines["versions"] = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    return lines
+        lines["versions"] = listed(header["versions"])
+    for name, value in lines.items():
+        print(f"{name:<12}{value}")
 
 
-# ----------------------------------------------------------------------------------------------- a plain AST, merged
+def listed(facts: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def export_merged(model: AST, header: dict, out: Path, half: bool = False) -> None:
-    """Backbone and trained parts as one AST file, LoRA and Hydra folded in. `load_ast` and predict.py read it."""
-    save_ast(merged(model), out, header, torch.float16 if half else torch.float32)
+# ------------------------------------------------------------------------------------------------- merged, transformers
 
 
-def merged(model: AST) -> AST:
-    """`petl.merge`, also of a model that was merged before."""
-    return petl.merge(model) if hasattr(model, "method") else model
+def export_merged(model: AST, header: dict, out: Path, half: bool = False) -> str:
+    """Backbone and trained parts as one AST file, LoRA and Hydra folded in. Like all here, returns how to use it."""
+    load_weights.save_ast(petl.merge(model), out, header, torch.float16 if half else torch.float32)
+    return "a plain AST; `load_ast` and tools.predict read it"
 
 
-# ----------------------------------------------------------------------------------------------------- transformers
-
-
-def export_hf(model: AST, header: dict, out: Path) -> None:
+def export_hf(model: AST, header: dict, out: Path) -> str:
     """A folder for `transformers.AutoModelForAudioClassification.from_pretrained`, with the feature extractor's config.
 
     Raises UserError unless the model was trained with --pool cls_dist.
     """
     require_library_head(model, "hf")
-    write_hf(merged(model), header, out)
+    write_hf(petl.merge(model), header, out)
+    return f'open it with transformers.AutoModelForAudioClassification.from_pretrained("{out}")'
 
 
 def write_hf(plain: AST, header: dict, out: Path) -> None:
-    write_json(out / "config.json", hf_config(plain.config, header))
-    write_json(out / "preprocessor_config.json", hf_extractor(plain.config))
-    save_ast(plain, out / "model.safetensors", header)
+    write_configs(plain.config, header, out)
+    load_weights.save_ast(plain, out / "model.safetensors", header)
 
 
 def require_library_head(model: AST, to: str) -> None:
@@ -131,54 +105,29 @@ def require_library_head(model: AST, to: str) -> None:
         )
 
 
-def hf_config(config: ASTConfig, header: dict) -> dict:
+def write_configs(config: ASTConfig, header: dict, out: Path) -> None:
+    """The two JSON files beside the weights: of transformers' model and of its feature extractor."""
     names = header.get("classes") or [f"class {i}" for i in range(config.n_classes)]
-    return {
-        "architectures": ["ASTForAudioClassification"],
-        "model_type": "audio-spectrogram-transformer",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden or 4 * config.dim,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": config.eps,
-        "patch_size": config.patch,
-        "qkv_bias": True,
-        "frequency_stride": config.stride,
-        "time_stride": config.stride,
-        "max_length": config.n_frames,
-        "num_mel_bins": config.n_mels,
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-        "dtype": "float32",
-    }
-
-
-def hf_extractor(config: ASTConfig) -> dict:
-    return {
-        "feature_extractor_type": "ASTFeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": data.RATE,
-        "num_mel_bins": config.n_mels,
-        "max_length": config.n_frames,
-        "do_normalize": True,
-        "mean": data.MEAN,
-        "std": data.STD,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": False,
-    }
+    write_json(out / "config.json", {
+        "architectures": ["ASTForAudioClassification"], "model_type": "audio-spectrogram-transformer",
+        "hidden_size": config.dim, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden or 4 * config.dim, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "layer_norm_eps": config.eps, "patch_size": config.patch, "qkv_bias": True,
+        "frequency_stride": config.stride, "time_stride": config.stride, "max_length": config.n_frames,
+        "num_mel_bins": config.n_mels, "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)}, "dtype": "float32",
+    })  # fmt: skip
+    write_json(out / "preprocessor_config.json", {
+        "feature_extractor_type": "ASTFeatureExtractor", "feature_size": 1, "sampling_rate": data.RATE,
+        "num_mel_bins": config.n_mels, "max_length": config.n_frames, "do_normalize": True, "mean": data.MEAN,
+        "std": data.STD, "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False,
+    })  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- peft
 
-PEFT_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}  # as transformers 5 has them
-SAVED_WHOLE = ["audio_spectrogram_transformer.layernorm", "classifier", "audio_spectrogram_transformer.embeddings"]
 
-
-def export_peft(model: AST, header: dict, out: Path) -> None:
+def export_peft(model: AST, header: dict, out: Path) -> str:
     """A folder for `peft.PeftModel.from_pretrained`, to be put on the backbone as transformers loads it.
 
     The final LayerNorm and the head are trained, so they travel along. So do the embeddings, though they are frozen:
@@ -192,41 +141,36 @@ def export_peft(model: AST, header: dict, out: Path) -> None:
         raise UserError(f"--to peft takes LoRA alone, not {name!r}: train with --method lora, or use --to onnx")
     require_library_head(model, "peft")
     (lora,) = model.method.parts
-    config, origin = model.config, model.backbone.name
+    config, origin, ast = model.config, model.backbone.name, "audio_spectrogram_transformer"
     rank = petl.rank_of(config.dim, lora.rr)
-    base = AUDIOSET if origin == "audioset" else origin.removeprefix("hf:")
+    base = load_weights.AUDIOSET if origin == "audioset" else origin.removeprefix("hf:")
     if base == origin and not Path(origin, "config.json").is_file():
         base = str(out / "base")
-        write_hf(load_ast(origin, config.n_frames, config.n_classes, config.pool), header, out / "base")
-    write_json(out / "config.json", hf_config(config, header))
-    write_json(out / "preprocessor_config.json", hf_extractor(config))
+        write_hf(load_weights.load_ast(origin, config.n_frames, config.n_classes, config.pool), header, out / "base")
+    write_configs(config, header, out)
     write_json(out / "adapter_config.json", {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": lora.alpha / lora.rr * rank,  # peft scales by lora_alpha / r
-        "lora_dropout": 0.0,
-        "target_modules": [PEFT_NAMES[letter] for letter in lora.targets],
-        "modules_to_save": SAVED_WHOLE,
-        "bias": "none",
-        "inference_mode": True,
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": lora.alpha / lora.rr * rank,  # peft scales by lora_alpha / r
+        "lora_dropout": 0.0, "bias": "none", "target_modules": [f"{letter}_proj" for letter in lora.targets],
+        "modules_to_save": [f"{ast}.layernorm", "classifier", f"{ast}.embeddings"],
     })  # fmt: skip
-    whole = {n: t.detach().cpu() for n, t in model.state_dict().items() if n.startswith(("embed.", "norm.", "head."))}
-    tensors = translate(whole, TO_HUGGING_FACE)
-    for n, block in enumerate(model.blocks):
-        for letter in lora.targets:
-            projection = getattr(block.attn, letter)
-            name = f"audio_spectrogram_transformer.layers.{n}.attention.{PEFT_NAMES[letter]}"
-            tensors[f"{name}.lora_A.weight"] = projection.a.weight.detach().cpu()
-            tensors[f"{name}.lora_B.weight"] = projection.b.weight.detach().cpu()
-    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    with data.whole_file(out / "adapter_model.safetensors") as temporary:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    whole = {name: state[name] for name in state if name.startswith(("embed.", "norm.", "head."))}
+    tensors = load_weights.to_hugging_face(whole)
+    for n, letter, matrix in product(range(config.depth), lora.targets, "AB"):
+        name = f"{ast}.layers.{n}.attention.{letter}_proj.lora_{matrix}.weight"  # as transformers 5 calls it
+        tensors[name] = state[f"blocks.{n}.attn.{letter}.{matrix.lower()}.weight"]
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    with whole_file(out / "adapter_model.safetensors") as temporary:
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
+    return f"""open it with transformers and peft:
+  config = AutoConfig.from_pretrained("{out}")
+  base = AutoModelForAudioClassification.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
+  model = PeftModel.from_pretrained(base, "{out}")"""
 
 
-def load_peft(folder: Path, weights: str | None = None) -> tuple[AST, list[str] | None]:
-    """An AST with a LoRA that peft trained on transformers' AST, and its class names where the folder knows them.
+def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
+    """A LoRA that peft trained on transformers' AST becomes a file as train.py writes it.
 
     Raises UserError for anything but LoRA of one rank on the projections q, k, v, o.
     """
@@ -240,15 +184,16 @@ def load_peft(folder: Path, weights: str | None = None) -> tuple[AST, list[str] 
     file = next((f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")), None)
     if file is None:
         raise UserError(f"{folder} holds no adapter_model.safetensors: give a folder that peft's save_pretrained wrote")
-    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(file).items()}
-    tensors = translate(to_our_names(tensors), [(r"\.lora_A\.", ".a."), (r"\.lora_B\.", ".b.")])
-
+    tensors = {}
+    for name, tensor in read_tensors(file).items():
+        name = name.removeprefix("base_model.model.").replace(".lora_A.", ".a.").replace(".lora_B.", ".b.")
+        tensors |= load_weights.to_our_names({name: tensor})
     base = weights or config.get("base_model_name_or_path") or ""
     if not weights and not Path(base).exists():
         base = f"hf:{base}"
     written = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     n_classes = len(tensors["head.1.bias"]) if "head.1.bias" in tensors else None
-    model = load_ast(base, written.get("max_length"), n_classes, "cls_dist")
+    model = load_weights.load_ast(base, written.get("max_length"), n_classes, "cls_dist")
     for name in [name for name in tensors if name.startswith("embed.")]:
         if not torch.equal(tensors.pop(name), model.state_dict()[name]):
             raise UserError(f"{folder}: {name} is not that of {base}; trained embeddings are no part of a LoRA here")
@@ -257,17 +202,14 @@ def load_peft(folder: Path, weights: str | None = None) -> tuple[AST, list[str] 
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     rr = model.config.dim // rank if model.config.dim % rank == 0 else model.config.dim / rank
     petl.apply(model, petl.Method("lora", (petl.LoRA(targets, rr, scale * rr),), "-", "-"))
-    load_tensors(model, {**trained_tensors(model), **tensors}, file)  # what peft did not train stays the backbone's
-    labels = written.get("id2label")
-    if labels is None and n_classes is None:
-        return model, class_names(base)
-    return model, [labels[str(i)] for i in range(len(labels))] if labels else None
-
-
-def import_peft(args: argparse.Namespace) -> None:
-    """A LoRA that peft trained becomes a file as train.py writes it."""
-    model, names = load_peft(args.folder, args.weights)
-    save_trained(model, args.out, {"parameters": petl.count(model), **({"classes": names} if names else {})})
+    backbone = load_weights.trained_tensors(model)  # what peft did not train stays as it is there
+    load_weights.load_tensors(model, {**backbone, **tensors}, file)
+    names, metadata = written.get("id2label"), {"parameters": petl.count(model)}
+    if names:
+        metadata["classes"] = [names[str(i)] for i in range(len(names))]
+    elif n_classes is None:
+        metadata["classes"] = load_weights.class_names(base)
+    load_weights.save_trained(model, out, metadata)
 
 
 # ------------------------------------------------------------------------------------------------------------- ONNX
@@ -282,15 +224,14 @@ class Listener(nn.Module):
     def __init__(self, model: AST):
         super().__init__()
         self.model = model
-        n_frames = model.config.n_frames
         # ONNX runtimes have no FFT that is safe to use. All of `fbank` before the power is linear in the 400 samples of
         # a frame: what it makes of 400 unit impulses is its matrix, and a matrix every 160 samples is a convolution.
         matrix = data.spectrum(torch.eye(data.WINDOW, dtype=torch.float64))  # (400, 257), complex
         kernel = torch.cat([matrix.real, matrix.imag], dim=1).T.unsqueeze(1)  # (514, 1, 400)
         self.register_buffer("kernel", kernel.float())
         self.register_buffer("filters", data.window_and_filters(torch.device("cpu"))[1])
-        self.register_buffer("silence", torch.zeros(1, (n_frames - 1) * data.HOP + data.WINDOW))
-        ends = torch.arange(n_frames) * data.HOP + data.WINDOW
+        ends = torch.arange(model.config.n_frames) * data.HOP + data.WINDOW  # of the frames, in samples
+        self.register_buffer("silence", torch.zeros(1, int(ends[-1])))
         ends[0] = 0  # there is always one frame
         self.register_buffer("ends", ends)
 
@@ -305,24 +246,23 @@ class Listener(nn.Module):
         return self.model((mel - data.MEAN) / (2 * data.STD)).softmax(-1)
 
 
-def export_onnx(model: AST, header: dict, out: Path) -> float:
+def export_onnx(model: AST, header: dict, out: Path) -> str:
     """Waveform to probabilities as one ONNX file, batch and length free; class names and front end as its metadata.
 
-    Checked with onnxruntime before it gets its name. Returns the largest difference of a probability.
+    Checked with onnxruntime before it gets its name: RuntimeError if a probability differs.
     """
     try:
         import onnx
         import onnxruntime
     except ImportError as error:
         raise UserError(f"--to onnx needs {error.name}: pip install onnx onnxruntime") from None
-    listener = Listener(model).eval()
-    with data.whole_file(out) as temporary:
+    with whole_file(out) as temporary:
         with warnings.catch_warnings():
             # The older of torch's two exporters: it needs no further package, and takes a tenth of the time. It warns
             # that it is the older one, and that the shape check in Embedding is not part of the graph.
             warnings.simplefilter("ignore", (DeprecationWarning, torch.jit.TracerWarning))
             torch.onnx.export(
-                listener, (torch.zeros(2, data.WINDOW),), temporary, dynamo=False, opset_version=17,
+                Listener(model).eval(), (torch.zeros(2, data.WINDOW),), temporary, dynamo=False, opset_version=17,
                 input_names=["waveform"], output_names=["probabilities"],
                 dynamic_axes={"waveform": {0: "batch", 1: "samples"}, "probabilities": {0: "batch"}},
             )  # fmt: skip
@@ -333,16 +273,15 @@ def export_onnx(model: AST, header: dict, out: Path) -> float:
         difference = compare_onnx(onnxruntime.InferenceSession(temporary), model)
         if difference > 1e-3:
             raise RuntimeError(f"onnxruntime and torch differ by {difference:.2g} in a probability")
-    return difference
+    shapes = f"waveforms (batch, samples) at 16 kHz to probabilities (batch, {model.config.n_classes})"
+    return f"{shapes}; onnxruntime and torch agree to {difference:.1g}"
 
 
 @torch.inference_mode()
 def compare_onnx(session, model: AST) -> float:
     """Largest difference to the model fed by `data.fbank`, over sounds and batches of several sizes."""
-    worst = 0.0
-    n_frames = model.config.n_frames
-    generator = torch.Generator().manual_seed(0)
-    window = n_frames * data.HOP
+    n_frames, generator = model.config.n_frames, torch.Generator().manual_seed(0)
+    worst, window = 0.0, n_frames * data.HOP
     for batch, samples in ((1, 100), (3, window // 2), (2, window + data.WINDOW), (1, 2 * window)):
         waves = 0.1 * torch.randn(batch, samples, generator=generator)
         theirs = torch.from_numpy(session.run(None, {"waveform": waves.numpy()})[0])
@@ -362,36 +301,18 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is a file; --to {args.to} writes a folder")
     if args.to in ("merged", "onnx") and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; --to {args.to} writes a file")
-    header = read_header(args.file)
-    model = load_trained(args.file, args.weights).eval()
-    if args.to == "merged":
-        export_merged(model, header, args.out, args.half)
-        print(f"{args.out}: a plain AST; `load_ast` and predict.py read it")
-    elif args.to == "hf":
-        export_hf(model, header, args.out)
-        print(f'{args.out}: open it with transformers.AutoModelForAudioClassification.from_pretrained("{args.out}")')
-    elif args.to == "peft":
-        export_peft(model, header, args.out)
-        base = read_json(args.out / "adapter_config.json")["base_model_name_or_path"]
-        print(
-            f"{args.out}: open it with transformers and peft:\n"
-            f'  config = AutoConfig.from_pretrained("{args.out}")\n'
-            f'  base = AutoModelForAudioClassification.from_pretrained("{base}", config=config, '
-            "ignore_mismatched_sizes=True)\n"
-            f'  model = PeftModel.from_pretrained(base, "{args.out}")'
-        )
-    else:
-        difference = export_onnx(model, header, args.out)
-        print(f"{args.out}: waveforms (batch, samples) at 16 kHz to probabilities (batch, {model.config.n_classes}); "
-              f"onnxruntime and torch agree to {difference:.1g}")  # fmt: skip
+    header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
+    merged = partial(export_merged, half=args.half)
+    write = {"merged": merged, "hf": export_hf, "peft": export_peft, "onnx": export_onnx}[args.to]
+    print(f"{args.out}: {write(model, header, args.out)}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="load_weights.py", description="Look at trained parts, and turn them into other formats.")
+    parser = Parser("python -m tools.export", description="Look at trained parts, and turn them into other formats.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="show|export|import")
     command = commands.add_parser("show", help="print what a file is")
     command.add_argument("file", type=Path, help="a foldK.safetensors that train.py wrote")
-    command.set_defaults(run=show)
+    command.set_defaults(run=lambda args: show(args.file))
     command = commands.add_parser("export", help="write a trained model in another format")
     command.add_argument("file", type=Path, help="a foldK.safetensors that train.py wrote")
     command.add_argument("--to", choices=["merged", "hf", "peft", "onnx"], required=True)
@@ -403,7 +324,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("folder", type=Path, help="a folder with adapter_config.json")
     command.add_argument("--out", type=Path, required=True, help="the file to write")
     command.add_argument("--weights", help="where the backbone is now, if not where the folder says")
-    command.set_defaults(run=import_peft)
+    command.set_defaults(run=lambda args: import_peft(args.folder, args.out, args.weights))
     return parser.parse_args(argv)
 
 
