@@ -1,25 +1,33 @@
 """What makes training fast must not change what it computes."""
 
 import json
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import SMALL_AST, tiny_ast
-from onednn_linear import OneDNNLinear, use_onednn
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import ast_model
 import petl
 import train
+from data import Clips, Split
 from load_weights import load_ast
+from support import speed
+from support.onednn_linear import OneDNNLinear, use_onednn
+from support.records import Settings
+from support.speed import Machine, prepare
+
+CPU = Machine(torch.device("cpu"))
 
 
-def arguments(**changes) -> Namespace:
-    return Namespace(
-        **{"device": torch.device("cpu"), "dtype": "float32", "compile": False, "recompute": False, **changes}
-    )
+def settings(batch_size: int) -> Settings:
+    return Settings(
+        dataset="demo", weights="", backbone="", method={}, pool="mean", seed=0, shots=None, clips="", n_frames=60,
+        epochs=1, batch_size=batch_size, lr=1e-3, mask=False, dtype="float32",
+    )  # fmt: skip
 
 
 def gradients(model, x, y) -> dict[str, torch.Tensor]:
@@ -87,10 +95,10 @@ def test_a_frozen_layer_keeps_no_input():
 
 def test_prepare_chooses_onednn_by_the_processor(monkeypatch):
     for helps in (True, False):
-        monkeypatch.setattr(train, "onednn_helps", lambda helps=helps: helps)
-        model = train.prepare(petl.apply(tiny_ast(), "lora"), arguments())
+        monkeypatch.setattr(speed, "onednn_helps", lambda helps=helps: helps)
+        model = prepare(petl.apply(tiny_ast(), "lora"), "float32", CPU)
         assert (type(model.blocks[0].attn.k) is OneDNNLinear) == helps
-        model = train.prepare(petl.apply(tiny_ast(), "lora"), arguments(dtype="bfloat16"))
+        model = prepare(petl.apply(tiny_ast(), "lora"), "bfloat16", CPU)
         assert type(model.blocks[0].attn.k) is nn.Linear
 
 
@@ -109,7 +117,7 @@ def test_frozen_weights_in_bfloat16_change_no_bit(method):
             return gradients(model, x, y)
 
     before = run()
-    train.prepare(model, arguments(dtype="bfloat16"))
+    prepare(model, "bfloat16", CPU)
     after = run()
     assert all(torch.equal(before[name], after[name]) for name in before)
     frozen = petl.inner(model.blocks[1]).ffn
@@ -126,7 +134,7 @@ def test_recomputing_changes_no_gradient(method):
     model = petl.apply(tiny_ast(), method)
     x, y = batch(model)
     before, runs = gradients(model, x, y), []
-    train.prepare(model, arguments(recompute=True))
+    prepare(model, "float32", replace(CPU, recompute=True))
     petl.inner(model.blocks[0]).norm1.register_forward_hook(lambda *_: runs.append(1))
     after = gradients(model, x, y)
     assert len(runs) == 2
@@ -174,12 +182,11 @@ def test_evaluation_takes_what_memory_allows():
         model.forward = forward
         return model
 
-    clips = train.Clips(torch.arange(4.0).repeat(5)[:, None], torch.tensor([0, 1, 2, 0]).repeat(5))
-    settings, args = Namespace(batch_size=12, dtype="float32"), arguments(micro_batch=None)
-    assert train.evaluate(model_with_room_for(4), clips, list(range(20)), settings, args) == 75
+    clips = Clips(torch.arange(4.0).repeat(5)[:, None], torch.tensor([0, 1, 2, 0]).repeat(5))
+    assert train.evaluate(model_with_room_for(4), clips, list(range(20)), settings(12), CPU) == 75
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
     with pytest.raises(torch.OutOfMemoryError):
-        train.evaluate(model_with_room_for(0), clips, [3], settings, args)
+        train.evaluate(model_with_room_for(0), clips, [3], settings(12), CPU)
 
 
 # ------------------------------------------------------------------------------------------------- the linear probe
@@ -187,8 +194,8 @@ def test_evaluation_takes_what_memory_allows():
 
 def encodings(monkeypatch) -> list[int]:
     """The sizes of the batches that go through a backbone from now on."""
-    sizes, original = [], train.AST.encode
-    monkeypatch.setattr(train.AST, "encode", lambda self, x: sizes.append(len(x)) or original(self, x))
+    sizes, original = [], ast_model.AST.encode
+    monkeypatch.setattr(ast_model.AST, "encode", lambda self, x: sizes.append(len(x)) or original(self, x))
     return sizes
 
 
@@ -202,8 +209,8 @@ def test_a_linear_probe_runs_the_backbone_once_per_clip(pool, train_main, tmp_pa
     assert sum(sizes) == 50  # fold 1 takes all clips: 30 train, 10 validate, 10 test
     assert "each clip goes through the backbone once" in capsys.readouterr().out
 
-    monkeypatch.setattr(train, "Probe", lambda model: model)  # the plain loop
-    monkeypatch.setattr(train, "pool_clips", lambda model, clips, *_: clips)
+    monkeypatch.setattr(speed, "Probe", lambda model: model)  # the plain loop
+    monkeypatch.setattr(speed, "pool_clips", lambda model, clips, *_: clips)
     sizes.clear()
     assert train_main(*options, "--out", tmp_path / "plain") == 0
     assert sum(sizes) == 2 * 2 * (3 * (30 + 10) + 10)
@@ -238,13 +245,10 @@ def test_pooling_from_features_at_the_start(monkeypatch):
     model = petl.apply(load_ast(SMALL_AST, 60, 4), "linear")
     nn.init.normal_(model.norm.weight)
     nn.init.normal_(model.norm.bias)
-    clips = train.Clips(
-        torch.randn(5, 60, 128), torch.zeros(5, dtype=int), torch.full((5, model.config.dim), torch.nan)
-    )
-    settings = Namespace(batch_size=2, dtype="float32")
-    split = train.Split([0], [1], [4])
-    pooled = train.pool_clips(model, clips, split, settings, arguments(micro_batch=None))
-    logits = train.Probe(model)(pooled.features[[0, 1, 4]])
+    clips = Clips(torch.randn(5, 60, 128), torch.zeros(5, dtype=int))
+    clips = replace(clips, pooled=speed.nothing_pooled(clips, model, CPU.device))
+    pooled = speed.pool_clips(model, clips, Split([0], [1], [4]), settings(2), CPU)
+    logits = speed.Probe(model)(pooled.features[[0, 1, 4]])
     torch.testing.assert_close(logits, model.eval()(clips.features[[0, 1, 4]]), rtol=1e-4, atol=1e-4)
     assert pooled.features[[2, 3]].isnan().all()
 
