@@ -149,10 +149,11 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
         write_hf(load_weights.load_ast(origin, config.n_frames, config.n_classes, config.pool), header, out / "base")
     write_configs(config, header, out)
     write_json(out / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base,
         "r": rank, "lora_alpha": lora.alpha / lora.rr * rank,  # peft scales by lora_alpha / r
-        "lora_dropout": 0.0, "bias": "none", "target_modules": [f"{letter}_proj" for letter in lora.targets],
-        "modules_to_save": [f"{ast}.layernorm", "classifier", f"{ast}.embeddings"],
+        "lora_dropout": 0.0, "target_modules": [f"{letter}_proj" for letter in lora.targets],
+        "modules_to_save": [f"{ast}.layernorm", "classifier", f"{ast}.embeddings"], "bias": "none",
+        "inference_mode": True,
     })  # fmt: skip
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     whole = {name: state[name] for name in state if name.startswith(("embed.", "norm.", "head."))}
