@@ -41,9 +41,7 @@ def test_small_ast_equals_stored_reference():
 
 
 def test_small_ast_equals_live_transformers(tmp_path):
-    theirs = random_hf_ast(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=1, max_length=130, num_labels=7
-    )
+    theirs = random_hf_ast(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, max_length=130, num_labels=7)
     theirs.save_pretrained(tmp_path)
     fbank, labels = torch.randn(3, 130, 128), torch.tensor([0, 6, 3])
     ours = our_outputs_and_gradients(load_ast(tmp_path, pool="cls_dist"), fbank, labels)

@@ -19,8 +19,10 @@ from helpers import SMALL_AST
 
 import data
 import train
-from ast_model import UserError
-from data import Dataset, build_features, fbank, read_audio
+from data import Dataset, build_features, fbank
+from sounds.audio import read_audio
+from sounds.cache import _read_index
+from support.command import UserError
 
 SECONDS = 1.5
 
@@ -166,7 +168,7 @@ def test_run_lists_bad_files_and_goes_on_without_them(tmp_path, capfd):
         (tmp_path / "sounds" / name).mkdir(parents=True)
         for i in range(5):
             write(tmp_path / "sounds" / name / f"{i}.wav", seconds=0.3)
-    bad = make_bad_files(tmp_path / "sounds" / "low" / "bad") 
+    bad = make_bad_files(tmp_path / "sounds" / "low" / "bad")
     (tmp_path / "sounds" / "low" / "bad" / "notes.txt").write_text("recorded on Monday")
     del bad["data.raw"], bad["absent.wav"]
 
@@ -208,8 +210,7 @@ def make_clips(folder: Path, count: int) -> Dataset:
 
 
 def build_slowly(dataset: Dataset, cache: Path) -> None:
-    read = data.read_audio
-    data.read_audio = lambda *args, **options: (time.sleep(0.02), read(*args, **options))[1]
+    data.read_audio = lambda *args, **options: (time.sleep(0.02), read_audio(*args, **options))[1]
     build_features(dataset, 30, cache)
 
 
@@ -222,7 +223,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, capsys):
         time.sleep(0.02)
         assert process.is_alive()
         for partial in (cache / "features").glob("*.partial.npy"):
-            index = data._read_index(partial, 30)
+            index = _read_index(partial, (30, 128))
             built = 0 if index is None else np.count_nonzero(index["key"])
     os.kill(process.pid, signal.SIGKILL)
     process.join()

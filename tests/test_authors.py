@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REFERENCE
+from helpers import REFERENCE
 
 from ast_model import AST, ASTConfig
 from petl import METHODS, apply

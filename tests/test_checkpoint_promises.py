@@ -9,13 +9,13 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_AST
+from helpers import SMALL_AST
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import petl
-from ast_model import AST, ASTConfig, UserError
+from ast_model import AST, ASTConfig
 from load_weights import (
     class_names,
     fingerprint,
@@ -27,6 +27,7 @@ from load_weights import (
     save_ast,
     save_trained,
 )
+from support.command import UserError
 
 SMALL_STATE = load_file(SMALL_AST / "model.safetensors")
 SMALL_CONFIG = json.loads((SMALL_AST / "config.json").read_text())

@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ import soundfile
 import torch
 from helpers import REFERENCE, make_esc50
 
-import data
-from ast_model import UserError
-from data import build_features, esc10, esc50, fbank, few_shot, read_audio, spec_augment, to_input
+from data import build_features, fbank, few_shot, load_dataset, spec_augment, to_input
+from sounds import paper
+from sounds.audio import read_audio
+from sounds.fetch import unpack
+from support.command import UserError
 
+esc10, esc50 = (partial(load_dataset, name) for name in ("esc10", "esc50"))
 STORED = np.load(REFERENCE / "fbank_torchaudio.npz")
 WAVES = [name.removeprefix("wav_") for name in STORED if name.startswith("wav_")]
 
@@ -323,7 +327,7 @@ def zip_folder(folder, archive):
 
 def test_download_unpack_and_read(esc50_dir, tmp_path, web, monkeypatch):
     zip_folder(esc50_dir, tmp_path / "web" / "master.zip")
-    monkeypatch.setattr(data, "ESC50", replace(data.ESC50, url=f"{web}/master.zip"))
+    monkeypatch.setattr(paper, "ESC50", replace(paper.ESC50, url=f"{web}/master.zip"))
     downloaded = esc50(None, tmp_path / "cache")
     assert len(downloaded.paths) == 60
     (tmp_path / "web" / "master.zip").unlink()
@@ -337,7 +341,7 @@ def test_archive_downloaded_by_hand(esc50_dir, tmp_path):
 
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ESC50", replace(data.ESC50, url="http://127.0.0.1:9/master.zip"))
+    monkeypatch.setattr(paper, "ESC50", replace(paper.ESC50, url="http://127.0.0.1:9/master.zip"))
     with pytest.raises(UserError, match=r"cannot download .* by hand .* --data-dir"):
         esc50(None, tmp_path)
     assert not list(tmp_path.glob("*.archive")) and not (tmp_path / "ESC-50").exists()
@@ -348,16 +352,16 @@ def test_archives_that_leave_the_folder_or_are_damaged(tmp_path):
         zipped.writestr("fine.txt", "fine")
         zipped.writestr("../outside.txt", "not fine")
     with pytest.raises(UserError, match=r"outside\.txt"):
-        data.unpack(tmp_path / "evil.zip", tmp_path / "target")
+        unpack(tmp_path / "evil.zip", tmp_path / "target")
     link = zipfile.ZipInfo("link")
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as zipped:
         zipped.writestr(link, "/etc/hostname")
     with pytest.raises(UserError, match="'link'"):
-        data.unpack(tmp_path / "link.zip", tmp_path / "target")
+        unpack(tmp_path / "link.zip", tmp_path / "target")
     content = (tmp_path / "evil.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="not a whole zip or tar archive"):
-        data.unpack(tmp_path / "cut.zip", tmp_path / "target")
+        unpack(tmp_path / "cut.zip", tmp_path / "target")
     assert not (tmp_path / "target").exists() and not (tmp_path / "outside.txt").exists()
     assert not list(tmp_path.glob(".*"))

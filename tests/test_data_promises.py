@@ -24,6 +24,7 @@ import pytest
 import soundfile
 import torch
 from conftest import SMALL_AST
+from demo_sounds import render
 
 import train
 from ast_model import UserError
@@ -49,7 +50,6 @@ from data import (
     unpack,
     whole_file,
 )
-from demo_sounds import render
 
 
 def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:

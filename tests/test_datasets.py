@@ -9,6 +9,7 @@ import statistics
 import tarfile
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ import pytest
 import soundfile
 from helpers import SMALL_AST
 
-import data
 import train
-from ast_model import UserError
-from data import DATASETS, PARTS, Dataset, Split
+from data import DATASETS, Dataset, Split, frames_for, load_dataset, random_split
+from sounds import paper
+from sounds.clip import PARTS
+from sounds.fetch import unpack
+from support.command import UserError
 
+NAMES = ("esc50", "us8k", "gsc", "fsc", "folder", "csv")
+esc50, us8k, gsc, fsc, from_folder, from_csv = (partial(load_dataset, name) for name in NAMES)
 WORDS = """backward bed bird cat dog down eight five follow forward four go happy house learn left marvin nine no off
 on one right seven sheila six stop three tree two up visual wow yes zero"""
 INTENTS = """activate lamp none, activate lights bedroom, activate lights kitchen, activate lights none,
@@ -149,7 +154,7 @@ def test_esc50_miniature(tmp_path):
     split = split_of("esc50", tmp_path, fold=3)
     assert {name[6] for name in split["test"]} == {"3"} and {name[6] for name in split["val"]} == {"2"}
     assert {name[6] for name in split["train"]} <= {"1", "4", "5"} and len(split["train"]) == 50
-    dataset = data.esc50(root, tmp_path)
+    dataset = esc50(root, tmp_path)
     for fold, split in dataset.folds.items():
         recordings = [{dataset.paths[i].name.split("-")[1] for i in getattr(split, part)} for part in PARTS]
         assert not (recordings[0] & recordings[1] or recordings[0] & recordings[2] or recordings[1] & recordings[2])
@@ -161,7 +166,7 @@ def test_us8k_miniature(tmp_path, capsys):
     assert run("us8k", root, tmp_path, "--folds", "10", "--shots", 3) == 0
     assert "4 s a clip" in capsys.readouterr().out
     assert result_of("us8k", tmp_path)["folds"][0]["validation_accuracy"] is None
-    dataset = data.us8k(root, tmp_path)
+    dataset = us8k(root, tmp_path)
     assert dataset.classes == US8K_CLASSES and len(dataset.paths) == 200
     assert list(dataset.folds) == list(range(1, 11))
     for fold, split in dataset.folds.items():
@@ -177,7 +182,7 @@ def test_gsc_miniature(tmp_path, capsys):
     root = make_gsc(tmp_path / "speech_commands_v0.02")
     assert run("gsc", root, tmp_path) == 0
     assert "1 s a clip" in capsys.readouterr().out
-    dataset, split = data.gsc(root, tmp_path), split_of("gsc", tmp_path)
+    dataset, split = gsc(root, tmp_path), split_of("gsc", tmp_path)
     assert dataset.classes == WORDS.split() and len(dataset.classes) == 35 and len(dataset.paths) == 210
     assert split["val"] == set((root / "validation_list.txt").read_text().split())
     assert split["test"] == set((root / "testing_list.txt").read_text().split())
@@ -188,17 +193,17 @@ def test_gsc_miniature(tmp_path, capsys):
     with open(root / "testing_list.txt", "a") as file:
         file.write("bed/00000001_nohash_0.wav\n")
     with pytest.raises(UserError, match=r"bed/00000001_nohash_0\.wav is in validation_list\.txt and in test"):
-        data.gsc(root, tmp_path)
+        gsc(root, tmp_path)
     (root / "testing_list.txt").write_text("bed/absent.wav\n")
     with pytest.raises(UserError, match=r"1 of 36 files are missing \(bed/absent\.wav\)"):
-        data.gsc(root, tmp_path)
+        gsc(root, tmp_path)
 
 
 def test_fsc_miniature(tmp_path, capsys):
     root = make_fsc(tmp_path / "fluent_speech_commands_dataset")
     assert run("fsc", root, tmp_path, "--shots", 2) == 0
     assert "4 s a clip" in capsys.readouterr().out
-    dataset, split = data.fsc(root, tmp_path), split_of("fsc", tmp_path)
+    dataset, split = fsc(root, tmp_path), split_of("fsc", tmp_path)
     assert len(dataset.classes) == 31 and "change language Chinese".replace(" ", "/") in dataset.classes
     speakers = {part: {name.split("/")[2] for name in names} for part, names in split.items()}
     assert speakers["val"] == {"9mYN2zmq7aTw4Blo"} and speakers["test"] == {"4aGjX3AG5xcxeL7a"}
@@ -207,7 +212,7 @@ def test_fsc_miniature(tmp_path, capsys):
     table = (root / "data" / "test_data.csv").read_text().replace(",action,", ",verb,")
     (root / "data" / "test_data.csv").write_text(table)
     with pytest.raises(UserError, match=r"test_data\.csv: no column 'action'; its header is .*verb"):
-        data.fsc(root, tmp_path)
+        fsc(root, tmp_path)
 
 
 def test_recipes_are_those_of_the_paper():
@@ -234,15 +239,15 @@ def test_downloads_check_the_checksum(tmp_path, monkeypatch):
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "UrbanSound8K", "UrbanSound8K")
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    source = replace(data.US8K, url=archive.as_uri(), checksum=f"md5:{'0' * 32}")
-    monkeypatch.setattr(data, "US8K", source)
+    source = replace(paper.US8K, url=archive.as_uri(), checksum=f"md5:{'0' * 32}")
+    monkeypatch.setattr(paper, "US8K", source)
     with pytest.raises(UserError, match=f"its MD5 is {md5}, not 0000.*by hand.*--data-dir"):
-        data.us8k(None, tmp_path / "cache")
+        us8k(None, tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    monkeypatch.setattr(data, "US8K", replace(source, checksum=f"md5:{md5}"))
-    assert len(data.us8k(None, tmp_path / "cache").paths) == 200
+    monkeypatch.setattr(paper, "US8K", replace(source, checksum=f"md5:{md5}"))
+    assert len(us8k(None, tmp_path / "cache").paths) == 200
     archive.unlink()
-    assert len(data.us8k(None, tmp_path / "cache").paths) == 200  # there is no second download
+    assert len(us8k(None, tmp_path / "cache").paths) == 200  # there is no second download
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["UrbanSound8K"]
 
 
@@ -252,15 +257,15 @@ def test_an_archive_as_data_dir(tmp_path, format):
     make_fsc(tmp_path / "outer" / "fluent_speech_commands_dataset")
     for folder in (tmp_path / "outer", tmp_path / "outer" / "fluent_speech_commands_dataset"):
         archive = Path(shutil.make_archive(str(tmp_path / "fsc"), format, folder))
-        dataset = data.fsc(archive, tmp_path / "cache")
+        dataset = fsc(archive, tmp_path / "cache")
         assert len(dataset.paths) == 186 and dataset.root.is_relative_to(tmp_path / "cache")
     folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert len(folders) == 2  # another archive, another folder
     archive.write_bytes(archive.read_bytes()[:5000])
     with pytest.raises(UserError, match="not a whole zip or tar archive") as error:
-        data.fsc(archive, tmp_path / "cache")
+        fsc(archive, tmp_path / "cache")
     assert "\n" not in str(error.value)
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith("unpacking")]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith("unfinished")]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,7 @@ def test_tar_members_that_are_refused(tmp_path, name, kind):
         member.type, member.linkname = kind, "fine.txt"  # even a link that stays inside
         tar.addfile(member)
     with pytest.raises(UserError, match=f"refusing '{name}'"):
-        data.unpack(tmp_path / "evil.tar.gz", tmp_path / "deep" / "target")
+        unpack(tmp_path / "evil.tar.gz", tmp_path / "deep" / "target")
     assert not list((tmp_path / "deep").iterdir()) and not (tmp_path / "outside.txt").exists()
 
 
@@ -341,13 +346,13 @@ def test_folder_with_given_splits(tmp_path):
         expected = {path.relative_to(root).as_posix() for path in (root / part).rglob("*.wav")}
         assert split[part] == expected and expected
     shutil.rmtree(root / "val")
-    assert data.folder(root, tmp_path).folds[1].val == []
+    assert from_folder(root, tmp_path).folds[1].val == []
 
 
 def test_mistakes_in_folders(tmp_path, capsys):
     def message(root):
         with pytest.raises(UserError) as error:
-            data.folder(root, tmp_path)
+            from_folder(root, tmp_path)
         return str(error.value)
 
     assert "needs --data-dir" in message(None)
@@ -373,7 +378,7 @@ def test_mistakes_in_folders(tmp_path, capsys):
     shutil.rmtree(tmp_path / "given" / "test" / "drum")
     for i in range(1, 5):
         (tmp_path / "given" / "train" / "flute" / f"{i}.wav").unlink()
-    data.folder(tmp_path / "given", tmp_path)
+    from_folder(tmp_path / "given", tmp_path)
     warnings = capsys.readouterr().err
     assert "train/bell/0.wav = test/bell/copy.wav" in warnings and "in different splits" in warnings
     assert "class 'drum' has no test clips" in warnings and "class 'flute' has one training clip" in warnings
@@ -393,11 +398,11 @@ def test_csv_with_splits_and_folds(tmp_path, capsys):
     assert run("csv", folded, tmp_path, "--out", tmp_path / "b") == 0
     result = json.loads((tmp_path / "b" / "csv" / "linear" / "seed0" / "result.json").read_text())
     assert [fold["fold"] for fold in result["folds"]] == [1, 2, 3]
-    assert data.table(folded, tmp_path).folds[2] == Split(*([i for i in range(18) if i % 3 == k] for k in (2, 0, 1)))
+    assert from_csv(folded, tmp_path).folds[2] == Split(*([i for i in range(18) if i % 3 == k] for k in (2, 0, 1)))
 
-    bare = data.table(write_csv(tmp_path / "c.csv", "path,label", rows), tmp_path)
+    bare = from_csv(write_csv(tmp_path / "c.csv", "path,label", rows), tmp_path)
     assert bare.folds == {} and bare.classes == ["bell", "drum", "flute"]
-    assert data.random_split(bare, 0) != data.random_split(bare, 1)
+    assert random_split(bare, 0) != random_split(bare, 1)
 
 
 @pytest.mark.parametrize(
@@ -421,18 +426,19 @@ def test_mistakes_in_csv_files(tmp_path, header, rows, message):
     for name in "ab":
         tone(tmp_path / f"{name}.wav", 0)
     with pytest.raises(UserError, match=message):
-        data.table(write_csv(tmp_path / "my.csv", header, rows), tmp_path)
+        from_csv(write_csv(tmp_path / "my.csv", header, rows), tmp_path)
 
 
 def test_length_of_clips(tmp_path, capsys):
     paths = [tone(tmp_path / f"{i}.wav", 0, seconds=0.1 * (i + 1)) for i in range(21)]  # 0.1 to 2.1 s
     (tmp_path / "bad.wav").write_bytes(b"")
     clips = Dataset("lengths", tmp_path, ["a", "b"], [*paths, tmp_path / "bad.wav"], [0] * 22, {})
-    assert data.typical_seconds(clips) == pytest.approx(2.0)
+    frames = partial(frames_for, DATASETS["folder"], seconds=None)
+    assert frames(clips) == 200
     folds = {1: Split(train=[0, 1, 2, 21], val=[], test=[20])}
-    assert data.typical_seconds(replace(clips, folds=folds)) == pytest.approx(0.29)
+    assert frames(replace(clips, folds=folds)) == 29
     long = tone(tmp_path / "long.wav", 0, rate=8000, seconds=12)
-    assert data.typical_seconds(replace(clips, paths=[long], labels=[0])) == 10.24
+    assert frames(replace(clips, paths=[long], labels=[0])) == 1024
 
     root = make_folder(tmp_path / "sounds", count=3, seconds=0.5)
     assert run("folder", root, tmp_path, "--seconds", "0.7") == 0

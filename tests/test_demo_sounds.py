@@ -3,18 +3,20 @@
 import json
 from dataclasses import replace
 
-import demo_sounds
 import numpy as np
 import pytest
 import torch
-from demo_sounds import CLASSES, SAMPLES, SOURCE, TARGET, render
 
-import data
 import petl
 import train
-from ast_model import UserError
-from data import DATASETS, fbank, rendered, to_input
+from data import DATASETS, fbank, load_dataset, to_input
 from load_weights import DEMO, load_ast, read_header
+from sounds import demo, synth
+from sounds.audio import read_audio
+from sounds.demo import rendered
+from sounds.synth import CLASSES, SAMPLES, SOURCE, TARGET, render
+from support.command import UserError
+from support.variants import NARROW_LR, fitted, narrowed, shrink
 
 FRESH = 1  # a seed of sounds that nothing was trained on
 BAR = 0.7  # of the shipped backbone on new source sounds
@@ -46,8 +48,11 @@ def test_no_two_classes_are_the_same():
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("rise_fall_rise", "fall_rise_fall"), ("plucks_low_high_middle", "plucks_high_low_middle"),
-     ("up_up_down", "down_down_up")],
+    [
+        ("rise_fall_rise", "fall_rise_fall"),
+        ("plucks_low_high_middle", "plucks_high_low_middle"),
+        ("up_up_down", "down_down_up"),
+    ],
 )
 def test_order_is_all_that_tells_some_classes_apart(one, other):
     """From one random state the average spectra are the same; the spectra frame by frame are not."""
@@ -61,8 +66,12 @@ def test_order_is_all_that_tells_some_classes_apart(one, other):
     assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) < 0.7
 
 
-def test_rendered_datasets(tmp_path):
-    dataset = rendered("demo", ["eoe", "bell"], (3, 2, 4), None, tmp_path)
+def test_rendered_datasets(tmp_path, monkeypatch):
+    def few(data_dir, cache_dir):
+        return rendered("demo", ["eoe", "bell"], (3, 2, 4), data_dir, cache_dir)
+
+    monkeypatch.setitem(DATASETS, "demo", replace(DATASETS["demo"], load=few))
+    dataset = load_dataset("demo", None, tmp_path)
     assert dataset.classes == ["bell", "eoe"] and len(dataset.paths) == 18
     split = dataset.folds[1]
     parts = [set(split.train), set(split.val), set(split.test)]
@@ -70,12 +79,12 @@ def test_rendered_datasets(tmp_path):
     for part in parts:
         labels = [dataset.labels[i] for i in part]
         assert labels.count(0) == labels.count(1)
-    wave = data.read_audio(dataset.paths[9])
-    assert np.allclose(wave, render("eoe", 0, data.DEMO_SEED), atol=1e-4)  # 16 bits
+    wave = read_audio(dataset.paths[9])
+    assert np.allclose(wave, render("eoe", 0, demo.SEED), atol=1e-4)  # 16 bits
     before = dataset.paths[0].stat().st_mtime_ns
-    assert rendered("demo", ["eoe", "bell"], (3, 2, 4), None, tmp_path).paths[0].stat().st_mtime_ns == before
+    assert load_dataset("demo", None, tmp_path).paths[0].stat().st_mtime_ns == before
     dataset.paths[3].unlink()
-    assert all(path.is_file() for path in rendered("demo", ["eoe", "bell"], (3, 2, 4), None, tmp_path).paths)
+    assert all(path.is_file() for path in load_dataset("demo", None, tmp_path).paths)
     assert not list(tmp_path.glob(".demo*"))  # nothing half-made stays
     with pytest.raises(UserError, match="makes its own sounds"):
         rendered("demo", ["eoe"], (1, 1, 1), tmp_path, tmp_path)
@@ -95,11 +104,11 @@ def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
     assert (config["weights"], config["mask"], config["n_frames"]) == ("demo", False, 98)
     assert {part["rr"] for part in config["method"]["parts"]} == {16}
     out = capsys.readouterr().out
-    for word in ("test accuracy", "parameters (", "kB", "s in all", "--method linear", "python predict.py"):
+    for word in ("test accuracy", "parameters (", "kB", "s in all", "--method linear", "python -m tools.predict"):
         assert word in out
     assert train.main([*options, "--method", "linear"]) == 0
     config = json.loads((run.parent.parent / "linear" / "seed0" / "config.json").read_text())
-    assert config["lr"] == config["method"]["lr"] == petl.NARROW_LR["linear"]
+    assert config["lr"] == config["method"]["lr"] == NARROW_LR["linear"]
     assert "--method houlsby_par" in capsys.readouterr().out
 
 
@@ -116,25 +125,24 @@ def test_settings_of_a_dataset_give_way_to_the_command_line(tmp_path, monkeypatc
 
 
 def test_shrink_keeps_even_numbers_and_at_least_one():
-    assert [part.rr for part in petl.shrink(petl.METHODS["adapter_lora"], 4).parts] == [16, 32]
-    assert petl.shrink(petl.METHODS["spt"], 4).parts[0].prompts == 74
-    assert petl.shrink(petl.METHODS["prefix"], 4).parts[0].prompts == 6
-    assert petl.shrink(petl.METHODS["lora"], 1000).parts[0].rr == 1
-    assert petl.shrink(petl.METHODS["dpt"], 1) is petl.METHODS["dpt"]
+    assert [part.rr for part in shrink(petl.METHODS["adapter_lora"], 4).parts] == [16, 32]
+    assert shrink(petl.METHODS["spt"], 4).parts[0].prompts == 74
+    assert shrink(petl.METHODS["prefix"], 4).parts[0].prompts == 6
+    assert shrink(petl.METHODS["lora"], 1000).parts[0].rr == 1
+    assert shrink(petl.METHODS["dpt"], 1) is petl.METHODS["dpt"]
 
 
 def test_methods_fit_the_width_of_the_backbone():
     """The base AST takes the paper's numbers, the demo backbone a quarter of RR and prompts, whatever the dataset."""
     for method in petl.METHODS.values():
-        assert petl.fit(method, 768) is method and petl.fit(method, 384) is method
-        assert petl.fit(method, 128).parts == petl.shrink(method, 4).parts
-    assert petl.rank_of(128, petl.fit(petl.METHODS["houlsby_par"], 128).parts[0].rr) == 8
-    rates = {name: petl.fit(petl.METHODS[name], 128).lr for name in ("full_ft", "linear", "lora")}
+        assert narrowed(method, 768) is method and narrowed(method, 384) is method
+        assert narrowed(method, 128).parts == shrink(method, 4).parts
+    assert petl.rank_of(128, narrowed(petl.METHODS["houlsby_par"], 128).parts[0].rr) == 8
+    rates = {name: narrowed(petl.METHODS[name], 128).lr for name in ("full_ft", "linear", "lora")}
     assert rates == {"full_ft": 5e-4, "linear": 1e-2, "lora": 5e-3}
-    assert train.method_for(train.parse(["--dataset", "demo_source", "--method", "full_ft"]), 128).lr == 1e-3
-    assert train.method_for(train.parse(["--dataset", "esc10", "--method", "dpt", "--prompts", "9"]), 128).parts == (
-        petl.Prompts(9, deep=True),
-    )
+    assert fitted(petl.METHODS["full_ft"], 128, lr=1e-3).lr == 1e-3 == DATASETS["demo_source"].lr["full_ft"]
+    assert fitted(petl.METHODS["dpt"], 128, prompts=9).parts == (petl.Prompts(9, deep=True),)
+
 
 def test_the_shipped_backbone_knows_the_source_sounds():
     """On new sounds of the classes it was trained on; guessing gives 1.5 %."""
@@ -155,6 +163,6 @@ def test_the_shipped_backbone_knows_the_source_sounds():
 def test_listening(tmp_path, monkeypatch):
     """The module is a command, too, and names its classes when asked for one that it does not have."""
     monkeypatch.chdir(tmp_path)
-    assert demo_sounds.main(["bell"]) == 0
+    assert synth.main(["bell"]) == 0
     assert len(list(tmp_path.glob("bell*.wav"))) == 5
-    assert demo_sounds.main(["bel"]) == 2
+    assert synth.main(["bel"]) == 2

@@ -15,9 +15,10 @@ from helpers import SMALL_AST
 from safetensors.torch import load_file, save_file
 
 import load_weights
-from ast_model import AST, UserError
+from ast_model import AST
 from load_weights import load_ast, load_trained, read_header, resize_positions, save_ast, save_trained
 from petl import METHODS, apply
+from support.command import UserError
 
 ROOT = Path(load_weights.__file__).parent
 HF_STATE = load_file(SMALL_AST / "model.safetensors")  # the library's legacy names: encoder.layer.N...
@@ -366,11 +367,11 @@ def test_export_merged(tmp_path, capsys):
     save_trained(model, tmp_path / "lora.safetensors", {"classes": ["a", "b", "c"]})
     options = ["export", "", "--to", "merged", "--out", str(tmp_path / "plain.safetensors")]
     options[1] = str(tmp_path / "lora.safetensors")
-    assert load_weights.main(options) == 0
+    assert export.main(options) == 0
     plain, x = load_ast(tmp_path / "plain.safetensors", n_frames=60).eval(), torch.randn(2, 60, 128)
     with torch.inference_mode():
         assert torch.allclose(plain(x), model(x), atol=1e-5)
     save_trained(apply(load_ast("random:tiny", 60, 3), "pfeiffer_par"), tmp_path / "adapter.safetensors", {})
     options[1] = str(tmp_path / "adapter.safetensors")
-    assert load_weights.main(options) == 2
+    assert export.main(options) == 2
     assert "cannot be merged" in capsys.readouterr().err

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from helpers import SMALL_AST, tiny_ast
 
 import petl
-from ast_model import AST, ASTConfig, UserError
+from ast_model import AST, ASTConfig
+from load_weights import from_dict, to_dict
 from petl import METHODS, Adapter, LoRA, Method, Prefix, Prompts, apply, count, merge
+from support.command import UserError
+from support.variants import override
 
 COUNTS = {  # trained parameters of the base AST without the final LayerNorm and the head, at 500 frames
     "full_ft": 85_708_032, "linear": 0, "bitfit": 102_144, "spt": 230_400, "dpt": 230_400, "prefix": 221_184,
@@ -296,23 +299,23 @@ def test_applying_twice_and_unknown_names_are_errors():
 
 
 def test_override():
-    lora = petl.override(METHODS["adapter_dpt_lora"], rr=32, alpha=16, prompts=5)
+    lora = override(METHODS["adapter_dpt_lora"], rr=32, alpha=16, prompts=5)
     assert lora.parts == (Adapter("ffn", "par_before", rr=32), Prompts(5, deep=True), LoRA(rr=32, alpha=16))
     with pytest.raises(UserError, match="'houlsby_par' has no setting 'prompts'"):
-        petl.override(METHODS["houlsby_par"], prompts=3)
+        override(METHODS["houlsby_par"], prompts=3)
     with pytest.raises(UserError, match="even number"):
-        petl.override(METHODS["prefix"], prompts=7)
+        override(METHODS["prefix"], prompts=7)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_survives_json(name):
-    restored = petl.from_dict(petl.to_dict(METHODS[name]))
+    restored = from_dict(to_dict(METHODS[name]))
     assert (restored.name, restored.parts, restored.lr) == (name, METHODS[name].parts, METHODS[name].lr)
 
 
 def test_a_part_that_is_not_known():
     with pytest.raises(UserError, match="'mine' has the part 'Gate', which no row"):
-        petl.from_dict({"name": "mine", "lr": 1e-3, "parts": [{"part": "Gate", "width": 3}]})
+        from_dict({"name": "mine", "lr": 1e-3, "parts": [{"part": "Gate", "width": 3}]})
 
 
 def test_a_bottleneck_is_at_least_one_wide():

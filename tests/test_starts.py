@@ -7,11 +7,13 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_ast
+from helpers import tiny_ast
 
 import petl
-from ast_model import AST, ASTConfig, UserError
+from ast_model import AST, ASTConfig
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, merge
+from support.command import UserError
+from support.variants import narrowed, override, shrink
 
 # 192 dimensions, and ranks wide enough (48 at RR 4) for a mean and a spread.
 SHAPE = {"n_frames": 66, "n_mels": 66, "dim": 192, "depth": 2, "heads": 3, "hidden": 400, "n_classes": 60}
@@ -144,7 +146,7 @@ FITTED = {
 @pytest.mark.parametrize("dim", FITTED)
 def test_reduction_rates_and_prompts_fit_the_width(dim):
     def fitted(name):
-        return petl.fit(METHODS[name], dim).parts
+        return narrowed(METHODS[name], dim).parts
 
     rates, prompts = FITTED[dim]
     assert [fitted(name)[0].rr for name in ("pfeiffer_seq_x2", "hydra", "lora_qk", "lora_qkvo")] == rates
@@ -158,30 +160,30 @@ def test_reduction_rates_and_prompts_fit_the_width(dim):
 
 def test_learning_rates_on_a_narrow_backbone():
     """Ten times those of the paper for what trains the backbone itself or the head alone; the others keep theirs."""
-    narrow = {name: petl.fit(method, 256).lr for name, method in METHODS.items()}
+    narrow = {name: narrowed(method, 256).lr for name, method in METHODS.items()}
     assert (narrow.pop("full_ft"), narrow.pop("linear")) == (5e-4, 1e-2)
     assert all(lr == METHODS[name].lr for name, lr in narrow.items())
-    assert all(petl.fit(method, 384).lr == method.lr for method in METHODS.values())
+    assert all(narrowed(method, 384).lr == method.lr for method in METHODS.values())
 
 
 def test_shrink_leaves_at_least_one_rank_and_two_prompts():
     parts = (LoRA(rr=3), Adapter("attn", "seq_after", rr=4), Hydra(rr=5), Prompts(5), Prefix(2))
-    shrunk = petl.shrink(Method("test", parts, "-", "-"), 4).parts
+    shrunk = shrink(Method("test", parts, "-", "-"), 4).parts
     assert [getattr(part, "rr", None) or part.prompts for part in shrunk] == [1, 1, 1, 2, 2]
 
 
 def test_override_reaches_every_part_that_has_the_setting_and_refuses_what_is_no_number():
-    parts = petl.override(METHODS["houlsby_par"], rr=8).parts
+    parts = override(METHODS["houlsby_par"], rr=8).parts
     assert parts == (Adapter("attn", "par_before", rr=8), Adapter("ffn", "par_before", rr=8))
-    assert petl.override(METHODS["hydra"], rr=1).parts == (Hydra(rr=1),)
-    assert petl.override(METHODS["lora"], alpha=0.5).parts == (LoRA("qv", rr=128, alpha=0.5),)
-    assert petl.override(METHODS["lora"]) is METHODS["lora"] and METHODS["lora"].parts == (LoRA("qv", 128, 8),)
+    assert override(METHODS["hydra"], rr=1).parts == (Hydra(rr=1),)
+    assert override(METHODS["lora"], alpha=0.5).parts == (LoRA("qv", rr=128, alpha=0.5),)
+    assert override(METHODS["lora"]) is METHODS["lora"] and METHODS["lora"].parts == (LoRA("qv", 128, 8),)
     for setting in ({"rr": 0}, {"rr": -1}, {"alpha": 0.0}, {"alpha": float("inf")}, {"alpha": float("nan")}):
         with pytest.raises(UserError, match="must be a positive number"):
-            petl.override(METHODS["lora"], **setting)
+            override(METHODS["lora"], **setting)
     for name, setting in (("linear", {"rr": 8}), ("houlsby_par", {"alpha": 8}), ("lora", {"prompts": 4})):
         with pytest.raises(UserError, match=f"{name!r} has no setting '{next(iter(setting))}'"):
-            petl.override(METHODS[name], **setting)
+            override(METHODS[name], **setting)
 
 
 def test_the_rank_is_rounded_and_at_least_one():

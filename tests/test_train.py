@@ -17,11 +17,14 @@ import torch
 from helpers import SMALL_AST, make_esc50
 from safetensors.torch import load_file
 
-import data
 import petl
 import train
 from ast_model import AST, ASTConfig
+from data import build_features, load_dataset
 from load_weights import load_ast, load_trained, read_header
+from sounds import paper
+from support import records
+from support.variants import narrowed
 
 ROOT = Path(train.__file__).parent
 
@@ -49,7 +52,7 @@ def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     accuracies = [fold["accuracy"] for fold in result["folds"]]
     assert result["accuracy"] == pytest.approx(sum(accuracies) / 5, abs=1e-3) and result["std"] is not None
-    model = petl.apply(load_ast(SMALL_AST, 500, 10), petl.fit(petl.METHODS["lora"], 64))
+    model = petl.apply(load_ast(SMALL_AST, 500, 10), narrowed(petl.METHODS["lora"], 64))
     assert result["parameters"] == petl.count(model)
     assert {"seconds", "peak_memory_mb", "versions"} <= result.keys()
     config = json.loads((run / "config.json").read_text())
@@ -62,8 +65,8 @@ def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
 def test_saved_fold_gives_the_reported_accuracy(train_main, tmp_path, esc50_dir, cache_dir):
     train_main("--method", "houlsby_par", "--epochs", 4, "--lr", 1e-2)
     file = tmp_path / "runs" / "esc10" / "houlsby_par" / "seed0" / "fold1.safetensors"
-    dataset = data.esc10(esc50_dir, cache_dir)
-    features, _ = data.build_features(dataset, 500, cache_dir)
+    dataset = load_dataset("esc10", esc50_dir, cache_dir)
+    features, _ = build_features(dataset, 500, cache_dir)
     model = load_trained(file).eval()
     test = dataset.folds[1].test
     predicted = model(torch.from_numpy(features[test]).float()).argmax(1)
@@ -230,7 +233,7 @@ def test_a_killed_process_ends_the_run_with_a_message(victim, tmp_path, esc50_di
     assert process.returncode != 0
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert f"process {1 - victim} stops: another process of this run has ended" in line and "--resume" in line
-    assert f"{ROOT}/train.py\", line" not in printed  # no traceback through our own code
+    assert f'{ROOT}/train.py", line' not in printed  # no traceback through our own code
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -311,7 +314,7 @@ def test_bad_weights(fails, tmp_path):
 
 
 def test_no_network(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "ESC50", replace(data.ESC50, url="http://127.0.0.1:9/master.zip"))
+    monkeypatch.setattr(paper, "ESC50", replace(paper.ESC50, url="http://127.0.0.1:9/master.zip"))
     defaults = ["--dataset", "esc10", "--weights", "random:tiny", "--cache-dir", tmp_path, "--out", tmp_path / "runs"]
     assert train.main([str(word) for word in defaults]) == 2
     assert nothing_written(tmp_path)
@@ -348,7 +351,7 @@ def test_a_full_disk(fails, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "metrics.csv")
 
-    monkeypatch.setattr(train, "write_metrics", full)
+    monkeypatch.setattr(records, "write_metrics", full)
     assert "the disk is full (metrics.csv)" in fails()
 
 

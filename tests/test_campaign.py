@@ -1,0 +1,271 @@
+"""Campaigns that are killed, shared, or fail in part, and the workers that train their cells."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers import SMALL_AST, campaign_words, table_of
+from safetensors.torch import load_file
+
+import train
+from tools import campaign
+from tools.cells import Cell
+
+ROOT = Path(train.__file__).parent
+
+
+def times_of(out: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in out.rglob("fold*.safetensors")}
+
+
+@pytest.fixture
+def real_workers(here, monkeypatch) -> list:
+    """`here` with processes after all; the list gets every worker that is hired."""
+    hired = []
+
+    def hire():
+        hired.append(here.hire())
+        return hired[-1]
+
+    monkeypatch.setattr(campaign, "hire", hire)
+    return hired
+
+
+def test_a_campaign(here, capsys):
+    """Two tables of which one shows a cell of the other: every cell once; then all is read back."""
+    options = ["table1", "table3", "--methods", "linear,pfeiffer_par", "--seeds", "0,1"]
+    assert here(*options) == 0
+    names = [str(folder.relative_to(here.out)) for folder in here.started]
+    weights = Cell("esc10", "linear", 0, str(SMALL_AST)).variant
+    assert names == [f"{weights}/esc10/{m}/seed{s}" for s in (0, 1) for m in ("linear", "pfeiffer_par")]
+    results = [json.loads((folder / "result.json").read_text())["accuracy"] for folder in here.started]
+    for target, row in (("table1", "PF par"), ("table3", "MHSA-Par-Before")):
+        line = table_of(here.out, target)[row]
+        assert f"{(results[1] + results[3]) / 2:.2f}" in line["ESC-10"] and "+-" in line["ESC-10"]
+        assert line["Avg in the paper"].strip("*_") == "84.09"
+    (file,) = (here.out / "tables").glob("table1-*.csv")
+    records = list(csv.DictReader(file.read_text().splitlines()))
+    assert [(r["row"], r["seeds"], r["runs"]) for r in records] == [("Linear", "2", "2"), ("PF par", "2", "2")]
+    out = capsys.readouterr().out
+    assert "1 epoch instead of 50. Not as in the paper: dataset, weights, number of epochs." in out
+    assert "--folds 1 --seconds 0.5" in out
+
+    before = times_of(here.out)
+    assert here(*options) == 0 and len(here.started) == 4 and times_of(here.out) == before
+    assert "4 cells, 4 finished, 0 to train" in capsys.readouterr().out
+    assert here(*options, "--epochs", "2") == 1  # these are other experiments
+    assert "holds a run with epochs 1, not 2: give another --out" in capsys.readouterr().err
+    assert len(here.started) == 4 and times_of(here.out) == before
+
+
+def test_other_options_of_train_are_other_experiments(here, capsys):
+    folds = ["table1", "--methods", "linear", "--", "--folds"]
+    assert here(*folds, "1,2") == 0
+    assert here(*folds, "2") == 0 and len(here.started) == 1  # of two finished folds, one
+    two = json.loads((here.started[0] / "result.json").read_text())["folds"][1]
+    assert table_of(here.out, "table1")["Linear"]["ESC-10"] == f"{two['accuracy']:.2f}"
+    assert here(*folds, "1,2,3") == 0 and len(here.started) == 2  # the third is missing
+    capsys.readouterr()
+    assert here(*folds, "1", "--seconds", "1") == 1
+    assert "holds a run with n_frames 50, not 100" in capsys.readouterr().err
+    assert here("table1", "--methods", "linear", "--dtype", "bfloat16") == 1
+    assert "holds a run with dtype float32, not bfloat16" in capsys.readouterr().err
+    config = here.started[0] / "config.json"  # as train.py --no-mask would leave it there
+    config.write_text(config.read_text().replace('"mask": true', '"mask": false'))
+    assert here("table1", "--methods", "linear") == 1
+    assert "holds a run with mask False, not True" in capsys.readouterr().err
+    assert len(here.started) == 2
+
+
+def test_results_of_other_weights_or_sounds_are_not_read_back(here, sounds, capsys):
+    tables = [sounds / "one.csv", sounds / "other.csv"]
+    for table in tables:
+        clips = sorted((sounds / "audio").glob("1-*"))
+        rows = [f"audio/{clip.name},{'low' if clip.stem.endswith('-0') else 'high'}" for clip in clips]
+        table.write_text("\n".join(["path,label", *rows, *(row.replace("1-", "2-", 1) for row in rows)]))
+    options = ["table1", "--methods", "linear", "--datasets", "csv", "--data-dir"]
+    assert here(*options, tables[0]) == 0
+    assert here(*options, tables[1]) == 1
+    assert f"holds a run with data_dir {tables[0]}, not {tables[1]}" in capsys.readouterr().err
+    config = here.started[0] / "config.json"
+    config.write_text(config.read_text().replace('"backbone": "', '"backbone": "other'))
+    assert here(*options, tables[0]) == 1
+    assert f"holds a run with the backbone {SMALL_AST} as it was then" in capsys.readouterr().err
+    assert len(here.started) == 1
+
+
+def test_a_campaign_waits_for_cells_of_others(here, capsys, monkeypatch):
+    """What another process trains is left to it; when that process dies, the cell is free."""
+    folder = here.out / Cell("esc10", "linear", 0, str(SMALL_AST)).name
+    folder.mkdir(parents=True)
+    lock = FileLock(folder / ".cell.lock")
+    lock.acquire()
+    asked, train_cell = [], campaign.train_cell
+
+    def train(folder, words):
+        asked.append(folder.parent.name)
+        if len(asked) == 5:
+            lock.release()
+        return train_cell(folder, words)
+
+    monkeypatch.setattr(campaign, "train_cell", train)
+    assert here("table1", "--methods", "linear,bitfit") == 0
+    assert [f.parent.name for f in here.started] == ["bitfit", "linear"]
+    assert asked == ["linear", "bitfit", "linear", "linear", "linear"]
+    assert capsys.readouterr().out.count("linear/seed0: another process trains it") == 1
+
+
+def test_a_cell_that_is_claimed_is_not_trained_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "PATIENCE", 0)
+    with FileLock(tmp_path / ".cell.lock"):
+        assert campaign.train_cell(tmp_path, ["--method", "absent"]) == campaign.BUSY
+    assert [file.name for file in tmp_path.iterdir()] == [".cell.lock"]
+
+
+def test_a_campaign_shows_what_others_finish_meanwhile(here, tmp_path, monkeypatch):
+    options = ["table7", "--seeds", "0"]
+    assert here(*options, out="other") == 0 and len(here.started) == 4
+    train_cell = campaign.train_cell
+
+    def train(folder, words):
+        answer = train_cell(folder, words)
+        shutil.copytree(tmp_path / "other", here.out, dirs_exist_ok=True)  # all cells are finished now
+        return answer
+
+    monkeypatch.setattr(campaign, "train_cell", train)
+    assert here(*options) == 0 and len(here.started) == 5
+    assert "missing" not in str(table_of(here.out, "table7"))
+
+
+def test_a_failing_cell_does_not_stop_the_others(here, capsys, monkeypatch):
+    original = train.run
+
+    def run(args):
+        if args.method == "linear":
+            raise RuntimeError("a bug in one cell")
+        return original(args)
+
+    monkeypatch.setattr(train, "run", run)
+    assert here("table1", "--methods", "linear,bitfit") == 1
+    printed = capsys.readouterr()
+    assert "linear/seed0: RuntimeError: a bug in one cell (all of it in " in printed.out
+    assert "RuntimeError: a bug in one cell" in printed.err.splitlines()[-1]
+    assert "Traceback" in (here.started[0] / "log.txt").read_text()
+    assert len(here.hired) == 2  # a worker whose cell has failed gets no other
+    table = table_of(here.out, "table1")
+    assert table["Linear"]["ESC-10"] == "missing" and float(table["BitFit"]["ESC-10"]) >= 0
+    monkeypatch.setattr(train, "run", original)
+    assert here("table1", "--methods", "linear,bitfit") == 0  # tried again
+    assert "missing" not in str(table_of(here.out, "table1"))
+
+
+def test_a_dataset_that_is_not_there_fails_its_cells(here, capsys, sounds):
+    assert here("table1", "--methods", "linear", "--datasets", "esc10,folder", "--data-dir", f"folder={sounds / 'no'}",
+                "--data-dir", f"esc10={sounds}") == 1  # fmt: skip
+    assert f"FAILED all cells of folder from {SMALL_AST}: --dataset folder:" in capsys.readouterr().out
+    assert len(here.started) == 1 and table_of(here.out, "table1")["Linear"]["folder"] == "missing"
+
+
+def test_killed_campaigns_repeat_nothing(tmp_path, sounds, cache_dir):
+    """Kill everything in the middle of a cell, then only the campaign, not the cell it started; then let it finish."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tools.experiments"]
+    command += campaign_words(sounds, cache_dir, out, "table1", "--methods", "linear,bitfit,lora")
+    for finished_before_the_kill, kill in ((1, lambda p: os.killpg(p.pid, signal.SIGKILL)), (2, lambda p: p.kill())):
+        process = subprocess.Popen(command, start_new_session=True, cwd=ROOT)
+        while len(times_of(out)) < finished_before_the_kill or not len(list(out.rglob("log.txt"))) > len(times_of(out)):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        kill(process)
+        process.wait()
+    before = times_of(out)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = times_of(out)
+    assert len(after) == 3 and before.items() <= after.items()
+    assert "missing" not in str(table_of(out, "table1"))
+
+
+def test_workers_train_as_train_py_does(here, monkeypatch, sounds, cache_dir, tmp_path, real_workers):
+    """One worker for all cells; each has the tensors, bit for bit, and the log of a run of its own."""
+    assert here("table1", "--methods", "linear,bitfit,lora") == 0
+    assert len(real_workers) == 1
+    for run in sorted(here.out.rglob("seed0")):
+        options = json.loads((run / "config.json").read_text())["command"]
+        assert options[0] == "train.py"
+        assert train.main([*options[1:], "--out", str(tmp_path / "alone")]) == 0
+        ours, alone = (load_file(f / "fold1.safetensors") for f in (run, tmp_path / "alone" / Path(*run.parts[-3:])))
+        assert ours.keys() == alone.keys() and all(torch.equal(ours[name], alone[name]) for name in ours)
+        log = (run / "log.txt").read_text()
+        assert log.count("a new attempt") == 1 and log.count("test accuracy ") == 2
+        assert f"{run.parts[-2]} on esc10" in log
+
+
+def test_the_peak_of_memory_is_that_of_the_cell():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the peak of memory anew")
+    code = (
+        "import torch; from support.records import peak_memory_mb; from tools.campaign import forget_other_cells; "
+        "torch.ones(2**27).sum(); high = peak_memory_mb(); forget_other_cells(); print(high - peak_memory_mb())"
+    )
+    # A process begins with the peak of the one that started it: the shell's, not that of these tests.
+    done = subprocess.run(f"{sys.executable} -c '{code}'; true", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) > 400, done.stderr  # of 512 MB that are no longer there
+
+
+def test_a_killed_worker_costs_its_cell_alone(here, monkeypatch, real_workers, capsys):
+    hire = campaign.hire
+
+    def kill_the_first():
+        worker = hire()
+        if len(real_workers) == 1:
+            worker.process.kill()
+        return worker
+
+    monkeypatch.setattr(campaign, "hire", kill_the_first)
+    assert here("table1", "--methods", "linear,bitfit,lora") == 1
+    printed = capsys.readouterr()
+    assert "linear/seed0: killed by SIGKILL, out of memory? (all of it in " in printed.out
+    assert "linear/seed0: killed by SIGKILL, out of memory?" in printed.err.splitlines()[-1]
+    table = table_of(here.out, "table1")
+    assert table["Linear"]["ESC-10"] == "missing" and "missing" not in str([table["BitFit"], table["LoRA"]])
+    assert len(real_workers) == 2
+    assert here("table1", "--methods", "linear,bitfit,lora") == 0  # tried again
+
+
+def test_two_campaigns_share_a_folder(tmp_path, sounds, cache_dir):
+    command = [sys.executable, "-m", "tools.experiments"]
+    command += campaign_words(sounds, cache_dir, tmp_path, "table7", "--jobs", 2)
+    two = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0]
+    logs = [log.read_text() for log in tmp_path.rglob("log.txt")]
+    attempts = sum(log.count("a new attempt") for log in logs)
+    assert len(logs) == 4 and attempts <= 5  # once each, but one may be asked for while it comes to its end
+    tables = [[line for line in text.splitlines() if line.startswith("|")] for text in printed]
+    assert len(tables[0]) == 6 and tables[0] == tables[1] and "missing" not in str(tables)
+
+
+def test_sigterm_ends_the_workers(tmp_path, sounds, cache_dir):
+    """And lets them tidy up: no temporary file stays."""
+    command = [sys.executable, "-m", "tools.experiments"]
+    command += campaign_words(sounds, cache_dir, tmp_path, "table1", "--methods", "bitfit", "--epochs", 1000)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(tmp_path.rglob("fold1.resume.pt")):
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.05)
+    process.terminate()
+    printed = process.communicate()[0]  # until the workers, too, have closed it
+    assert process.returncode == 143 and "Traceback" not in printed and "leaked" not in printed
+    (lock,) = tmp_path.rglob(".cell.lock")
+    with FileLock(lock, timeout=0):
+        assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("fold1.safetensors"))

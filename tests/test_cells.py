@@ -1,0 +1,113 @@
+"""The paper's tables and their numbers, and the cells that they need."""
+
+import json
+from pathlib import Path
+
+import petl
+from data import DATASETS
+from tools import cells, experiments
+from tools.cells import TABLES, Cell
+
+PAPER = json.loads(Path(cells.__file__).with_name("paper_results.json").read_text())
+
+
+def test_the_numbers_are_complete():
+    sizes = {name: (len(PAPER[name]["rows"]), len(PAPER[name]["columns"])) for name in TABLES}
+    assert sizes == {
+        "table1": (15, 6), "table2": (4, 8), "table3": (6, 5), "table4": (4, 6), "table5": (8, 4), "table6": (6, 4),
+        "table7": (4, 2),
+    }  # fmt: skip
+    for name, table in TABLES.items():
+        assert table.rows.keys() == PAPER[name]["rows"].keys()
+        assert set(table.rows.values()) <= petl.METHODS.keys()
+        columns = [column.split()[0] for column in PAPER[name]["columns"] if column not in ("params", "rr", "avg")]
+        assert tuple(dict.fromkeys(columns)) == table.datasets
+        for method, *row in PAPER[name]["rows"].values():
+            assert isinstance(method, str) and len(row) == len(PAPER[name]["columns"])
+            assert all(isinstance(n, str) if c in ("params", "rr") else 0 < n < 100
+                       for n, c in zip(row, PAPER[name]["columns"], strict=True))  # fmt: skip
+
+
+def test_averages_of_the_paper():
+    """The printed averages are those of the columns, up to rounding, but for the row that is named here."""
+    wrong = {}
+    for name in TABLES:
+        columns = PAPER[name]["columns"]
+        if "avg" in columns:
+            for row, (_, *numbers) in PAPER[name]["rows"].items():
+                entries = dict(zip(columns, numbers, strict=True))
+                mean = sum(entries[dataset] for dataset in TABLES[name].datasets) / len(TABLES[name].datasets)
+                if abs(mean - entries["avg"]) > 0.011:
+                    wrong[name, row] = (entries["avg"], round(mean, 2))
+    assert wrong == {("table1", "Full FT"): (90.07, 90.60)}
+
+
+def test_one_experiment_has_one_number_in_all_tables():
+    """A method stands in several tables: the paper prints the same accuracy everywhere, and so do its parameters."""
+    seen = {}
+    for name, table in TABLES.items():
+        for row, method in table.rows.items():
+            for column, number in zip(PAPER[name]["columns"], PAPER[name]["rows"][row][1:], strict=True):
+                if column in ("avg", "rr"):
+                    continue
+                if column == "params":
+                    assert number == petl.METHODS[method].paper.upper(), row
+                assert seen.setdefault((method, column), number) == number, (row, column)
+
+
+def test_tables_name_the_rows_of_petl():
+    """`where` in METHODS is the first place of a method in these tables."""
+    tables = {"table1": "Table I", "table3": "Table III", "table4": "Table IV", "table5": "Table V",
+              "table6": "Table VI", "table7": "Table VII"}  # fmt: skip
+    first = {}
+    for name, table in TABLES.items():
+        for row, method in table.rows.items():
+            if name in tables:
+                first.setdefault(method, f"{tables[name]}, {row.split(',')[0].replace('Seq/Par', 'Seq')}")
+    assert first == {method.name: method.where for method in petl.METHODS.values() if method.where != "-"}
+
+
+def test_a_method_is_one_cell_in_all_tables_and_figures():
+    plan = experiments.parse(["all", "--datasets", "demo"])
+    listed = cells.cells_of(plan)
+    assert len(listed) == len(set(listed)) == len({cell.name for cell in listed})
+    assert [cell.name for cell in listed if cell.method == "houlsby_par"] == [
+        "demo/houlsby_par/seed0", *(f"rr{n}/demo/houlsby_par/seed0" for n in (64, 32, 8, 4)),
+    ]  # fmt: skip
+    # Twice the parameters of PF par are those of PF par x2 in Table V, and of LoRA those of LoRA in Table VI.
+    assert not any(cell.rr == 8 and cell.method == "pfeiffer_par" for cell in listed)
+    assert Cell("demo", "pfeiffer_par_x2", 0, "demo") in listed and Cell("demo", "lora_x2", 0, "demo") in listed
+
+
+def test_curves_of_the_base_ast():
+    """A quarter to four times the parameters: RR 256 to 16 for adapters, 6 to 100 prompts."""
+
+    def settings(method):
+        return [(c.method, c.rr, c.prompts) for c in cells.budgets("esc50", method, 0, "audioset")]
+
+    assert settings("pfeiffer_par") == [
+        ("pfeiffer_par", 256, None), ("pfeiffer_par", 128, None), ("pfeiffer_par", None, None),
+        ("pfeiffer_par_x2", None, None), ("pfeiffer_par", 16, None),
+    ]  # fmt: skip
+    assert [prompts for _, _, prompts in settings("dpt")] == [6, 12, None, 50, 100]
+    assert settings("full_ft") == [("full_ft", None, None)]
+
+
+def test_few_shot_cells():
+    listed = cells.cells_of(plan := experiments.parse(["table2"]))
+    assert {(c.dataset, c.shots) for c in listed} == {("esc50", k) for k in (1, 2, 4, 8)} | {
+        ("gsc", k) for k in (2, 8, 32, 64)
+    }
+    assert {cells.epochs_of(c, plan) for c in listed} == {50, 75}  # as the paper's datasets have it
+    plan = experiments.parse(["table2", "--datasets", "demo"])
+    assert {cells.epochs_of(c, plan) for c in cells.cells_of(plan)} == {cells.FEW_SHOT_EPOCHS}
+    expected = f"30 epochs instead of {DATASETS['demo'].epochs}: few clips make few steps"
+    assert expected in experiments.render("table2", {}, plan)[0]
+
+
+def test_random_weights_are_more_cells():
+    plan = experiments.parse(["table1", "--datasets", "demo", "--random", "linear,lora", "--seeds", "0,1"])
+    listed = cells.cells_of(plan)
+    assert len(listed) == 2 * (15 + 2)
+    assert Cell("demo", "lora", 1, "random:demo") in listed
+    assert Cell("demo", "lora", 1, "random:demo").name == "weights-random_demo/demo/lora/seed1"
