@@ -1,22 +1,22 @@
-"""The figures of experiments.py: numbers or finished runs in, PNG and SVG out.
+"""The figures of tools/experiments.py: numbers or finished runs in, PNG and SVG out.
 
 Above what draws, below what reads a run: which clips it tested, and what its models make of them. Colours are those of
 Okabe and Ito, which colour-blind eyes tell apart, without their yellow, which vanishes on paper. Markers and lines
 differ as well, so that nothing depends on colour.
 """
 
-import argparse
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ast_model import UserError
-from data import DATASETS, Dataset, build_features, whole_file
+from data import Dataset, build_features, load_dataset
 from load_weights import load_trained
-from train import Parser, autocast, choose_device, choose_dtype
+from support.command import Parser, UserError, choose_device, choose_dtype
+from support.files import whole_file
+from support.speed import autocast
+from tools.campaign import read_run
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
@@ -113,19 +113,20 @@ def legend_below(figure, axes, **style) -> None:
 
 def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Path) -> None:
     """counts: (classes, classes), row: true class, column: predicted class. Numbers are printed up to 20 classes."""
-    n = len(classes)
+    plt, n = pyplot(), len(classes)
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     size, font = (2.5 + 0.28 * n, 8) if n <= 20 else (2.5 + 0.17 * n, 6)
-    figure, axis = pyplot().subplots(figsize=(size, size))
-    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    for i, j in zip(*np.nonzero(counts), strict=True) if n <= 20 else ():
-        colour = "white" if percent[i, j] > 55 else "black"
-        axis.text(j, i, counts[i, j], ha="center", va="center", color=colour, fontsize=7)
-    axis.set_xticks(range(n), classes, rotation=90, fontsize=font)
-    axis.set_yticks(range(n), classes, fontsize=font)
+    figure, axis = plt.subplots(figsize=(size, size))
+    shown = ConfusionMatrixDisplay(100 * counts / counts.sum(1, keepdims=True).clip(1), display_labels=classes)
+    shown.plot(ax=axis, cmap="Blues", include_values=n <= 20, text_kw={"fontsize": 7}, xticks_rotation="vertical",
+               im_kw={"vmin": 0, "vmax": 100}, colorbar=False)  # fmt: skip
+    for text, count in zip(shown.text_.flat, counts.flat, strict=True) if n <= 20 else ():
+        text.set_text(count or "")  # the colours are percent
     axis.set(xlabel="predicted class", ylabel="true class")
+    axis.tick_params(labelsize=font)
     axis.set_title(title, fontsize=9)
-    figure.colorbar(image, fraction=0.046, pad=0.03, label="% of the clips of the true class")
+    figure.colorbar(shown.im_, fraction=0.046, pad=0.03, label="% of the clips of the true class")
     save(figure, path)
 
 
@@ -156,18 +157,6 @@ def draw_history(rows: list[dict[str, str]], title: str, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- finished runs
 
 
-def read_run(run: Path) -> tuple[dict, dict, list[dict[str, str]]]:
-    """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none."""
-    try:
-        config, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
-        with open(run / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return dict(config), dict(result), list(csv.DictReader(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{run} is no finished run of train.py: there is no {Path(error.filename).name}") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{run} holds a damaged config.json or result.json: delete the folder") from None
-
-
 def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[Dataset, np.ndarray, dict]:
     """The dataset of a run, its features (clips, n_frames, 128), and the indices of the test clips of each fold.
 
@@ -176,7 +165,7 @@ def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
     config, result, rows = read_run(run)
     cache_dir = cache_dir or Path(config["cache_dir"])
     data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
-    dataset = DATASETS[config["dataset"]].load(data_dir, cache_dir)
+    dataset = load_dataset(config["dataset"], data_dir, cache_dir)
     index = {name: i for i, name in enumerate(dataset.names())}
     tests = {fold["fold"]: [] for fold in result["folds"]}
     for row in rows:
@@ -201,15 +190,15 @@ def batched(forward, features: np.ndarray, clips: list[int], device: torch.devic
     return torch.cat(outputs)
 
 
-def draw_tokens(runs: dict[str, Path], path: Path, args: argparse.Namespace) -> None:
+def draw_tokens(
+    runs: dict[str, Path], path: Path, data_dir: Path | None, cache_dir: Path, device: torch.device
+) -> None:
     """Figure 2: test clips of ten classes as the models of {title: run} see them, all runs with the same first fold.
 
-    [CLS] as in the paper, and the mean of all tokens, which the head reads. `args` say where data and cache are.
+    [CLS] as in the paper, and the mean of all tokens, which the head reads.
     """
-    device, panels = choose_device(args.device), {}
-    first = next(iter(runs.values()))
-    data_dir = args.data_dir.get(read_run(first)[0]["dataset"])
-    dataset, features, tests = tested_clips(first, data_dir, args.cache_dir)
+    panels = {}
+    dataset, features, tests = tested_clips(next(iter(runs.values())), data_dir, cache_dir)
     fold, test = next(iter(tests.items()))
     classes = sorted({dataset.labels[i] for i in test})[:10]  # as many as in the paper
     clips = [i for k in classes for i in [i for i in test if dataset.labels[i] == k][:50]]
@@ -225,20 +214,24 @@ def draw_tokens(runs: dict[str, Path], path: Path, args: argparse.Namespace) -> 
     draw_tsne(panels, labels, dataset.classes, ["[CLS] token", "mean of all tokens"], path)
 
 
-def confusion(run: Path, args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
+def confusion(
+    run: Path, data_dir: Path | None, weights: str | None, cache_dir: Path | None, device: torch.device
+) -> tuple[np.ndarray, list[str]]:
     """Test clips by true class (row) and predicted class (column), all folds together; and the names of the classes."""
-    dataset, features, tests = tested_clips(run, args.data_dir, args.cache_dir)
+    dataset, features, tests = tested_clips(run, data_dir, cache_dir)
     counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)
     for fold, clips in tests.items():
-        model = load_trained(run / f"fold{fold}.safetensors", args.weights).to(args.device)
-        predicted = batched(model, features, clips, args.device).argmax(1).numpy()
+        model = load_trained(run / f"fold{fold}.safetensors", weights).to(device)
+        predicted = batched(model, features, clips, device).argmax(1).numpy()
         np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
     return counts, dataset.classes
 
 
 def plot(argv: list[str]) -> None:
-    """The command `plot` of experiments.py: confusion matrix and learning curves of a run, into its folder."""
-    parser = Parser(prog="experiments.py plot", description="Draw the confusion matrix and learning curves of a run.")
+    """The command `plot`: confusion matrix and learning curves of a run, into its folder."""
+    parser = Parser(
+        prog="python -m tools.experiments plot", description="Draw the confusion matrix and learning curves of a run."
+    )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
     add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
@@ -247,9 +240,9 @@ def plot(argv: list[str]) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     pyplot()  # missing? now, not after the work
-    args.device = choose_device(args.device)
+    device = choose_device(args.device)
     config, _, _ = read_run(args.run)
-    counts, classes = confusion(args.run, args)
+    counts, classes = confusion(args.run, args.data_dir, args.weights, args.cache_dir, device)
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
     score = f"{100 * counts.trace() / counts.sum():.2f} % of {counts.sum():,} test clips"
     draw_confusion(counts, classes, f"{title}: {score}", args.run / "confusion")

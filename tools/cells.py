@@ -1,0 +1,212 @@
+"""What the paper's tables and figures compare, and which runs they are made of.
+
+paper_results.json has the paper's tables, their methods and numbers. A *cell* is one run of train.py: `cells_of` lists
+those that a Plan asks for.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import petl
+from ast_model import ASTConfig
+from data import DATASETS
+from load_weights import RANDOM, fingerprint, read_checkpoint
+from support.command import UserError
+from support.variants import narrowed, override
+
+PRINTED = {"esc50": "ESC-50", "esc10": "ESC-10", "us8k": "US8K", "gsc": "GSC", "fsc": "FSC"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure of the paper."""
+
+    title: str
+    datasets: tuple[str, ...]
+    rows: dict[str, str]  # name of the row: method in petl.METHODS
+    few_shot: bool = False  # a column for each number of clips per class
+    numbers: dict[tuple[str, str], str] = field(default_factory=dict)  # {(row, column): with the paper's digits}
+    note: str = ""
+
+
+def read_table(title: str, columns: list[str], rows: dict[str, list], note: str = "") -> Table:
+    """A table as paper_results.json has it: the method of a row comes before its numbers."""
+    words = [column.split() for column in columns]  # dataset, or dataset and clips per class
+    datasets = tuple(dict.fromkeys(word[0] for word in words if word[0] in DATASETS))
+    numbers = {(row, c): n for row, (_, *line) in rows.items() for c, n in zip(columns, line, strict=True)}
+    methods = {row: method for row, (method, *_) in rows.items()}
+    return Table(title, datasets, methods, any(len(word) == 2 for word in words), numbers, note)
+
+
+PAPER = json.loads(Path(__file__).with_name("paper_results.json").read_text(encoding="utf-8"), parse_float=str)
+TABLES = {name: read_table(**table) for name, table in PAPER.items() if name != "about"}
+CURVES = {"HOU par": "houlsby_par", "PF par": "pfeiffer_par", "LoRA": "lora", "DPT": "dpt", "Full FT": "full_ft"}
+FIGURES = {
+    "fig2": Table("Figure 2. What the methods make of the test clips", ("fsc",), {
+        "Linear": "linear", "DPT-25": "dpt", "HOU par": "houlsby_par", "Full FT": "full_ft",
+    }),
+    "fig3": Table("Figure 3. Accuracy against trained parameters", ("gsc", "fsc"), CURVES),
+    "fig4": Table("Figure 4. Accuracy against trained parameters", ("esc50",), CURVES),
+}  # fmt: skip
+TARGETS = {**TABLES, **FIGURES}
+BUDGETS = (0.25, 0.5, 1, 2, 4)  # Figures 3 and 4: RR divided, or the number of prompts multiplied, by each of these
+
+SHOTS = {"gsc": (2, 8, 32, 64)}
+OTHER_SHOTS = (1, 2, 4, 8)  # of ESC-50, and of every dataset that is not in Table II
+FEW_SHOT_EPOCHS = 30  # at least: with few clips an epoch is a step or two
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command asks for; its options, in tools/experiments.py, say what each of these is."""
+
+    targets: list[str]
+    datasets: list[str]  # none: the paper's
+    methods: list[str]  # none: all
+    add: list[str]
+    random: list[str]
+    seeds: list[int]
+    epochs: int | None
+    weights: str | None
+    data_dir: dict[str, Path]  # by dataset
+    cache_dir: Path
+    device: str
+    dtype: str | None
+    jobs: int
+    dry_run: bool
+    out: Path
+    passed: list[str]  # options of train.py
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of train.py."""
+
+    dataset: str
+    method: str
+    seed: int
+    weights: str
+    shots: int | None = None
+    rr: int | None = None
+    prompts: int | None = None
+
+    @property
+    def variant(self) -> str:
+        """The folder of everything that differs from Table I in the same way; empty for Table I itself."""
+        weights = None if self.weights == DATASETS[self.dataset].weights else slug(self.weights)
+        settings = {"weights-": weights, "shots": self.shots, "rr": self.rr, "prompts": self.prompts}
+        return "-".join(f"{name}{value}" for name, value in settings.items() if value is not None)
+
+    @property
+    def name(self) -> str:
+        return str(Path(self.variant, self.dataset, self.method, f"seed{self.seed}"))
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^\w.]+", "_", text).strip("_.")
+
+
+def columns_of(target: str, plan: Plan) -> list[tuple[str, int | None]]:
+    """Dataset and clips per class of each column; without few-shot the latter is None."""
+    table = TARGETS[target]
+    datasets = plan.datasets or table.datasets
+    return [(d, shots) for d in datasets for shots in (SHOTS.get(d, OTHER_SHOTS) if table.few_shot else (None,))]
+
+
+def lines_of(target: str, plan: Plan) -> list[tuple[str, str, dict[str, str]]]:
+    """The rows of a table or figure: name, method, weights for each dataset.
+
+    Those that --methods leaves and those that --add puts below; --random puts a second block below Table I.
+    """
+    rows = TARGETS[target].rows
+    weights = {dataset: weights_of(dataset, plan) for dataset, _ in columns_of(target, plan)}
+    lines = [(name, method, weights) for name, method in rows.items() if not plan.methods or method in plan.methods]
+    lines += [(method, method, weights) for method in plan.add if method not in [method for _, method, _ in lines]]
+    if target == "table1" and plan.random:
+        weights = {dataset: random_like(name) for dataset, name in weights.items()}
+        names = {method: name for name, method in rows.items()}
+        lines += [(f"{names.get(method, method)}, random weights", method, weights) for method in plan.random]
+    return lines
+
+
+def cells_of(plan: Plan) -> list[Cell]:
+    """All cells of the targets, each once, though several tables may show it; one seed after the other."""
+    cells = []
+    for seed, target in product(plan.seeds, plan.targets):
+        for (dataset, shots), (_, method, weights) in product(columns_of(target, plan), lines_of(target, plan)):
+            if target in ("fig3", "fig4"):
+                cells += budgets(dataset, method, seed, weights[dataset])
+            else:
+                cells.append(Cell(dataset, method, seed, weights[dataset], shots))
+    return list(dict.fromkeys(cells))
+
+
+def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
+    """The cells of a curve in Figures 3 and 4: a method with a quarter to four times its parameters.
+
+    What is the same experiment as a row of METHODS becomes that row's cell: PF par with twice the parameters is PF par
+    x2. Methods with neither RR nor prompts have one cell.
+    """
+    dim = shape_of(weights).dim
+    row, cell = petl.find(method), Cell(dataset, method, seed, weights)
+
+    def first(parts, setting):  # of the parts that have it
+        return next((getattr(part, setting) for part in parts if hasattr(part, setting)), None)
+
+    rr, prompts = first(row.parts, "rr"), first(row.parts, "prompts")
+    if rr is None and prompts is None:
+        return [cell]
+    known = {(narrowed(other, dim).parts, other.lr): other.name for other in [*petl.METHODS.values(), row]}
+    cells = []
+    for budget in BUDGETS:
+        resized = override(row, rr and max(1, round(rr / budget)), prompts=prompts and round(prompts * budget))
+        parts = narrowed(row if budget == 1 else resized, dim).parts
+        if (parts, row.lr) in known:
+            cells.append(replace(cell, method=known[parts, row.lr]))
+        else:  # train.py is told the number for this backbone
+            cells.append(replace(cell, rr=first(parts, "rr"), prompts=first(parts, "prompts")))
+    return list(dict.fromkeys(cells))  # few prompts cannot be halved often
+
+
+def epochs_of(cell: Cell, plan: Plan) -> int:
+    epochs = DATASETS[cell.dataset].epochs
+    return plan.epochs or (max(epochs, FEW_SHOT_EPOCHS) if cell.shots else epochs)
+
+
+def printed(dataset: str) -> str:
+    """The name of a dataset as the paper writes it."""
+    return PRINTED.get(dataset, dataset)
+
+
+def weights_of(dataset: str, plan: Plan) -> str:
+    return plan.weights or DATASETS[dataset].weights
+
+
+def random_like(weights: str) -> str:
+    """Random weights of the same shape as the backbone `weights`. UserError if train.py has none."""
+    shape = shape_of(weights)
+    for size, its_shape in RANDOM.items():
+        if its_shape == (shape.dim, shape.depth, shape.heads):
+            return f"random:{size}"
+    raise UserError(f"--random: there are no random weights of {shape.dim} dimensions in {shape.depth} blocks")
+
+
+def shape_of(weights: str) -> ASTConfig:
+    """The shape of a backbone; for names that tell it, without reading the checkpoint."""
+    if weights == "audioset":
+        return ASTConfig()
+    if weights.removeprefix("random:") in RANDOM:
+        dim, depth, heads = RANDOM[weights.removeprefix("random:")]
+        return ASTConfig(dim=dim, depth=depth, heads=heads)
+    return shape_and_hash(weights)[0]
+
+
+@lru_cache
+def shape_and_hash(weights: str) -> tuple[ASTConfig, str]:
+    """Shape and SHA-256 of a checkpoint, which is read."""
+    state, config = read_checkpoint(weights)
+    return config, fingerprint(state, config)
