@@ -41,6 +41,7 @@ from data import (
     build_features,
     default_cache_dir,
     download,
+    fbank,
     few_shot,
     locate,
     random_split,
@@ -301,6 +302,31 @@ def test_what_a_clip_is_known_by(tmp_path, capsys):
     shutil.copytree(dataset.root, tmp_path / "copy")
     build_features(clips(tmp_path / "copy", "one.wav", "two.wav"), 30, cache)
     assert len(list((cache / "features").glob("*.npy"))) == 4  # by length, by name, by folder
+
+
+@pytest.mark.parametrize("other", [np.zeros(2), np.zeros((2, 1), ROW), np.zeros(2, "<u8")])
+def test_a_cache_file_of_something_else_is_built_again(tmp_path, other, capsys):
+    dataset = clips(tmp_path / "sounds", "one.wav", "two.wav")
+    file = cache_of(dataset, tmp_path)
+    file.parent.mkdir()
+    np.save(file, other)
+    features, bad = build_features(dataset, 30, tmp_path)
+    assert features.any() and not bad
+    out, err = capsys.readouterr()
+    assert err == f"{file}: not a whole feature file, building it again\n" and "built 2 of 2 clips" in out
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(37, 1), (400, 1), (559, 1), (560, 2), (1_000, 4), (9_000, 30)])
+def test_features_are_those_of_the_clip_and_then_of_nothing(tmp_path, samples, frames):
+    """Rounded to float16; a clip shorter than a frame is padded; after the sound comes (0 + 4.2677393) / 9.1379948."""
+    path = sound(tmp_path / "a.wav", samples)
+    features, bad = build_features(Dataset("short", tmp_path, ["a", "b"], [path], [0], {}), 30, tmp_path / "cache")
+    assert not bad
+    samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None]
+    expected = (fbank(samples)[0, :30].numpy() + np.float32(4.2677393)) / np.float32(9.1379948)
+    assert len(expected) == frames
+    np.testing.assert_allclose(features[0, :frames].astype(np.float32), expected, atol=6e-4)  # of float16 near 1
+    assert np.all(features[0, frames:] == np.float16(0.467032))
 
 
 def test_features_are_shared_and_yet_ones_own(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import onnxruntime
 import pytest
 import soundfile
 import torch
@@ -382,6 +383,28 @@ def test_what_goes_into_the_folder_for_peft(tmp_path, odd_backbone, command):
     assert torch.equal(tensors.pop("base_model.model.classifier.dense.bias"), model.head[1].bias)
     assert torch.equal(tensors.pop(f"{prefix}embeddings.position_embeddings"), model.embed.position)
     assert len(tensors) == 1 + 3 + 4  # layernorm.bias, head, embeddings
+
+
+def test_an_onnx_file_explains_itself(tmp_path, command):
+    """What goes in and comes out, and as metadata all that a program needs to know."""
+    fold = constant(tmp_path / "fold1.safetensors", 0.125, 0.875, classes=["rain", "dog"], n_frames=31)
+    command("export", fold, "--to", "onnx", "--out", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (heard,), (said,) = session.get_inputs(), session.get_outputs()
+    assert (heard.name, heard.shape, heard.type) == ("waveform", ["batch", "samples"], "tensor(float)")
+    assert (said.name, said.shape) == ("probabilities", ["batch", 2])
+    facts = {name: json.loads(fact) for name, fact in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts == {
+        "classes": ["rain", "dog"],
+        "n_frames": 31,
+        "front_end": {
+            "sample_rate": 16000, "window": 400, "hop": 160, "n_fft": 512, "n_mels": 128, "mean": -4.2677393,
+            "std": 4.5689974,
+        },
+    }  # fmt: skip
+    (found,) = session.run(None, {"waveform": np.zeros((3, 4000), np.float32)})
+    np.testing.assert_allclose(found, [[0.125, 0.875]] * 3, atol=1e-6)
+    assert [path.name for path in tmp_path.glob("*onnx*")] == ["model.onnx"]
 
 
 def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command):
