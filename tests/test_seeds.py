@@ -246,7 +246,10 @@ def test_few_shots_are_drawn_by_the_seed(watch, sounds):
         assert np.bincount(sounds.labels[clips]).tolist() == [2, 2, 2] and len(set(clips)) == 6
         with open(folder / f"seed{seed}" / "split.csv") as file:
             rows = [row for row in csv.DictReader(file) if row["fold"] == str(fold)]
-        listed = {part: sorted(int(row["path"][:-4]) for row in rows if row["split"] == part) for part in data.PARTS}
+        listed = {
+            part: sorted(int(row["path"][:-4]) for row in rows if row["split"] == part)
+            for part in ("train", "val", "test")
+        }
         assert listed == {"train": clips, "val": sounds.of({1: 4, 3: 2}[fold]), "test": sounds.of(fold)}
         assert all(row["label"] == f"class {sounds.labels[int(row['path'][:-4])]}" for row in rows)
         drawn[seed, fold] = clips
@@ -281,9 +284,11 @@ def test_dropout_acts_in_training_only(watch):
 
 def test_gradients_are_those_of_the_mean_loss_of_the_batch(campaign, watch, sounds):
     """Also of the last batch, which is smaller, and of one that is taken in parts: each clip weighs the same in it."""
-    _, parted = watch("--micro-batch", "3", "--epochs", "1", table=sounds.split_table)
+    folder, parted = watch("--micro-batch", "3", "--epochs", "1", table=sounds.split_table)
     model = load_trained(campaign[0] / "seed0" / "fold1.safetensors")
     assert [len(event[1]) for step in parted[0].steps for event in step["events"]] == [3, 3, 1, 3, 3, 1, 3, 1]
+    (row,) = csv.DictReader((folder / "seed0" / "metrics.csv").read_text().splitlines())
+    assert float(row["loss"]) == pytest.approx(sum(sum(step["losses"]) for step in parted[0].steps) / STEPS, abs=1e-6)
     for watched in (*campaign[1].values(), *parted):
         for step in watched.steps:
             clips = [i for event in step["events"] for i in event[1]]
