@@ -448,8 +448,8 @@ def test_rendering_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(soundfile, "write", interrupted)
     with redirect_stderr(Terminal()) as shown, pytest.raises(KeyboardInterrupt):
-        load("demo", None, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo-fe5a0b5f.lock"]
+        load("demo", None, tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo-fe5a0b5f.lock"]
     assert "rendering demo: " in shown.getvalue()
     for index, (path, samples, rate) in enumerate(calls):  # the first clips of the first class, with seed 0
         assert (path.name, rate) == (f"{index:03d}.wav", 16_000)
@@ -574,6 +574,15 @@ def test_ordinary_members_are_unpacked(tmp_path, kind):
     assert not list(tmp_path.glob(".*")) and "unpacking archive: " in shown.getvalue()
 
 
+def test_what_is_no_archive_says_why(tmp_path):
+    (tmp_path / "a.zip").write_text("not found, said the server")
+    with pytest.raises(UserError) as error:
+        unpack(tmp_path / "a.zip", tmp_path / "target")
+    assert str(error.value) == (
+        f"{tmp_path}/a.zip is not a whole zip or tar archive (file could not be opened successfully): download it again"
+    )
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_unpacking_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error):
     with zipfile.ZipFile(tmp_path / "archive", "w") as zipped:
@@ -654,6 +663,20 @@ def test_classes_come_in_the_order_of_their_numbers(tmp_path, capsys):
     assert urban.classes == ["zebra", "mule", "ant"] and urban.labels == [2, 2, 0, 0, 1, 1] and urban.name == "us8k"
     assert urban.names()[:2] == ["audio/fold1/1-10.wav", "audio/fold2/2-10.wav"]
     assert urban.folds[2] == Split([0, 2, 4], [], [1, 3, 5])
+
+
+@pytest.mark.parametrize(
+    ("count", "named"), [(5, "0.wav, audio/1.wav, audio/2.wav, audio/3.wav, audio/4.wav"), (6, "0.wav, ...")]
+)
+def test_five_missing_files_are_named(tmp_path, count, named):
+    rows = [(f"{i}.wav", i % 2 + 1, i % 2, f"c{i % 2}", True) for i in range(8)]
+    root = esc_table(tmp_path, rows)
+    for i in range(count):
+        (root / "audio" / f"{i}.wav").unlink()
+    named = "audio/" + named.replace("0.wav, ...", ", audio/".join(f"{i}.wav" for i in range(5)) + ", ...")
+    with pytest.raises(UserError) as error:
+        load("esc50", root, tmp_path)
+    assert str(error.value) == f"{root}: {count} of 8 files are missing ({named}): complete it"
 
 
 @pytest.mark.parametrize(("name", "per_class"), [("esc50", 8), ("esc10", 40)])

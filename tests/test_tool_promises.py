@@ -407,14 +407,28 @@ def test_an_onnx_file_explains_itself(tmp_path, command):
     assert [path.name for path in tmp_path.glob("*onnx*")] == ["model.onnx"]
 
 
-def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command):
+def test_an_onnx_file_hears_the_last_frame(tmp_path, command):
+    """Sounds that end where a frame ends, or one sample before."""
+    model = save_random(tmp_path / "fold1.safetensors", "linear", n_frames=31)
+    command("export", tmp_path / "fold1.safetensors", "--to", "onnx", "--out", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for samples in (399, 400, 559, 560, 720, 30 * 160 + 399, 30 * 160 + 400):
+        waves = 0.1 * torch.randn(2, samples, generator=torch.Generator().manual_seed(samples))
+        with torch.no_grad():
+            expected = model(to_input(fbank(waves), 31)).softmax(-1)
+        (found,) = session.run(None, {"waveform": waves.numpy()})
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [4, 23])  # a divisor of 64, and none
+def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command, rank):
     """s = lora_alpha / r on one projection of one block; the rest stays that of the backbone."""
     torch.manual_seed(0)
     folder = tmp_path / "peft"
     folder.mkdir()
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "base_model_name_or_path": str(odd_backbone)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 1.5 * rank, "base_model_name_or_path": str(odd_backbone)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    a, b = torch.randn(4, 64), torch.randn(64, 4)
+    a, b = torch.randn(rank, 64), 0.1 * torch.randn(64, rank)
     name = "base_model.model.audio_spectrogram_transformer.layers.1.attention.v_proj"
     save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, folder / "adapter_model.safetensors")
     command("import", folder, "--out", tmp_path / "fold1.safetensors")
@@ -426,7 +440,7 @@ def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command):
         torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-4)
     header = read_header(tmp_path / "fold1.safetensors")
     assert header["classes"] == [f"LABEL_{i}" for i in range(5)]
-    assert header["parameters"]["petl"] == 2 * 2 * 4 * 64  # A and B of both blocks
+    assert header["parameters"]["petl"] == 2 * 2 * rank * 64  # A and B of both blocks
 
 
 def test_exports_land_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
