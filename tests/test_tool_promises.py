@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -223,6 +225,18 @@ def test_a_backbone_that_has_moved(tmp_path, answer, command):
     assert json.loads(line)["classes"][0]["probability"] == pytest.approx(expected, abs=3e-6)
     command("export", fold, "--to", "merged", "--out", tmp_path / "m.safetensors", "--weights", tmp_path / "new")
     assert read_header(tmp_path / "m.safetensors")["classes"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("program", "code"), [(predict, 1), (load_weights, 2)])
+def test_exit_codes_reach_the_shell(program, code, tmp_path):
+    """As programs of their own: a sound that is not there, a file of trained parts that is not there."""
+    absent = str(tmp_path / "absent.wav")
+    words = (
+        [str(constant(tmp_path / "fold1.safetensors", 0.5, 0.5)), absent] if program is predict else ["show", absent]
+    )
+    done = subprocess.run([sys.executable, program.__file__, *words], capture_output=True, text=True)
+    assert done.returncode == code and done.stdout == ""
+    assert done.stderr.startswith(f"error: {absent}") and done.stderr.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- show
