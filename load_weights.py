@@ -143,10 +143,10 @@ def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]
 
 def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors in float32 under our names. The original's files carry ImageNet heads, used by nothing."""
-    translated = {}
+    translated, original = {}, any(name.endswith("v.pos_embed") for name in state)
     for name, tensor in state.items():
         name = f".{name.removeprefix('module.').removeprefix('audio_spectrogram_transformer.')}."
-        if name.startswith((".v.head.", ".v.head_dist.")):
+        if original and name.startswith((".v.head.", ".v.head_dist.")):
             continue
         for ours, *others in NAMES:
             for theirs in others:

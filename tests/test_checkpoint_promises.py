@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import re
+from ast import literal_eval
 from pathlib import Path
 
 import huggingface_hub
@@ -31,6 +33,7 @@ from support.command import UserError
 
 SMALL_STATE = load_file(SMALL_AST / "model.safetensors")
 SMALL_CONFIG = json.loads((SMALL_AST / "config.json").read_text())
+README = Path(__file__).parents[1] / "README.md"
 PREFIX = "audio_spectrogram_transformer."
 FRONT_END = {
     "sample_rate": 16000, "window": 400, "hop": 160, "n_fft": 512, "n_mels": 128, "mean": -4.2677393, "std": 4.5689974,
@@ -279,6 +282,24 @@ def test_sizes_of_random_weights(size, dim, depth, hidden):
     assert config == ASTConfig(1024, 128, 16, 10, dim, depth, dim // 64, 1e-12, 527, "cls_dist")
     assert state["embed.position"].shape == (1, 1214, dim) and state["head.1.weight"].shape == (527, dim)
     assert state[f"blocks.{depth - 1}.ffn.fc1.weight"].shape == (hidden, dim)
+
+
+def test_random_weights_are_those_of_seed_zero():
+    """An adapter trained on them finds its backbone again, whatever was drawn before."""
+    torch.manual_seed(0)
+    expected = AST(ASTConfig(dim=128, depth=4, heads=2, pool="cls_dist")).state_dict()
+    found = load_ast("random:demo", pool="cls_dist").state_dict()
+    assert (
+        all(torch.equal(found[name], tensor) for name, tensor in expected.items()) and found.keys() == expected.keys()
+    )
+
+
+def test_the_counts_that_the_readme_shows():
+    """Its three lines of Python, on shapes without numbers."""
+    shown = re.search(r"print\(petl\.count\(model\)\) +# (.*)", README.read_text(encoding="utf-8"))[1]
+    with torch.device("meta"):
+        model = petl.apply(AST(ASTConfig(n_frames=500, n_classes=50)), "lora")
+    assert petl.count(model) == literal_eval(shown) == {"petl": 221_184, "head": 39_986, "total": 85_967_666}
 
 
 # --------------------------------------------------------------------------------------------- where weights come from

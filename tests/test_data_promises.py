@@ -42,6 +42,7 @@ from data import (
     build_features,
     default_cache_dir,
     download,
+    fbank,
     few_shot,
     locate,
     random_split,
@@ -303,6 +304,31 @@ def test_what_a_clip_is_known_by(tmp_path, capsys):
     assert len(list((cache / "features").glob("*.npy"))) == 4  # by length, by name, by folder
 
 
+@pytest.mark.parametrize("other", [np.zeros(2), np.zeros((2, 1), ROW), np.zeros(2, "<u8")])
+def test_a_cache_file_of_something_else_is_built_again(tmp_path, other, capsys):
+    dataset = clips(tmp_path / "sounds", "one.wav", "two.wav")
+    file = cache_of(dataset, tmp_path)
+    file.parent.mkdir()
+    np.save(file, other)
+    features, bad = build_features(dataset, 30, tmp_path)
+    assert features.any() and not bad
+    out, err = capsys.readouterr()
+    assert err == f"{file}: not a whole feature file, building it again\n" and "built 2 of 2 clips" in out
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(37, 1), (400, 1), (559, 1), (560, 2), (1_000, 4), (9_000, 30)])
+def test_features_are_those_of_the_clip_and_then_of_nothing(tmp_path, samples, frames):
+    """Rounded to float16; a clip shorter than a frame is padded; after the sound comes (0 + 4.2677393) / 9.1379948."""
+    path = sound(tmp_path / "a.wav", samples)
+    features, bad = build_features(Dataset("short", tmp_path, ["a", "b"], [path], [0], {}), 30, tmp_path / "cache")
+    assert not bad
+    samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None]
+    expected = (fbank(samples)[0, :30].numpy() + np.float32(4.2677393)) / np.float32(9.1379948)
+    assert len(expected) == frames
+    np.testing.assert_allclose(features[0, :frames].astype(np.float32), expected, atol=6e-4)  # of float16 near 1
+    assert np.all(features[0, frames:] == np.float16(0.467032))
+
+
 def test_features_are_shared_and_yet_ones_own(tmp_path):
     """Mapped into memory; what is written to the array does not reach the file."""
     dataset = clips(tmp_path / "sounds", "one.wav")
@@ -422,8 +448,8 @@ def test_rendering_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(soundfile, "write", interrupted)
     with redirect_stderr(Terminal()) as shown, pytest.raises(KeyboardInterrupt):
-        load("demo", None, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo-fe5a0b5f.lock"]
+        load("demo", None, tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo-fe5a0b5f.lock"]
     assert "rendering demo: " in shown.getvalue()
     for index, (path, samples, rate) in enumerate(calls):  # the first clips of the first class, with seed 0
         assert (path.name, rate) == (f"{index:03d}.wav", 16_000)
@@ -548,6 +574,15 @@ def test_ordinary_members_are_unpacked(tmp_path, kind):
     assert not list(tmp_path.glob(".*")) and "unpacking archive: " in shown.getvalue()
 
 
+def test_what_is_no_archive_says_why(tmp_path):
+    (tmp_path / "a.zip").write_text("not found, said the server")
+    with pytest.raises(UserError) as error:
+        unpack(tmp_path / "a.zip", tmp_path / "target")
+    assert str(error.value) == (
+        f"{tmp_path}/a.zip is not a whole zip or tar archive (file could not be opened successfully): download it again"
+    )
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_unpacking_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error):
     with zipfile.ZipFile(tmp_path / "archive", "w") as zipped:
@@ -628,6 +663,20 @@ def test_classes_come_in_the_order_of_their_numbers(tmp_path, capsys):
     assert urban.classes == ["zebra", "mule", "ant"] and urban.labels == [2, 2, 0, 0, 1, 1] and urban.name == "us8k"
     assert urban.names()[:2] == ["audio/fold1/1-10.wav", "audio/fold2/2-10.wav"]
     assert urban.folds[2] == Split([0, 2, 4], [], [1, 3, 5])
+
+
+@pytest.mark.parametrize(
+    ("count", "named"), [(5, "0.wav, audio/1.wav, audio/2.wav, audio/3.wav, audio/4.wav"), (6, "0.wav, ...")]
+)
+def test_five_missing_files_are_named(tmp_path, count, named):
+    rows = [(f"{i}.wav", i % 2 + 1, i % 2, f"c{i % 2}", True) for i in range(8)]
+    root = esc_table(tmp_path, rows)
+    for i in range(count):
+        (root / "audio" / f"{i}.wav").unlink()
+    named = "audio/" + named.replace("0.wav, ...", ", audio/".join(f"{i}.wav" for i in range(5)) + ", ...")
+    with pytest.raises(UserError) as error:
+        load("esc50", root, tmp_path)
+    assert str(error.value) == f"{root}: {count} of 8 files are missing ({named}): complete it"
 
 
 @pytest.mark.parametrize(("name", "per_class"), [("esc50", 8), ("esc10", 40)])

@@ -1,6 +1,7 @@
 """Every export opened by the library it is meant for, the way back from peft, and `show`."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import SMALL_AST, save_random
+from helpers import SMALL_AST, constant, save_random
 from safetensors.torch import load_file, save_file
 
 import data
@@ -20,6 +21,7 @@ from load_weights import load_ast, load_trained, save_ast, save_trained, to_dict
 from support.checkpoints import read_header
 from tools import export
 
+ROOT = Path(petl.__file__).parent
 CLASSES = ["rain", "sea, waves", "dog", "wind"]
 
 
@@ -520,14 +522,15 @@ def test_what_goes_into_the_folder_for_peft(tmp_path, odd_backbone, command):
     assert len(tensors) == 1 + 3 + 4  # layernorm.bias, head, embeddings
 
 
-def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command):
+@pytest.mark.parametrize("rank", [4, 23])  # a divisor of 64, and none
+def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command, rank):
     """s = lora_alpha / r on one projection of one block; the rest stays that of the backbone."""
     torch.manual_seed(0)
     folder = tmp_path / "peft"
     folder.mkdir()
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "base_model_name_or_path": str(odd_backbone)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 1.5 * rank, "base_model_name_or_path": str(odd_backbone)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    a, b = torch.randn(4, 64), torch.randn(64, 4)
+    a, b = torch.randn(rank, 64), 0.1 * torch.randn(64, rank)
     name = "base_model.model.audio_spectrogram_transformer.layers.1.attention.v_proj"
     save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, folder / "adapter_model.safetensors")
     command("import", folder, "--out", tmp_path / "fold1.safetensors")
@@ -539,7 +542,7 @@ def test_a_lora_of_peft_written_by_hand(tmp_path, odd_backbone, command):
         torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-4)
     header = read_header(tmp_path / "fold1.safetensors")
     assert header["classes"] == [f"LABEL_{i}" for i in range(5)]
-    assert header["parameters"]["petl"] == 2 * 2 * 4 * 64  # A and B of both blocks
+    assert header["parameters"]["petl"] == 2 * 2 * rank * 64  # A and B of both blocks
 
 
 def test_exports_land_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
@@ -559,3 +562,50 @@ def test_exports_land_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err == f"error: cannot write {where}: No space left on device\n"
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
     assert (out / "model.safetensors").read_bytes() == b"old"
+
+
+def test_an_onnx_file_explains_itself(tmp_path, command):
+    """What goes in and comes out, and as metadata all that a program needs to know."""
+    fold = constant(tmp_path / "fold1.safetensors", 0.125, 0.875, classes=["rain", "dog"], n_frames=31)
+    command("export", fold, "--to", "onnx", "--out", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (heard,), (said,) = session.get_inputs(), session.get_outputs()
+    assert (heard.name, heard.shape, heard.type) == ("waveform", ["batch", "samples"], "tensor(float)")
+    assert (said.name, said.shape) == ("probabilities", ["batch", 2])
+    facts = {name: json.loads(fact) for name, fact in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts == {
+        "classes": ["rain", "dog"],
+        "n_frames": 31,
+        "front_end": {
+            "sample_rate": 16000, "window": 400, "hop": 160, "n_fft": 512, "n_mels": 128, "mean": -4.2677393,
+            "std": 4.5689974,
+        },
+    }  # fmt: skip
+    (found,) = session.run(None, {"waveform": np.zeros((3, 4000), np.float32)})
+    np.testing.assert_allclose(found, [[0.125, 0.875]] * 3, atol=1e-6)
+    assert [path.name for path in tmp_path.glob("*onnx*")] == ["model.onnx"]
+
+
+def test_an_onnx_file_hears_the_last_frame(tmp_path, command):
+    """Sounds that end where a frame ends, or one sample before."""
+    model = save_random(tmp_path / "fold1.safetensors", "linear", n_frames=31)
+    command("export", tmp_path / "fold1.safetensors", "--to", "onnx", "--out", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for samples in (399, 400, 559, 560, 720, 30 * 160 + 399, 30 * 160 + 400):
+        waves = 0.1 * torch.randn(2, samples, generator=torch.Generator().manual_seed(samples))
+        with torch.no_grad():
+            expected = model(data.to_input(data.fbank(waves), 31)).softmax(-1)
+        (found,) = session.run(None, {"waveform": waves.numpy()})
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("program", "code"), [("predict", 1), ("export", 2)])
+def test_exit_codes_reach_the_shell(program, code, tmp_path):
+    """As programs of their own: a sound that is not there, a file of trained parts that is not there."""
+    absent = str(tmp_path / "absent.wav")
+    words = (
+        [str(constant(tmp_path / "fold1.safetensors", 0.5, 0.5)), absent] if program == "predict" else ["show", absent]
+    )
+    done = subprocess.run([sys.executable, "-m", f"tools.{program}", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout == ""
+    assert done.stderr.startswith(f"error: {absent}") and done.stderr.count("\n") == 1

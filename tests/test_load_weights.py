@@ -19,6 +19,7 @@ from ast_model import AST
 from load_weights import load_ast, load_trained, read_header, resize_positions, save_ast, save_trained
 from petl import METHODS, apply
 from support.command import UserError
+from tools import export
 
 ROOT = Path(load_weights.__file__).parent
 HF_STATE = load_file(SMALL_AST / "model.safetensors")  # the library's legacy names: encoder.layer.N...

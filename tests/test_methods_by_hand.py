@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ast_model import AST, ASTConfig
-from petl import METHODS, apply, count
+from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
 
 
 class Part(NamedTuple):
@@ -203,7 +203,7 @@ def embedding(t, fbank, grid):
 
 
 def projection(t, name, u, parts):
-    """One of q, k, v, o: with LoRA beside its weight, eq. (5), and a prefix in front of its output."""
+    """One of q, k, v, o: with LoRA beside its weight, eq. (5), and then a prefix in front of its output."""
     y = affine(t, name, u)
     for part in parts:
         if part.kind == "lora" and name[-1] in part.at:
@@ -299,13 +299,13 @@ SHAPE = {"n_frames": 49, "n_mels": 38, "dim": 192, "depth": 2, "heads": 3, "hidd
 GRID, TOKENS = (3, 4), 14
 
 
-def random_model(name: str, pool: str) -> AST:
+def random_model(method: str | Method, pool: str) -> AST:
     torch.manual_seed(0)
-    model = apply(AST(ASTConfig(**SHAPE, pool=pool)), name).double()
+    model = apply(AST(ASTConfig(**SHAPE, pool=pool)), method).double()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.normal_(std=0.1 if parameter.ndim == 1 else 0.08)
-            if parameter_name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "head.0.weight")):
+            if name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "head.0.weight")):
                 parameter.add_(1)
     return model
 
@@ -359,6 +359,23 @@ def test_logits_and_gradients(row, pool, training):
     if masks:
         kept = torch.cat([mask.flatten() for mask in masks.values()])
         assert 0.8 < kept.mean() < 0.97
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_parts_of_all_kinds_together(step):
+    """In either order: LoRA beneath prefixes beneath an adapter, and prompts convolved as 1x1 images."""
+    ours = Adapter("attn", "par_before", "convpass_2d"), Hydra(), Prompts(5, deep=True), Prefix(6), LoRA("qvko", rr=64)
+    theirs = (
+        CONV2D_MHSA_PAR,
+        Part("ffn", "both", "hydra", 64),
+        Part("blocks", "deep", "prompts", 5),
+        Part("qvko", "beside", "lora", 64),
+        Part("kv", "in front", "prefix", 6),
+    )
+    model = random_model(Method("own", ours[::step], "-", "-"), "mean").eval()
+    fbank = torch.randn(2, 49, 38, dtype=torch.float64)
+    expected = logits_by_hand(by_plain_name(model), theirs, fbank, "mean", SHAPE["depth"], SHAPE["heads"], GRID, {})
+    assert (model(fbank) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 @each_row

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import soxr
 import torch
-from helpers import SMALL_AST, save_random
+from helpers import SMALL_AST, constant, save_random
 
 import data
 import petl
@@ -393,16 +393,6 @@ def test_no_sounds_and_unknown_options(fold, main):
 
 
 # ---------------------------------------------------------------------- lines and numbers typed by hand
-
-
-def constant(path: Path, *probabilities: float, classes: list[str] | None = None, n_frames: int = 60) -> Path:
-    """A fold file that gives every sound these probabilities."""
-    model = petl.apply(load_ast(SMALL_AST, n_frames, len(probabilities)), "linear")
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.copy_(torch.tensor(probabilities).log())
-    save_trained(model, path, {"classes": classes} if classes else {})
-    return path
 
 
 def glide(path: Path, samples: int, rate: int = 16_000) -> Path:

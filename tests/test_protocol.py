@@ -35,7 +35,7 @@ OUR_NAMES = {  # our trained tensors -> those of transformers and peft
 
 
 def second_loop(rows, checkpoint, fold, epochs, masked, start, orders, draws):
-    """`rows`: (file, fold, class). `start`: the first tensors. `orders`: one per epoch. `draws`: one (clips, 4) per step.
+    """`rows`: (file, fold, class). `start`: the first tensors. `orders`: one an epoch. `draws`: (clips, 4), one a step.
 
     Returns the loss of each step, the validation accuracy of each epoch (None where there is no validation), the chosen
     epoch, its logits and accuracy on the test clips, and the features of those.

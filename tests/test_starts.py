@@ -128,6 +128,16 @@ def test_the_smallest_shape_has_one_patch():
             model(torch.randn(shape))
 
 
+def test_what_the_head_reads():
+    """The average of [CLS] and [distillation], not their sum: the LayerNorm behind it would hide the difference."""
+    model, read = tiny_ast(pool="cls_dist"), []
+    model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    fbank = torch.randn(2, 36, 36)
+    model(fbank)
+    tokens = model.features(fbank)
+    torch.testing.assert_close(read[0], 0.5 * tokens[:, 0] + 0.5 * tokens[:, 1])
+
+
 # ------------------------------------------------------------------------------------------------ narrow backbones
 
 
