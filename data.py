@@ -182,8 +182,10 @@ def random_split(dataset: Dataset, seed: int) -> Split:
 
 
 def folds_of(dataset: Dataset, seed: int, bad: Iterable[int] = (), shots: int | None = None) -> dict[int, Split]:
-    """The folds of a run: those of the dataset, or one that the seed draws, without the clips `bad` and with `shots`
-    training clips per class. UserError if nothing is left to train or test on."""
+    """The folds of a run: the dataset's, or one that the seed draws, without the clips `bad`, with `shots` clips per class.
+
+    Raises UserError if nothing is left to train or test on.
+    """
     folds = {}
     for fold, split in (dataset.folds or {1: random_split(dataset, seed)}).items():
         train, val, test = ([i for i in part if i not in bad] for part in (split.train, split.val, split.test))

@@ -21,12 +21,7 @@ from support.command import UserError
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
-RANDOM = {  # dim, depth, heads
-    "base": (768, 12, 12),
-    "small": (384, 12, 6),
-    "tiny": (192, 12, 3),
-    "demo": (128, 4, 2),
-}
+RANDOM = {"base": (768, 12, 12), "small": (384, 12, 6), "tiny": (192, 12, 3), "demo": (128, 4, 2)}  # dim, depth, heads
 
 # One tensor, many names: ours, that of Hugging Face's files, and then that of others: inside the current library, and
 # of the original repository, github.com/YuanGongND/ast. Parts of a name, between dots; read from top to bottom.
@@ -119,15 +114,6 @@ def find_checkpoint(weights: str) -> tuple[Path, Path]:
     if not path.is_file():
         raise UserError(f"no weights at {weights}: give a file, a folder, hf:owner/name, audioset, demo or random:tiny")
     return path, path.parent / "config.json"
-
-
-def class_names(weights: str) -> list[str]:
-    """Names of the classes that a checkpoint's own head knows, the id2label of its config.json."""
-    config_path = None if weights.startswith("random:") else find_checkpoint(weights)[1]
-    names = read_json(config_path).get("id2label") if config_path and config_path.is_file() else None
-    if not names:
-        raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
-    return [names[str(i)] for i in range(len(names))]
 
 
 def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:

@@ -354,6 +354,8 @@ def adapters(*places: tuple[str, str], **options) -> tuple[Adapter, ...]:
     return tuple(Adapter(*place, **options) for place in places)
 
 
+ALL_THREE = (*adapters(FFN_PAR), Prompts(14, deep=True), LoRA(rr=256))
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in [
@@ -394,12 +396,7 @@ METHODS: dict[str, Method] = {
         Method("lora_x2", (LoRA("qv", rr=64),), "442K", "Table VI, LoRA"),
         Method("adapter_lora", (*adapters(FFN_PAR), LoRA()), "470K", "Table VI, Adapter + LoRA"),
         Method("adapter_dpt", (*adapters(FFN_PAR), Prompts(25, deep=True)), "479K", "Table VI, Adapter + DPT-25"),
-        Method(
-            "adapter_dpt_lora",
-            (*adapters(FFN_PAR), Prompts(14, deep=True), LoRA(rr=256)),
-            "488K",
-            "Table VI, Adapter + DPT-14 + LoRA",
-        ),  # fmt: skip
+        Method("adapter_dpt_lora", ALL_THREE, "488K", "Table VI, Adapter + DPT-14 + LoRA"),
         # Residual connections the wrong way round.
         Method("adapter_ffn_seq_no_residual", adapters(("ffn", "seq_after_no_residual")), "249K", "Table VII, Seq"),
         Method("adapter_ffn_par_residual", adapters(("ffn", "par_before_residual")), "249K", "Table VII, Par"),

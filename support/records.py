@@ -109,8 +109,8 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
     masked = "masked" if settings.mask else "unmasked"
     line = (
-        f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, batch "
-        f"{settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
+        f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, "
+        f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
         f"{settings.seed}, {settings.dtype}, {device}"
     )
     if settings.method["parts"]:

@@ -81,3 +81,52 @@ def here(monkeypatch, sounds, cache_dir, tmp_path):
     monkeypatch.setattr(campaign, "PATIENCE", 0)
     monkeypatch.setattr(sys, "argv", ["experiments.py"])
     return call
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory) -> Path:
+    return make_esc50(tmp_path_factory.mktemp("data") / "ESC", takes=2)
+
+
+class Here:
+    """Stands for a worker and the pipe to it: trains a cell in this process, while it is being sent."""
+
+    def __init__(self, started):
+        self.started, (self.answers, self.sender) = started, Pipe()
+        self.process = self.pipe = self
+
+    def send(self, job):
+        folder, words = job
+        with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            answer = campaign.train_cell(folder, words)
+        self.started += [] if answer == campaign.BUSY else [folder]
+        self.sender.send(answer)
+
+    def recv(self):
+        return self.answers.recv()
+
+    def fileno(self):
+        return self.answers.fileno()
+
+    def terminate(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch, sounds, cache_dir, tmp_path):
+    """Runs a campaign without processes of its own. `here.started`: the folders of the cells that were started, in
+    order; `here.hired`: the workers."""
+
+    def call(*options, out="out") -> int:
+        return experiments.main(campaign_words(sounds, cache_dir, tmp_path / out, *options))
+
+    def hire():
+        call.hired.append(Here(call.started))
+        return call.hired[-1]
+
+    call.started, call.hired, call.hire, call.out = [], [], campaign.hire, tmp_path / "out"
+    monkeypatch.setattr(campaign, "hire", hire)
+    monkeypatch.setattr(campaign, "print_to", lambda log: None)
+    monkeypatch.setattr(campaign, "PATIENCE", 0)
+    monkeypatch.setattr(sys, "argv", ["experiments.py"])
+    return call

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 import petl
 from ast_model import AST, ASTConfig
 from load_weights import (
-    class_names,
     fingerprint,
     load_ast,
     load_trained,
@@ -30,6 +29,7 @@ from load_weights import (
     save_trained,
 )
 from support.command import UserError
+from tools.predict import class_names
 
 SMALL_STATE = load_file(SMALL_AST / "model.safetensors")
 SMALL_CONFIG = json.loads((SMALL_AST / "config.json").read_text())

@@ -16,46 +16,41 @@ import zipfile
 import zlib
 from collections import Counter
 from contextlib import redirect_stderr
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SMALL_AST
-from demo_sounds import render
+from helpers import SMALL_AST
 
 import train
-from ast_model import UserError
 from data import (
     DATASETS,
-    ESC50,
     FRONT_END,
-    FSC,
-    GSC,
-    US8K,
     Dataset,
     Recipe,
-    Source,
     Split,
     build_features,
-    default_cache_dir,
-    download,
     fbank,
     few_shot,
-    locate,
+    frames_for,
+    load_dataset,
     random_split,
-    read_audio,
-    typical_seconds,
-    unpack,
-    whole_file,
 )
+from sounds.audio import read_audio, typical_seconds
+from sounds.clip import Clip, Listing
+from sounds.fetch import Source, download, locate, unpack
+from sounds.paper import ESC50, FSC, GSC, US8K
+from sounds.synth import render
+from support.command import UserError
+from support.files import default_cache_dir, whole_file
 
 
 def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
     """A dataset as train.py loads it."""
-    return DATASETS[name].load(data_dir, cache_dir)
+    return load_dataset(name, data_dir, cache_dir)
 
 
 def sound(path: Path, samples: int = 4800, seed: int = 0, rate: int = 16_000) -> Path:
@@ -229,10 +224,15 @@ def test_the_length_of_clips_is_that_of_all_that_ever_train(tmp_path):
     paths = [sound(tmp_path / f"{i}.wav", samples) for i, samples in enumerate((1600, 3200, 160_000, 320_000))]
     dataset = Dataset("lengths", tmp_path, ["a", "b"], paths, [0, 1, 0, 1], {})
     folds = {1: Split([0], [], [3]), 2: Split([1], [2], [3])}
-    assert typical_seconds(Dataset(**{**vars(dataset), "folds": folds})) == pytest.approx(0.195)  # of 0.1 and 0.2
-    assert typical_seconds(Dataset(**{**vars(dataset), "folds": {1: Split([2], [], [3])}})) == pytest.approx(10.0)
-    assert typical_seconds(Dataset(**{**vars(dataset), "folds": {1: Split([3], [], [2])}})) == 10.24
-    assert typical_seconds(Dataset("none", tmp_path, ["a"], [tmp_path / "absent.wav"], [0], {})) == 10.24
+
+    def frames(dataset, **changes):
+        return frames_for(DATASETS["folder"], replace(dataset, **changes), None)
+
+    assert typical_seconds(paths[:2]) == pytest.approx(0.195)  # of 0.1 and 0.2
+    assert frames(dataset, folds=folds) == 20  # 0.195 s, rounded
+    assert frames(dataset, folds={1: Split([2], [], [3])}) == 1000
+    assert frames(dataset, folds={1: Split([3], [], [2])}) == 1024
+    assert typical_seconds([tmp_path / "absent.wav"]) == 10.24
 
 
 # ---------------------------------------------------------------------------------------------------- the cache file
@@ -550,8 +550,8 @@ def test_zip_members_that_are_refused(tmp_path, name, mode):
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_ordinary_members_are_unpacked(tmp_path, kind):
     """Folders, files with and without a mode of Unix; leftovers of a killed run are none of them."""
-    (tmp_path / ".target.unpacking").mkdir()
-    (tmp_path / ".target.unpacking" / "stale.txt").touch()
+    (tmp_path / ".target.unfinished").mkdir()
+    (tmp_path / ".target.unfinished" / "stale.txt").touch()
     if kind == "zip":
         with zipfile.ZipFile(tmp_path / "archive", "w") as zipped:
             zipped.writestr("folder/", "")
@@ -823,13 +823,12 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
     ]
 
 
-def test_a_dataset_of_your_own_is_one_function_and_one_row(tmp_path, monkeypatch):
-    """As the README says; every number of the row comes to use, and the options go before it."""
-    dataset = clips(tmp_path / "sounds", *(f"{i}.wav" for i in range(8)), name="mine")
-    dataset = Dataset(
-        "mine", dataset.root, ["a", "b"], dataset.paths, [0, 1] * 4, {1: Split([0, 1, 2, 3], [4, 5], [6, 7])}
-    )
-    recipe = Recipe(lambda data_dir, cache_dir: dataset, n_frames=31, batch_size=3, epochs=2, mask=True,
+def test_every_number_of_a_row_comes_to_use(tmp_path, monkeypatch):
+    """And the options go before it."""
+    files = clips(tmp_path / "sounds", *(f"{i}.wav" for i in range(8)), name="mine").paths
+    parts = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    listing = Listing(tmp_path / "sounds", [Clip(file, "ab"[i % 2], parts[i]) for i, file in enumerate(files)])
+    recipe = Recipe(lambda data_dir, cache_dir: listing, n_frames=31, batch_size=3, epochs=2, mask=True,
                     weights=str(SMALL_AST), lr={"bitfit": 0.125})  # fmt: skip
     monkeypatch.setitem(DATASETS, "mine", recipe)
     options = ["--dataset", "mine", "--cache-dir", str(tmp_path)]

@@ -29,10 +29,9 @@ from sounds.paper import ESC50, FSC, GSC, US8K
 from support.command import Parser, UserError, choose_device, exit_code, nearest, numbers, positive
 from support.files import default_cache_dir, write_text
 from support.processes import say
-from tools import figures
+from tools import cells, figures
 from tools.campaign import method_of, options, take_results, train_cells
-from tools.cells import FEW_SHOT_EPOCHS, FIGURES, TABLES, TARGETS, Cell, Plan, budgets, cells_of, columns_of, epochs_of
-from tools.cells import lines_of, printed, shape_of, slug, weights_of
+from tools.cells import FIGURES, TABLES, TARGETS, Cell, Plan, columns_of, lines_of, printed
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
@@ -91,7 +90,7 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
     found = [[m for m in line if m] for line in measured]
 
     text = {"method": names, "trained": [span({m.trained for m in line}) for line in found]}
-    if all(shape_of(weights).dim == 768 for _, _, line in lines for weights in line.values()):
+    if all(cells.shape_of(weights).dim == 768 for _, _, line in lines for weights in line.values()):
         text["trained"] = beside(text["trained"], [table.numbers.get((name, "params")) for name in names])
     records = []
     for i, (dataset, shots) in enumerate(columns):
@@ -147,8 +146,8 @@ def notes_of(target: str, datasets: tuple[str, ...], found: list[Measured], plan
     theirs = ", in parentheses the paper's" if set(datasets) & set(table.datasets) else ""
     notes = [f"Test accuracy in percent, {seeds}{spread}{theirs}. Best **bold**, second best in _italics_."]
     for dataset in datasets:
-        cell = Cell(dataset, "linear", 0, weights_of(dataset, plan), 1 if table.few_shot else None)
-        epochs, usual = epochs_of(cell, plan), DATASETS[dataset].epochs
+        cell = Cell(dataset, "linear", 0, cells.weights_of(dataset, plan), 1 if table.few_shot else None)
+        epochs, usual = cells.epochs_of(cell, plan), DATASETS[dataset].epochs
         text = f"{printed(dataset)}: weights `{cell.weights}`, {epochs} epoch{'s' * (epochs > 1)}"
         if epochs != usual:
             why = "" if plan.epochs else ": few clips make few steps"
@@ -171,7 +170,7 @@ def file_of(target: str, plan: Plan) -> Path:
     """Where a table or figure goes, without suffix: other datasets or weights do not replace those of the paper."""
     table = TARGETS[target]
     words = [target, *(plan.datasets if tuple(plan.datasets or table.datasets) != table.datasets else [])]
-    words += [f"weights_{slug(plan.weights)}"] if plan.weights else []
+    words += [f"weights_{cells.slug(plan.weights)}"] if plan.weights else []
     return plan.out / ("tables" if target in TABLES else "figures") / "-".join(words)
 
 
@@ -194,25 +193,27 @@ def write_csv(path: Path, records: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------------- the figures
 
 
-def write_tokens(done: dict[Cell, dict], plan: Plan) -> None:
+def write_tokens(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     """Figure 2 from the cells that are finished, one for each dataset."""
-    columns = columns_of("fig2", plan)
+    columns, runs = columns_of(target, plan), {}
+    for (dataset, _), (name, method, weights) in product(columns, lines_of(target, plan)):
+        cell = Cell(dataset, method, plan.seeds[0], weights[dataset])
+        if cell in done:
+            runs.setdefault(dataset, {})[f"{name}, {done[cell]['accuracy']:.1f} %"] = plan.out / cell.name
     for dataset, _ in columns:
-        same = {name: Cell(dataset, method, plan.seeds[0], w[dataset]) for name, method, w in lines_of("fig2", plan)}
-        runs = {f"{name}, {done[cell]['accuracy']:.1f} %": cell for name, cell in same.items() if cell in done}
-        runs = {title: plan.out / cell.name for title, cell in runs.items()}
-        path = Path(f"{file_of('fig2', plan)}{f'-{dataset}' if len(columns) > 1 else ''}")
-        if runs:
-            figures.draw_tokens(runs, path, plan.data_dir.get(dataset), plan.cache_dir, choose_device(plan.device))
+        path = Path(f"{file_of(target, plan)}{f'-{dataset}' if len(columns) > 1 else ''}")
+        if dataset in runs:
+            data_dir, device = plan.data_dir.get(dataset), choose_device(plan.device)
+            figures.draw_tokens(runs[dataset], path, data_dir, plan.cache_dir, device)
         else:
-            say(f"{FIGURES['fig2'].title}: no cell of {dataset} is finished, nothing to draw")
+            say(f"{FIGURES[target].title}: no cell of {dataset} is finished, nothing to draw")
 
 
 def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     """Figure 3 or 4 from the cells that are finished, a panel for each dataset."""
     path, panels, records = file_of(target, plan), {}, []
     for (dataset, _), (name, method, weights) in product(columns_of(target, plan), lines_of(target, plan)):
-        seeds = [budgets(dataset, method, seed, weights[dataset]) for seed in plan.seeds]
+        seeds = [cells.budgets(dataset, method, seed, weights[dataset]) for seed in plan.seeds]
         for same in zip(*seeds, strict=True):  # cells that differ in the seed
             if m := measure(same, done):
                 curves = panels.setdefault(printed(dataset), {})
@@ -227,22 +228,21 @@ def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
 # ---------------------------------------------------------------------------------------------- what would be trained
 
 
-def dry_run(cells: list[Cell], plan: Plan) -> None:
+def dry_run(listed: list[Cell], plan: Plan) -> None:
     """List the cells with the numbers of `size_of`, and whether they are finished."""
     done, failed = {}, {}
-    take_results(cells, done, failed, plan)
-    sizes = {cell: size_of(cell, plan) for cell in cells}
-    width = max(len(cell.name) for cell in cells)
+    left = {*take_results(listed, done, failed, plan), *failed}
+    sizes = {cell: size_of(cell, plan) for cell in listed}
+    width = max(len(cell.name) for cell in listed)
     say(f"{'cell':<{width}}  {'trained':>11}  {'clips':>11}  {'steps':>9}  state")
     for cell, size in sizes.items():
         trained, clips, steps = ("-" if n is None else f"{n:,}" for n in size)
-        state = "finished" if cell in done else f"conflict: {failed[cell]}" if cell in failed else "to do"
+        state = f"conflict: {failed[cell]}" if cell in failed else "to do" if cell in left else "finished"
         say(f"{cell.name:<{width}}  {trained:>11}  {clips:>11}  {steps:>9}  {state}")
-    left = [size[1:] for cell, size in sizes.items() if cell not in done]
-    clips, steps = (sum(numbers) for numbers in zip((0, 0), *(size for size in left if None not in size), strict=True))
-    unknown = left.count((None, None))
+    clips, steps = (sum(sizes[cell][i] or 0 for cell in left) for i in (1, 2))
+    unknown = sum(sizes[cell][1] is None for cell in left)
     without = f"; {unknown} more have no count, their data is not here yet" if unknown else ""
-    say(f"{len(cells)} cells, {len(done)} finished; the rest trains on {clips:,} clips in {steps:,} steps{without}")
+    say(f"{len(listed)} cells, {len(done)} finished; the rest trains on {clips:,} clips in {steps:,} steps{without}")
 
 
 def size_of(cell: Cell, plan: Plan) -> tuple[int | None, int | None, int | None]:
@@ -255,7 +255,7 @@ def size_of(cell: Cell, plan: Plan) -> tuple[int | None, int | None, int | None]
     n_frames = frames_for(recipe, dataset, run.seconds) if dataset else recipe.n_frames
     n_classes = len(dataset.classes) if dataset else 2
     with torch.device("meta"):  # shapes without numbers
-        model = AST(replace(shape_of(cell.weights), n_frames=n_frames, n_classes=n_classes, pool=run.pool))
+        model = AST(replace(cells.shape_of(cell.weights), n_frames=n_frames, n_classes=n_classes, pool=run.pool))
         parameters = petl.count(petl.apply(model, method_of(cell)))
     if dataset is None:
         return parameters["petl"] or None, None, None
@@ -299,7 +299,7 @@ def parse(argv: list[str]) -> Plan:
     add("--add", type=names, default=[], metavar="M,M", help="methods that get a row in every table")
     add("--random", type=names, default=[], metavar="M,M", help="Table I also from random weights, for these methods")
     add("--seeds", type=numbers, default=[0], metavar="0,1,2", help="each cell once for each of these")
-    add("--epochs", type=positive, help=f"default: the dataset's, in Table II at least {FEW_SHOT_EPOCHS}")
+    add("--epochs", type=positive, help=f"default: the dataset's, in Table II at least {cells.FEW_SHOT_EPOCHS}")
     add("--weights", help="the backbone; default: the dataset's")
     add("--data-dir", action="append", default=[], metavar="[D=]PATH", help="where a dataset is; once for each of them")
     add("--cache-dir", type=Path, default=default_cache_dir(), help="for downloads and features (%(default)s)")
@@ -346,25 +346,22 @@ def start(argv: list[str]) -> int:
         figures.plot(argv[1:])
         return 0
     plan = parse(argv)
-    cells = cells_of(plan)
+    listed = cells.cells_of(plan)
     # Wrong options of train.py or a wrong checkpoint: now, not once for each cell. (This process needs no GPU.)
-    train.parse([*options(cells[0], plan), *(["--device", "cpu"] if plan.device == "auto" else [])])
+    train.parse([*options(listed[0], plan), *(["--device", "cpu"] if plan.device == "auto" else [])])
     if plan.weights:
-        shape_of(plan.weights)
+        cells.shape_of(plan.weights)
     if plan.dry_run:
-        dry_run(cells, plan)
+        dry_run(listed, plan)
         return 0
     if any(target in FIGURES for target in plan.targets):
         figures.pyplot()  # missing? now, not after the training
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the campaign ends its workers
     try:
-        done, failed = train_cells(cells, plan)
+        done, failed = train_cells(listed, plan)
         for target in plan.targets:
-            if target == "fig2":
-                write_tokens(done, plan)
-            else:
-                write = write_table if target in TABLES else write_curves
-                write(target, done, plan)
+            write = write_table if target in TABLES else write_tokens if target == "fig2" else write_curves
+            write(target, done, plan)
     except OSError as error:
         raise UserError(f"{error.filename or plan.out}: {error.strerror or error}; is --out a folder to write to, and "
                         "is there space?") from None  # fmt: skip

@@ -30,6 +30,7 @@ from ast_model import AST, ASTConfig
 from support.checkpoints import read_header, read_json, read_tensors
 from support.command import Parser, UserError, exit_code
 from support.files import whole_file, write_json
+from tools.predict import class_names
 
 # ------------------------------------------------------------------------------------------------------------- show
 
@@ -209,7 +210,7 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     if names:
         metadata["classes"] = [names[str(i)] for i in range(len(names))]
     elif n_classes is None:
-        metadata["classes"] = load_weights.class_names(base)
+        metadata["classes"] = class_names(base)
     load_weights.save_trained(model, out, metadata)
 
 

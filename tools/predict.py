@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
-from load_weights import class_names, load_ast, load_trained
+from load_weights import find_checkpoint, load_ast, load_trained
 from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
-from support.checkpoints import read_header
+from support.checkpoints import read_header, read_json
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.speed import Machine, autocast, prepare
 
@@ -88,6 +88,15 @@ def load_classifier(path: Path, weights: str | None) -> Classifier:
     models = [load_trained(file, weights) for file in files]
     classes = headers[0].get("classes") or [f"class {i}" for i in range(models[0].config.n_classes)]
     return Classifier(models, classes, lambda logits: logits.softmax(-1))
+
+
+def class_names(weights: str) -> list[str]:
+    """Names of the classes that a checkpoint's own head knows, the id2label of its config.json."""
+    config_path = None if weights.startswith("random:") else find_checkpoint(weights)[1]
+    names = read_json(config_path).get("id2label") if config_path and config_path.is_file() else None
+    if not names:
+        raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
+    return [names[str(i)] for i in range(len(names))]
 
 
 def load_tagger(weights: str) -> Classifier:
