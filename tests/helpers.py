@@ -81,19 +81,3 @@ def constant(path: Path, *probabilities: float, classes: list[str] | None = None
         model.head.bias.copy_(torch.tensor(probabilities).log())
     save_trained(model, path, {"classes": classes} if classes else {})
     return path
-
-
-def campaign_words(sounds: Path, cache_dir: Path, out: Path, *words) -> list[str]:
-    """Options of tools.experiments: one epoch of one fold on half a second of ten tones, less than importing torch."""
-    own = ["--datasets", "esc10", "--data-dir", f"esc10={sounds}", "--weights", SMALL_AST, "--epochs", 1]
-    ours, passed = (words[: (i := words.index("--"))], words[i + 1 :]) if "--" in words else (words, [])
-    passed = ["--folds", 1, "--seconds", 0.5, *passed]  # of an option that comes twice the last one counts
-    return [str(w) for w in [*own, "--cache-dir", cache_dir, "--out", out, *ours, "--", *passed]]
-
-
-def table_of(out: Path, target: str) -> dict[str, dict[str, str]]:
-    """A Markdown table that tools.experiments wrote, as {row: {heading: text}}."""
-    (file,) = (out / "tables").glob(f"{target}-*.md")
-    lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}

@@ -76,7 +76,7 @@ def test_a_method_is_one_cell_in_all_tables_and_figures():
     ]  # fmt: skip
     # Twice the parameters of PF par are those of PF par x2 in Table V, and of LoRA those of LoRA in Table VI.
     assert not any(cell.rr == 8 and cell.method == "pfeiffer_par" for cell in listed)
-    assert Cell("demo", "pfeiffer_par_x2", 0, "demo") in listed and Cell("demo", "lora_x2", 0, "demo") in cells
+    assert Cell("demo", "pfeiffer_par_x2", 0, "demo") in listed and Cell("demo", "lora_x2", 0, "demo") in listed
 
 
 def test_curves_of_the_base_ast():

@@ -85,21 +85,23 @@ def test_dry_run(here, capsys):
     assert here("table1", "--methods", "linear,lora") == 0
     capsys.readouterr()
     assert here("table1", "--methods", "linear,lora,dpt", "--dry-run") == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "seed0" in line]
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines() if "seed0" in line]
     lines = {line[0].split("/")[-2]: line for line in lines}
     assert set(lines) == {"linear", "lora", "dpt"}
     counted = json.loads((here.started[1] / "result.json").read_text())["parameters"]
     assert lines["lora"][1] == f"{counted['petl']:,}" and lines["lora"][-1] == "finished"
-    assert lines["dpt"][-2:] == ["to", "do"] and lines["dpt"][3] == "s" and int(lines["dpt"][1].replace(",", "")) > 0
+    assert lines["dpt"][2:] == ["60", "2", "to", "do"] and int(lines["dpt"][1].replace(",", "")) > 0
+    assert "3 cells, 2 finished; the rest trains on 60 clips in 2 steps\n" in printed
     assert len(here.started) == 2 and not list(here.out.rglob("dpt"))
 
 
 def test_dry_run_without_the_data(capsys, tmp_path):
-    """Nothing is downloaded: parameters of the base AST, no estimate."""
+    """Nothing is downloaded: parameters of the base AST, no clips and steps."""
     options = ["table5", "--dry-run", "--cache-dir", str(tmp_path), "--out", str(tmp_path)]
     assert experiments.main(options) == 0
     out = capsys.readouterr().out
-    assert "16 cells, 0 finished" in out and "16 more have no estimate" in out
+    assert "16 cells, 0 finished" in out and "16 more have no count" in out
     assert "497,952" in out and not list(tmp_path.iterdir())
 
 
@@ -148,9 +150,8 @@ def test_a_method_of_your_own(tmp_path, sounds, cache_dir):
     first = '        Method("full_ft"'
     (tmp_path / "petl.py").write_text(before + METHOD + "# the table of methods" + after.replace(first, ROW + first))
     out = tmp_path / "out"
-    options = campaign_words(sounds, cache_dir, out, "table1", "table5", "fig4", "--methods", "hydra", "--add", "scale_shift",
-                    "--jobs", 2)  # fmt: skip
-    command = [sys.executable, "-m", "tools.experiments", *options]
+    targets = ["table1", "table5", "fig4", "--methods", "hydra", "--add", "scale_shift", "--jobs", 2]
+    command = [sys.executable, "-m", "tools.experiments", *campaign_words(sounds, cache_dir, out, *targets)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for target in ("table1", "table5"):
