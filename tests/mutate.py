@@ -36,6 +36,8 @@ SWAPS = {
 NAMES = {"min": "max", "max": "min", "zeros_": "ones_", "train": "val", "val": "test", "mean": "sum", "q": "k", "norm1":
          "norm2", "fc1": "fc2", "first": "last", "sorted": "list", "floor": "round", "sin": "cos"}  # fmt: skip
 
+HEAVY = "torch transformers peft soundfile soxr onnxruntime onnx pytest matplotlib.pyplot sklearn.manifold"
+
 
 def mutations(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """Every way to get one node wrong: what was done, and the wrong node."""
@@ -232,18 +234,7 @@ def main() -> None:
     chosen = sample(args.files, args.count, args.seed)
     seen = {(k["file"], k["line"], k["what"], k["source"]) for k in known if not (args.again and k["survived"])}
     chosen = [m for m in chosen if (m["file"], m["line"], m["what"], m["source"]) not in seen]
-    for name in [
-        "torch",
-        "transformers",
-        "peft",
-        "soundfile",
-        "soxr",
-        "onnxruntime",
-        "onnx",
-        "pytest",
-        "matplotlib.pyplot",
-        "sklearn.manifold",
-    ]:
+    for name in HEAVY.split():
         __import__(name)
     from transformers import ASTFeatureExtractor, ASTForAudioClassification  # noqa: F401 - resolves its lazy imports
 
