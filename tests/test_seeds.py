@@ -491,7 +491,7 @@ def mean_and_std(values: list[float]) -> list:
     return [mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))]
 
 
-def test_results_by_hand(campaign, watch, sounds):
+def test_results_by_hand(campaign):
     """Mean and sample standard deviation over the folds of a seed, and over all folds of all seeds."""
     whole = json.loads((campaign[0] / "result.json").read_text())
     accuracies, means = [], {}
