@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import huggingface_hub
@@ -184,6 +185,20 @@ def test_a_long_recording_is_listened_to_as_it_comes():
     assert [next(scored)[0].start for _ in range(5)] == [0, 1, 2, 3, 4] and len(cut) == 5
     answers = predict.answers(scored, ["a", "b"], 1)
     assert next(answers).what == "window" and len(cut) == 10
+
+
+def test_a_terminal_sees_how_far_it_is(tmp_path):
+    """Seconds of sound, overlapping windows counted once, over all files."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    fold = constant(tmp_path / "fold1.safetensors", 0.5, 0.5)
+    files = [sound(tmp_path / "a.wav", 40_000), sound(tmp_path / "b.wav", 24_000)]
+    with redirect_stderr(Terminal()) as shown, redirect_stdout(io.StringIO()):
+        assert predict.main([str(fold), *map(str, files)]) == 0
+    assert "listening: 100%" in shown.getvalue() and "4.00/4.00" in shown.getvalue()
 
 
 def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, monkeypatch):
