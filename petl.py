@@ -21,7 +21,7 @@ from support.command import UserError, nearest
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The AST's own module beneath whatever wraps it."""
+    """The AST's own module beneath whatever wraps it: prompts wrap blocks, adapters sub-layers, LoRA projections."""
     while hasattr(module, "wrapped"):
         module = module.wrapped
     return module
@@ -30,6 +30,16 @@ def inner(module: nn.Module) -> nn.Module:
 def rank_of(dim: int, rr: int) -> int:
     """Bottleneck size r = dim / RR (section III-A), rounded, at least 1."""
     return max(1, round(dim / rr))
+
+
+def zeros(linear: nn.Linear) -> nn.Linear:
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
@@ -54,16 +64,16 @@ class Bottleneck(nn.Module):
 class Convpass(nn.Module):
     """A bottleneck with a convolution inside (Jie and Deng, 2022).
 
-    conv="1d" slides a window of 3 over the token sequence: the parameter count that the paper reports. conv="2d" is the
-    3x3 convolution over the patch grid of the original Convpass; the tokens in front of the patches are convolved as
-    1x1 images. The convolution starts as the identity.
+    nn.Conv1d slides a window of 3 over the token sequence: section II-B says 3x3, but only this has Table I's 254K.
+    nn.Conv2d is the 3x3 convolution over the patch grid of the original Convpass; the tokens in front of the patches
+    are convolved as 1x1 images. As in the original, it starts as the identity, between QuickGELUs, with dropout 0.1.
     """
 
-    def __init__(self, dim: int, rank: int, conv: str, grid: tuple[int, int]):
+    def __init__(self, dim: int, rank: int, conv: type, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
         self.down = nn.Linear(dim, rank)
-        self.conv = {"1d": nn.Conv1d, "2d": nn.Conv2d}[conv](rank, rank, kernel_size=3, padding=1)
+        self.conv = conv(rank, rank, kernel_size=3, padding=1)
         nn.init.dirac_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
         self.dropout = nn.Dropout(0.1)
@@ -85,35 +95,14 @@ class Convpass(nn.Module):
         return torch.cat([front, patches], dim=1)
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-def zeros(linear: nn.Linear) -> nn.Linear:
-    for parameter in linear.parameters():
-        nn.init.zeros_(parameter)
-    return linear
-
-
 # Where an adapter A meets a sub-layer S whose input is u, the output of its LayerNorm. What comes out replaces S(u).
 
-
-def seq_after(S, A, u):
-    h = S(u)
-    return h + A(h)
-
-
-def seq_before(S, A, u):
-    a = A(u)
-    return S(a) + a
-
-
 INSERTIONS = {
-    "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7)
-    "seq_after": seq_after,  # eq. (6)
-    "seq_before": seq_before,  # Table III; starts far from the pretrained function
+    "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7), where A reads the stream before the LayerNorm
+    "seq_after": lambda S, A, u: (h := S(u)) + A(h),  # eq. (6) and a residual path, which Table I's numbers have
+    "seq_before": lambda S, A, u: S(a := A(u)) + a,  # Table III; starts far from the pretrained function
     "par_before_residual": lambda S, A, u: S(u) + A(u) + u,  # Table VII: a parallel adapter needs no residual path
-    "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII: a sequential one does
+    "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII, eq. (6) as printed: a sequential one does
 }
 
 
@@ -130,7 +119,10 @@ class Adapted(nn.Module):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter at the MHSA (`at="attn"`) or the FFN (`at="ffn"`) of every block; trains the LayerNorm feeding it."""
+    """An adapter at the MHSA (`at="attn"`) or the FFN (`at="ffn"`) of every block.
+
+    It trains the LayerNorm that feeds the sub-layer, too: the paper's 249K are 230,544 and those 18,432.
+    """
 
     at: str
     how: str  # a key of INSERTIONS
@@ -143,7 +135,7 @@ class Adapter:
             if self.kind == "bottleneck":
                 adapter = Bottleneck(model.config.dim, rank)
             else:
-                conv = {"convpass": "1d", "convpass_2d": "2d"}[self.kind]
+                conv = {"convpass": nn.Conv1d, "convpass_2d": nn.Conv2d}[self.kind]
                 adapter = Convpass(model.config.dim, rank, conv, model.config.grid)
             setattr(block, self.at, Adapted(getattr(block, self.at), adapter, self.how))
             norm = {"attn": block.norm1, "ffn": block.norm2}[self.at]
@@ -201,16 +193,16 @@ class Hydra:
 
 
 class LoRALinear(nn.Module):
-    """W x + bias + s B A x, eq. (5) (Hu et al., 2021). B starts at zero: nothing changes before training."""
+    """x W + bias + s x A B, eq. (5) (Hu et al., 2021). B starts at zero: nothing changes before training."""
 
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__()
         self.wrapped, self.scale = wrapped, scale
         self.a = nn.Linear(wrapped.in_features, rank, bias=False)
-        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # zero: nothing to draw
+        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # draws no numbers
 
     def forward(self, x):  # (..., in) -> (..., out)
-        return self.wrapped(x) + self.b(self.scale * self.a(x))  # scaling r numbers, not dim
+        return self.wrapped(x) + self.b(self.scale * self.a(x))
 
     def merged(self) -> nn.Linear:
         """One plain Linear with the weight W + s B A."""
@@ -227,20 +219,20 @@ class LoRA:
     alpha: float = 8
 
     def insert(self, model: AST) -> None:
+        rank, scale = rank_of(model.config.dim, self.rr), self.alpha / self.rr
         for block in map(inner, model.blocks):
             for name in self.targets:
                 parent = inner(block.attn)
                 while hasattr(getattr(parent, name), "wrapped"):  # LoRA changes the weight itself: beneath any wrapper
                     parent, name = getattr(parent, name), "wrapped"
-                rank = rank_of(model.config.dim, self.rr)
-                setattr(parent, name, LoRALinear(getattr(parent, name), rank, self.alpha / self.rr))
+                setattr(parent, name, LoRALinear(getattr(parent, name), rank, scale))
 
 
 # ------------------------------------------------------------------------------------------------ prompts and prefixes
 
 
 def prompt_parameter(n: int, config) -> nn.Parameter:
-    """n learned tokens, uniform in +-sqrt(6 / (3 patch^2 + dim)), as in visual prompt tuning (Jia et al., 2022)."""
+    """n learned tokens, uniform in +-sqrt(6 / (3 patch^2 + dim)), as in visual prompt tuning, where 3 are colours."""
     bound = (6 / (3 * config.patch**2 + config.dim)) ** 0.5
     return nn.Parameter(torch.empty(n, config.dim).uniform_(-bound, bound))
 
@@ -254,12 +246,12 @@ class PrefixLinear(nn.Module):
 
     def forward(self, x):  # (batch, tokens, dim) -> (batch, n + tokens, dim)
         y = self.wrapped(x)
-        return torch.cat([self.prefix.to(y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
+        return torch.cat([self.prefix.to(y.dtype).expand(y.shape[0], -1, -1), y], dim=1)  # y: half under autocast
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Prefix-tuning: of n prompts a layer, one half are keys and the other half values."""
+    """Prefix-tuning: of n prompts a layer, one half are keys and the other half values (221K = 12 x 24 x 768)."""
 
     prompts: int = 24
 
@@ -337,7 +329,7 @@ class Everything:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS. Every method also trains the final LayerNorm and the head."""
+    """A row of METHODS. Every method also trains the head and the final LayerNorm, but for the scale of BitFit's."""
 
     name: str
     parts: tuple
@@ -365,7 +357,8 @@ METHODS: dict[str, Method] = {
         Method("spt", (Prompts(300),), "230K", "Table I, SPT-300", lr=1e-2),
         Method("dpt", (Prompts(25, deep=True),), "230K", "Table I, DPT-25", lr=1e-2),
         Method("prefix", (Prefix(24),), "221K", "Table I, Pref-T 24", lr=1e-2),
-        # Pfeiffer: one adapter a block, parallel to the MHSA or in sequence after the FFN. Houlsby: one at each.
+        # Pfeiffer: one adapter a block, parallel to the MHSA or in sequence after the FFN (Table I's numbers are those
+        # rows of Table III; section II-B has the FFN alone). Houlsby: one at each.
         Method("pfeiffer_par", adapters(MHSA_PAR), "249K", "Table I, PF par"),
         Method("pfeiffer_seq", adapters(FFN_SEQ), "249K", "Table I, PF seq"),
         Method("houlsby_par", adapters(MHSA_PAR, FFN_PAR), "498K", "Table I, HOU par"),
@@ -457,6 +450,5 @@ def merge(model: AST) -> AST:
                 raise UserError(f"{model.method.name!r} cannot be merged: {kind} is no linear change of a weight")
     plain.requires_grad_(True)
     plain.config = replace(plain.config, hidden=plain.blocks[0].ffn.fc1.out_features)
-    if hasattr(plain, "method"):
-        del plain.method
+    vars(plain).pop("method", None)
     return plain

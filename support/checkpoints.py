@@ -89,3 +89,17 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **
     """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`."""
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))
+
+
+def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str, but: str | None = None) -> None:
+    """Let the tensors of `state` be those of the model; names that begin with `but` need not be among them.
+
+    Raises UserError for tensors of another shape, for missing and for unknown ones; `origin` says where they are from.
+    """
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{origin} is no AST of one shape: {str(error).splitlines()[-1].strip()}") from None
+    missing = [name for name in missing if but is None or not name.startswith(but)]
+    if missing or unknown:
+        raise UserError(f"{origin} is no AST checkpoint: missing {shorten(missing)}; unknown {shorten(unknown)}")

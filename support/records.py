@@ -69,7 +69,7 @@ def hash_of(table: str) -> str:
 
 
 def start_run(
-    folder: Path, settings: Settings, table: str, skipped: dict[str, str], data_dir: Path | None, cache_dir: Path
+    folder: Path, settings: Settings, table: str, dataset, bad: dict[int, str], data_dir: Path | None, cache_dir: Path
 ) -> None:
     """Write config.json and split.csv. UserError if `folder` holds another experiment: its finished folds must not be
     mixed with these."""
@@ -83,8 +83,9 @@ def start_run(
         del new["weights"]  # a name; `backbone` is what counts
         compare_settings(folder, old, new)
     if is_first():
+        names = dataset.names()
         write_json(file, {
-            **asdict(settings), "command": sys.argv, "skipped_clips": skipped,
+            **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
             "data_dir": data_dir and str(data_dir.resolve()), "cache_dir": str(cache_dir.resolve()),
         })  # fmt: skip
         write_text(folder / "split.csv", table)
@@ -126,30 +127,36 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
 
 @dataclass
 class Progress:
-    """What is known of a fold after its last finished epoch."""
+    """What is known of a fold after its last finished epoch. Its clock runs from the start."""
 
     fold: int
     history: list[dict] = field(default_factory=list)  # the rows of metrics.csv
     best: dict = field(default_factory=lambda: {"accuracy": -1.0, "epoch": 0, "tensors": {}})
     seconds: float = 0.0
+    clock: float = field(default_factory=time.perf_counter)  # when it was last read
+    begin: float = 0.0  # of the present epoch
 
-    def add(self, losses: list[float], rates: list[float], accuracy: float | None, tensors: dict, speed: float) -> None:
-        """One more epoch. Without validation clips (accuracy None) the last one is the best.
-
-        Raises UserError if a loss is not finite.
-        """
+    def trained(self, losses: list[float], rates: list[float], clips: int) -> None:
+        """The steps of one more epoch, on so many clips. UserError if a loss is not finite."""
         epoch, steps = len(self.history) + 1, len(rates)
         for i, (loss, lr) in enumerate(zip(losses, rates, strict=True), start=1):
             if not math.isfinite(loss):
                 where = f"fold {self.fold}, epoch {epoch}, step {i} of {steps}, learning rate {lr:.2g}"
                 raise UserError(f"the loss is {loss} in {where}: choose a smaller --lr, or --dtype float32")
-        if accuracy is None or accuracy > self.best["accuracy"]:
-            self.best = {"accuracy": accuracy, "epoch": epoch, "tensors": tensors}
         self.history.append({
             "fold": self.fold, "epoch": epoch, "step": steps * epoch, "loss": round(statistics.mean(losses), 6),
-            "accuracy": "" if accuracy is None else round(accuracy, 4), "lr": f"{rates[-1]:.4g}",
-            "clips/s": round(speed, 1),
+            "accuracy": "", "lr": f"{rates[-1]:.4g}", "clips/s": round(clips / (time.perf_counter() - self.begin), 1),
         })  # fmt: skip
+
+    def validated(self, accuracy: float | None, tensors: dict[str, torch.Tensor]) -> None:
+        """The end of the epoch. The best has the highest accuracy, the first of equals; without validation clips
+        (None) it is the last."""
+        if accuracy is None or accuracy > self.best["accuracy"]:
+            self.best = {"accuracy": accuracy, "epoch": len(self.history), "tensors": tensors}
+        if accuracy is not None:
+            self.history[-1]["accuracy"] = round(accuracy, 4)
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def result(self, accuracy: float) -> dict:
         """What result.json says of the fold, `accuracy` being that on the test clips."""
@@ -166,6 +173,7 @@ def epochs_left(progress: Progress, epochs: int) -> Iterator[int]:
     numbers = range(done + 1, epochs + 1)
     bar = tqdm(numbers, f"fold {progress.fold}", epochs, initial=done, unit="epoch", disable=hidden)
     for epoch in bar:
+        progress.begin = time.perf_counter()
         yield epoch
         bar.set_postfix(loss=progress.history[-1]["loss"], accuracy=progress.history[-1]["accuracy"])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import SMALL_AST, tiny_ast
+from torch import nn
 
 import petl
 from ast_model import AST, ASTConfig
@@ -112,7 +113,7 @@ def quick_gelu(x):
 
 
 def test_convpass_1d_by_hand():
-    adapter = randomised(petl.Convpass(dim=8, rank=3, conv="1d", grid=(2, 2)))
+    adapter = randomised(petl.Convpass(dim=8, rank=3, conv=nn.Conv1d, grid=(2, 2)))
     x = torch.randn(1, 6, 8)
     h = quick_gelu(adapter.down(x))[0]
     padded = torch.cat([torch.zeros(1, 3), h, torch.zeros(1, 3)])
@@ -123,7 +124,7 @@ def test_convpass_1d_by_hand():
 
 def test_convpass_2d_by_hand():
     bands, steps = 3, 2
-    adapter = randomised(petl.Convpass(dim=8, rank=3, conv="2d", grid=(bands, steps)))
+    adapter = randomised(petl.Convpass(dim=8, rank=3, conv=nn.Conv2d, grid=(bands, steps)))
     x = torch.randn(1, 2 + bands * steps, 8)
     h = quick_gelu(adapter.down(x))[0]
     rows = [adapter.conv.weight[:, :, 1, 1] @ h[token] + adapter.conv.bias for token in range(2)]  # 1x1 images
@@ -140,7 +141,7 @@ def test_convpass_2d_by_hand():
 
 
 def test_convpass_drops_only_in_training():
-    adapter = randomised(petl.Convpass(dim=8, rank=30, conv="1d", grid=(2, 2)))
+    adapter = randomised(petl.Convpass(dim=8, rank=30, conv=nn.Conv1d, grid=(2, 2)))
     x = torch.randn(1, 6, 8)
     torch.testing.assert_close(adapter(x), adapter(x))
     adapter.train()
