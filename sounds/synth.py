@@ -5,21 +5,19 @@ follow each other. SOURCE has 68 of them: the small backbone in `weights/` was p
 TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. They are five pairs of opposites
 made of the same events: what one does first, the other does last, and an average over time hardly tells which is which.
 
-    wave = render("bell", index=0)          # (16000,) float32: one second at 16 kHz
-    python -m sounds.synth bell up_up_down   # writes five of each as WAV files, to listen to
+    wave = render("bell", index=0)  # (16000,) float32: one second at 16 kHz
 
 A sound follows from its class, its index and a seed alone. Pitch, tempo, timbre, onset, level and the noise behind it
 are drawn anew for each index.
 """
 
-import sys
 import zlib
 from collections.abc import Callable
 
 import numpy as np
-import soundfile
 
-RATE = 16_000  # Hz
+from sounds.audio import RATE
+
 SAMPLES = RATE  # of a clip: one second
 LATEST = RATE // 8  # sample at which a sound begins, at the latest
 
@@ -422,19 +420,3 @@ def render(name: str, index: int, seed: int = 0) -> np.ndarray:
     signal_to_noise = 10 ** (rng.uniform(-3, 15) / 20)
     clip = clip / clip.std() + noise / noise.std() / signal_to_noise
     return (clip / abs(clip).max() * 10 ** (rng.uniform(-20, -1) / 20)).astype(np.float32)
-
-
-def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in CLASSES]
-    if unknown or not names:
-        print(f"usage: python -m sounds.synth CLASS ...; the classes are {', '.join(CLASSES)}", file=sys.stderr)
-        return 2
-    for name in names:
-        for index in range(5):
-            soundfile.write(f"{name}{index}.wav", render(name, index), RATE, subtype="PCM_16")
-            print(f"{name}{index}.wav")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

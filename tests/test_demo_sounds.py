@@ -11,7 +11,7 @@ import petl
 import train
 from data import DATASETS, fbank, load_dataset, to_input
 from load_weights import DEMO, load_ast, read_header
-from sounds import demo, synth
+from sounds import demo
 from sounds.audio import read_audio
 from sounds.demo import rendered
 from sounds.synth import CLASSES, SAMPLES, SOURCE, TARGET, render
@@ -158,11 +158,3 @@ def test_the_shipped_backbone_knows_the_source_sounds():
         logits = model(to_input(fbank(torch.from_numpy(np.stack(clips))), 98))
     accuracy = (logits.argmax(1) == torch.tensor(labels)).float().mean()
     assert accuracy > BAR, f"{100 * accuracy:.1f} %"
-
-
-def test_listening(tmp_path, monkeypatch):
-    """The module is a command, too, and names its classes when asked for one that it does not have."""
-    monkeypatch.chdir(tmp_path)
-    assert synth.main(["bell"]) == 0
-    assert len(list(tmp_path.glob("bell*.wav"))) == 5
-    assert synth.main(["bel"]) == 2

@@ -1,7 +1,6 @@
-"""How fast it is: beside transformers and peft in one process, against its own arithmetic, and against the clip length.
+"""How fast it is, beside transformers and peft in one process, and against its own arithmetic.
 
     python -m tools.bench            # the table of tools/README.md; --quick for a short one, --json FILE for programs
-    python -m tools.bench growth     # step time and memory against clip length and batch
     python -m tools.bench esc50      # the whole ESC-50 experiment in shape, on random clips: meant for a GPU
 
 The contestants run in turn, so that a busy machine slows all of them, and the median counts. They have the same random
@@ -24,12 +23,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,21 +70,20 @@ class Bench(Machine):
 # -------------------------------------------------------------------------------------------------------- arithmetic
 
 
-def flops(config: ASTConfig, method: str | None) -> dict[str, int]:
+def flops(config: ASTConfig, method: str | None) -> int:
     """Floating-point operations of the matrix products for one clip: a training step, or inference for method None.
 
     PyTorch counts them, on the meta device, where nothing is computed: two for each multiplication with its addition,
-    forward and backward, of all linear layers and convolutions; and under "attention" of the scores and the mixing, as
-    two plain products (what flash attention computes a second time is no useful work). Gradients that no trained weight
-    asks for are not counted, as they are not computed.
+    forward and backward, of all linear layers and convolutions, and of attention's scores and mixing as plain products
+    (what flash attention computes a second time is no useful work). Gradients that no trained weight asks for are not
+    counted, as they are not computed.
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = petl.apply(AST(config), method or "linear")
         logits = model(torch.empty(1, config.n_frames, config.n_mels))
         if method is not None:
             logits.sum().backward()
-    attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]  # nothing else multiplies batches of matrices
-    return {"all": counter.get_total_flops(), "attention": attention}
+    return counter.get_total_flops()
 
 
 def large_product(tokens: int, bench: Bench) -> tuple[Callable, float]:
@@ -241,7 +237,7 @@ def measure_models(step: str, n_frames: int, bench: Bench) -> list[dict]:
     config = models["ours"].config
     large, gflop = large_product(bench.batch * config.n_tokens, bench)
     times = in_turn({**{name: way for name, (way, _) in passes.items()}, "GEMM": large}, bench.repeats)
-    gemm, mflop = gflop / median(times.pop("GEMM")), flops(config, method)["all"] / 1e6
+    gemm, mflop = gflop / median(times.pop("GEMM")), flops(config, method) / 1e6
     results = results_of(step, n_frames, times, bench.batch)
     for result in results:
         rate = mflop / result["ms_per_clip"]  # GFLOP/s
@@ -299,39 +295,6 @@ def table(bench: Bench) -> dict:
     return {"results": results}
 
 
-def growth(bench: Bench) -> dict:
-    """A LoRA step of ours against clip length and batch. Attention grows with the square of the length, everything else
-    with the length: its share of the operations is counted, and of the time measured, by running it alone."""
-    line = "| {:>6} | {:>6} | {:>5} | {:>9} | {:>9} | {:>17} | {:>18} |"
-    print(line.format("frames", "tokens", "batch", "ms/clip", "MB", "attention counted", "attention measured"))
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    results, lengths = [], (100, 200, 500) if bench.quick else (100, 200, 500, 1024, 2048)
-    for n_frames, batch in product(lengths, sorted({1, bench.batch})):
-        torch.compiler.reset()  # see `contestants`
-        model = prepare(petl.apply(load_ast(bench.weights, n_frames, N_CLASSES), "lora"), bench.dtype, bench)
-        step, learner = pass_of("lora", model, random_clips(batch, n_frames, bench), replace(bench, batch=batch))
-        config, work = model.config, flops(model.config, "lora")
-        shape = (3, batch, config.heads, config.n_tokens, config.dim // config.heads)
-        qkv = torch.randn(shape, device=bench.device, dtype=DTYPES[bench.dtype], requires_grad=True)
-
-        def attention(qkv=qkv):
-            F.scaled_dot_product_attention(*qkv).sum().backward()
-            qkv.grad.flatten()[0].item()
-
-        times = in_turn({"step": step, "attention": attention}, bench.repeats)
-        seconds, alone = median(times["step"]), median(times["attention"])
-        result = {
-            "n_frames": n_frames, "tokens": config.n_tokens, "batch": batch, "ms_per_clip": 1e3 * seconds / batch,
-            "memory_mb": memory_mb(step, learner, bench.device), "attention_counted": work["attention"] / work["all"],
-            "attention_measured": config.depth * alone / seconds,
-        }  # fmt: skip
-        results.append(result)
-        forms = "{}", "{}", "{}", "{:,.0f}", "{:,.0f}", "{:.0%}", "{:.0%}"
-        cells = ("" if v is None else form.format(v) for form, v in zip(forms, result.values(), strict=True))
-        print(line.format(*cells), flush=True)
-    return {"results": results}
-
-
 def esc50(bench: Bench) -> dict:
     """2,000 random clips, 5 folds, 50 epochs of houlsby_par in batches of 32, masked, validated and tested."""
     n, epochs = (10, 1) if bench.quick else (2000, 50)
@@ -362,7 +325,7 @@ def describe(bench: Bench) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
-    add("what", nargs="?", default="table", choices=["table", "growth", "esc50"])
+    add("what", nargs="?", default="table", choices=["table", "esc50"])
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
@@ -388,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module="transformers")  # of its own next version
         print(describe(bench))
         started = time.perf_counter()
-        numbers = {"table": table, "growth": growth, "esc50": esc50}[args.what](bench)
+        numbers = (table if args.what == "table" else esc50)(bench)
         print(f"\nmeasured in {time.perf_counter() - started:.0f} s")
         if args.json:
             write_json(args.json, {"machine": describe(bench), "what": args.what, **numbers})

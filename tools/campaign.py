@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 import petl
 import train
-from data import DATASETS, Dataset, frames_for, load_dataset
+from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.command import UserError
 from support.processes import say
@@ -260,8 +260,7 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     if plan.dtype:
         expected["dtype"] = run.dtype
     if run.seconds or recipe.n_frames:
-        unread = Dataset(cell.dataset, Path(), [], [], [], {})  # whose clips have no say here
-        expected["n_frames"] = frames_for(recipe, unread, run.seconds)
+        expected["n_frames"] = frames_for(recipe, None, run.seconds)  # the clips have no say
     if cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:")):  # a file may have changed
         expected["backbone"] = shape_and_hash(cell.weights)[1]
     if cell.dataset in ("folder", "csv"):
