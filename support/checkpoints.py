@@ -15,10 +15,6 @@ from support.command import UserError
 from support.files import whole_file
 
 
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
-
-
 def fetch(repository: str) -> tuple[Path, Path]:
     """The weights and config.json of a model on the Hugging Face hub, through the user's own cache."""
     huggingface_hub.utils.logging.set_verbosity_error()  # no line for each of its five retries
@@ -74,15 +70,12 @@ def read_metadata(path: Path) -> dict:
 def read_header(path: Path) -> dict:
     """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else."""
     try:
-        header = read_metadata(path)
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        reason = "it has no such header" if isinstance(error, TypeError) else str(error).splitlines()[0]
-        raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again") from None
-    if not header:
-        raise UserError(
-            f"{path} is no whole file of trained parts (it has no such header): delete it and train it again"
-        )
-    return header
+        if header := read_metadata(path):
+            return header
+        reason = "it has no such header"
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
