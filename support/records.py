@@ -1,6 +1,8 @@
 """What a run leaves on disk: config.json, split.csv, metrics.csv, foldK.resume.pt, result.json; and what it prints."""
 
 import csv
+import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -153,9 +155,10 @@ class Progress:
 
     def result(self, accuracy: float) -> dict:
         """What result.json says of the fold, `accuracy` being that on the test clips."""
+        peak = peak_memory()
         return {
             "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
-            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak_memory_mb(),
+            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak and peak >> 20,
         }  # fmt: skip
 
 
@@ -207,16 +210,31 @@ def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
             writer.writerows(rows)
 
 
-def peak_memory_mb() -> int | None:
-    """Peak memory of this process: on the GPU where one is used, else in main memory. None on Windows."""
+def peak_memory() -> int | None:
+    """Most bytes that this process has taken: on the GPU where one is used, else in main memory. None on Windows."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() >> 20
+        return torch.cuda.max_memory_allocated()
     if platform.system() == "Windows":
         return None
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if platform.system() == "Darwin" else 10)  # bytes there, KiB on Linux
+    return peak if platform.system() == "Darwin" else peak << 10  # bytes there, KiB on Linux
+
+
+def forget_peak() -> bool:
+    """From now on `peak_memory` is that from now on. False where the system cannot forget it: Linux can."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed is given back
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, TypeError, AttributeError):  # another system, or a sandbox without these
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------- the results

@@ -12,8 +12,6 @@ them. The rate of operations (see `flops`) is also given as a share of that of o
 """
 
 import argparse
-import ctypes
-import gc
 import platform
 import re
 import sys
@@ -38,7 +36,7 @@ from ast_model import AST, ASTConfig
 from load_weights import load_ast
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.files import write_json
-from support.records import Settings, describe_fold
+from support.records import Settings, describe_fold, forget_peak, peak_memory
 from support.speed import DTYPES, Machine, Probe, autocast, nothing_pooled, pool_clips, prepare
 from tools.export import write_hf
 
@@ -195,37 +193,20 @@ def results_of(row: str, n_frames: int, times: dict[str, list[float]], clips: in
     } for name, seconds in times.items()]  # fmt: skip
 
 
-def peak_mb(step: Callable, device: torch.device) -> float | None:
-    """Memory that a step takes at its peak beyond what is there before and after it, in MB. None where unknown.
-
-    On Linux the kernel keeps the peak of a process (VmHWM) and forgets it when told to, so the contestants can be
-    measured one by one in the same process; memory that was freed is given back first.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-    def status(name):  # kB
-        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before, _ = status("VmRSS"), status("VmHWM")
-    except (OSError, TypeError, AttributeError):  # another system, or a sandbox without these files or lines
+def peak_mb(step: Callable) -> float | None:
+    """Memory that a step takes at its peak beyond what is there before and after it, in MB. None where unknown."""
+    if not forget_peak():
         return None
+    before = peak_memory()
     step()
-    return (status("VmHWM") - before) * 1024 / 1e6
+    return (peak_memory() - before) / 1e6
 
 
-def memory_mb(step: Callable, learner: train.Learner, device: torch.device) -> float | None:
+def memory_mb(step: Callable, learner: train.Learner) -> float | None:
     """Memory of the weights, of what the optimiser remembers of them, and of a step at its peak, in MB."""
     states = (tensor for state in learner.optimizer.state.values() for tensor in state.values())
     kept = sum(t.nbytes for t in (*learner.network.parameters(), *learner.network.buffers(), *states))
-    peak = peak_mb(step, device)
+    peak = peak_mb(step)
     return None if peak is None else peak + kept / 1e6
 
 
@@ -241,7 +222,7 @@ def measure_models(step: str, n_frames: int, bench: Bench) -> list[dict]:
     results = results_of(step, n_frames, times, bench.batch)
     for result in results:
         rate = mflop / result["ms_per_clip"]  # GFLOP/s
-        memory = memory_mb(*passes[result["contestant"]], bench.device)
+        memory = memory_mb(*passes[result["contestant"]])
         result |= {"memory_mb": memory, "gflops": rate, "share_of_gemm": rate / gemm}
     return results
 

@@ -6,7 +6,6 @@ process ends, however it ends. So a killed cell is free at once, and any number 
 """
 
 import csv
-import gc
 import json
 import multiprocessing
 import os
@@ -32,7 +31,7 @@ from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.command import UserError
 from support.processes import say
-from support.records import compare_settings
+from support.records import compare_settings, forget_peak
 from support.variants import fitted
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
 
@@ -64,7 +63,9 @@ def train_cell(folder: Path, words: list[str]) -> str:
         with FileLock(claim, timeout=0):
             print_to(folder / "log.txt")
             print("---------- a new attempt", flush=True)
-            forget_other_cells()
+            forget_peak()
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # else torch gives up compiling after a few models
             sys.argv = ["train.py", *words]  # what config.json gives as the command
             train.start(words)
             return ""
@@ -86,18 +87,6 @@ def print_to(log: Path) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
-
-
-def forget_other_cells() -> None:
-    """Leave nothing of the cells before this one: no memory, no peak of memory, no compiled code."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # Linux has it
-        Path("/proc/self/clear_refs").write_text("5")  # the peak in main memory is that from now on
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # else torch gives up compiling after a few models
 
 
 class Worker(NamedTuple):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
-from sounds.audio import RATE, SUFFIXES, files_in, stream_audio
+from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
 from support.checkpoints import read_header, read_json
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.speed import Machine, autocast, prepare
@@ -278,13 +278,18 @@ def run(args: argparse.Namespace) -> int:
     width = 2 + max(len(printable(file)) for file in files)
     if args.form == "csv":
         print(COLUMNS)
-    failed = 0
-    for answer in tqdm(answers(scored, classifier.classes, args.top), "listening", unit=" answers", disable=None):
-        if answer.error is not None:
-            failed += 1
-            tqdm.write(f"error: {printable(answer.file)}: {answer.error}", file=sys.stderr)
-        if (args.windows or answer.what == "file") and (answer.error is None or args.form):
-            tqdm.write(shown(answer, args.form, width), file=sys.stdout)
+    seconds = float(np.nansum([*map(length_of, files)])) if sys.stderr.isatty() else None  # only the bar asks
+    failed, heard = 0, 0.0
+    with tqdm(total=seconds, desc="listening", unit="s", unit_scale=True, disable=None) as progress:
+        for answer in answers(scored, classifier.classes, args.top):
+            if answer.what == "window":
+                progress.update(max(0.0, answer.end - heard))
+            heard = answer.end if answer.what == "window" else 0.0
+            if answer.error is not None:
+                failed += 1
+                tqdm.write(f"error: {printable(answer.file)}: {answer.error}", file=sys.stderr)
+            if (args.windows or answer.what == "file") and (answer.error is None or args.form):
+                tqdm.write(shown(answer, args.form, width), file=sys.stdout)
     return 1 if failed else 0
 
 
