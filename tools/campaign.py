@@ -183,8 +183,9 @@ def without_data(cells: list[Cell], plan: Plan) -> dict[Cell, str]:
 
 def answers(next_cell: Callable[[], Cell | None], plan: Plan) -> Iterator[tuple[Cell, str]]:
     """Let `plan.jobs` workers train the cells that `next_cell` gives. Yields each cell with its worker's answer."""
-    if plan.jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_job(plan.jobs)))  # workers inherit it
+    if plan.jobs > 1:  # they share the cores: for small models single threads beat threads that wait for one another
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.jobs)))  # workers inherit it
     running, idle = {}, []
     try:
         while True:
@@ -206,12 +207,6 @@ def answers(next_cell: Callable[[], Cell | None], plan: Plan) -> Iterator[tuple[
     finally:
         for worker in (*running, *idle):  # with cells, if the campaign was interrupted
             worker.process.terminate()
-
-
-def threads_of_job(jobs: int) -> int:
-    """The cells share the cores: for small models several single threads beat threads that wait for one another."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // jobs)
 
 
 # ------------------------------------------------------------------------------------------------- a cell and its run

@@ -207,19 +207,6 @@ def draw_tokens(
     draw_tsne(panels, labels, dataset.classes, ["[CLS] token", "mean of all tokens"], path)
 
 
-def confusion(
-    run: Path, data_dir: Path | None, weights: str | None, cache_dir: Path | None, device: torch.device
-) -> tuple[np.ndarray, list[str]]:
-    """Test clips by true class (row) and predicted class (column), all folds together; and the names of the classes."""
-    dataset, features, tests = tested_clips(run, data_dir, cache_dir)
-    counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)
-    for fold, clips in tests.items():
-        model = load_trained(run / f"fold{fold}.safetensors", weights).to(device)
-        predicted = batched(model, features, clips, device).argmax(1).numpy()
-        np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
-    return counts, dataset.classes
-
-
 def plot(argv: list[str]) -> None:
     """The command `plot`: confusion matrix and learning curves of a run, into its folder."""
     parser = Parser(
@@ -235,8 +222,13 @@ def plot(argv: list[str]) -> None:
     pyplot()  # missing? now, not after the work
     device = choose_device(args.device)
     config, _, _ = read_run(args.run)
-    counts, classes = confusion(args.run, args.data_dir, args.weights, args.cache_dir, device)
+    dataset, features, tests = tested_clips(args.run, args.data_dir, args.cache_dir)
+    counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)  # by true (row) and predicted class, all folds
+    for fold, clips in tests.items():
+        model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)
+        predicted = batched(model, features, clips, device).argmax(1).numpy()
+        np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
     score = f"{100 * counts.trace() / counts.sum():.2f} % of {counts.sum():,} test clips"
-    draw_confusion(counts, classes, f"{title}: {score}", args.run / "confusion")
+    draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
     draw_history(list(csv.DictReader((args.run / "metrics.csv").read_text().splitlines())), title, args.run / "curves")

@@ -101,12 +101,6 @@ def class_names(weights: str) -> list[str]:
     return [names[str(i)] for i in range(len(names))]
 
 
-def load_tagger(weights: str) -> Classifier:
-    """The unmodified pretrained AST with its own head. Several tags may be true at once: a sigmoid, not a softmax."""
-    model = load_ast(weights, pool="cls_dist")
-    return Classifier([model], class_names(weights), torch.sigmoid)
-
-
 # ------------------------------------------------------------------------------------------------ sounds to windows
 
 
@@ -265,8 +259,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Answer every file that can be read; 1 if there was one that cannot."""
     files, dtype = find_sounds(args.sounds), choose_dtype("auto", args.device)
-    tagger = args.tags and load_tagger(args.weights or "audioset")
-    classifier = tagger or load_classifier(args.checkpoint, args.weights)
+    if args.tags:  # the pretrained AST with its own head; several tags may be true at once: a sigmoid, not a softmax
+        weights = args.weights or "audioset"
+        classifier = Classifier([load_ast(weights, pool="cls_dist")], class_names(weights), torch.sigmoid)
+    else:
+        classifier = load_classifier(args.checkpoint, args.weights)
     for model in classifier.models:
         prepare(model, dtype, Machine(args.device)).eval()
     n_frames = classifier.n_frames
