@@ -100,10 +100,7 @@ def draw_tsne(panels: dict[str, np.ndarray], labels: list[int], classes: list[st
 
 def legend_below(figure, axes, **style) -> None:
     """One legend beneath all panels, each name once."""
-    entries = {}
-    for axis in axes:
-        handles, names = axis.get_legend_handles_labels()
-        entries.update(zip(names, handles, strict=True))
+    entries = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.tight_layout()
     figure.legend(entries.values(), entries, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, **style)
 
@@ -160,10 +157,8 @@ def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
     data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
     dataset = load_dataset(config["dataset"], data_dir, cache_dir)
     index = {name: i for i, name in enumerate(dataset.names())}
-    tests = {fold["fold"]: [] for fold in result["folds"]}
-    for row in rows:
-        if row["split"] == "test" and int(row["fold"]) in tests:
-            tests[int(row["fold"])].append(row["path"])
+    rows = [(int(row["fold"]), row["path"]) for row in rows if row["split"] == "test"]
+    tests = {fold["fold"]: [path for k, path in rows if k == fold["fold"]] for fold in result["folds"]}
     missing = [name for clips in tests.values() for name in clips if name not in index]
     if missing:
         raise UserError(f"{run}: {len(missing)} of its test clips ({missing[0]}, ...) are not in {dataset.root}: give "
