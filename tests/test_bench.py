@@ -82,7 +82,7 @@ def test_every_row_has_every_contestant(quick):
 
 
 def test_the_numbers_are_whole(quick):
-    assert quick["what"] == "table" and "float32" in quick["machine"]
+    assert "float32" in quick["machine"]
     for result in quick["results"]:
         assert result["ms_per_clip"] > 0 and result["spread"] >= 0
         if result["row"].endswith("step") or result["row"] == "inference":
@@ -154,11 +154,6 @@ def test_peak_memory_sees_a_large_tensor():
         assert small is large is None
 
 
-def test_the_experiment_in_shape(capsys):
-    assert bench.main(["esc50", "--quick", "--weights", "random:demo"]) == 0
-    assert "10 clips, 5 folds, 1 epochs" in capsys.readouterr().out
-
-
 def test_missing_libraries_are_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert bench.main(["--quick", "--weights", "random:demo"]) == 2
@@ -166,8 +161,8 @@ def test_missing_libraries_are_named(monkeypatch, capsys):
 
 
 def test_parse_knows_the_defaults():
-    args, setup = bench.parse(["--device", "cpu"])
-    assert (setup.batch, setup.repeats, setup.dtype) == (4, 3, "float32") and args.what == "table"
+    _, setup = bench.parse(["--device", "cpu"])
+    assert (setup.batch, setup.repeats, setup.dtype) == (4, 3, "float32")
     assert setup == bench.Bench(torch.device("cpu"))
-    _, setup = bench.parse(["esc50", "--device", "cpu", "--quick", "--compile", "--dtype", "bfloat16"])
+    _, setup = bench.parse(["--device", "cpu", "--quick", "--compile", "--dtype", "bfloat16"])
     assert setup == bench.Bench(torch.device("cpu"), compile=True, dtype="bfloat16", batch=2, quick=True)

@@ -1,7 +1,6 @@
 """How fast it is, beside transformers and peft in one process, and against its own arithmetic.
 
-    python -m tools.bench            # the table of tools/README.md; --quick for a short one, --json FILE for programs
-    python -m tools.bench esc50      # the whole ESC-50 experiment in shape, on random clips: meant for a GPU
+    python -m tools.bench   # the table of tools/README.md; --quick for a short one, --json FILE for programs
 
 The contestants run in turn, so that a busy machine slows all of them, and the median counts. They have the same random
 weights of the base AST with the head of 50 classes, the same batch, optimiser, type, and threads or GPU; before the
@@ -36,7 +35,7 @@ from ast_model import AST, ASTConfig
 from load_weights import load_ast
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.files import write_json
-from support.records import Settings, describe_fold, forget_peak, peak_memory
+from support.records import Settings, forget_peak, peak_memory
 from support.speed import DTYPES, Machine, Probe, autocast, nothing_pooled, pool_clips, prepare
 from tools.export import write_hf
 
@@ -57,12 +56,12 @@ class Bench(Machine):
     weights: str = "random:base"
     quick: bool = False
 
-    def settings(self, **changes) -> Settings:
+    def settings(self) -> Settings:
         """What a run on random clips looks at, and placeholders for the rest."""
-        return replace(Settings(
+        return Settings(
             dataset="random", weights=self.weights, backbone="", method={}, pool="mean", seed=0, shots=None, clips="",
             n_frames=500, epochs=1, batch_size=self.batch, lr=1e-4, mask=False, dtype=self.dtype,
-        ), **changes)  # fmt: skip
+        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- arithmetic
@@ -258,7 +257,7 @@ def measure_probe(n_frames: int, bench: Bench) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def table(bench: Bench) -> dict:
+def table(bench: Bench) -> list[dict]:
     """All rows, printed as they come."""
     line = "| {:<24}| {:>6} | {:<12}| {:>9} | {:>7} | {:>7} | {:>9} | {:>8} | {:>7} |"
     print(line.format("row", "frames", "contestant", "ms/clip", "+-", "ours is", "MB", "GFLOP/s", "of GEMM"))
@@ -273,24 +272,7 @@ def table(bench: Bench) -> dict:
             faster = f"{ms / measured[0]['ms_per_clip']:.2f} x"
             rest = ("" if value is None else form.format(value) for form, value in zip(forms, rest, strict=True))
             print(line.format(row, n_frames, contestant, time_now, f"{spread:.0f} %", faster, *rest), flush=True)
-    return {"results": results}
-
-
-def esc50(bench: Bench) -> dict:
-    """2,000 random clips, 5 folds, 50 epochs of houlsby_par in batches of 32, masked, validated and tested."""
-    n, epochs = (10, 1) if bench.quick else (2000, 50)
-    method = petl.METHODS["houlsby_par"]
-    settings = bench.settings(epochs=epochs, batch_size=32, lr=method.lr, mask=True)
-    backbone, clips = load_ast(bench.weights, 500, N_CLASSES), random_clips(n, 500, bench)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for fold, split in data.splits_of([i % 5 + 1 for i in range(n)], validate=True).items():
-            model = train.adapted(backbone, method, fold, settings, bench)
-            result = train.train_fold(model, clips, split, fold, settings, Path(folder, "state"), bench)
-            print(describe_fold(result), flush=True)
-    s, peak = time.perf_counter() - start, result["peak_memory_mb"]  # of the whole process
-    print(f"{n:,} clips, 5 folds, {epochs} epochs: {s:,.0f} s ({s / 60:.1f} minutes), peak memory {peak} MB")
-    return {"seconds": s, "peak_memory_mb": peak}
+    return results
 
 
 def describe(bench: Bench) -> str:
@@ -306,12 +288,10 @@ def describe(bench: Bench) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
-    add("what", nargs="?", default="table", choices=["table", "esc50"])
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
     add("--repeats", type=positive, help="default: 20 on a GPU, 3 on a CPU")
-    add("--threads", type=positive, help="CPU threads; default: PyTorch's")
     add("--weights", default="random:base", help=argparse.SUPPRESS)  # a small model, for the tests
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the arithmetic")
@@ -328,14 +308,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
 def main(argv: list[str] | None = None) -> int:
     def run():
         args, bench = parse(argv)
-        torch.set_num_threads(args.threads or torch.get_num_threads())
         warnings.filterwarnings("ignore", module="transformers")  # of its own next version
         print(describe(bench))
         started = time.perf_counter()
-        numbers = (table if args.what == "table" else esc50)(bench)
+        results = table(bench)
         print(f"\nmeasured in {time.perf_counter() - started:.0f} s")
         if args.json:
-            write_json(args.json, {"machine": describe(bench), "what": args.what, **numbers})
+            write_json(args.json, {"machine": describe(bench), "results": results})
 
     return exit_code(run)
 
