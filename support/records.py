@@ -81,9 +81,8 @@ def start_run(
             old = dict(json.loads(file.read_text()))
         except (ValueError, TypeError):
             raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
-        new = asdict(settings)
-        del new["weights"]  # a name; `backbone` is what counts
-        compare_settings(folder, old, new)
+        # `weights` is a name; `backbone` is what counts.
+        compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
         write_json(file, {
             **asdict(settings), "command": sys.argv, "skipped_clips": skipped,
@@ -115,12 +114,11 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
         f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
         f"{settings.seed}, {settings.dtype}, {device}"
     )
-    if settings.method["parts"]:
-        return line
+    probe = "linear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
     if settings.mask:
-        return (f"{line}\nlinear probe, masked: every epoch masks the clips anew, so each goes through the backbone in "
-                "every epoch; with --no-mask it does so once")  # fmt: skip
-    return f"{line}\nlinear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
+        probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
+                 "epoch; with --no-mask it does so once")  # fmt: skip
+    return line if settings.method["parts"] else f"{line}\n{probe}"
 
 
 # ---------------------------------------------------------------------------------------------------- epoch by epoch

@@ -18,6 +18,7 @@ from load_weights import RANDOM, fingerprint, read_checkpoint
 from support.command import UserError
 from support.variants import narrowed, override
 
+# Names of datasets as the paper writes them; of others the name stays.
 PRINTED = {"esc50": "ESC-50", "esc10": "ESC-10", "us8k": "US8K", "gsc": "GSC", "fsc": "FSC"}
 
 
@@ -175,11 +176,6 @@ def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
 def epochs_of(cell: Cell, plan: Plan) -> int:
     epochs = DATASETS[cell.dataset].epochs
     return plan.epochs or (max(epochs, FEW_SHOT_EPOCHS) if cell.shots else epochs)
-
-
-def printed(dataset: str) -> str:
-    """The name of a dataset as the paper writes it."""
-    return PRINTED.get(dataset, dataset)
 
 
 def random_like(weights: str) -> str:

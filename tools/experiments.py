@@ -28,7 +28,7 @@ from support.files import default_cache_dir, write_text
 from support.processes import say
 from tools import cells, figures
 from tools.campaign import options, take_results, train_cells
-from tools.cells import FIGURES, TABLES, TARGETS, Cell, Plan, columns_of, lines_of, printed
+from tools.cells import FIGURES, PRINTED, TABLES, TARGETS, Cell, Plan, columns_of, lines_of
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
@@ -95,7 +95,7 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
                 ours[j] += f" [{m.seeds} of {len(plan.seeds)} seeds]"
         key = f"{dataset} {shots}" if shots else dataset
         theirs = [table.numbers.get((name, key)) for name in names]
-        text[printed(dataset) + (f", {shots}" if shots else "")] = beside(ours, theirs)
+        text[PRINTED.get(dataset, dataset) + (f", {shots}" if shots else "")] = beside(ours, theirs)
         records += [
             {"table": target, "row": name, "method": method, "dataset": dataset, "shots": shots,
              "weights": weights[dataset], **(asdict(m) if m else dict.fromkeys(f.name for f in fields(Measured))),
@@ -140,7 +140,7 @@ def notes_of(target: str, datasets: tuple[str, ...], found: list[Measured], plan
     for dataset in datasets:
         cell = Cell(dataset, "linear", 0, plan.weights or DATASETS[dataset].weights, 1 if table.few_shot else None)
         epochs, usual = cells.epochs_of(cell, plan), DATASETS[dataset].epochs
-        text = f"{printed(dataset)}: weights `{cell.weights}`, {epochs} epoch{'s' * (epochs > 1)}"
+        text = f"{PRINTED.get(dataset, dataset)}: weights `{cell.weights}`, {epochs} epoch{'s' * (epochs > 1)}"
         if epochs != usual:
             why = "" if plan.epochs else ": few clips make few steps"
             text += f" instead of {usual}{why}"
@@ -208,7 +208,7 @@ def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
         seeds = [cells.budgets(dataset, method, seed, weights[dataset]) for seed in plan.seeds]
         for same in zip(*seeds, strict=True):  # cells that differ in the seed
             if m := measure(same, done):
-                curves = panels.setdefault(printed(dataset), {})
+                curves = panels.setdefault(PRINTED.get(dataset, dataset), {})
                 curves.setdefault(name, []).append((m.trained, m.mean, m.std or 0))
                 records.append({"dataset": dataset, "curve": name, "cell": same[0].name, **asdict(m)})
     if not panels:
