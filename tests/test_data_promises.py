@@ -235,6 +235,15 @@ def test_the_length_of_clips_is_that_of_all_that_ever_train(tmp_path):
     assert typical_seconds([tmp_path / "absent.wav"]) == 10.24
 
 
+def test_a_sound_that_does_not_say_its_length_does_not_count(tmp_path):
+    """A FLAC file written into a pipe has a zero where others have the number of their samples."""
+    paths = [sound(tmp_path / "a.wav", 16_000), sound(tmp_path / "pipe.flac", 16_000)]
+    content = bytearray(paths[1].read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    paths[1].write_bytes(content)
+    assert typical_seconds(paths) == pytest.approx(1.0)
+
+
 # ---------------------------------------------------------------------------------------------------- the cache file
 
 

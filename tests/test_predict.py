@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import huggingface_hub
@@ -580,3 +581,17 @@ def test_csv_of_windows_reads_back(tmp_path, answer):
         ("window", "0.000", "1", "b"), ("window", "0.300", "1", "b"), ("window", "0.600", "1", "b"),
         ("window", "0.630", "1", "b"), ("file", "0.000", "1", "b"), ("file", "0.000", "2", "a"),
     ]  # fmt: skip
+
+
+def test_a_terminal_sees_how_far_it_is(tmp_path):
+    """Seconds of sound, overlapping windows counted once, over all files."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    fold = constant(tmp_path / "fold1.safetensors", 0.5, 0.5)
+    files = [glide(tmp_path / "a.wav", 40_000), glide(tmp_path / "b.wav", 24_000)]
+    with redirect_stderr(Terminal()) as shown, redirect_stdout(io.StringIO()):
+        assert predict.main([str(fold), *map(str, files)]) == 0
+    assert "listening: 100%" in shown.getvalue() and "4.00/4.00" in shown.getvalue()

@@ -23,7 +23,8 @@ from load_weights import load_ast, load_trained
 
 WEIGHTS = Path(__file__).parent / "reference" / "ast_small"  # 2 layers, 64 dimensions, 100 frames
 EPOCHS, BATCH, STEPS = 5, 7, 3  # 18 clips train in a fold: batches of 7, 7 and 4
-RUNS = [(0, 1), (0, 3), (7, 1), (7, 3)]  # (seed, fold), in the order in which they are trained
+RUNS = [(0, 1), (0, 3), (0, 4), (7, 1), (7, 3), (7, 4)]  # (seed, fold), in the order in which they are trained
+TRAINING, VALIDATION = {1: (2, 3), 3: (1, 4), 4: (1, 2)}, {1: 4, 3: 2, 4: 3}  # fold k tests k and validates k - 1
 
 
 class Watched:
@@ -64,9 +65,11 @@ class Sounds:
         self.features = torch.cat(features).half().float()
         self.folds_table = self.write(root / "folds.csv", "fold", self.folds)
         self.split_table = self.write(root / "split.csv", "split", np.where(self.folds > 2, "train", "test"))
+        few = np.flatnonzero(self.labels == 2)[2:]  # of the last class two clips are left
+        self.plain_table = self.write(root / "plain.csv", "remark", self.folds, without=few)
 
-    def write(self, table: Path, column: str, values) -> Path:
-        rows = [f"{i}.wav,class {self.labels[i]},{value}" for i, value in enumerate(values)]
+    def write(self, table: Path, column: str, values, without=()) -> Path:
+        rows = [f"{i}.wav,class {self.labels[i]},{value}" for i, value in enumerate(values) if i not in without]
         table.write_text("\n".join([f"path,label,{column}", *rows, ""]))
         return table
 
@@ -119,6 +122,7 @@ def watch(sounds, tmp_path_factory):
             watched[-1].steps[-1]["after"] = watched[-1].tensors()
 
         def backward(loss, *args, **kwargs):
+            assert loss.dtype == torch.float32
             watched[-1].losses.append(loss.item())
             return original(loss, *args, **kwargs)
 
@@ -149,8 +153,8 @@ def watch(sounds, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def campaign(watch) -> tuple[Path, dict[tuple[int, int], Watched]]:
-    """Two seeds and two folds, masked: the folder and what happened by (seed, fold)."""
-    folder, watched = watch("--seed", "0,7", "--folds", "1,3")
+    """Two seeds and three folds, masked: the folder and what happened by (seed, fold)."""
+    folder, watched = watch("--seed", "0,7", "--folds", "1,3,4")
     return folder, dict(zip(RUNS, watched, strict=True))
 
 
@@ -174,7 +178,7 @@ def percent_right(logits: torch.Tensor, labels) -> float:
 def test_every_epoch_takes_all_training_clips_in_an_order_of_its_own(campaign, sounds):
     orders = []
     for (_, fold), watched in campaign[1].items():
-        training = sounds.of(*({1: (2, 3), 3: (1, 4)}[fold]))  # fold k tests k and validates k - 1, fold 1 the last
+        training = sounds.of(*TRAINING[fold])
         epochs = [watched.clips(epoch) for epoch in range(1, EPOCHS + 1)]
         assert all(sorted(order) == training != order for order in epochs)
         orders += [[training.index(i) for i in order] for order in epochs]
@@ -230,7 +234,7 @@ def test_masks_are_new_for_every_clip_of_every_epoch(campaign, sounds):
                     where = band.nonzero().flatten().tolist()
                     assert where == list(range(where[0], where[-1] + 1)) if where else True
                     bands[-1] += [len(where), where[0] if where else 0]
-    assert len(bands) == 4 * EPOCHS * 18 and len(set(map(tuple, bands))) > 350
+    assert len(bands) == len(RUNS) * EPOCHS * 18 and len(set(map(tuple, bands))) > 500
     widths = np.array(bands)[:, [0, 2]]
     assert (widths.max(0) < [24, 80]).all() and (widths.max(0) >= [22, 75]).all()
     assert widths.mean(0) == pytest.approx([11.5, 39.5], rel=0.2)
@@ -242,7 +246,7 @@ def test_few_shots_are_drawn_by_the_seed(watch, sounds):
     drawn = {}
     for (seed, fold), run in zip([(s, f) for s in (0, 1, 2) for f in (1, 3)], watched, strict=True):
         clips = sorted(i for step in run.steps for event in step["events"] for i in event[1])
-        assert set(clips) <= set(sounds.of(*({1: (2, 3), 3: (1, 4)}[fold])))
+        assert set(clips) <= set(sounds.of(*TRAINING[fold]))
         assert np.bincount(sounds.labels[clips]).tolist() == [2, 2, 2] and len(set(clips)) == 6
         with open(folder / f"seed{seed}" / "split.csv") as file:
             rows = [row for row in csv.DictReader(file) if row["fold"] == str(fold)]
@@ -250,12 +254,29 @@ def test_few_shots_are_drawn_by_the_seed(watch, sounds):
             part: sorted(int(row["path"][:-4]) for row in rows if row["split"] == part)
             for part in ("train", "val", "test")
         }
-        assert listed == {"train": clips, "val": sounds.of({1: 4, 3: 2}[fold]), "test": sounds.of(fold)}
+        assert listed == {"train": clips, "val": sounds.of(VALIDATION[fold]), "test": sounds.of(fold)}
         assert all(row["label"] == f"class {sounds.labels[int(row['path'][:-4])]}" for row in rows)
         drawn[seed, fold] = clips
     assert differ(drawn[seed, 1] for seed in (0, 1, 2)) and differ(drawn[seed, 3] for seed in (0, 1, 2))
     _, (again, _) = watch(*options, "--seed", "1")
     assert sorted(i for step in again.steps for event in step["events"] for i in event[1]) == drawn[1, 1]
+
+
+def test_without_folds_the_seed_draws_what_tests(watch, sounds):
+    """Of the 12 clips of a class two test, two validate and eight train; of two clips one tests and one trains."""
+    folder, watched = watch("--seed", "0,7", "--epochs", "1", table=sounds.plain_table)
+    tested = []
+    for seed, run in zip((0, 7), watched, strict=True):
+        seen = {phase: [i for p, clips, _, _ in run.events if p == phase for i in clips] for phase in ("train", "eval")}
+        parts = [seen["train"], seen["eval"][:4], seen["eval"][4:]]
+        assert len(set(seen["train"] + seen["eval"])) == 26
+        counts = [np.bincount(sounds.labels[part], minlength=3).tolist() for part in parts]
+        assert counts == [[8, 8, 1], [2, 2, 0], [2, 2, 1]]
+        with open(folder / f"seed{seed}" / "split.csv") as file:
+            test = [int(row["path"][:-4]) for row in csv.DictReader(file) if row["split"] == "test"]
+        assert sorted(parts[2]) == sorted(test)
+        tested.append(sorted(test))
+    assert differ(tested)
 
 
 def test_dropout_acts_in_training_only(watch):
@@ -319,6 +340,32 @@ def test_updates_are_those_of_adamw_under_one_cosine(campaign):
                 assert (step["after"][name] - value[name]).abs().max() <= 1e-6, name
 
 
+def test_a_linear_probe_is_a_step_of_the_whole_model(sounds, tmp_path):
+    """The unmasked probe keeps what the backbone made of each clip: loss, update and accuracy are those without it."""
+    training, tested = sounds.of(*TRAINING[1]), sounds.of(1)
+    models, losses = [], []
+    for lr in (1e-12, 1e-2):  # where nothing moves, the file holds the tensors at the start
+        words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", WEIGHTS, "--method", "linear",
+                 "--no-mask", "--seconds", 1, "--folds", 1, "--epochs", 1, "--batch-size", 18, "--lr", lr, "--device",
+                 "cpu", "--out", tmp_path / str(lr), "--cache-dir", sounds.folds_table.parent / "cache"]  # fmt: skip
+        assert train.main([str(word) for word in words]) == 0
+        run = tmp_path / str(lr) / "csv" / "linear" / "seed0"
+        models.append(load_trained(run / "fold1.safetensors"))
+        losses += [float(row["loss"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())]
+        accuracy = percent_right(models[-1](sounds.features[tested]), sounds.labels[tested])
+        assert json.loads((run / "result.json").read_text())["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    start = [p for p in models[0].parameters() if p.requires_grad]
+    loss = torch.nn.functional.cross_entropy(
+        models[0](sounds.features[training]), torch.tensor(sounds.labels[training])
+    )
+    assert losses == pytest.approx([loss.item()] * 2, abs=1e-5)
+    trained = [p for p in models[1].parameters() if p.requires_grad]
+    assert len(trained) == len(start) == 4  # final LayerNorm and head
+    for before, after, gradient in zip(start, trained, torch.autograd.grad(loss, start), strict=True):
+        expected = before * (1 - 1e-2 * 0.1) - 1e-2 * gradient / (gradient.abs() + 1e-6)
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-3), ("bfloat16", 5e-2), ("float32", 1e-5)])
 def test_half_precision_where_asked_for_and_scaled_where_needed(dtype, tolerance, watch, campaign, sounds):
     """Model in the type, loss and trained tensors in float32; float16 alone multiplies the loss for its gradients."""
@@ -362,7 +409,7 @@ def test_automatic_precision_on_a_gpu(native, sounds, tmp_path, monkeypatch):
 def test_test_clips_are_seen_once_and_at_the_end(campaign, sounds):
     """Every epoch trains, then validates; after the last one the test clips follow, each of them once."""
     for (_, fold), watched in campaign[1].items():
-        val, test = sounds.of({1: 4, 3: 2}[fold]), sounds.of(fold)
+        val, test = sounds.of(VALIDATION[fold]), sounds.of(fold)
         phases, seen = [], []
         for phase, clips, _, _ in watched.events:
             if not phases or phase != phases[-1]:
@@ -380,7 +427,7 @@ def test_the_first_best_epoch_is_kept_and_tested(campaign, sounds):
     for (seed, fold), watched in campaign[1].items():
         folder = campaign[0] / f"seed{seed}"
         model = load_trained(folder / f"fold{fold}.safetensors")
-        val, test = sounds.of({1: 4, 3: 2}[fold]), sounds.of(fold)
+        val, test = sounds.of(VALIDATION[fold]), sounds.of(fold)
         ends = [step["after"] for step in watched.steps[STEPS - 1 :: STEPS]]
         with torch.no_grad():
             accuracies = [percent_right(answers(model, end, sounds.features[val]), sounds.labels[val]) for end in ends]
@@ -396,7 +443,10 @@ def test_the_first_best_epoch_is_kept_and_tested(campaign, sounds):
         assert written == pytest.approx(accuracies, abs=1e-4)
         chosen.append(best + 1)
         reported.append(accuracy != max(accuracies))
-    assert len(set(chosen)) > 2 and EPOCHS not in chosen and sum(reported) > 1  # else mistakes would not show
+    assert len(set(chosen)) > 2 and EPOCHS not in chosen and sum(reported) > 1, (
+        chosen,
+        reported,
+    )  # else mistakes would not show
 
 
 def test_of_equal_epochs_the_first_is_kept(watch):
@@ -426,9 +476,9 @@ def test_without_validation_the_last_epoch_is_tested(watch, sounds):
 def test_metrics_by_hand(campaign):
     for seed in (0, 7):
         rows = list(csv.DictReader((campaign[0] / f"seed{seed}" / "metrics.csv").read_text().splitlines()))
-        assert len(rows) == 2 * EPOCHS
+        assert len(rows) == 3 * EPOCHS
         for i, row in enumerate(rows):
-            fold, epoch = (1, 3)[i // EPOCHS], i % EPOCHS + 1
+            fold, epoch = (1, 3, 4)[i // EPOCHS], i % EPOCHS + 1
             losses = [sum(s["losses"]) for s in campaign[1][seed, fold].steps[STEPS * epoch - STEPS : STEPS * epoch]]
             assert (row["fold"], row["epoch"], row["step"]) == (str(fold), str(epoch), str(STEPS * epoch))
             assert float(row["loss"]) == pytest.approx(sum(losses) / STEPS, abs=1e-6)
@@ -441,14 +491,14 @@ def mean_and_std(values: list[float]) -> list:
     return [mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))]
 
 
-def test_results_by_hand(campaign, watch, sounds):
+def test_results_by_hand(campaign):
     """Mean and sample standard deviation over the folds of a seed, and over all folds of all seeds."""
     whole = json.loads((campaign[0] / "result.json").read_text())
     accuracies, means = [], {}
     for seed in (0, 7):
         result = json.loads((campaign[0] / f"seed{seed}" / "result.json").read_text())
         of_folds = [fold["accuracy"] for fold in result["folds"]]
-        assert [fold["fold"] for fold in result["folds"]] == [1, 3]
+        assert [fold["fold"] for fold in result["folds"]] == [1, 3, 4]
         assert [result["accuracy"], result["std"]] == pytest.approx(mean_and_std(of_folds), abs=1e-3)
         accuracies += of_folds
         means[str(seed)] = result["accuracy"]
