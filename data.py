@@ -225,12 +225,13 @@ def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[
 # ------------------------------------------------------------------------------------------- features, batch by batch
 
 
-def frames_for(recipe: Recipe, dataset: Dataset, seconds: float | None) -> int:
+def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -> int:
     """How many frames the model reads: those of `seconds` or of the recipe, else so many that 95 % of the clips fit."""
     if seconds is None and recipe.n_frames is not None:
         return recipe.n_frames
-    may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
-    seconds = seconds or typical_seconds([dataset.paths[i] for i in sorted(may_train)])
+    if seconds is None:
+        may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
+        seconds = typical_seconds([dataset.paths[i] for i in sorted(may_train)])
     return max(ASTConfig.patch, round(seconds * RATE / HOP))
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import petl
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
-from support.checkpoints import fetch, fill, read_header, read_json, read_metadata, read_tensors, shorten, write_tensors
-from support.command import UserError
+from support.checkpoints import fetch, fill, read_header, read_json, read_metadata, read_tensors, write_tensors
+from support.command import UserError, first_of
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
@@ -292,7 +292,7 @@ def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> No
     wrong = sorted(expected.keys() ^ tensors.keys())
     wrong += [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     if wrong:
-        raise UserError(f"{path} does not fit the method {model.method.name!r}: {shorten(wrong)}")
+        raise UserError(f"{path} does not fit the method {model.method.name!r}: {first_of(wrong)}")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])

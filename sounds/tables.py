@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.command import UserError
+from support.command import UserError, first_of
 
 
 def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -37,10 +37,6 @@ def require_files(root: Path, paths: list[Path]) -> None:
     missing = [os.path.relpath(path, root) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({first_of(missing)}): complete it")
-
-
-def first_of(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def folders_in(root: Path) -> list[Path]:

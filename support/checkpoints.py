@@ -11,12 +11,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from support.command import UserError
+from support.command import UserError, first_of
 from support.files import whole_file
-
-
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
 def fetch(repository: str) -> tuple[Path, Path]:
@@ -74,15 +70,12 @@ def read_metadata(path: Path) -> dict:
 def read_header(path: Path) -> dict:
     """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else."""
     try:
-        header = read_metadata(path)
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        reason = "it has no such header" if isinstance(error, TypeError) else str(error).splitlines()[0]
-        raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again") from None
-    if not header:
-        raise UserError(
-            f"{path} is no whole file of trained parts (it has no such header): delete it and train it again"
-        )
-    return header
+        if header := read_metadata(path):
+            return header
+        reason = "it has no such header"
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
@@ -102,4 +95,4 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str, bu
         raise UserError(f"{origin} is no AST of one shape: {str(error).splitlines()[-1].strip()}") from None
     missing = [name for name in missing if but is None or not name.startswith(but)]
     if missing or unknown:
-        raise UserError(f"{origin} is no AST checkpoint: missing {shorten(missing)}; unknown {shorten(unknown)}")
+        raise UserError(f"{origin} is no AST checkpoint: missing {first_of(missing)}; unknown {first_of(unknown)}")

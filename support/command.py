@@ -99,3 +99,8 @@ def nearest(name: str, known: Iterable[str], what: str, hint: str = "") -> str:
         return name
     close = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
     raise UserError(f"unknown {what} {name!r}: did you mean {close!r}?{hint}")
+
+
+def first_of(names: list[str]) -> str:
+    """The first five of a list, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"

@@ -1,6 +1,8 @@
 """What a run leaves on disk: config.json, split.csv, metrics.csv, foldK.resume.pt, result.json; and what it prints."""
 
 import csv
+import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -79,9 +81,8 @@ def start_run(
             old = dict(json.loads(file.read_text()))
         except (ValueError, TypeError):
             raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
-        new = asdict(settings)
-        del new["weights"]  # a name; `backbone` is what counts
-        compare_settings(folder, old, new)
+        # `weights` is a name; `backbone` is what counts.
+        compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
         names = dataset.names()
         write_json(file, {
@@ -114,12 +115,11 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
         f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
         f"{settings.seed}, {settings.dtype}, {device}"
     )
-    if settings.method["parts"]:
-        return line
+    probe = "linear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
     if settings.mask:
-        return (f"{line}\nlinear probe, masked: every epoch masks the clips anew, so each goes through the backbone in "
-                "every epoch; with --no-mask it does so once")  # fmt: skip
-    return f"{line}\nlinear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
+        probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
+                 "epoch; with --no-mask it does so once")  # fmt: skip
+    return line if settings.method["parts"] else f"{line}\n{probe}"
 
 
 # ---------------------------------------------------------------------------------------------------- epoch by epoch
@@ -160,9 +160,10 @@ class Progress:
 
     def result(self, accuracy: float) -> dict:
         """What result.json says of the fold, `accuracy` being that on the test clips."""
+        peak = peak_memory()
         return {
             "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
-            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak_memory_mb(),
+            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak and peak >> 20,
         }  # fmt: skip
 
 
@@ -215,16 +216,31 @@ def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
             writer.writerows(rows)
 
 
-def peak_memory_mb() -> int | None:
-    """Peak memory of this process: on the GPU where one is used, else in main memory. None on Windows."""
+def peak_memory() -> int | None:
+    """Most bytes that this process has taken: on the GPU where one is used, else in main memory. None on Windows."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() >> 20
+        return torch.cuda.max_memory_allocated()
     if platform.system() == "Windows":
         return None
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if platform.system() == "Darwin" else 10)  # bytes there, KiB on Linux
+    return peak if platform.system() == "Darwin" else peak << 10  # bytes there, KiB on Linux
+
+
+def forget_peak() -> bool:
+    """From now on `peak_memory` is that from now on. False where the system cannot forget it: Linux can."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed is given back
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, TypeError, AttributeError):  # another system, or a sandbox without these
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------- the results

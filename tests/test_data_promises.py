@@ -682,7 +682,7 @@ def test_five_missing_files_are_named(tmp_path, count, named):
     root = esc_table(tmp_path, rows)
     for i in range(count):
         (root / "audio" / f"{i}.wav").unlink()
-    named = "audio/" + named.replace("0.wav, ...", ", audio/".join(f"{i}.wav" for i in range(5)) + ", ...")
+    named = "audio/" + named.replace("0.wav, ...", ", audio/".join(f"{i}.wav" for i in range(5)) + " and 1 more")
     with pytest.raises(UserError) as error:
         load("esc50", root, tmp_path)
     assert str(error.value) == f"{root}: {count} of 8 files are missing ({named}): complete it"

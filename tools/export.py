@@ -82,11 +82,7 @@ def export_merged(model: AST, header: dict, out: Path, half: bool = False) -> st
 
 
 def export_hf(model: AST, header: dict, out: Path) -> str:
-    """A folder for `transformers.AutoModelForAudioClassification.from_pretrained`, with the feature extractor's config.
-
-    Raises UserError unless the model was trained with --pool cls_dist.
-    """
-    require_library_head(model, "hf")
+    """A folder for transformers' `AutoModelForAudioClassification.from_pretrained`, with the feature extractor's."""
     write_hf(petl.merge(model), header, out)
     return f'open it with transformers.AutoModelForAudioClassification.from_pretrained("{out}")'
 
@@ -94,16 +90,6 @@ def export_hf(model: AST, header: dict, out: Path) -> str:
 def write_hf(plain: AST, header: dict, out: Path) -> None:
     write_configs(plain.config, header, out)
     load_weights.save_ast(plain, out / "model.safetensors", header)
-
-
-def require_library_head(model: AST, to: str) -> None:
-    if model.config.pool != "cls_dist":
-        pooled = {"mean": "the mean of all tokens", "cls": "[CLS] alone"}[model.config.pool]
-        raise UserError(
-            f"--to {to} needs a model trained with --pool cls_dist: the head of transformers' AST reads LayerNorm("
-            f"([CLS] + [distillation]) / 2), this one reads {pooled}, which no weights can express there; "
-            "--to merged and --to onnx take any head"
-        )
 
 
 def write_configs(config: ASTConfig, header: dict, out: Path) -> None:
@@ -136,11 +122,6 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
     the folder is that of the model the adapter belongs on. A backbone that transformers has no way to is written beside
     it, into `base`.
     """
-    parts = header["method"]["parts"] if hasattr(model, "method") else []
-    if [part["part"] for part in parts] != ["LoRA"]:
-        name = header.get("method", {}).get("name", "this model")
-        raise UserError(f"--to peft takes LoRA alone, not {name!r}: train with --method lora, or use --to onnx")
-    require_library_head(model, "peft")
     (lora,) = model.method.parts
     config, origin, ast = model.config, model.backbone.name, "audio_spectrogram_transformer"
     rank = petl.rank_of(config.dim, lora.rr)
@@ -304,6 +285,16 @@ def export(args: argparse.Namespace) -> None:
     if args.to in ("merged", "onnx") and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; --to {args.to} writes a file")
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
+    method = getattr(model, "method", petl.Method("this model", (), "-", "-"))
+    if args.to == "peft" and [type(part) for part in method.parts] != [petl.LoRA]:
+        raise UserError(f"--to peft takes LoRA alone, not {method.name!r}: train with --method lora, or use --to onnx")
+    if args.to in ("hf", "peft") and model.config.pool != "cls_dist":
+        pooled = {"mean": "the mean of all tokens", "cls": "[CLS] alone"}[model.config.pool]
+        raise UserError(
+            f"--to {args.to} needs a model trained with --pool cls_dist: the head of transformers' AST reads LayerNorm("
+            f"([CLS] + [distillation]) / 2), this one reads {pooled}, which no weights can express there; "
+            "--to merged and --to onnx take any head"
+        )
     merged = partial(export_merged, half=args.half)
     write = {"merged": merged, "hf": export_hf, "peft": export_peft, "onnx": export_onnx}[args.to]
     print(f"{args.out}: {write(model, header, args.out)}")
