@@ -182,7 +182,7 @@ def random_split(dataset: Dataset, seed: int) -> Split:
 
 
 def folds_of(dataset: Dataset, seed: int, bad: Iterable[int] = (), shots: int | None = None) -> dict[int, Split]:
-    """The folds of a run: the dataset's, or one that the seed draws, without the clips `bad`, with `shots` clips per class.
+    """The folds of a run: the dataset's, or one that the seed draws, without the clips `bad`, with `shots` per class.
 
     Raises UserError if nothing is left to train or test on.
     """
