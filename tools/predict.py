@@ -267,11 +267,11 @@ def run(args: argparse.Namespace) -> int:
     for model in classifier.models:
         prepare(model, dtype, Machine(args.device)).eval()
     n_frames = classifier.n_frames
-    hop = (n_frames // 2 if args.hop is None else round(args.hop * RATE / HOP)) * HOP
-    if not 0 < hop <= n_frames * HOP:
+    wanted = n_frames // 2 if args.hop is None else args.hop * RATE / HOP  # frames
+    if not 0.5 < wanted <= n_frames + 0.5:
         raise UserError(f"--hop {args.hop}: windows are {n_frames * HOP / RATE:g} s long, give a hop of 0.01 s to that")
 
-    scored = score(windows_of(files, n_frames, hop), classifier, args.batch_size, args.device, dtype)
+    scored = score(windows_of(files, n_frames, round(wanted) * HOP), classifier, args.batch_size, args.device, dtype)
     width = 2 + max(len(printable(file)) for file in files)
     if args.form == "csv":
         print(COLUMNS)
