@@ -1,6 +1,7 @@
 """The demo: sounds that `synth` makes, so that everything can be tried without downloading anything."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import soundfile
@@ -16,16 +17,6 @@ from support.files import whole_folder
 SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it hears
 # Folders in the cache: a recipe in `synth` that changes needs a new name here, else the old sounds are used on.
 FOLDERS = {"demo": "demo-fe5a0b5f", "demo_source": "demo_source-146f2f13"}
-
-
-def target(data_dir: Path | None, cache_dir: Path) -> Listing:
-    """The ten target classes of `synth`: 200 clips each to train, 40 to validate, 100 to test."""
-    return rendered("demo", synth.TARGET, (200, 40, 100), data_dir, cache_dir)
-
-
-def source(data_dir: Path | None, cache_dir: Path) -> Listing:
-    """The source classes of `synth`, on which the backbone `--weights demo` was pretrained: 200 + 10 + 10."""
-    return rendered("demo_source", synth.SOURCE, (200, 10, 10), data_dir, cache_dir)
 
 
 def rendered(
@@ -50,3 +41,7 @@ def rendered(
                     wave = synth.render(clip.label, int(file.stem), SEED)
                     soundfile.write(file, wave, RATE, subtype="PCM_16")
     return Listing(root, clips)
+
+
+target = partial(rendered, "demo", synth.TARGET, (200, 40, 100))
+source = partial(rendered, "demo_source", synth.SOURCE, (200, 10, 10))  # for the backbone `--weights demo`

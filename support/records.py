@@ -286,15 +286,14 @@ def summarise(folder: Path, folds: Iterable[int], settings: Settings, started: f
     spread = "" if summary["std"] is None else f" +- {summary['std']:.2f}"
     file = folder / f"fold{results[0]['fold']}.safetensors"
     baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
-    print(
+    say(
         f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
         f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
         f"\n  time            {summary['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
         f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
-        f"\n  to compare      the same command with --method {baseline}\n",
-        flush=True,
+        f"\n  to compare      the same command with --method {baseline}\n"
     )
     return summary
 
