@@ -22,10 +22,7 @@ FOLDERS = {"demo": "demo-fe5a0b5f", "demo_source": "demo_source-146f2f13"}
 def rendered(
     name: str, classes: Iterable[str], sizes: tuple[int, int, int], data_dir: Path | None, cache_dir: Path
 ) -> Listing:
-    """Sounds of `synth`, rendered once to 16-bit WAV files. One fold, as in Speech Commands.
-
-    sizes: clips per class to train, to validate and to test.
-    """
+    """Sounds of `synth`, rendered once to 16-bit WAV files; `sizes`: clips per class to train, validate and test."""
     if data_dir is not None:
         raise UserError(f"--data-dir {data_dir}: {name} makes its own sounds; leave --data-dir out")
     root = cache_dir / FOLDERS[name]
