@@ -138,23 +138,29 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.eps)
         self.head = make_head(config)
 
-    def encode(self, fbank):
-        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation], patches; what a probe keeps."""
+    def encode(self, fbank, kept=None):
+        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation], patches; what a probe keeps.
+
+        kept: (batch, n), numbers of the patches that go through the blocks; without it all do.
+        """
         x = self.embed(fbank)
+        if kept is not None:
+            n_patches = self.config.grid[0] * self.config.grid[1]
+            x = torch.cat([x[:, :-n_patches], x[:, -n_patches:].take_along_dim(kept[:, :, None], dim=1)], dim=1)
         for block in self.blocks:
             x = block(x)
         return x
 
-    def features(self, fbank):
+    def features(self, fbank, kept=None):
         """Tokens after the final LayerNorm, (batch, tokens, dim)."""
-        return self.norm(self.encode(fbank))
+        return self.norm(self.encode(fbank, kept))
 
     def pool(self, tokens):
         """Tokens (batch, tokens, dim) to the one vector (batch, dim) that the head reads."""
         return POOL[self.config.pool](tokens)
 
-    def forward(self, fbank):
-        return self.head(self.pool(self.features(fbank)))  # (batch, n_classes)
+    def forward(self, fbank, kept=None):
+        return self.head(self.pool(self.features(fbank, kept)))  # (batch, n_classes)
 
 
 def make_head(config: ASTConfig) -> nn.Module:

@@ -1,9 +1,9 @@
 """Sounds to features, and datasets to clips, folds and draws.
 
-Top to bottom: `fbank` and `to_input` turn a waveform into what the AST reads; `spec_augment` masks it in training;
-`Dataset` and `Split` say which clips train and which test; `build_features` computes all features of a dataset once and
-`Clips` hands them out batch by batch. DATASETS, at the end, has one row for each dataset: a function of `sounds/` that
-lists its clips, and how the paper trains on it.
+Top to bottom: `fbank` and `to_input` turn a waveform into what the AST reads; `spec_augment` and `patchout` thin it out
+in training; `Dataset` and `Split` say which clips train and which test; `build_features` computes all features of a
+dataset once and `Clips` hands them out batch by batch. DATASETS, at the end, has one row for each dataset: a function
+of `sounds/` that lists its clips, and how it is trained.
 """
 
 import math
@@ -25,6 +25,7 @@ from sounds.clip import PARTS, Listing
 from support.command import UserError, nearest
 
 WINDOW, HOP, N_FFT = 400, 160, 512  # samples at RATE: 25 ms, 10 ms, and the next power of two
+FPS = RATE / HOP  # frames per second
 N_MELS = 128
 MEAN, STD = -4.2677393, 4.5689974  # of the log-Mel values of AudioSet; the checkpoint was trained with them
 FRONT_END = {  # the constants of the features; travel with every trained model
@@ -95,6 +96,14 @@ def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_mels: int = 24, max_f
     mels = band(x.shape[2], max_mels, draws[:, :2])
     frames = band(x.shape[1], max_frames, draws[:, 2:])
     return x.masked_fill(mels[:, None, :] | frames[:, :, None], 0)
+
+
+def patchout(draws: torch.Tensor, keep: float) -> torch.Tensor:
+    """Numbers of the patches that a clip keeps in training (PaSST; Koutini et al., 2022), in order.
+
+    draws: (batch, patches) uniform in [0, 1). Returns (batch, n), n being the share `keep` of the patches.
+    """
+    return draws.topk(max(1, round(keep * draws.shape[1])), dim=1).indices.sort(dim=1).values
 
 
 # ------------------------------------------------------------------------------------------------- what a dataset is

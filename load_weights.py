@@ -226,7 +226,8 @@ def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
 def to_dict(method: petl.Method) -> dict:
     """The method as plain JSON types; `from_dict` is the way back."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
-    return {"name": method.name, "lr": method.lr, "parts": parts}
+    blocks = {"blocks": list(method.blocks)} if method.blocks else {}
+    return {"name": method.name, "lr": method.lr, "parts": parts, **blocks}
 
 
 def from_dict(entry: dict) -> petl.Method:
@@ -237,7 +238,8 @@ def from_dict(entry: dict) -> petl.Method:
     if unknown:
         raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS in petl.py has")
     parts = tuple(known[part.pop("part")](**part) for part in settings)
-    return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"])
+    blocks = tuple(entry["blocks"]) if "blocks" in entry else None
+    return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"], blocks=blocks)
 
 
 def trained_tensors(model: AST) -> dict[str, torch.Tensor]:

@@ -336,6 +336,7 @@ class Method:
     paper: str  # trained parameters as the paper prints them
     where: str  # the row of the paper's tables
     lr: float = 5e-3  # section III-A; full fine-tuning, linear and BitFit as in the authors' setup
+    blocks: tuple[int, int] | None = None  # the first and last block, from 1, that the parts see; None: all
 
 
 MHSA_PAR, MHSA_SEQ = ("attn", "par_before"), ("attn", "seq_after")
@@ -415,8 +416,14 @@ def apply(model: AST, method: str | Method) -> AST:
     model.norm.requires_grad_(True)
     model.head.requires_grad_(True)
     device = model.norm.weight.device
+    first, last = method.blocks or (1, len(model.blocks))
+    beneath, above = model.blocks[: first - 1], model.blocks[last:]
+    model.blocks = model.blocks[first - 1 : last]
     for part in method.parts:
         part.insert(model)
+    model.blocks = nn.ModuleList([*beneath, *model.blocks, *above])
+    if method.blocks:  # `Everything` reaches further
+        nn.ModuleList([model.embed, beneath, above]).requires_grad_(False)
     model.method = method
     return model.to(device)
 

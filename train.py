@@ -23,7 +23,7 @@ from torch import nn
 
 import petl
 from ast_model import AST, POOL, ASTConfig, make_head
-from data import DATASETS, HOP, RATE, Clips, Split, folds_of, frames_for, load_clips, load_dataset, spec_augment
+from data import DATASETS, FPS, Clips, Split, folds_of, frames_for, load_clips, load_dataset, patchout, spec_augment
 from load_weights import load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
 from support import command, records, speed
 from support.command import UserError
@@ -61,19 +61,23 @@ def train_epoch(
 ) -> list[float]:
     """One pass over the clips `indices` in random order, one step for each of the learning rates. Returns the losses.
 
-    `shares` deals a batch out to micro-batches and processes; alone: one share, all of it, of weight 1. Masks are drawn
-    for the whole batch, so that neither changes them.
+    `shares` deals a batch out to micro-batches and processes; alone: one share, all of it, of weight 1. What is random
+    is drawn for the whole batch, so that neither changes it.
     """
     learner.network.train()
     order = indices[torch.randperm(len(indices))].to(clips.features.device)
     losses = torch.zeros(len(rates), device=machine.device)
     for step, batch in enumerate(order.split(settings.batch_size)):
-        draws = torch.rand(len(batch), 4, device=machine.device)
+        draws, kept = torch.rand(len(batch), 4, device=machine.device), None
+        if settings.keep:
+            grid = learner.network.config.grid
+            kept = patchout(torch.rand(len(batch), grid[0] * grid[1], device=machine.device), settings.keep)
         for share, weight in shares(len(batch), machine.micro_batch):
             x, y = clips.batch(batch[share], machine.device)
             if settings.mask:
                 x = spec_augment(x, draws[share])
-            loss = F.cross_entropy(learner.logits(x), y, reduction="sum") / len(batch) * weight
+            logits = learner.logits(x) if kept is None else learner.logits(x, kept[share])
+            loss = F.cross_entropy(logits, y, reduction="sum") / len(batch) * weight
             learner.backward(loss)
             losses[step] += loss.detach()
         learner.step(rates[step])
@@ -139,9 +143,11 @@ def run(args: argparse.Namespace) -> dict:
     backbone = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     lr = args.lr or recipe.lr.get(args.method)
     # Narrower than the paper's 768 dimensions? Then RR and prompts are smaller, see support/variants.py.
-    method = fitted(petl.find(args.method), backbone.config.dim, lr, args.rr, args.alpha, args.prompts)
+    method = fitted(
+        petl.find(args.method), backbone.config, lr, args.rr, args.alpha, args.prompts, args.blocks, args.keep
+    )
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
-    if not method.parts and not mask:  # a linear probe of clips that are the same in every epoch
+    if not (method.parts or mask or args.keep):  # a linear probe of clips that are the same in every epoch
         clips = replace(clips, pooled=speed.nothing_pooled(clips, backbone, args.device))
     machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume)
 
@@ -153,11 +159,11 @@ def run(args: argparse.Namespace) -> dict:
             dataset=args.dataset, weights=weights, backbone=backbone.backbone.sha256, method=to_dict(method),
             pool=args.pool, seed=seed, shots=args.shots, clips=records.hash_of(table), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
-            mask=mask, dtype=args.dtype,
+            mask=mask, dtype=args.dtype, keep=args.keep,
         )  # fmt: skip
         folder = args.out / args.dataset / method.name / f"seed{seed}"
         records.start_run(folder, settings, table, dataset, bad, args.data_dir, args.cache_dir)
-        say(records.describe(settings, n_frames * HOP / RATE, args.device))
+        say(records.describe(settings, n_frames / FPS, args.device))
         for fold in args.folds or folds:
             file = folder / f"fold{fold}.safetensors"
             if not file.exists():
@@ -209,6 +215,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rr", type=command.positive, help="reduction rate: the bottleneck is dim / RR wide")
     add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
     add("--prompts", type=command.positive, help="number of prompts or prefixes")
+    add("--blocks", type=command.span, metavar="9-12", help="the method changes these blocks alone: faster")
+    add(
+        "--keep",
+        type=float,
+        metavar="0.4",
+        help="train on this random share of the patches: faster, see tools/README.md",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", choices=["auto", *speed.DTYPES], help="of the arithmetic; trained tensors: float32")
     add("--compile", action="store_true", help="torch.compile the model for training")
@@ -223,6 +236,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}; it must be positive")
+    if args.keep is not None and not 0 < args.keep < 1:
+        raise UserError(f"--keep is {args.keep}; it must be a share between 0 and 1")
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:
         raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
     if max(args.seed) >= 2**31:

@@ -28,6 +28,11 @@ def numbers(text: str) -> list[int]:
     return list(dict.fromkeys(int(word) for word in text.split(",")))  # each of them once
 
 
+def span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
 def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError

@@ -49,6 +49,7 @@ class Settings:
     lr: float
     mask: bool
     dtype: str
+    keep: float | None = None  # share of the patches in training
 
 
 # ----------------------------------------------------------------------------------------------- the start of a run
@@ -110,6 +111,7 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     """What is about to be trained, on clips that last `seconds`."""
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
     masked = "masked" if settings.mask else "unmasked"
+    masked += f", {settings.keep:.0%} of the patches" if settings.keep else ""
     line = (
         f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, "
         f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "

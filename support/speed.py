@@ -70,10 +70,10 @@ class Learner:
             gpu = [self.device.index] if self.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=gpu)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, ...) to float32 logits (batch, n_classes)."""
+    def logits(self, *x: torch.Tensor) -> torch.Tensor:
+        """What the network reads, (batch, ...), to float32 logits (batch, n_classes)."""
         with autocast(self.device, self.dtype):
-            logits = self.forward(x)
+            logits = self.forward(*x)
         return logits.float()
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 
 import petl
 import train
+from ast_model import ASTConfig
 from data import DATASETS, fbank, load_dataset, to_input
 from load_weights import DEMO, load_ast, read_header
 from sounds import demo, synth
@@ -140,8 +141,9 @@ def test_methods_fit_the_width_of_the_backbone():
     assert petl.rank_of(128, narrowed(petl.METHODS["houlsby_par"], 128).parts[0].rr) == 8
     rates = {name: narrowed(petl.METHODS[name], 128).lr for name in ("full_ft", "linear", "lora")}
     assert rates == {"full_ft": 5e-4, "linear": 1e-2, "lora": 5e-3}
-    assert fitted(petl.METHODS["full_ft"], 128, lr=1e-3).lr == 1e-3 == DATASETS["demo_source"].lr["full_ft"]
-    assert fitted(petl.METHODS["dpt"], 128, prompts=9).parts == (petl.Prompts(9, deep=True),)
+    narrow = ASTConfig(dim=128, depth=4, heads=2)
+    assert fitted(petl.METHODS["full_ft"], narrow, lr=1e-3).lr == 1e-3 == DATASETS["demo_source"].lr["full_ft"]
+    assert fitted(petl.METHODS["dpt"], narrow, prompts=9).parts == (petl.Prompts(9, deep=True),)
 
 
 def test_the_shipped_backbone_knows_the_source_sounds():

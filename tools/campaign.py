@@ -226,7 +226,7 @@ def options(cell: Cell, plan: Plan) -> list[str]:
 def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
     lr = DATASETS[cell.dataset].lr.get(cell.method)
-    return fitted(petl.find(cell.method), shape_of(cell.weights).dim, lr, cell.rr, prompts=cell.prompts)
+    return fitted(petl.find(cell.method), shape_of(cell.weights), lr, cell.rr, prompts=cell.prompts)
 
 
 def result_of(cell: Cell, plan: Plan) -> dict | None:
