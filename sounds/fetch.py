@@ -6,6 +6,7 @@ import http.client
 import os
 import stat
 import tarfile
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -80,6 +81,8 @@ def download(url: str, target: Path, by_hand: str, checksum: str | None = None) 
             if expected and digest.hexdigest() != expected:
                 raise OSError(f"its {algorithm.upper()} is {digest.hexdigest()}, not {expected}")
     except (OSError, http.client.HTTPException) as error:  # OSError is what urllib raises, too
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the server's answer as well
         raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}): {by_hand}") from None
     return target
 
