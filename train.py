@@ -112,6 +112,7 @@ def train_fold(
         load_tensors(model, state["tensors"], file)
         learner.optimizer.load_state_dict(state["optimizer"])
         learner.scaler.load_state_dict(state["scaler"])
+    records.forecast(learner, progress, split, settings, machine)
     train, steps = torch.tensor(split.train), math.ceil(len(split.train) / settings.batch_size)
     for epoch in records.epochs_left(progress, settings.epochs):
         seed_epoch(settings.seed, fold, epoch)
@@ -163,7 +164,8 @@ def run(args: argparse.Namespace) -> dict:
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
     if not method.parts and not mask:  # a linear probe of clips that are the same in every epoch
         clips = replace(clips, pooled=speed.nothing_pooled(clips, backbone, args.device))
-    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume)
+    ahead = records.folds_left(args.out / args.dataset / method.name, args.seed, args.folds or known)
+    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, ahead)
 
     results = {}
     for seed in args.seed:
@@ -185,6 +187,7 @@ def run(args: argparse.Namespace) -> dict:
                 model = adapted(backbone, method, fold, settings, machine)
                 result = train_fold(model, clips, folds[fold], fold, settings, file.with_suffix(".resume.pt"), machine)
                 finish_fold(model, file, {"result": result, "classes": dataset.classes, "settings": asdict(settings)})
+                machine = replace(machine, forecast=0)  # once is enough
             if is_first():
                 say(records.describe_fold(read_header(file)["result"]))
         wait_for_all()
