@@ -98,6 +98,7 @@ def train_fold(
     if state:
         load_tensors(model, state["tensors"], state_file)
         learner.load_state(state)
+    records.forecast(learner, progress, split, settings, machine)
     steps = math.ceil(len(split.train) / settings.batch_size)  # in an epoch
     for epoch in records.epochs_left(progress, settings.epochs):
         seed_epoch(settings.seed, fold, epoch)
@@ -149,7 +150,8 @@ def run(args: argparse.Namespace) -> dict:
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
     if not (method.parts or mask or args.keep):  # a linear probe of clips that are the same in every epoch
         clips = replace(clips, pooled=speed.nothing_pooled(clips, backbone, args.device))
-    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume)
+    ahead = records.folds_left(args.out / args.dataset / method.name, args.seed, args.folds or known)
+    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, ahead)
 
     results = {}
     for seed in args.seed:
@@ -170,6 +172,7 @@ def run(args: argparse.Namespace) -> dict:
                 model = adapted(backbone, method, fold, settings, machine)
                 result = train_fold(model, clips, folds[fold], fold, settings, file.with_suffix(".resume.pt"), machine)
                 finish_fold(model, file, {"result": result, "classes": dataset.classes, "settings": asdict(settings)})
+                machine = replace(machine, forecast=0)  # once is enough
             if is_first():
                 say(records.describe_fold(read_header(file)["result"]))
         wait_for_all()

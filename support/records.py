@@ -181,6 +181,72 @@ def epochs_left(progress: Progress, epochs: int) -> Iterator[int]:
         bar.set_postfix(loss=progress.history[-1]["loss"], accuracy=progress.history[-1]["accuracy"])
 
 
+def folds_left(folder: Path, seeds: Iterable[int], folds: Iterable[int]) -> int:
+    """How many folds of these seeds have no file yet, `folder` being that above the seeds' own."""
+    return sum(not (folder / f"seed{seed}" / f"fold{fold}.safetensors").exists() for seed in seeds for fold in folds)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def forecast(learner, progress: Progress, split, settings: Settings, machine) -> None:
+    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first.
+
+    The steps after the first one are timed, which is slower than the others. The clock is read twice, and only then is
+    the device waited for. Nothing is said where it is less than a minute.
+    """
+    if machine.forecast == 0 or not is_first():
+        return
+    batch, done = settings.batch_size, 0
+    last = min(3, math.ceil(len(split.train) / batch))
+    first = min(1, last - 1)  # an epoch of one step is timed from here on
+    start = now(machine.device)
+
+    def after_step(*_):
+        nonlocal start, done
+        done += 1
+        if done == first:
+            start = now(machine.device)
+        elif done == last:
+            clips = min(last * batch, len(split.train)) - first * batch
+            seconds = (now(machine.device) - start) / clips * clips_left(progress, split, settings, machine.forecast)
+            with tqdm.external_write_mode():  # not into the progress bar
+                for line in forecast_lines(seconds, machine.forecast, settings, machine.device):
+                    say(line)
+
+    learner.optimizer.register_step_post_hook(after_step)
+
+
+def clips_left(progress: Progress, split, settings: Settings, folds: int) -> float:
+    """Clips still to train in `folds` folds like this one; one to validate or test counts half, as it takes half."""
+    epoch, test = len(split.train) + len(split.val) / 2, len(split.test) / 2
+    return folds * (settings.epochs * epoch + test) - len(progress.history) * epoch
+
+
+def forecast_lines(seconds: float, folds: int, settings: Settings, device: torch.device) -> list[str]:
+    """What a person should know of a run that takes so long; nothing of a short one."""
+    if seconds < 60:
+        return []
+    lines = [f"this will take about {in_words(seconds)}{f', {folds} folds' if folds > 1 else ''}"]
+    if device.type == "cpu" and seconds > 600:
+        ways = {"--shots 8": not settings.shots, "--folds 1": folds > 1, "fewer --epochs": settings.epochs > 5}
+        ways = [way for way, helps in ways.items() if helps]
+        lines.append(f"on a CPU; what makes it bearable: {', '.join([*ways, 'a GPU'])}")
+    return lines
+
+
+def in_words(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            number = seconds / length
+            return f"{number:.{1 if number < 10 else 0}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def save_progress(file: Path, progress: Progress, state: dict) -> None:
     """metrics.csv, and in `file` the state that --resume goes on from."""
     if is_first():

@@ -27,6 +27,7 @@ class Machine:
     compile: bool = False
     recompute: bool = False  # keep less for the backward pass and compute it again
     resume: bool = False  # take up interrupted folds
+    forecast: int = 0  # how many folds are ahead, where the time for them is to be said
 
 
 def autocast(device: torch.device, dtype: str):

@@ -302,7 +302,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     device = choose_device(args.device)
     gpu, dtype = device.type == "cuda", choose_dtype(args.dtype, device)
     batch, repeats = args.batch or (32 if gpu else 2 if args.quick else 4), args.repeats or (20 if gpu else 3)
-    return args, Bench(device, None, args.compile, False, False, dtype, batch, repeats, args.weights, args.quick)
+    own = {"dtype": dtype, "batch": batch, "repeats": repeats, "weights": args.weights, "quick": args.quick}
+    return args, Bench(device, compile=args.compile, **own)
 
 
 def main(argv: list[str] | None = None) -> int:
