@@ -224,7 +224,7 @@ def test_positions_of_zeros_for_another_length(monkeypatch, original):
 
 
 def test_positions_from_another_place(monkeypatch, original):
-    monkeypatch.setattr(load_weights, "crop_or_stretch", lambda grid, rows, size: grid[..., :size])
+    monkeypatch.setattr(load_weights, "crop_or_stretch", lambda grid, size: grid[..., :size])
     with pytest.raises(Wrong, match="tokens differ by"):
         comparisons.logits(original, 500)
 
