@@ -446,6 +446,9 @@ def test_a_resumed_run_that_differs(monkeypatch):
     with pytest.raises(Wrong, match=r"train\.py ended with 2, 2, 2: .*no weights at"):
         monkeypatch.undo()
         check.resumes("/nowhere", CPU)
+    monkeypatch.setattr(train, "main", lambda words: print("going on after epoch 1") or 1)
+    with pytest.raises(Wrong, match="ended with 1, 1, 1"):
+        check.resumes(str(SMALL_AST), CPU)
 
 
 def test_time_for_a_fold(monkeypatch):
