@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import petl
+import petl_more
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
 from support.checkpoints import fetch, read_header, read_json, read_metadata, read_tensors, shorten, write_tensors
@@ -43,6 +45,8 @@ NAMES = [
     (".head.1.", ".classifier.dense.", ".mlp_head.1."),
     (".norm.", ".layernorm.", ".v.norm."),
 ]
+
+petl.METHODS |= petl_more.METHODS  # the methods that came after the paper
 
 
 @dataclass(frozen=True)
@@ -243,14 +247,20 @@ def from_dict(entry: dict) -> petl.Method:
     settings = [dict(part) for part in entry["parts"]]
     unknown = [part["part"] for part in settings if part["part"] not in known]
     if unknown:
-        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS in petl.py has")
+        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS has")
     parts = tuple(known[part.pop("part")](**part) for part in settings)
     return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"])
 
 
+def live_tensors(model: AST) -> dict[str, torch.Tensor]:
+    """What training changes, itself: trained parameters, and float buffers such as the running means of a BatchNorm."""
+    state = model.state_dict(keep_vars=True).items()
+    return {n: t for n, t in state if (t.requires_grad if isinstance(t, nn.Parameter) else t.is_floating_point())}
+
+
 def trained_tensors(model: AST) -> dict[str, torch.Tensor]:
-    """Copies of the trained parameters on the CPU. Copies: `state_dict` hands out the live tensors themselves."""
-    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """Copies of what training changes, on the CPU."""
+    return {name: t.detach().cpu().clone().contiguous() for name, t in live_tensors(model).items()}
 
 
 def save_trained(model: AST, path: Path, metadata: dict) -> None:
@@ -296,7 +306,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
 
 def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Put trained tensors back into an adapted model; UserError unless they are exactly what its method trains."""
-    expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = live_tensors(model)
     wrong = sorted(expected.keys() ^ tensors.keys())
     wrong += [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     if wrong:

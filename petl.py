@@ -32,6 +32,13 @@ def rank_of(dim: int, rr: int) -> int:
     return max(1, round(dim / rr))
 
 
+def put_beneath(parent: nn.Module, name: str, layer) -> None:
+    """layer(module) in place of the module `name` itself, beneath whatever wraps it: it changes a weight."""
+    while hasattr(getattr(parent, name), "wrapped"):
+        parent, name = getattr(parent, name), "wrapped"
+    setattr(parent, name, layer(getattr(parent, name)))
+
+
 # ---------------------------------------------------------------------------------------------------------- adapters
 
 
@@ -96,22 +103,10 @@ def zeros(linear: nn.Linear) -> nn.Linear:
 
 
 # Where an adapter A meets a sub-layer S whose input is u, the output of its LayerNorm. What comes out replaces S(u).
-
-
-def seq_after(S, A, u):
-    h = S(u)
-    return h + A(h)
-
-
-def seq_before(S, A, u):
-    a = A(u)
-    return S(a) + a
-
-
 INSERTIONS = {
     "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7)
-    "seq_after": seq_after,  # eq. (6)
-    "seq_before": seq_before,  # Table III; starts far from the pretrained function
+    "seq_after": lambda S, A, u: (h := S(u)) + A(h),  # eq. (6)
+    "seq_before": lambda S, A, u: S(a := A(u)) + a,  # Table III; starts far from the pretrained function
     "par_before_residual": lambda S, A, u: S(u) + A(u) + u,  # Table VII: a parallel adapter needs no residual path
     "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII: a sequential one does
 }
@@ -126,6 +121,23 @@ class Adapted(nn.Module):
 
     def forward(self, u):  # (batch, tokens, dim)
         return INSERTIONS[self.how](self.wrapped, self.adapter, u)
+
+    def merged(self) -> FFN | None:
+        """A Bottleneck parallel to the FFN is r more hidden units of it: same input, same GELU. No other one merges."""
+        ffn, adapter = self.wrapped, self.adapter
+        if (self.how, type(ffn), type(adapter)) != ("par_before", FFN, Bottleneck):
+            return None
+        layers = (ffn.fc1, adapter.down), (ffn.fc2, adapter.up)
+        return side_by_side(*([(layer.weight, layer.bias) for layer in pair] for pair in layers))
+
+
+def side_by_side(into: list[tuple], out: list[tuple]) -> FFN:
+    """One FFN out of several (weight, bias) into the GELU and out of it: their hidden units together, outputs added."""
+    (weights, biases), (outs, out_biases) = zip(*into, strict=True), zip(*out, strict=True)
+    tensors = torch.cat(weights), torch.cat(biases), torch.cat(outs, dim=1), sum(out_biases)
+    ffn = FFN(tensors[0].shape[1], tensors[0].shape[0])
+    ffn.load_state_dict(dict(zip(ffn.state_dict(), tensors, strict=True)), assign=True)
+    return ffn
 
 
 @dataclass(frozen=True)
@@ -146,8 +158,7 @@ class Adapter:
                 conv = {"convpass": "1d", "convpass_2d": "2d"}[self.kind]
                 adapter = Convpass(model.config.dim, rank, conv, model.config.grid)
             setattr(block, self.at, Adapted(getattr(block, self.at), adapter, self.how))
-            norm = {"attn": block.norm1, "ffn": block.norm2}[self.at]
-            norm.requires_grad_(True)
+            {"attn": block.norm1, "ffn": block.norm2}[self.at].requires_grad_(True)
 
 
 class HydraFFN(nn.Module):
@@ -173,16 +184,11 @@ class HydraFFN(nn.Module):
         Q is linear in S(u) and multiplies into fc2. P bypasses the GELU, and gelu(z) - gelu(-z) = z: so hidden units
         D u + d and -(D u + d) with output weights U and -U carry U (D u + d) through the activation unchanged.
         """
-        # The matrix `after` is that of h -> h + Q(h), without its bias.
-        p_down, p_up, q_down, q_up = self.down_p, self.up_p, self.down_q, self.up_q
-        fc1, fc2 = self.wrapped.fc1, self.wrapped.fc2
-        after = torch.eye(len(fc2.bias), device=fc2.bias.device) + q_up.weight @ q_down.weight
-        ffn = FFN(fc1.in_features, fc1.out_features + 2 * p_down.out_features)
-        ffn.fc1.weight = nn.Parameter(torch.cat([fc1.weight, p_down.weight, -p_down.weight]))
-        ffn.fc1.bias = nn.Parameter(torch.cat([fc1.bias, p_down.bias, -p_down.bias]))
-        ffn.fc2.weight = nn.Parameter(torch.cat([after @ fc2.weight, p_up.weight, -p_up.weight], dim=1))
-        ffn.fc2.bias = nn.Parameter(after @ fc2.bias + q_up.weight @ q_down.bias + p_up.bias)
-        return ffn
+        fc1, fc2, down, up, q_down, q_up = *self.wrapped.children(), self.down_p, self.up_p, self.down_q, self.up_q
+        after = torch.eye(len(fc2.bias), device=fc2.bias.device) + q_up.weight @ q_down.weight  # h -> h + Q(h), no bias
+        bias = after @ fc2.bias + q_up.weight @ q_down.bias + up.bias
+        into = [(fc1.weight, fc1.bias), (down.weight, down.bias), (-down.weight, -down.bias)]
+        return side_by_side(into, [(after @ fc2.weight, bias), (up.weight, 0), (-up.weight, 0)])
 
 
 @dataclass(frozen=True)
@@ -229,11 +235,10 @@ class LoRA:
     def insert(self, model: AST) -> None:
         for block in map(inner, model.blocks):
             for name in self.targets:
-                parent = inner(block.attn)
-                while hasattr(getattr(parent, name), "wrapped"):  # LoRA changes the weight itself: beneath any wrapper
-                    parent, name = getattr(parent, name), "wrapped"
-                rank = rank_of(model.config.dim, self.rr)
-                setattr(parent, name, LoRALinear(getattr(parent, name), rank, self.alpha / self.rr))
+                put_beneath(inner(block.attn), name, self.layer)
+
+    def layer(self, linear: nn.Linear) -> LoRALinear:
+        return LoRALinear(linear, rank_of(linear.in_features, self.rr), self.alpha / self.rr)
 
 
 # ------------------------------------------------------------------------------------------------ prompts and prefixes
@@ -442,16 +447,16 @@ def count(model: AST) -> dict[str, int]:
 
 @torch.no_grad()
 def merge(model: AST) -> AST:
-    """A plain AST with the logits of the adapted one: LoRA and Hydra are folded into the weights they adapt.
+    """A plain AST with the logits of the adapted one: what a wrapper does is folded into the weights that it wraps.
 
-    `model` stays as it is. Raises UserError for methods that no weight of an AST can express (adapters with an
-    activation, prompts, prefixes).
+    `model` stays as it is. Raises UserError for methods that no weight of an AST can express (most adapters, prompts,
+    prefixes).
     """
     plain = copy.deepcopy(model)
-    for parent in list(plain.modules()):
+    for parent in reversed(list(plain.modules())):  # from the inside outwards
         for name, module in list(parent.named_children()):
-            if hasattr(module, "merged"):
-                setattr(parent, name, module.merged())
+            if hasattr(module, "merged") and (merged := module.merged()) is not None:
+                setattr(parent, name, merged)
             elif hasattr(module, "wrapped"):
                 kind = type(getattr(module, "adapter", module)).__name__
                 raise UserError(f"{model.method.name!r} cannot be merged: {kind} is no linear change of a weight")

@@ -24,11 +24,11 @@ from torch import nn
 import petl
 from ast_model import AST, POOL, ASTConfig, make_head
 from data import DATASETS, HOP, RATE, Clips, Split, folds_of, frames_for, load_clips, load_dataset, spec_augment
-from load_weights import load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
+from load_weights import live_tensors, load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
 from support import command, records, speed
 from support.command import UserError
 from support.files import default_cache_dir
-from support.processes import is_first, mean_over_ranks, process_group, say, shares, wait_for_all
+from support.processes import average, is_first, mean_over_ranks, process_group, say, shares, wait_for_all
 from support.records import Settings
 from support.speed import Machine, autocast
 from support.variants import fitted, override
@@ -118,6 +118,7 @@ def train_fold(
         rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
         begin = time.perf_counter()
         losses = train_epoch(learner, clips, train, rates, settings, machine)
+        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)
         clips_per_second = len(train) / (time.perf_counter() - begin)
         accuracy = evaluate(network, clips, split.val, settings, machine) if split.val else None
         tensors = trained_tensors(model)

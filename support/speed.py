@@ -48,6 +48,9 @@ def prepare(model: nn.Module, dtype: str, machine: Machine) -> nn.Module:
     elif machine.device.type == "cpu" and not machine.compile and onednn_helps():
         use_onednn(model)
     if machine.recompute:
+        for module in model.modules():  # sees every batch twice, compiled code once: two short steps make one whole
+            if isinstance(module, nn.BatchNorm1d) and not machine.compile:
+                module.momentum = 1 - (1 - module.momentum) ** 0.5
         for block in model.blocks:  # keep only the input of each block, and run it again for its gradients
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
@@ -61,7 +64,9 @@ def for_training(network: nn.Module, machine: Machine) -> nn.Module:
     if ranks()[1] == 1:
         return forward
     gpu = [machine.device.index] if machine.device.type == "cuda" else None
-    return DistributedDataParallel(forward, device_ids=gpu)
+    parallel = DistributedDataParallel(forward, device_ids=gpu)
+    parallel.broadcast_buffers = False  # running statistics: each process takes its own, `average` puts them together
+    return parallel
 
 
 # -------------------------------------------------------------------------------------------------- without gradients
