@@ -308,7 +308,7 @@ def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> No
     """Put trained tensors back into an adapted model; UserError unless they are exactly what its method trains."""
     expected = live_tensors(model)
     wrong = sorted(expected.keys() ^ tensors.keys())
-    wrong += [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
+    wrong += [name for name, t in expected.items() if name in tensors and t.shape != tensors[name].shape]
     if wrong:
         raise UserError(f"{path} does not fit the method {model.method.name!r}: {shorten(wrong)}")
     with torch.no_grad():

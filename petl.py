@@ -33,8 +33,8 @@ def rank_of(dim: int, rr: int) -> int:
 
 
 def put_beneath(parent: nn.Module, name: str, layer) -> None:
-    """layer(module) in place of the module `name` itself, beneath whatever wraps it: it changes a weight."""
-    while hasattr(getattr(parent, name), "wrapped"):
+    """layer(module) in place of the module `name` itself, beneath whatever wraps it but what reads its weight."""
+    while hasattr(getattr(parent, name), "wrapped") and not hasattr(getattr(parent, name), "reads_weight"):
         parent, name = getattr(parent, name), "wrapped"
     setattr(parent, name, layer(getattr(parent, name)))
 

@@ -148,6 +148,8 @@ class DoRALinear(LoRALinear):
     constant in the gradient. m starts at |W|.
     """
 
+    reads_weight = True  # nothing may come between
+
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__(wrapped, rank, scale)
         self.register_buffer("square", wrapped.weight.detach().square().sum(1), persistent=False)  # |W|^2, in float32
@@ -243,8 +245,9 @@ class Scaled(nn.Module):
     def __init__(self, wrapped: nn.Module, shift: bool):
         super().__init__()
         self.wrapped = wrapped
-        self.scale = offset(len(wrapped.bias))  # scale - 1
-        self.shift = offset(len(wrapped.bias)) if shift else None
+        channels = len(inner(wrapped).bias)
+        self.scale = offset(channels)  # scale - 1
+        self.shift = offset(channels) if shift else None
 
     def forward(self, x):
         scale, shift = 1 + self.scale, self.shift
@@ -266,7 +269,7 @@ class ScaledInput(nn.Module):
     def __init__(self, wrapped: nn.Linear):
         super().__init__()
         self.wrapped = wrapped
-        self.scale = offset(wrapped.in_features)  # scale - 1
+        self.scale = offset(inner(wrapped).in_features)  # scale - 1
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.wrapped((1 + self.scale) * x)
