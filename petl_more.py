@@ -87,8 +87,7 @@ class Experts(nn.Module):
 class SoftMoA(Experts):
     """Soft mixture of adapters (Cappellazzo et al., Interspeech 2024, arXiv 2402.00828), after Soft MoE.
 
-    Each expert has p slots. A slot reads a weighted mean of all tokens, and a token gets a weighted mean of what the
-    experts make of all slots.
+    Each expert has p slots. A slot reads a weighted mean of the tokens, a token gets one of the slots' answers.
     """
 
     def __init__(self, dim: int, rank: int, experts: int, slots: int):
@@ -214,7 +213,7 @@ class VeRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class VeRA:
-    """VeRA on the named projections of every attention. `seed` draws A and B: no file needs to hold them."""
+    """VeRA on the named projections. `seed` draws A and B, so that no file needs to hold them."""
 
     targets: str = "qv"  # any of q, k, v, o
     rr: int = 3
@@ -240,43 +239,31 @@ def frozen_linear(random: np.random.RandomState, inputs: int, outputs: int) -> n
 
 
 class Scaled(nn.Module):
-    """scale * S(x), and + shift where it is trained, for each channel of the output. Linear, LayerNorm or Conv2d."""
+    """scale * S(x) + shift for each channel, S a Linear, LayerNorm or Conv2d; or W (scale * x) + bias."""
 
-    def __init__(self, wrapped: nn.Module, shift: bool):
+    def __init__(self, wrapped: nn.Module, shift: bool = False, of_input: bool = False):
         super().__init__()
-        self.wrapped = wrapped
-        channels = len(inner(wrapped).bias)
+        self.wrapped, self.of_input = wrapped, of_input
+        channels = inner(wrapped).weight.shape[1 if of_input else 0]
         self.scale = offset(channels)  # scale - 1
         self.shift = offset(channels) if shift else None
 
     def forward(self, x):
-        scale, shift = 1 + self.scale, self.shift
-        if isinstance(self.wrapped, nn.Conv2d):  # (batch, channels, F, T)
-            scale, shift = scale[:, None, None], shift[:, None, None]
-        y = self.wrapped(x) * scale
-        return y if shift is None else y + shift
+        if self.of_input:
+            return self.wrapped((1 + self.scale) * x)
+        shape = (-1, 1, 1) if isinstance(self.wrapped, nn.Conv2d) else (-1,)  # (batch, channels, F, T) or (..., out)
+        y = (1 + self.scale).view(shape) * self.wrapped(x)
+        return y if self.shift is None else y + self.shift.view(shape)
 
     def merged(self) -> nn.Module:
+        """The same layer with other weights."""
         layer, scale = self.wrapped, 1 + self.scale
-        layer.weight = nn.Parameter(layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-        layer.bias = nn.Parameter(layer.bias * scale + (0 if self.shift is None else self.shift))
+        if self.of_input:
+            layer.weight = nn.Parameter(layer.weight * scale)
+        else:
+            layer.weight = nn.Parameter(layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+            layer.bias = nn.Parameter(layer.bias * scale + (0 if self.shift is None else self.shift))
         return layer
-
-
-class ScaledInput(nn.Module):
-    """W (scale * x) + bias."""
-
-    def __init__(self, wrapped: nn.Linear):
-        super().__init__()
-        self.wrapped = wrapped
-        self.scale = offset(inner(wrapped).in_features)  # scale - 1
-
-    def forward(self, x):  # (..., in) -> (..., out)
-        return self.wrapped((1 + self.scale) * x)
-
-    def merged(self) -> nn.Linear:
-        self.wrapped.weight = nn.Parameter(self.wrapped.weight * (1 + self.scale))
-        return self.wrapped
 
 
 @dataclass(frozen=True)
@@ -286,8 +273,8 @@ class IA3:
     def insert(self, model: AST) -> None:
         for block in map(inner, model.blocks):
             for name in "kv":
-                put_beneath(inner(block.attn), name, partial(Scaled, shift=False))
-            put_beneath(inner(block.ffn), "fc2", ScaledInput)
+                put_beneath(inner(block.attn), name, Scaled)
+            put_beneath(inner(block.ffn), "fc2", partial(Scaled, of_input=True))
 
 
 @dataclass(frozen=True)
@@ -385,8 +372,7 @@ class AdapterPlus:
 
 # Learning rates are those of the sources where these train with AdamW, else proposals that nobody has measured on AST.
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in [
+    method.name: method for method in [
         Method("conformer_pfeiffer_par", (Conformer("attn"),), "271K", "-"),
         Method("conformer_houlsby_par", (Conformer("attn"), Conformer("ffn")), "542K", "-"),
         Method("soft_moa", (SoftMixture(),), "-", "-"),
@@ -399,4 +385,4 @@ METHODS: dict[str, Method] = {
         Method("adaptformer", (AdaptFormer(),), "-", "-", lr=1e-3),
         Method("adapter_plus", (AdapterPlus(),), "-", "-", lr=1e-3),
     ]
-}
+}  # fmt: skip
