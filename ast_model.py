@@ -1,8 +1,8 @@
-"""The Audio Spectrogram Transformer (AST) in one file, section II-A of the paper.
+"""The Audio Spectrogram Transformer (AST) in one file: section II-A of the paper, with the AST's [distillation] token.
 
 Gong, Chung and Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021. A spectrogram is cut into overlapping
-16x16 patches, each patch becomes a token, and a pre-norm Transformer encoder reads the tokens. This file knows nothing
-of adapters, LoRA or prompts: `petl.py` wraps the modules defined here, so every name below is a place to plug in.
+16x16 patches, each patch becomes a token, and a pre-norm Transformer encoder reads the tokens. Nothing here
+depends on adapters, LoRA or prompts: `petl.py` wraps the modules defined here, so every name is a place to plug in.
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,9 @@ class ASTConfig:
 
 
 POOL = {
-    "mean": lambda tokens: tokens.mean(1),  # all tokens, as in the paper
+    "mean": lambda tokens: tokens.mean(1),  # all tokens: "the entire output sequence" of section III-A
     "cls": lambda tokens: tokens[:, 0],
-    # The AudioSet head of the checkpoint. Prompts replace [distillation]: then the first of them stands in its place.
+    # The AudioSet head of the checkpoint.
     "cls_dist": lambda tokens: (tokens[:, 0] + tokens[:, 1]) / 2,
 }
 
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
 
     def forward(self, x):  # (batch, tokens, dim)
-        # Keys and values may be more than queries (prefix-tuning adds some), so each projection keeps its own length.
+        # Each projection keeps its own length: wrapped, keys and values may be more than queries.
         q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v)  # (batch, heads, tokens, dim / heads)
         return self.o(mixed.transpose(1, 2).flatten(2))  # (batch, tokens, dim)
@@ -138,23 +138,29 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.eps)
         self.head = make_head(config)
 
-    def encode(self, fbank):
-        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation], patches."""
+    def encode(self, fbank, kept=None):
+        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation], patches; what a probe keeps.
+
+        kept: (batch, n), numbers of the patches that go through the blocks; without it all do.
+        """
         x = self.embed(fbank)
+        if kept is not None:
+            n_patches = self.config.grid[0] * self.config.grid[1]
+            x = torch.cat([x[:, :-n_patches], x[:, -n_patches:].take_along_dim(kept[:, :, None], dim=1)], dim=1)
         for block in self.blocks:
             x = block(x)
         return x
 
-    def features(self, fbank):
+    def features(self, fbank, kept=None):
         """Tokens after the final LayerNorm, (batch, tokens, dim)."""
-        return self.norm(self.encode(fbank))
+        return self.norm(self.encode(fbank, kept))
 
     def pool(self, tokens):
         """Tokens (batch, tokens, dim) to the one vector (batch, dim) that the head reads."""
         return POOL[self.config.pool](tokens)
 
-    def forward(self, fbank):
-        return self.head(self.pool(self.features(fbank)))  # (batch, n_classes)
+    def forward(self, fbank, kept=None):
+        return self.head(self.pool(self.features(fbank, kept)))  # (batch, n_classes)
 
 
 def make_head(config: ASTConfig) -> nn.Module:

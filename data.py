@@ -1,9 +1,9 @@
-"""Sounds to features, and datasets to clips, folds and draws (section III-A of the paper).
+"""Sounds to features, and datasets to clips, folds and draws.
 
-Top to bottom: `fbank` and `to_input` turn a waveform into what the AST reads; `spec_augment` masks it in training;
-`Dataset` and `Split` say which clips train and which test; `build_features` computes all features of a dataset once and
-`Clips` hands them out batch by batch. DATASETS, at the end, has one row for each dataset: a function of `sounds/` that
-lists its clips, and how the paper trains on it.
+Top to bottom: `fbank` and `to_input` turn a waveform into what the AST reads; `spec_augment` and `patchout` thin it out
+in training; `Dataset` and `Split` say which clips train and which test; `build_features` computes all features of a
+dataset once and `Clips` hands them out batch by batch. DATASETS, at the end, has one row for each dataset: a function
+of `sounds/` that lists its clips, and how it is trained.
 """
 
 import math
@@ -25,9 +25,10 @@ from sounds.clip import PARTS, Listing
 from support.command import UserError, nearest
 
 WINDOW, HOP, N_FFT = 400, 160, 512  # samples at RATE: 25 ms, 10 ms, and the next power of two
+FPS = RATE / HOP  # frames per second
 N_MELS = 128
 MEAN, STD = -4.2677393, 4.5689974  # of the log-Mel values of AudioSet; the checkpoint was trained with them
-FRONT_END = {  # all that decides the features of a sound; travels with every trained model
+FRONT_END = {  # the constants of the features; travel with every trained model
     "sample_rate": RATE, "window": WINDOW, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mean": MEAN, "std": STD,
 }  # fmt: skip
 
@@ -86,16 +87,23 @@ def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_mels: int = 24, max_f
     is U(0, 24) filters wide and the other U(0, 80) frames, each at a uniform position.
     """
 
-    def band(size, limit, width, start):  # draws (batch, 1) -> (batch, size), True where masked
-        width = width * min(limit, size)
-        start = (start * (size - width)).floor()
+    def band(size, limit, draws):  # (batch, 2) -> (batch, size), True where masked
+        width = draws[:, :1] * min(limit, size)
+        start = (draws[:, 1:] * (size - width)).floor()
         position = torch.arange(size, device=x.device)
         return (position >= start) & (position < start + width.floor())
 
-    mel_width, mel_start, frame_width, frame_start = draws.unsqueeze(-1).unbind(1)
-    mels = band(x.shape[2], max_mels, mel_width, mel_start)
-    frames = band(x.shape[1], max_frames, frame_width, frame_start)
+    mels = band(x.shape[2], max_mels, draws[:, :2])
+    frames = band(x.shape[1], max_frames, draws[:, 2:])
     return x.masked_fill(mels[:, None, :] | frames[:, :, None], 0)
+
+
+def patchout(draws: torch.Tensor, keep: float) -> torch.Tensor:
+    """Numbers of the patches that a clip keeps in training (PaSST; Koutini et al., 2022), in order.
+
+    draws: (batch, patches) uniform in [0, 1). Returns (batch, n), n being the share `keep` of the patches.
+    """
+    return draws.topk(max(1, round(keep * draws.shape[1])), dim=1).indices.sort(dim=1).values
 
 
 # ------------------------------------------------------------------------------------------------- what a dataset is
@@ -129,11 +137,25 @@ class Dataset:
         return [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A row of DATASETS: how its clips are listed, and how it is trained; for the paper's as the authors' code does."""
+
+    load: Callable[[Path | None, Path], Listing]  # (data_dir, cache_dir)
+    n_frames: int | None  # of 10 ms; None: as many as the clips have, see typical_seconds
+    batch_size: int
+    epochs: int
+    mask: bool  # SpecAugment
+    validate: bool = True  # where there are folds: one of them chooses the epoch
+    weights: str = "audioset"  # the backbone to start from
+    lr: dict[str, float] = field(default_factory=dict)  # by method, where it is not that of METHODS
+
+
 def load_dataset(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
     """The dataset called `name` in DATASETS, found in `data_dir`, else in `cache_dir`, else fetched."""
     recipe = DATASETS[nearest(name, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")]
     found = recipe.load(data_dir, cache_dir)
-    number = {name: i for i, name in enumerate(found.classes or sorted({clip.label for clip in found.clips}))}
+    number = {label: i for i, label in enumerate(found.classes or sorted({clip.label for clip in found.clips}))}
     labels = [number[clip.label] for clip in found.clips]
     folds = splits_of([clip.part for clip in found.clips], recipe.validate)
     paths = [clip.path for clip in found.clips]
@@ -182,7 +204,7 @@ def random_split(dataset: Dataset, seed: int) -> Split:
 
 
 def folds_of(dataset: Dataset, seed: int, bad: Iterable[int] = (), shots: int | None = None) -> dict[int, Split]:
-    """The folds of a run: the dataset's, or one that the seed draws, without the clips `bad`, with `shots` clips per class.
+    """The dataset's folds, or one that the seed draws; without the clips `bad`, with `shots` clips per class.
 
     Raises UserError if nothing is left to train or test on.
     """
@@ -212,12 +234,13 @@ def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[
 # ------------------------------------------------------------------------------------------- features, batch by batch
 
 
-def frames_for(recipe: "Recipe", dataset: Dataset, seconds: float | None) -> int:
-    """How many frames the model reads: those of `seconds` or of the dataset, else as many as most clips have."""
+def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -> int:
+    """How many frames the model reads: those of `seconds` or of the recipe, else so many that 95 % of the clips fit."""
     if seconds is None and recipe.n_frames is not None:
         return recipe.n_frames
-    may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
-    seconds = seconds or typical_seconds([dataset.paths[i] for i in sorted(may_train)])
+    if seconds is None:
+        may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
+        seconds = typical_seconds([dataset.paths[i] for i in sorted(may_train)])
     return max(ASTConfig.patch, round(seconds * RATE / HOP))
 
 
@@ -277,20 +300,6 @@ def load_clips(
 
 
 # ---------------------------------------------------------------------------------------------- the table of datasets
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A row of DATASETS: how its clips are listed, and how the paper trains on them (all of it options of train.py)."""
-
-    load: Callable[[Path | None, Path], Listing]  # (data_dir, cache_dir)
-    n_frames: int | None  # of 10 ms; None: as many as the clips have, see typical_seconds
-    batch_size: int
-    epochs: int
-    mask: bool  # SpecAugment
-    validate: bool = True  # where there are folds: one of them chooses the epoch
-    weights: str = "audioset"  # the backbone to start from
-    lr: dict[str, float] = field(default_factory=dict)  # by method, where it is not that of METHODS
 
 
 DATASETS = {

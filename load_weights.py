@@ -1,7 +1,7 @@
 """Pretrained checkpoints in, trained parts out and in again.
 
 `load_ast` reads an AST checkpoint in any of its formats: Hugging Face names in .safetensors or .bin, the original AST
-repository's .pth, from the hub or from disk. `save_trained` writes what a method trained, about 1 MB, with a header
+repository's .pth, from the hub or from disk. `save_trained` writes what a method trained, 1 or 2 MB, with a header
 that says what it belongs to; `load_trained` rebuilds the adapted model from it. `save_ast` writes a whole model, which
 any `load_ast` reads. No pickle is ever executed.
 """
@@ -12,22 +12,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import petl
 import petl_more
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
-from support.checkpoints import fetch, read_header, read_json, read_metadata, read_tensors, shorten, write_tensors
-from support.command import UserError
+from support.checkpoints import fetch, fill, read_header, read_json, read_metadata, read_tensors, write_tensors
+from support.command import UserError, first_of
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
 RANDOM = {"base": (768, 12, 12), "small": (384, 12, 6), "tiny": (192, 12, 3), "demo": (128, 4, 2)}  # dim, depth, heads
 
-# One tensor, many names: ours, that of Hugging Face's files, and then that of others: inside the current library, and
-# of the original repository, github.com/YuanGongND/ast. Parts of a name, between dots; read from top to bottom.
-NAMES = [
+# One tensor, many names: parts of them, between dots. Read from top to bottom: `.attention.output.dense.` goes first.
+NAMES = [  # ours, in Hugging Face's files; then inside its library or in the original, github.com/YuanGongND/ast
     (".embed.patches.", ".embeddings.patch_embeddings.projection.", ".v.patch_embed.proj."),
     (".embed.cls.", ".embeddings.cls_token.", ".v.cls_token."),
     (".embed.dist.", ".embeddings.distillation_token.", ".v.dist_token."),
@@ -51,7 +49,7 @@ petl.METHODS |= petl_more.METHODS  # the methods that came after the paper
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where weights came from, and the SHA-256 of their values without the head: the same whatever the file format."""
+    """Where weights came from, and their `fingerprint`: the same whatever the file format."""
 
     name: str
     sha256: str
@@ -82,13 +80,7 @@ def load_ast(
 
     with torch.device("meta"):  # no time spent on random numbers that the checkpoint replaces
         model = AST(config)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{weights} is no AST of one shape: {str(error).splitlines()[-1].strip()}") from None
-    missing = [name for name in missing if keep_head or not name.startswith("head.")]
-    if missing or unexpected:
-        raise UserError(f"{weights} is no AST checkpoint: missing {shorten(missing)}; unknown {shorten(unexpected)}")
+    fill(model, state, weights, but=None if keep_head else "head.")
     if not keep_head:
         model.head = make_head(config)
     model.backbone = backbone
@@ -207,15 +199,14 @@ def resize_positions(position: torch.Tensor, old: tuple[int, int], new: tuple[in
     """
     front, grid = position[:, :2], position[:, 2:]
     grid = grid.transpose(1, 2).unflatten(2, old)  # (1, dim, F, T)
-    bands, steps = new
-    grid = crop_or_stretch(grid, old[0], steps)
-    grid = crop_or_stretch(grid.mT, steps, bands).mT  # (1, dim, F', T')
+    grid = crop_or_stretch(grid, new[1])
+    grid = crop_or_stretch(grid.mT, new[0]).mT  # (1, dim, F', T')
     return torch.cat([front, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def crop_or_stretch(grid: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+def crop_or_stretch(grid: torch.Tensor, size: int) -> torch.Tensor:
     """Last dimension of (1, dim, rows, columns) to `size`: the middle columns, or a bilinear interpolation."""
-    columns = grid.shape[-1]
+    rows, columns = grid.shape[-2:]
     if size <= columns:
         start = columns // 2 - size // 2
         return grid[..., start : start + size]
@@ -238,7 +229,8 @@ def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
 def to_dict(method: petl.Method) -> dict:
     """The method as plain JSON types; `from_dict` is the way back."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
-    return {"name": method.name, "lr": method.lr, "parts": parts}
+    blocks = {"blocks": list(method.blocks)} if method.blocks else {}
+    return {"name": method.name, "lr": method.lr, "parts": parts, **blocks}
 
 
 def from_dict(entry: dict) -> petl.Method:
@@ -249,13 +241,14 @@ def from_dict(entry: dict) -> petl.Method:
     if unknown:
         raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS has")
     parts = tuple(known[part.pop("part")](**part) for part in settings)
-    return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"])
+    blocks = tuple(entry["blocks"]) if "blocks" in entry else None
+    return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"], blocks=blocks)
 
 
 def live_tensors(model: AST) -> dict[str, torch.Tensor]:
     """What training changes, itself: trained parameters, and float buffers such as the running means of a BatchNorm."""
     state = model.state_dict(keep_vars=True).items()
-    return {n: t for n, t in state if (t.requires_grad if isinstance(t, nn.Parameter) else t.is_floating_point())}
+    return {n: t for n, t in state if (t.requires_grad if isinstance(t, torch.nn.Parameter) else t.is_floating_point())}
 
 
 def trained_tensors(model: AST) -> dict[str, torch.Tensor]:
@@ -275,7 +268,7 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
         "n_classes": model.config.n_classes,
         "pool": model.config.pool,
         "front_end": FRONT_END,
-        "backbone": {"name": model.backbone.name, "sha256": model.backbone.sha256},
+        "backbone": asdict(model.backbone),
     }
     write_tensors(path, trained_tensors(model), header)
 
@@ -310,7 +303,7 @@ def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> No
     wrong = sorted(expected.keys() ^ tensors.keys())
     wrong += [name for name, t in expected.items() if name in tensors and t.shape != tensors[name].shape]
     if wrong:
-        raise UserError(f"{path} does not fit the method {model.method.name!r}: {shorten(wrong)}")
+        raise UserError(f"{path} does not fit the method {model.method.name!r}: {first_of(wrong)}")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
@@ -322,8 +315,7 @@ def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> No
 def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.float32) -> None:
     """Write a plain AST as safetensors under Hugging Face names, with its shape and `metadata` in the header.
 
-    A head on the mean of all tokens keeps our name `head`: no Hugging Face model has one. float16 halves the file;
-    `load_ast` computes in float32 either way.
+    float16 halves the file; `load_ast` computes in float32 either way.
     """
     state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     header = {**metadata, "config": asdict(model.config)}

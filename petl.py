@@ -21,7 +21,7 @@ from support.command import UserError, nearest
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The AST's own module beneath whatever wraps it."""
+    """The AST's own module beneath whatever wraps it: prompts wrap blocks, adapters sub-layers, LoRA projections."""
     while hasattr(module, "wrapped"):
         module = module.wrapped
     return module
@@ -37,6 +37,16 @@ def put_beneath(parent: nn.Module, name: str, layer) -> None:
     while hasattr(getattr(parent, name), "wrapped") and not hasattr(getattr(parent, name), "reads_weight"):
         parent, name = getattr(parent, name), "wrapped"
     setattr(parent, name, layer(getattr(parent, name)))
+
+
+def zeros(linear: nn.Linear) -> nn.Linear:
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
@@ -61,16 +71,15 @@ class Bottleneck(nn.Module):
 class Convpass(nn.Module):
     """A bottleneck with a convolution inside (Jie and Deng, 2022).
 
-    conv="1d" slides a window of 3 over the token sequence: the parameter count that the paper reports. conv="2d" is the
-    3x3 convolution over the patch grid of the original Convpass; the tokens in front of the patches are convolved as
-    1x1 images. The convolution starts as the identity.
+    nn.Conv1d slides a window of 3 over the token sequence: section II-B says 3x3, but only this has Table I's 254K.
+    nn.Conv2d is the 3x3 convolution over the patch grid of the original Convpass; the tokens in front of the patches
+    are convolved as 1x1 images. As in the original, it starts as the identity, between QuickGELUs, with dropout 0.1.
     """
 
-    def __init__(self, dim: int, rank: int, conv: str, grid: tuple[int, int]):
+    def __init__(self, dim: int, rank: int, conv: type, grid: tuple[int, int]):
         super().__init__()
-        self.grid = grid
-        self.down = nn.Linear(dim, rank)
-        self.conv = {"1d": nn.Conv1d, "2d": nn.Conv2d}[conv](rank, rank, kernel_size=3, padding=1)
+        self.grid, self.down = grid, nn.Linear(dim, rank)
+        self.conv = conv(rank, rank, kernel_size=3, padding=1)
         nn.init.dirac_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
         self.dropout = nn.Dropout(0.1)
@@ -92,23 +101,14 @@ class Convpass(nn.Module):
         return torch.cat([front, patches], dim=1)
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-def zeros(linear: nn.Linear) -> nn.Linear:
-    for parameter in linear.parameters():
-        nn.init.zeros_(parameter)
-    return linear
-
-
 # Where an adapter A meets a sub-layer S whose input is u, the output of its LayerNorm. What comes out replaces S(u).
+
 INSERTIONS = {
-    "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7)
-    "seq_after": lambda S, A, u: (h := S(u)) + A(h),  # eq. (6)
+    "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7), where A reads the stream before the LayerNorm
+    "seq_after": lambda S, A, u: (h := S(u)) + A(h),  # eq. (6) and a residual path, which Table I's numbers have
     "seq_before": lambda S, A, u: S(a := A(u)) + a,  # Table III; starts far from the pretrained function
     "par_before_residual": lambda S, A, u: S(u) + A(u) + u,  # Table VII: a parallel adapter needs no residual path
-    "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII: a sequential one does
+    "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII, eq. (6) as printed: a sequential one does
 }
 
 
@@ -124,11 +124,9 @@ class Adapted(nn.Module):
 
     def merged(self) -> FFN | None:
         """A Bottleneck parallel to the FFN is r more hidden units of it: same input, same GELU. No other one merges."""
-        ffn, adapter = self.wrapped, self.adapter
-        if (self.how, type(ffn), type(adapter)) != ("par_before", FFN, Bottleneck):
-            return None
-        layers = (ffn.fc1, adapter.down), (ffn.fc2, adapter.up)
-        return side_by_side(*([(layer.weight, layer.bias) for layer in pair] for pair in layers))
+        if (self.how, type(self.wrapped), type(self.adapter)) == ("par_before", FFN, Bottleneck):
+            layers = zip(self.wrapped.children(), self.adapter.children(), strict=True)  # fc1 and down, fc2 and up
+            return side_by_side(*([layer.parameters() for layer in pair] for pair in layers))
 
 
 def side_by_side(into: list[tuple], out: list[tuple]) -> FFN:
@@ -142,7 +140,10 @@ def side_by_side(into: list[tuple], out: list[tuple]) -> FFN:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter at the MHSA (`at="attn"`) or the FFN (`at="ffn"`) of every block; trains the LayerNorm feeding it."""
+    """An adapter at the MHSA (`at="attn"`) or the FFN (`at="ffn"`) of every block.
+
+    It trains the LayerNorm that feeds the sub-layer, too: the paper's 249K are 230,544 and those 18,432.
+    """
 
     at: str
     how: str  # a key of INSERTIONS
@@ -155,22 +156,18 @@ class Adapter:
             if self.kind == "bottleneck":
                 adapter = Bottleneck(model.config.dim, rank)
             else:
-                conv = {"convpass": "1d", "convpass_2d": "2d"}[self.kind]
+                conv = {"convpass": nn.Conv1d, "convpass_2d": nn.Conv2d}[self.kind]
                 adapter = Convpass(model.config.dim, rank, conv, model.config.grid)
             setattr(block, self.at, Adapted(getattr(block, self.at), adapter, self.how))
             {"attn": block.norm1, "ffn": block.norm2}[self.at].requires_grad_(True)
 
 
 class HydraFFN(nn.Module):
-    """S(u) + P(u) + Q(S(u)): a parallel and a sequential linear bottleneck at once (Hydra, Kim et al., 2023; Table V).
-
-    Neither branch has an activation, so both can be folded into the weights after training (`merged`).
-    """
+    """S(u) + P(u) + Q(S(u)): a parallel and a sequential linear bottleneck (Hydra, Kim et al., 2023; Table V)."""
 
     def __init__(self, wrapped: nn.Module, dim: int, rank: int):
         super().__init__()
-        self.wrapped = wrapped
-        self.down_p, self.down_q = nn.Linear(dim, rank), nn.Linear(dim, rank)
+        self.wrapped, self.down_p, self.down_q = wrapped, nn.Linear(dim, rank), nn.Linear(dim, rank)
         self.up_p = zeros(nn.Linear(rank, dim))  # its bias is that of both branches
         self.up_q = zeros(nn.Linear(rank, dim, bias=False))
 
@@ -179,7 +176,7 @@ class HydraFFN(nn.Module):
         return h + self.up_p(self.down_p(u)) + self.up_q(self.down_q(h))
 
     def merged(self) -> FFN:
-        """One plain FFN with the same output, 2r hidden units wider.
+        """One plain FFN with the same output, 2r hidden units wider: neither branch has an activation.
 
         Q is linear in S(u) and multiplies into fc2. P bypasses the GELU, and gelu(z) - gelu(-z) = z: so hidden units
         D u + d and -(D u + d) with output weights U and -U carry U (D u + d) through the activation unchanged.
@@ -207,16 +204,16 @@ class Hydra:
 
 
 class LoRALinear(nn.Module):
-    """W x + bias + s B A x, eq. (5) (Hu et al., 2021). B starts at zero: nothing changes before training."""
+    """x W + bias + s x A B, eq. (5) (Hu et al., 2021). B starts at zero: nothing changes before training."""
 
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__()
         self.wrapped, self.scale = wrapped, scale
         self.a = nn.Linear(wrapped.in_features, rank, bias=False)
-        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # zero: nothing to draw
+        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # draws no numbers
 
     def forward(self, x):  # (..., in) -> (..., out)
-        return self.wrapped(x) + self.b(self.scale * self.a(x))  # scaling r numbers, not dim
+        return self.wrapped(x) + self.b(self.scale * self.a(x))
 
     def merged(self) -> nn.Linear:
         """One plain Linear with the weight W + s B A."""
@@ -245,7 +242,7 @@ class LoRA:
 
 
 def prompt_parameter(n: int, config) -> nn.Parameter:
-    """n learned tokens, uniform in +-sqrt(6 / (3 patch^2 + dim)), as in visual prompt tuning (Jia et al., 2022)."""
+    """n learned tokens, uniform in +-sqrt(6 / (3 patch^2 + dim)), as in visual prompt tuning, where 3 are colours."""
     bound = (6 / (3 * config.patch**2 + config.dim)) ** 0.5
     return nn.Parameter(torch.empty(n, config.dim).uniform_(-bound, bound))
 
@@ -259,12 +256,12 @@ class PrefixLinear(nn.Module):
 
     def forward(self, x):  # (batch, tokens, dim) -> (batch, n + tokens, dim)
         y = self.wrapped(x)
-        return torch.cat([self.prefix.to(y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
+        return torch.cat([self.prefix.to(y.dtype).expand(y.shape[0], -1, -1), y], dim=1)  # y: half under autocast
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Prefix-tuning: of n prompts a layer, one half are keys and the other half values."""
+    """Prefix-tuning: of n prompts a layer, one half are keys and the other half values (221K = 12 x 24 x 768)."""
 
     prompts: int = 24
 
@@ -342,13 +339,14 @@ class Everything:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS. Every method also trains the final LayerNorm and the head."""
+    """A row of METHODS. Every method also trains the head and the final LayerNorm, but for the scale of BitFit's."""
 
     name: str
     parts: tuple
     paper: str  # trained parameters as the paper prints them
     where: str  # the row of the paper's tables
     lr: float = 5e-3  # section III-A; full fine-tuning, linear and BitFit as in the authors' setup
+    blocks: tuple[int, int] | None = None  # the first and last block, from 1, that the parts see; None: all
 
 
 MHSA_PAR, MHSA_SEQ = ("attn", "par_before"), ("attn", "seq_after")
@@ -370,7 +368,8 @@ METHODS: dict[str, Method] = {
         Method("spt", (Prompts(300),), "230K", "Table I, SPT-300", lr=1e-2),
         Method("dpt", (Prompts(25, deep=True),), "230K", "Table I, DPT-25", lr=1e-2),
         Method("prefix", (Prefix(24),), "221K", "Table I, Pref-T 24", lr=1e-2),
-        # Pfeiffer: one adapter a block, parallel to the MHSA or in sequence after the FFN. Houlsby: one at each.
+        # Pfeiffer: one adapter a block, parallel to the MHSA or in sequence after the FFN (Table I's numbers are those
+        # rows of Table III; section II-B has the FFN alone). Houlsby: one at each.
         Method("pfeiffer_par", adapters(MHSA_PAR), "249K", "Table I, PF par"),
         Method("pfeiffer_seq", adapters(FFN_SEQ), "249K", "Table I, PF seq"),
         Method("houlsby_par", adapters(MHSA_PAR, FFN_PAR), "498K", "Table I, HOU par"),
@@ -427,8 +426,14 @@ def apply(model: AST, method: str | Method) -> AST:
     model.norm.requires_grad_(True)
     model.head.requires_grad_(True)
     device = model.norm.weight.device
+    first, last = method.blocks or (1, len(model.blocks))
+    beneath, above = model.blocks[: first - 1], model.blocks[last:]
+    model.blocks = model.blocks[first - 1 : last]
     for part in method.parts:
         part.insert(model)
+    model.blocks = nn.ModuleList([*beneath, *model.blocks, *above])
+    if method.blocks:  # `Everything` reaches further
+        nn.ModuleList([model.embed, beneath, above]).requires_grad_(False)
     model.method = method
     return model.to(device)
 
@@ -447,10 +452,9 @@ def count(model: AST) -> dict[str, int]:
 
 @torch.no_grad()
 def merge(model: AST) -> AST:
-    """A plain AST with the logits of the adapted one: what a wrapper does is folded into the weights that it wraps.
+    """A plain AST with the logits of the adapted one: what wraps a weight is folded into it. `model` stays as it is.
 
-    `model` stays as it is. Raises UserError for methods that no weight of an AST can express (most adapters, prompts,
-    prefixes).
+    Raises UserError for methods that no weight of an AST can express (most adapters, prompts, prefixes).
     """
     plain = copy.deepcopy(model)
     for parent in reversed(list(plain.modules())):  # from the inside outwards
@@ -462,6 +466,5 @@ def merge(model: AST) -> AST:
                 raise UserError(f"{model.method.name!r} cannot be merged: {kind} is no linear change of a weight")
     plain.requires_grad_(True)
     plain.config = replace(plain.config, hidden=plain.blocks[0].ffn.fc1.out_features)
-    if hasattr(plain, "method"):
-        del plain.method
+    vars(plain).pop("method", None)
     return plain

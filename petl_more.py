@@ -281,11 +281,12 @@ class IA3:
 class SSF:
     """Scale and shift (Lian et al., NeurIPS 2022) behind every layer that computes: y -> scale * y + shift.
 
-    Behind the patches too, before their positions are added. The final LayerNorm is trained anyway.
+    Behind the patches too, before their positions are added, where all blocks are changed. The final LayerNorm is
+    trained anyway.
     """
 
     def insert(self, model: AST) -> None:
-        places = [(inner(model.embed), ["patches"])]
+        places = [(inner(model.embed), ["patches"])] if len(model.blocks) == model.config.depth else []
         for block in map(inner, model.blocks):
             places += [(block, ["norm1", "norm2"]), (inner(block.attn), "qkvo"), (inner(block.ffn), ["fc1", "fc2"])]
         for parent, names in places:

@@ -33,14 +33,15 @@ def _row_key(path: Path, name: str, front_end: str) -> int:
     return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
 
 
-def _make_row(path: Path, key: int, shape: tuple[int, int], compute: Compute) -> np.ndarray:
-    row = np.zeros(1, _row_type(shape))
+def _make_row(path: Path, key: int, shape: tuple[int, int], compute: Compute) -> tuple[np.ndarray, str]:
+    """The row of a clip, (1,), and why it has no features; "" if it has."""
+    row, reason = np.zeros(1, _row_type(shape)), ""
     try:
         row["features"] = compute(path)
-    except ValueError:
-        row["bad"] = 1
+    except ValueError as error:
+        row["bad"], reason = 1, str(error)
     row["key"], row["crc"] = key, _crc(row[0])
-    return row
+    return row, reason
 
 
 def _crc(row: np.void) -> int:
@@ -94,7 +95,7 @@ def cached(
     keys = np.array([_row_key(clip, name, front_end) for clip, name in named], dtype="<u8")
 
     def reasons(index):  # read again for the reason: the file knows only that there was one
-        return {i: _why_bad(dataset.paths[i], compute) for i in np.flatnonzero(index["bad"]).tolist()}
+        return {i: _make_row(dataset.paths[i], 0, shape, compute)[1] for i in np.flatnonzero(index["bad"]).tolist()}
 
     with FileLock(f"{path}.lock"):
         index = _read_index(path, shape)
@@ -140,7 +141,7 @@ def _build_rows(
             for first in range(0, len(missing), _BLOCK):
                 block = missing[first : first + _BLOCK]
                 made = pool.map(lambda i: _make_row(dataset.paths[i], keys[i], shape, compute), block)
-                for i, row in zip(block.tolist(), made, strict=True):
+                for i, (row, _) in zip(block.tolist(), made, strict=True):
                     file.seek(offset + i * row.nbytes)
                     file.write(row.tobytes())
                     progress.update()
@@ -169,11 +170,3 @@ def _start_partial(
                     old.seek(old_offset + row_of[key] * rows.itemsize)
                     file.seek(rows.offset + i * rows.itemsize)
                     file.write(old.read(rows.itemsize))
-
-
-def _why_bad(path: Path, compute: Compute) -> str:
-    try:
-        compute(path)
-    except ValueError as error:
-        return str(error)
-    return ""

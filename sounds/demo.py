@@ -1,6 +1,7 @@
 """The demo: sounds that `synth` makes, so that everything can be tried without downloading anything."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import soundfile
@@ -18,23 +19,10 @@ SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it 
 FOLDERS = {"demo": "demo-fe5a0b5f", "demo_source": "demo_source-146f2f13"}
 
 
-def target(data_dir: Path | None, cache_dir: Path) -> Listing:
-    """The ten target classes of `synth`: 200 clips each to train, 40 to validate, 100 to test."""
-    return rendered("demo", synth.TARGET, (200, 40, 100), data_dir, cache_dir)
-
-
-def source(data_dir: Path | None, cache_dir: Path) -> Listing:
-    """The source classes of `synth`, on which the backbone `--weights demo` was pretrained: 200 + 10 + 10."""
-    return rendered("demo_source", synth.SOURCE, (200, 10, 10), data_dir, cache_dir)
-
-
 def rendered(
     name: str, classes: Iterable[str], sizes: tuple[int, int, int], data_dir: Path | None, cache_dir: Path
 ) -> Listing:
-    """Sounds of `synth`, rendered once to 16-bit WAV files. One fold, as in Speech Commands.
-
-    sizes: clips per class to train, to validate and to test.
-    """
+    """Sounds of `synth`, rendered once to 16-bit WAV files; `sizes`: clips per class to train, validate and test."""
     if data_dir is not None:
         raise UserError(f"--data-dir {data_dir}: {name} makes its own sounds; leave --data-dir out")
     root = cache_dir / FOLDERS[name]
@@ -50,3 +38,7 @@ def rendered(
                     wave = synth.render(clip.label, int(file.stem), SEED)
                     soundfile.write(file, wave, RATE, subtype="PCM_16")
     return Listing(root, clips)
+
+
+target = partial(rendered, "demo", synth.TARGET, (200, 40, 100))
+source = partial(rendered, "demo_source", synth.SOURCE, (200, 10, 10))  # for the backbone `--weights demo`

@@ -6,11 +6,12 @@ import http.client
 import os
 import stat
 import tarfile
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -80,6 +81,8 @@ def download(url: str, target: Path, by_hand: str, checksum: str | None = None) 
             if expected and digest.hexdigest() != expected:
                 raise OSError(f"its {algorithm.upper()} is {digest.hexdigest()}, not {expected}")
     except (OSError, http.client.HTTPException) as error:  # OSError is what urllib raises, too
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the server's answer as well
         raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}): {by_hand}") from None
     return target
 
@@ -89,6 +92,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Raises UserError for a damaged archive and for members that would land outside the folder, links and devices.
     """
+    progress = partial(tqdm, desc=f"unpacking {archive.name}", unit="file", disable=None)
     try:
         with whole_folder(folder) as temporary:
 
@@ -98,19 +102,15 @@ def unpack(archive: Path, folder: Path) -> None:
 
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as zipped:
-                    for member in _progress(zipped.infolist(), archive):
+                    for member in progress(zipped.infolist()):
                         kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made on Unix
                         refuse(member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
                         zipped.extract(member, temporary)
             else:
                 with tarfile.open(archive) as tar:
-                    for member in _progress(tar, archive):
+                    for member in progress(tar):
                         refuse(member.name, member.isreg() or member.isdir())
                         tar.extract(member, temporary, filter="data")  # drops owners and odd permissions as well
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else "it ends too early"
         raise UserError(f"{archive} is not a whole zip or tar archive ({reason}): download it again") from None
-
-
-def _progress(members: Iterable, archive: Path) -> Iterable:
-    return tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None)

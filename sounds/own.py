@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sounds.audio import SUFFIXES, files_in
 from sounds.clip import PARTS, Clip, Listing
-from sounds.tables import first_of, folders_in, read_table, require_files
-from support.command import UserError, warn
+from sounds.tables import folders_in, read_table, require_files
+from support.command import UserError, first_of, warn
 
 
 def folder(data_dir: Path | None, cache_dir: Path) -> Listing:
@@ -24,18 +24,17 @@ def folder(data_dir: Path | None, cache_dir: Path) -> Listing:
         unknown = [path.name for path in folders_in(data_dir) if path.name not in PARTS]
         if unknown:
             raise UserError(f"{data_dir}: beside train/ there may be val/ and test/ only, not {first_of(unknown)}")
-    paths, names, parts, ignored = [], [], [], []
+    clips, ignored = [], []
     for part in PARTS if given else ("",):
         for class_folder in folders_in(data_dir / part) if (data_dir / part).is_dir() else []:
             sounds, others = files_in(class_folder)
             if not sounds:
                 raise UserError(f"{class_folder} holds no sounds ({', '.join(SUFFIXES)}): fill it or remove it")
             ignored += [os.path.relpath(file, data_dir) for file in others]
-            paths, names = paths + sounds, names + [class_folder.name] * len(sounds)
-            parts += [part] * len(sounds)
+            clips += [Clip(sound, class_folder.name, part) for sound in sounds]
     if ignored:
         warn(f"{data_dir}: {len(ignored)} files are no {', '.join(SUFFIXES)}, ignored ({first_of(ignored)})")
-    return own_sounds(data_dir, data_dir.resolve().name, paths, names, parts)
+    return own_sounds(data_dir, data_dir.resolve().name, clips)
 
 
 def table(data_dir: Path | None, cache_dir: Path) -> Listing:
@@ -57,30 +56,29 @@ def table(data_dir: Path | None, cache_dir: Path) -> Listing:
             raise UserError(f"{data_dir}, line {line}: split is {row['split']!r}; it must be train, val or test")
         if column == "fold" and not row["fold"].isdecimal():
             raise UserError(f"{data_dir}, line {line}: fold is {row['fold']!r}; it must be a whole number")
-    paths = [data_dir.parent / row["path"] for row in rows]
-    parts = [row[column] if column else "" for row in rows]
+    part = int if column == "fold" else str
+    clips = [Clip(data_dir.parent / row["path"], row["label"], part(row[column]) if column else "") for row in rows]
     first = {}
-    for path, part in zip(paths, parts, strict=True):
-        if path in first:
-            where = f"in {column} {first[path]} and {part}" if column and first[path] != part else "twice"
-            raise UserError(f"{data_dir}: {path} is listed {where}: every clip must be listed once")
-        first[path] = part
-    require_files(data_dir.parent, paths)
-    return own_sounds(data_dir.parent, data_dir.stem, paths, [row["label"] for row in rows], parts)
+    for clip in clips:
+        if clip.path in first:
+            other = first[clip.path]
+            where = f"in {column} {other} and {clip.part}" if other != clip.part else "twice"
+            raise UserError(f"{data_dir}: {clip.path} is listed {where}: every clip must be listed once")
+        first[clip.path] = clip.part
+    require_files(data_dir.parent, [*first])
+    return own_sounds(data_dir.parent, data_dir.stem, clips)
 
 
-def own_sounds(root: Path, name: str, paths: list[Path], names: list[str], parts: list[str]) -> Listing:
+def own_sounds(root: Path, name: str, clips: list[Clip]) -> Listing:
     """A Listing of the clips. Raises UserError for what cannot be trained or tested, warns of likely mistakes."""
-    if len(set(names)) < 2:
-        raise UserError(f"{root}: {len(set(names))} classes; there must be two or more to tell apart")
-    if set(parts) == {""}:
-        alone = [class_name for class_name, count in Counter(names).items() if count == 1]
-        if alone:
-            raise UserError(f"{root}: class {alone[0]!r} has one clip; one to train and one to test are needed")
-    elif not set(parts) <= set(PARTS):
-        parts = [int(part) for part in parts]
-    warn_of_copies(root, paths, parts)
-    return Listing(root, [Clip(*row) for row in zip(paths, names, parts, strict=True)], name=name)
+    counts = Counter(clip.label for clip in clips)
+    if len(counts) < 2:
+        raise UserError(f"{root}: {len(counts)} classes; there must be two or more to tell apart")
+    if all(clip.part == "" for clip in clips) and 1 in counts.values():
+        alone = next(label for label, count in counts.items() if count == 1)
+        raise UserError(f"{root}: class {alone!r} has one clip; one to train and one to test are needed")
+    warn_of_copies(root, clips)
+    return Listing(root, clips, name=name)
 
 
 def check_folds(dataset) -> None:
@@ -99,7 +97,7 @@ def check_folds(dataset) -> None:
                 warn(f"{where} no test clips in fold {fold}")
 
 
-def warn_of_copies(root: Path, paths: list[Path], parts: list) -> None:
+def warn_of_copies(root: Path, clips: list[Clip]) -> None:
     """Warn of files with the same content in different parts: what has been trained on would be tested."""
 
     def middle(path):  # the ends may be silence that many files share
@@ -107,18 +105,18 @@ def warn_of_copies(root: Path, paths: list[Path], parts: list) -> None:
             file.seek(path.stat().st_size // 2)
             return file.read(4096)
 
-    groups = [list(range(len(paths)))]
+    groups = [clips]
     # From quick to slow: hardly any file is read as a whole.
     for key in (lambda path: path.stat().st_size, middle, lambda path: hashlib.sha256(path.read_bytes()).digest()):
         alike = defaultdict(list)
         for number, group in enumerate(groups):
-            for i in group:
-                alike[number, key(paths[i])].append(i)
+            for clip in group:
+                alike[number, key(clip.path)].append(clip)
         groups = [group for group in alike.values() if len(group) > 1]
-    if set(parts) != {""}:
-        groups = [group for group in groups if len({parts[i] for i in group}) > 1]
+    where = "and may come into different splits"
+    if any(clip.part != "" for clip in clips):
+        where, groups = "in different splits", [group for group in groups if len({clip.part for clip in group}) > 1]
     if groups:
-        names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
-        where = "in different splits" if set(parts) != {""} else "and may come into different splits"
-        copies = first_of([" = ".join(names[i] for i in group) for group in groups])
+        names = ([Path(os.path.relpath(clip.path, root)).as_posix() for clip in group] for group in groups)
+        copies = first_of([" = ".join(same) for same in names])
         warn(f"{root}: {len(groups)} sounds are there more than once {where} ({copies})")

@@ -5,21 +5,19 @@ follow each other. SOURCE has 68 of them: the small backbone in `weights/` was p
 TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. They are five pairs of opposites
 made of the same events: what one does first, the other does last, and an average over time hardly tells which is which.
 
-    wave = render("bell", index=0)          # (16000,) float32: one second at 16 kHz
-    python -m sounds.synth bell up_up_down   # writes five of each as WAV files, to listen to
+    wave = render("bell", index=0)  # (16000,) float32: one second at 16 kHz
 
 A sound follows from its class, its index and a seed alone. Pitch, tempo, timbre, onset, level and the noise behind it
 are drawn anew for each index.
 """
 
-import sys
 import zlib
 from collections.abc import Callable
 
 import numpy as np
-import soundfile
 
-RATE = 16_000  # Hz
+from sounds.audio import RATE
+
 SAMPLES = RATE  # of a clip: one second
 LATEST = RATE // 8  # sample at which a sound begins, at the latest
 
@@ -310,100 +308,64 @@ def hisses(rng, *steps: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------- the classes
 
-Sound = Callable[[np.random.Generator], np.ndarray]
-
-SOURCE: dict[str, Sound] = {
+# The name of a sound, its family, and what that is told besides the random generator.
+SOURCE = {
     # Pitch that moves
-    "rise": lambda rng: sweep(rng, 0, 1),
-    "fall": lambda rng: sweep(rng, 1, 0),
-    "hill": lambda rng: sweep(rng, 0, 1, 0),
-    "valley": lambda rng: sweep(rng, 1, 0, 1),
-    "late_jump": lambda rng: sweep(rng, 0, 0, 0, 1),
-    "early_drop": lambda rng: sweep(rng, 1, 0, 0, 0),
-    "chirps_up": lambda rng: chirps(rng, 0, 1),
-    "chirps_down": lambda rng: chirps(rng, 1, 0),
-    "slow_vibrato": lambda rng: wobble(rng, (3, 5), pitch_depth=0.15),
-    "fast_vibrato": lambda rng: wobble(rng, (9, 14), pitch_depth=0.15),
-    "slow_tremolo": lambda rng: wobble(rng, (3, 5), level_depth=0.9),
-    "fast_tremolo": lambda rng: wobble(rng, (10, 16), level_depth=0.9),
-    "two_tone_siren": lambda rng: alternate(rng, (2.5, 4), (0.3, 0.6)),
-    "wailing_siren": lambda rng: wobble(rng, (1, 1.8), pitch_depth=0.5),
+    "rise": (sweep, 0, 1), "fall": (sweep, 1, 0), "hill": (sweep, 0, 1, 0), "valley": (sweep, 1, 0, 1),
+    "late_jump": (sweep, 0, 0, 0, 1), "early_drop": (sweep, 1, 0, 0, 0),
+    "chirps_up": (chirps, 0, 1), "chirps_down": (chirps, 1, 0),
+    "slow_vibrato": (wobble, (3, 5), 0.15), "fast_vibrato": (wobble, (9, 14), 0.15),
+    "slow_tremolo": (wobble, (3, 5), 0, 0.9), "fast_tremolo": (wobble, (10, 16), 0, 0.9),
+    "two_tone_siren": (alternate, (2.5, 4), (0.3, 0.6)),
+    "wailing_siren": (wobble, (1, 1.8), 0.5),
     # Tones that stay
-    "whistle": lambda rng: steady(rng, [1]),
-    "organ": lambda rng: steady(rng, [1, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15]),
-    "clarinet": lambda rng: steady(rng, [1, 0, 0.6, 0, 0.4, 0, 0.3, 0, 0.2]),
-    "fifth": lambda rng: chord(rng, 1, 1.5),
-    "minor_second": lambda rng: chord(rng, 1, 1.06),
-    "triad": lambda rng: chord(rng, 1, 1.26, 1.5),
+    "whistle": (steady, [1]), "organ": (steady, [1, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15]),
+    "clarinet": (steady, [1, 0, 0.6, 0, 0.4, 0, 0.3, 0, 0.2]),
+    "fifth": (chord, 1, 1.5), "minor_second": (chord, 1, 1.06), "triad": (chord, 1, 1.26, 1.5),
     # Voices
-    "vowel_i": lambda rng: vowel(rng, "i"),
-    "vowel_a": lambda rng: vowel(rng, "a"),
-    "vowel_u": lambda rng: vowel(rng, "u"),
-    "vowel_er": lambda rng: vowel(rng, "er"),
-    "ai": lambda rng: vowel(rng, "a", "i"),
-    "ia": lambda rng: vowel(rng, "i", "a"),
-    "iu": lambda rng: vowel(rng, "i", "u"),
-    "ui": lambda rng: vowel(rng, "u", "i"),
+    "vowel_i": (vowel, "i"), "vowel_a": (vowel, "a"), "vowel_u": (vowel, "u"), "vowel_er": (vowel, "er"),
+    "ai": (vowel, "a", "i"), "ia": (vowel, "i", "a"), "iu": (vowel, "i", "u"), "ui": (vowel, "u", "i"),
     # Things hit and plucked
-    "bell": lambda rng: strike(rng, 400, 1000, (1, 2, 2.4, 3, 4.5, 5.3), (0.12, 0.3)),
-    "gong": lambda rng: strike(rng, 90, 200, (1, 1.6, 2.3, 3.1, 4.3, 5.9), (0.15, 0.4)),
-    "wood_block": lambda rng: strike(rng, 500, 1300, (1, 2.6), (0.01, 0.03)),
-    "pluck": lambda rng: strings(rng, 0),
-    "plucks_up": lambda rng: strings(rng, 0, 1, 2),
-    "plucks_down": lambda rng: strings(rng, 2, 1, 0),
+    "bell": (strike, 400, 1000, (1, 2, 2.4, 3, 4.5, 5.3), (0.12, 0.3)),
+    "gong": (strike, 90, 200, (1, 1.6, 2.3, 3.1, 4.3, 5.9), (0.15, 0.4)),
+    "wood_block": (strike, 500, 1300, (1, 2.6), (0.01, 0.03)),
+    "pluck": (strings, 0), "plucks_up": (strings, 0, 1, 2), "plucks_down": (strings, 2, 1, 0),
     # Clicks
-    "slow_clicks": lambda rng: clicks(rng, 6),
-    "fast_clicks": lambda rng: clicks(rng, 20),
-    "clicks_faster": lambda rng: clicks(rng, 5, 25),
-    "clicks_slower": lambda rng: clicks(rng, 25, 5),
-    "gallop": lambda rng: gallop(rng, (0, 0.25), (3, 5)),
-    "crackle": lambda rng: scatter(rng, (8, 25)),
-    "rain": lambda rng: scatter(rng, (120, 250)),
-    "drips": drips,
+    "slow_clicks": (clicks, 6), "fast_clicks": (clicks, 20), "clicks_faster": (clicks, 5, 25),
+    "clicks_slower": (clicks, 25, 5),
+    "gallop": (gallop, (0, 0.25), (3, 5)),
+    "crackle": (scatter, (8, 25)), "rain": (scatter, (120, 250)),
+    "drips": (drips,),
     # Noises and machines
-    "low_noise": lambda rng: band(rng, 150, 500),
-    "high_noise": lambda rng: band(rng, 3000, 6000),
-    "noise_up": lambda rng: moving_band(rng, 500, 4000),
-    "noise_down": lambda rng: moving_band(rng, 4000, 500),
-    "noise_pulses": lambda rng: pulsing_noise(rng, (4, 7)),
-    "noise_grows": lambda rng: swelling_noise(rng, 0.05, 1),
-    "noise_fades": lambda rng: swelling_noise(rng, 1, 0.05),
-    "engine_runs": lambda rng: engine(rng, 1),
-    "engine_starts": lambda rng: engine(rng, 0.7, 2.5),
-    "engine_stops": lambda rng: engine(rng, 2.5, 0.7),
-    "cricket": lambda rng: insect(rng, (3000, 5500), (25, 45), (3, 5)),
-    "frog": lambda rng: insect(rng, (400, 900), (18, 28), (1.5, 3)),
+    "low_noise": (band, 150, 500), "high_noise": (band, 3000, 6000),
+    "noise_up": (moving_band, 500, 4000), "noise_down": (moving_band, 4000, 500),
+    "noise_pulses": (pulsing_noise, (4, 7)),
+    "noise_grows": (swelling_noise, 0.05, 1), "noise_fades": (swelling_noise, 1, 0.05),
+    "engine_runs": (engine, 1), "engine_starts": (engine, 0.7, 2.5), "engine_stops": (engine, 2.5, 0.7),
+    "cricket": (insect, (3000, 5500), (25, 45), (3, 5)), "frog": (insect, (400, 900), (18, 28), (1.5, 3)),
     # One thing after another
-    "cuckoo": lambda rng: notes(rng, 1, 0),
-    "doorbell": lambda rng: notes(rng, 0, 1),
-    "yodel": lambda rng: notes(rng, 0, 1, 0),
-    "dip": lambda rng: notes(rng, 1, 0, 1),
-    "arpeggio_up": lambda rng: notes(rng, 0, 1, 2),
-    "arpeggio_down": lambda rng: notes(rng, 2, 1, 0),
-    "dark_bright": lambda rng: hisses(rng, 0, 1),
-    "bright_dark": lambda rng: hisses(rng, 1, 0),
-    "tone_noise": lambda rng: tone_and_noise(rng, "t", "n"),
-    "noise_tone": lambda rng: tone_and_noise(rng, "n", "t"),
-    "click_tone": lambda rng: tone_and_noise(rng, "c", "t"),
-    "tone_click": lambda rng: tone_and_noise(rng, "t", "c"),
-    "dash_dot_dot": lambda rng: beeps(rng, 3, 1, 1),
-    "dot_dot_dash": lambda rng: beeps(rng, 1, 1, 3),
-}
-
-TARGET: dict[str, Sound] = {  # five pairs: what one does, the other does the other way round
-    "rise_fall_rise": lambda rng: sweep(rng, 0, 1, 0, 1),
-    "fall_rise_fall": lambda rng: sweep(rng, 1, 0, 1, 0),
-    "up_up_down": lambda rng: calls(rng, 1, 1, -1),
-    "down_down_up": lambda rng: calls(rng, -1, -1, 1),
-    "plucks_low_high_middle": lambda rng: strings(rng, 0, 2, 1),
-    "plucks_high_low_middle": lambda rng: strings(rng, 2, 0, 1),
-    "tone_noise_tone": lambda rng: tone_and_noise(rng, "t", "n", "t"),
-    "noise_tone_noise": lambda rng: tone_and_noise(rng, "n", "t", "n"),
-    "eoe": lambda rng: vowel(rng, "e", "o", "e"),
-    "oeo": lambda rng: vowel(rng, "o", "e", "o"),
-}
+    "cuckoo": (notes, 1, 0), "doorbell": (notes, 0, 1), "yodel": (notes, 0, 1, 0), "dip": (notes, 1, 0, 1),
+    "arpeggio_up": (notes, 0, 1, 2), "arpeggio_down": (notes, 2, 1, 0),
+    "dark_bright": (hisses, 0, 1), "bright_dark": (hisses, 1, 0),
+    "tone_noise": (tone_and_noise, "t", "n"), "noise_tone": (tone_and_noise, "n", "t"),
+    "click_tone": (tone_and_noise, "c", "t"), "tone_click": (tone_and_noise, "t", "c"),
+    "dash_dot_dot": (beeps, 3, 1, 1), "dot_dot_dash": (beeps, 1, 1, 3),
+}  # fmt: skip
+TARGET = {  # five pairs: what one does, the other does the other way round
+    "rise_fall_rise": (sweep, 0, 1, 0, 1), "fall_rise_fall": (sweep, 1, 0, 1, 0),
+    "up_up_down": (calls, 1, 1, -1), "down_down_up": (calls, -1, -1, 1),
+    "plucks_low_high_middle": (strings, 0, 2, 1), "plucks_high_low_middle": (strings, 2, 0, 1),
+    "tone_noise_tone": (tone_and_noise, "t", "n", "t"), "noise_tone_noise": (tone_and_noise, "n", "t", "n"),
+    "eoe": (vowel, "e", "o", "e"), "oeo": (vowel, "o", "e", "o"),
+}  # fmt: skip
 
 CLASSES = SOURCE | TARGET
+
+
+def sound(name: str, rng: np.random.Generator) -> np.ndarray:
+    """One sound of the class `name`, up to a second long: (samples,)."""
+    family, *arguments = CLASSES[name]
+    return family(rng, *arguments)
 
 
 def render(name: str, index: int, seed: int = 0) -> np.ndarray:
@@ -413,28 +375,12 @@ def render(name: str, index: int, seed: int = 0) -> np.ndarray:
     together is 1 to 20 dB below full scale.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
-    sound = CLASSES[name](rng)[:SAMPLES]
+    wave = sound(name, rng)[:SAMPLES]
     clip = np.zeros(SAMPLES, np.float32)
-    start = rng.integers(min(SAMPLES - len(sound), LATEST) + 1)
-    clip[start : start + len(sound)] = sound
+    start = rng.integers(min(SAMPLES - len(wave), LATEST) + 1)
+    clip[start : start + len(wave)] = wave
     slope = rng.uniform(0, 1)  # from white noise (0) to pink noise, whose power falls with frequency (1)
     noise = colour(rng.standard_normal(SAMPLES, np.float32), lambda hz: np.maximum(hz, 20) ** (-slope / 2))
     signal_to_noise = 10 ** (rng.uniform(-3, 15) / 20)
     clip = clip / clip.std() + noise / noise.std() / signal_to_noise
     return (clip / abs(clip).max() * 10 ** (rng.uniform(-20, -1) / 20)).astype(np.float32)
-
-
-def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in CLASSES]
-    if unknown or not names:
-        print(f"usage: python -m sounds.synth CLASS ...; the classes are {', '.join(CLASSES)}", file=sys.stderr)
-        return 2
-    for name in names:
-        for index in range(5):
-            soundfile.write(f"{name}{index}.wav", render(name, index), RATE, subtype="PCM_16")
-            print(f"{name}{index}.wav")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.command import UserError
+from support.command import UserError, first_of
 
 
 def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -13,14 +13,15 @@ def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ())
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [column for column in columns if column not in (reader.fieldnames or [])]
+            header = reader.fieldnames or []
+            missing = [column for column in columns if column not in header]
             rows = [] if missing else list(reader)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such table") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} ({error}): it must be a CSV file in UTF-8") from None
     if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}; its header is {', '.join(reader.fieldnames or ['empty'])}")
+        raise UserError(f"{path}: no column {missing[0]!r}; its header is {', '.join(header) or 'empty'}")
     if not rows:
         raise UserError(f"{path}: no rows beneath the header")
     for line, row in enumerate(rows, start=2):
@@ -37,10 +38,6 @@ def require_files(root: Path, paths: list[Path]) -> None:
     missing = [os.path.relpath(path, root) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({first_of(missing)}): complete it")
-
-
-def first_of(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def folders_in(root: Path) -> list[Path]:

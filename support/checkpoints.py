@@ -11,12 +11,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from support.command import UserError
+from support.command import UserError, first_of
 from support.files import whole_file
-
-
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
 def fetch(repository: str) -> tuple[Path, Path]:
@@ -74,18 +70,29 @@ def read_metadata(path: Path) -> dict:
 def read_header(path: Path) -> dict:
     """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else."""
     try:
-        header = read_metadata(path)
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        reason = "it has no such header" if isinstance(error, TypeError) else str(error).splitlines()[0]
-        raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again") from None
-    if not header:
-        raise UserError(
-            f"{path} is no whole file of trained parts (it has no such header): delete it and train it again"
-        )
-    return header
+        if header := read_metadata(path):
+            return header
+        reason = "it has no such header"
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
     """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`."""
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))
+
+
+def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str, but: str | None = None) -> None:
+    """Let the tensors of `state` be those of the model; names that begin with `but` need not be among them.
+
+    Raises UserError for tensors of another shape, for missing and for unknown ones; `origin` says where they are from.
+    """
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{origin} is no AST of one shape: {str(error).splitlines()[-1].strip()}") from None
+    missing = [name for name in missing if but is None or not name.startswith(but)]
+    if missing or unknown:
+        raise UserError(f"{origin} is no AST checkpoint: missing {first_of(missing)}; unknown {first_of(unknown)}")

@@ -28,6 +28,11 @@ def numbers(text: str) -> list[int]:
     return list(dict.fromkeys(int(word) for word in text.split(",")))  # each of them once
 
 
+def span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
 def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
@@ -99,3 +104,8 @@ def nearest(name: str, known: Iterable[str], what: str, hint: str = "") -> str:
         return name
     close = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
     raise UserError(f"unknown {what} {name!r}: did you mean {close!r}?{hint}")
+
+
+def first_of(names: list[str]) -> str:
+    """The first five of a list, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"

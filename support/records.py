@@ -1,6 +1,8 @@
 """What a run leaves on disk: config.json, split.csv, metrics.csv, foldK.resume.pt, result.json; and what it prints."""
 
 import csv
+import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -47,6 +49,7 @@ class Settings:
     lr: float
     mask: bool
     dtype: str
+    keep: float | None = None  # share of the patches in training
 
 
 # ----------------------------------------------------------------------------------------------- the start of a run
@@ -69,7 +72,7 @@ def hash_of(table: str) -> str:
 
 
 def start_run(
-    folder: Path, settings: Settings, table: str, skipped: dict[str, str], data_dir: Path | None, cache_dir: Path
+    folder: Path, settings: Settings, table: str, dataset, bad: dict[int, str], data_dir: Path | None, cache_dir: Path
 ) -> None:
     """Write config.json and split.csv. UserError if `folder` holds another experiment: its finished folds must not be
     mixed with these."""
@@ -79,12 +82,12 @@ def start_run(
             old = dict(json.loads(file.read_text()))
         except (ValueError, TypeError):
             raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
-        new = asdict(settings)
-        del new["weights"]  # a name; `backbone` is what counts
-        compare_settings(folder, old, new)
+        # `weights` is a name; `backbone` is what counts.
+        compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
+        names = dataset.names()
         write_json(file, {
-            **asdict(settings), "command": sys.argv, "skipped_clips": skipped,
+            **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
             "data_dir": data_dir and str(data_dir.resolve()), "cache_dir": str(cache_dir.resolve()),
         })  # fmt: skip
         write_text(folder / "split.csv", table)
@@ -108,17 +111,17 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     """What is about to be trained, on clips that last `seconds`."""
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
     masked = "masked" if settings.mask else "unmasked"
+    masked += f", {settings.keep:.0%} of the patches" if settings.keep else ""
     line = (
         f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, "
         f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
         f"{settings.seed}, {settings.dtype}, {device}"
     )
-    if settings.method["parts"]:
-        return line
+    probe = "linear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
     if settings.mask:
-        return (f"{line}\nlinear probe, masked: every epoch masks the clips anew, so each goes through the backbone in "
-                "every epoch; with --no-mask it does so once")  # fmt: skip
-    return f"{line}\nlinear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
+        probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
+                 "epoch; with --no-mask it does so once")  # fmt: skip
+    return line if settings.method["parts"] else f"{line}\n{probe}"
 
 
 # ---------------------------------------------------------------------------------------------------- epoch by epoch
@@ -126,36 +129,43 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
 
 @dataclass
 class Progress:
-    """What is known of a fold after its last finished epoch."""
+    """What is known of a fold after its last finished epoch. Its clock runs from the start."""
 
     fold: int
     history: list[dict] = field(default_factory=list)  # the rows of metrics.csv
     best: dict = field(default_factory=lambda: {"accuracy": -1.0, "epoch": 0, "tensors": {}})
     seconds: float = 0.0
+    clock: float = field(default_factory=time.perf_counter)  # when it was last read
+    begin: float = 0.0  # of the present epoch
 
-    def add(self, losses: list[float], rates: list[float], accuracy: float | None, tensors: dict, speed: float) -> None:
-        """One more epoch. Without validation clips (accuracy None) the last one is the best.
-
-        Raises UserError if a loss is not finite.
-        """
+    def trained(self, losses: list[float], rates: list[float], clips: int) -> None:
+        """The steps of one more epoch, on so many clips. UserError if a loss is not finite."""
         epoch, steps = len(self.history) + 1, len(rates)
         for i, (loss, lr) in enumerate(zip(losses, rates, strict=True), start=1):
             if not math.isfinite(loss):
                 where = f"fold {self.fold}, epoch {epoch}, step {i} of {steps}, learning rate {lr:.2g}"
                 raise UserError(f"the loss is {loss} in {where}: choose a smaller --lr, or --dtype float32")
-        if accuracy is None or accuracy > self.best["accuracy"]:
-            self.best = {"accuracy": accuracy, "epoch": epoch, "tensors": tensors}
         self.history.append({
             "fold": self.fold, "epoch": epoch, "step": steps * epoch, "loss": round(statistics.mean(losses), 6),
-            "accuracy": "" if accuracy is None else round(accuracy, 4), "lr": f"{rates[-1]:.4g}",
-            "clips/s": round(speed, 1),
+            "accuracy": "", "lr": f"{rates[-1]:.4g}", "clips/s": round(clips / (time.perf_counter() - self.begin), 1),
         })  # fmt: skip
+
+    def validated(self, accuracy: float | None, tensors: dict[str, torch.Tensor]) -> None:
+        """The end of the epoch. The best has the highest accuracy, the first of equals; without validation clips
+        (None) it is the last."""
+        if accuracy is None or accuracy > self.best["accuracy"]:
+            self.best = {"accuracy": accuracy, "epoch": len(self.history), "tensors": tensors}
+        if accuracy is not None:
+            self.history[-1]["accuracy"] = round(accuracy, 4)
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def result(self, accuracy: float) -> dict:
         """What result.json says of the fold, `accuracy` being that on the test clips."""
+        peak = peak_memory()
         return {
             "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
-            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak_memory_mb(),
+            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak and peak >> 20,
         }  # fmt: skip
 
 
@@ -166,8 +176,75 @@ def epochs_left(progress: Progress, epochs: int) -> Iterator[int]:
     numbers = range(done + 1, epochs + 1)
     bar = tqdm(numbers, f"fold {progress.fold}", epochs, initial=done, unit="epoch", disable=hidden)
     for epoch in bar:
+        progress.begin = time.perf_counter()
         yield epoch
         bar.set_postfix(loss=progress.history[-1]["loss"], accuracy=progress.history[-1]["accuracy"])
+
+
+def folds_left(folder: Path, seeds: Iterable[int], folds: Iterable[int]) -> int:
+    """How many folds of these seeds have no file yet, `folder` being that above the seeds' own."""
+    return sum(not (folder / f"seed{seed}" / f"fold{fold}.safetensors").exists() for seed in seeds for fold in folds)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def forecast(learner, progress: Progress, split, settings: Settings, machine) -> None:
+    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first.
+
+    The steps after the first one are timed, which is slower than the others. The clock is read twice, and only then is
+    the device waited for. Nothing is said where it is less than a minute.
+    """
+    if machine.forecast == 0 or not is_first():
+        return
+    batch, done = settings.batch_size, 0
+    last = min(3, math.ceil(len(split.train) / batch))
+    first = min(1, last - 1)  # an epoch of one step is timed from here on
+    start = now(machine.device)
+
+    def after_step(*_):
+        nonlocal start, done
+        done += 1
+        if done == first:
+            start = now(machine.device)
+        elif done == last:
+            clips = min(last * batch, len(split.train)) - first * batch
+            seconds = (now(machine.device) - start) / clips * clips_left(progress, split, settings, machine.forecast)
+            with tqdm.external_write_mode():  # not into the progress bar
+                for line in forecast_lines(seconds, machine.forecast, settings, machine.device):
+                    say(line)
+
+    learner.optimizer.register_step_post_hook(after_step)
+
+
+def clips_left(progress: Progress, split, settings: Settings, folds: int) -> float:
+    """Clips still to train in `folds` folds like this one; one to validate or test counts half, as it takes half."""
+    epoch, test = len(split.train) + len(split.val) / 2, len(split.test) / 2
+    return folds * (settings.epochs * epoch + test) - len(progress.history) * epoch
+
+
+def forecast_lines(seconds: float, folds: int, settings: Settings, device: torch.device) -> list[str]:
+    """What a person should know of a run that takes so long; nothing of a short one."""
+    if seconds < 60:
+        return []
+    lines = [f"this will take about {in_words(seconds)}{f', {folds} folds' if folds > 1 else ''}"]
+    if device.type == "cpu" and seconds > 600:
+        ways = {"--shots 8": not settings.shots, "--folds 1": folds > 1, "fewer --epochs": settings.epochs > 5}
+        ways = [way for way, helps in ways.items() if helps]
+        lines.append(f"on a CPU; what makes it bearable: {', '.join([*ways, 'a GPU'])}")
+    return lines
+
+
+def in_words(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            number = seconds / length
+            return f"{number:.{1 if number < 10 else 0}f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def save_progress(file: Path, progress: Progress, state: dict) -> None:
@@ -207,16 +284,31 @@ def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
             writer.writerows(rows)
 
 
-def peak_memory_mb() -> int | None:
-    """Peak memory of this process: on the GPU where one is used, else in main memory. None on Windows."""
+def peak_memory() -> int | None:
+    """Most bytes that this process has taken: on the GPU where one is used, else in main memory. None on Windows."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() >> 20
+        return torch.cuda.max_memory_allocated()
     if platform.system() == "Windows":
         return None
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if platform.system() == "Darwin" else 10)  # bytes there, KiB on Linux
+    return peak if platform.system() == "Darwin" else peak << 10  # bytes there, KiB on Linux
+
+
+def forget_peak() -> bool:
+    """From now on `peak_memory` is that from now on. False where the system cannot forget it: Linux can."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed is given back
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, TypeError, AttributeError):  # another system, or a sandbox without these
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------- the results
@@ -262,15 +354,14 @@ def summarise(folder: Path, folds: Iterable[int], settings: Settings, started: f
     spread = "" if summary["std"] is None else f" +- {summary['std']:.2f}"
     file = folder / f"fold{results[0]['fold']}.safetensors"
     baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
-    print(
+    say(
         f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
         f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
         f"\n  time            {summary['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
         f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
-        f"\n  to compare      the same command with --method {baseline}\n",
-        flush=True,
+        f"\n  to compare      the same command with --method {baseline}\n"
     )
     return summary
 

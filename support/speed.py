@@ -27,6 +27,7 @@ class Machine:
     compile: bool = False
     recompute: bool = False  # keep less for the backward pass and compute it again
     resume: bool = False  # take up interrupted folds
+    forecast: int = 0  # how many folds are ahead, where the time for them is to be said
 
 
 def autocast(device: torch.device, dtype: str):
@@ -56,17 +57,47 @@ def prepare(model: nn.Module, dtype: str, machine: Machine) -> nn.Module:
     return model
 
 
-def for_training(network: nn.Module, machine: Machine) -> nn.Module:
-    """`network` as training calls it: compiled if asked, and data-parallel where there are several processes."""
-    if machine.recompute:
-        torch.compiler.reset()  # its blocks are new code in every fold, and torch gives up compiling after a few
-    forward = torch.compile(network) if machine.compile else network
-    if ranks()[1] == 1:
-        return forward
-    gpu = [machine.device.index] if machine.device.type == "cuda" else None
-    parallel = DistributedDataParallel(forward, device_ids=gpu)
-    parallel.broadcast_buffers = False  # running statistics: each process takes its own, `average` puts them together
-    return parallel
+class Learner:
+    """A network in training: its forward and backward pass in the type of the arithmetic, and its optimizer.
+
+    Compiled if asked, and data-parallel where there are several processes.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, dtype: str, machine: Machine):
+        self.network, self.optimizer, self.dtype, self.device = network, optimizer, dtype, machine.device
+        # Gradients of float16 losses would vanish; for other types the scaler does nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "float16")
+        if machine.recompute:
+            torch.compiler.reset()  # its blocks are new code in every fold, and torch gives up compiling after a few
+        self.forward = torch.compile(network) if machine.compile else network
+        if ranks()[1] > 1:
+            gpu = [self.device.index] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.forward, device_ids=gpu)
+            self.forward.broadcast_buffers = False  # each process takes its own running statistics, `average` all
+
+    def logits(self, *x: torch.Tensor) -> torch.Tensor:
+        """What the network reads, (batch, ...), to float32 logits (batch, n_classes)."""
+        with autocast(self.device, self.dtype):
+            logits = self.forward(*x)
+        return logits.float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradients."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, lr: float) -> None:
+        """One step of the optimizer at this learning rate, which clears the gradients."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
 # -------------------------------------------------------------------------------------------------- without gradients
@@ -111,6 +142,13 @@ class Probe(nn.Module):
 
     def forward(self, pooled):  # (batch, dim)
         return self.head(pooled * self.norm.weight + self.norm.bias)  # (batch, n_classes)
+
+
+def probed(model, clips, split, settings, machine: Machine):
+    """What learns and from what: of a linear probe its last layers, from pooled tokens; else `model` and `clips`."""
+    if clips.pooled is None:
+        return model, clips
+    return Probe(model), pool_clips(model, clips, split, settings, machine)
 
 
 def nothing_pooled(clips, model, device: torch.device) -> torch.Tensor:

@@ -47,7 +47,17 @@ def narrowed(method, dim: int):
     return replace(shrink(method, factor), lr=NARROW_LR.get(method.name, method.lr)) if factor > 1 else method
 
 
-def fitted(method, dim: int, lr: float | None = None, rr=None, alpha=None, prompts=None):
-    """The method as a run trains it: `narrowed` to the backbone, then with whatever was asked for."""
-    method = narrowed(method, dim)
-    return override(replace(method, lr=lr or method.lr), rr, alpha, prompts)
+def fitted(method, config, lr: float | None = None, rr=None, alpha=None, prompts=None, blocks=None, keep=None):
+    """The method as a run trains it: `narrowed` to the backbone of shape `config`, then with whatever was asked for.
+
+    Raises UserError for what the method cannot do.
+    """
+    method = narrowed(method, config.dim)
+    method = override(replace(method, lr=lr or method.lr, blocks=blocks), rr, alpha, prompts)
+    if keep and any(getattr(part, "kind", "") == "convpass_2d" for part in method.parts):
+        raise UserError(f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method")
+    if blocks and not 1 <= blocks[0] <= blocks[1] <= config.depth:
+        raise UserError(f"--blocks {blocks[0]}-{blocks[1]}: this backbone has the blocks 1 to {config.depth}")
+    if blocks and (not method.parts or any(hasattr(part, "deep") for part in method.parts)):
+        raise UserError(f"--blocks: {method.name!r} changes what comes before or after the blocks; leave it out")
+    return method

@@ -1,47 +1,34 @@
-"""Models and sounds that several test files share, all of them made on the spot."""
+"""Models, sounds and tables that several test files share, all of them made on the spot."""
 
 import csv
+import io
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 import petl
+import train
 from ast_model import AST, ASTConfig
+from data import Dataset
 from load_weights import load_ast, save_trained
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALL_AST = REFERENCE / "ast_small"  # 2 layers, 64 dimensions: fast enough for runs of train.py
+SMALL_STATE = load_file(SMALL_AST / "model.safetensors")  # under the library's legacy names: encoder.layer.N...
+SMALL_CONFIG = json.loads((SMALL_AST / "config.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------ models
 
 
 def tiny_ast(**config) -> AST:
     """A random AST on a 3 x 3 patch grid, small enough for formulas by hand."""
     return AST(ASTConfig(**{"n_frames": 36, "n_mels": 36, "dim": 32, "depth": 2, "heads": 4, "n_classes": 3, **config}))
-
-
-def make_esc50(root: Path, takes: int = 1, seconds: float = 0.5) -> Path:
-    """A miniature of the ESC-50 release: 12 classes, 10 of them ESC-10, `takes` clips for each class and fold.
-
-    The sound of a class is a tone of its own pitch in noise, so that training can succeed.
-    """
-    rng = np.random.default_rng(0)
-    (root / "meta").mkdir(parents=True)
-    (root / "audio").mkdir()
-    time = np.arange(int(44_100 * seconds)) / 44_100
-    with open(root / "meta" / "esc50.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["filename", "fold", "target", "category", "esc10", "src_file", "take"])
-        for target in range(0, 48, 4):
-            for fold in range(1, 6):
-                for take in range(takes):
-                    name = f"{fold}-{100_000 + target}-{chr(65 + take)}-{target}.wav"
-                    tone = np.sin(2 * np.pi * (200 + 100 * target) * time)
-                    wave = 0.3 * tone + 0.03 * rng.standard_normal(len(time))
-                    soundfile.write(root / "audio" / name, wave, 44_100, subtype="PCM_16")
-                    esc10 = target < 40
-                    writer.writerow([name, fold, target, f"sound {target}", esc10, 100_000 + target, chr(65 + take)])
-    return root
 
 
 def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60, **header) -> AST:
@@ -55,6 +42,147 @@ def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60,
         model.get_submodule("head.1" if pool == "cls_dist" else "head").weight.mul_(5)  # answers far from one another
     save_trained(model, path, {"classes": ["rain", "sea, waves", "dog", "wind"], **header})
     return model.eval()
+
+
+def constant(path: Path, *probabilities: float, classes: list[str] | None = None, n_frames: int = 60) -> Path:
+    """A fold file that gives every sound these probabilities."""
+    model = petl.apply(load_ast(SMALL_AST, n_frames, len(probabilities)), "linear")
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor(probabilities).log())
+    save_trained(model, path, {"classes": classes} if classes else {})
+    return path
+
+
+def write_ast(folder: Path, state: dict, config: dict | None = None) -> Path:
+    """A folder with the tensors and, unless None, a config.json of these entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    if config is not None:
+        whole = {"model_type": "audio-spectrogram-transformer", **config}
+        (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- sounds and tables
+
+
+def write_csv(path: Path, header: str = "", *rows) -> Path:
+    """A table. A row is a list of values, or one text with commas between them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(row.split(",") if isinstance(row, str) else row for row in (header, *rows))
+    return path
+
+
+def write_sound(
+    path: Path, number: int | None = None, rate=16_000, seconds=0.3, channels=1, subtype=None, seed=None
+) -> Path:
+    """A short noise; with the number of a class, in it a tone whose pitch says which. Unless `seed` says what noise it
+    is, no other file has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list(os.fsencode(path)) if seed is None else seed)
+    wave = rng.standard_normal((round(rate * seconds), channels))
+    if number is None:
+        wave *= 0.1
+    else:
+        pitch = np.sin(2 * np.pi * (200 + 60 * number) * np.arange(len(wave)) / rate)
+        wave = 0.3 * pitch[:, None] + 0.03 * wave
+    soundfile.write(path, wave, rate, subtype=subtype)
+    return path
+
+
+def make_clips(folder: Path, *names: str, name: str = "clips") -> Dataset:
+    """A dataset of different clips of 0.3 s, whose files have these names."""
+    paths = [write_sound(folder / one, seed=i) for i, one in enumerate(names)]
+    return Dataset(name, folder, ["a", "b"], paths, [0] * len(names), {})
+
+
+def make_folder(root: Path, count: int = 5, classes=("bell", "drum", "flute"), seconds: float = 0.3) -> Path:
+    """A folder for each class, with `count` sounds in it."""
+    for number, name in enumerate(classes):
+        for i in range(count):
+            write_sound(root / name / f"{i}.wav", 10 * number, seconds=seconds)
+    return root
+
+
+def make_bad_files(folder: Path) -> dict[str, str]:
+    """Sound files that cannot be used, made in `folder`: name to a word of the reason expected."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reasons = {}
+    for name, subtype in [("cut.wav", "PCM_16"), ("cut_adpcm.wav", "MS_ADPCM"), ("cut_float.wav", "FLOAT"),
+                          ("cut.aiff", "PCM_16"), ("cut.ogg", "VORBIS"), ("cut.mp3", "MPEG_LAYER_III")]:  # fmt: skip
+        path = write_sound(folder / name, 4, 44_100, 5, subtype=subtype)
+        os.truncate(path, path.stat().st_size // 2)
+        reasons[name] = "truncated"
+    flac = write_sound(folder / "cut.flac", 4, 44_100, 5)
+    os.truncate(flac, flac.stat().st_size // 2)
+    reasons["cut.flac"] = "lost sync"
+    header = write_sound(folder / "header.wav")
+    os.truncate(header, 44)
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("this is no sound")
+    (folder / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "data.raw").write_bytes(bytes(1000))
+    soundfile.write(folder / "silent.wav", np.zeros(0), 16_000)
+    for name, value in (("nan.wav", np.nan), ("infinite.wav", np.inf)):
+        soundfile.write(folder / name, np.array([[0.1, value], [0.1, -value]]), 16_000, subtype="FLOAT")
+    pipe = bytearray(write_sound(folder / "pipe.flac").read_bytes())
+    pipe[21:26] = bytes([pipe[21] & 0xF0, 0, 0, 0, 0])  # the number of samples: unknown
+    (folder / "pipe.flac").write_bytes(pipe)
+    return reasons | {
+        "header.wav": "no samples", "empty.wav": "empty", "text.wav": "no known", "noise.mp3": "no known",
+        "data.raw": "samplerate", "silent.wav": "no samples", "nan.wav": "not finite", "infinite.wav": "not finite",
+        "pipe.flac": "how long", "absent.wav": "No such file",
+    }  # fmt: skip
+
+
+def make_esc50(root: Path, takes: int = 1, seconds: float = 0.5) -> Path:
+    """A miniature of the ESC-50 release: 12 classes, 10 of them ESC-10, `takes` clips for each class and fold.
+
+    The sound of a class is a tone of its own pitch in noise, so that training can succeed.
+    """
+    rng, rows = np.random.default_rng(0), []
+    (root / "audio").mkdir(parents=True)
+    time = np.arange(int(44_100 * seconds)) / 44_100
+    for target in range(0, 48, 4):
+        for fold in range(1, 6):
+            for take in range(takes):
+                name = f"{fold}-{100_000 + target}-{chr(65 + take)}-{target}.wav"
+                tone = np.sin(2 * np.pi * (200 + 100 * target) * time)
+                wave = 0.3 * tone + 0.03 * rng.standard_normal(len(time))
+                soundfile.write(root / "audio" / name, wave, 44_100, subtype="PCM_16")
+                rows.append([name, fold, target, f"sound {target}", target < 40, 100_000 + target, chr(65 + take)])
+    write_csv(root / "meta" / "esc50.csv", "filename,fold,target,category,esc10,src_file,take", *rows)
+    return root
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+class Terminal(io.StringIO):
+    """A stderr on which progress is shown."""
+
+    def isatty(self):
+        return True
+
+
+def train_on(dataset: str, data_dir: Path, tmp_path: Path, *options) -> int:
+    """train.py in this process, with the small AST, the quickest method and one epoch."""
+    words = ["--dataset", dataset, "--data-dir", data_dir, "--weights", SMALL_AST, "--method", "linear", "--epochs", 1]
+    places = ["--cache-dir", tmp_path / "cache", "--out", tmp_path / "runs"]
+    return train.main([str(word) for word in (*words, *places, *options)])
+
+
+def result_of(dataset: str, tmp_path: Path, seed: str = "seed0") -> dict:
+    return json.loads((tmp_path / "runs" / dataset / "linear" / seed / "result.json").read_text())
+
+
+def split_of(dataset: str, tmp_path: Path, fold: int = 1, seed: int = 0) -> dict[str, set[str]]:
+    """split.csv of a run: the paths of each part of one fold."""
+    file = tmp_path / "runs" / dataset / "linear" / f"seed{seed}" / "split.csv"
+    rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row["fold"] == str(fold)]
+    return {part: {row["path"] for row in rows if row["split"] == part} for part in {row["split"] for row in rows}}
 
 
 def campaign_words(sounds: Path, cache_dir: Path, out: Path, *words) -> list[str]:
@@ -71,13 +199,3 @@ def table_of(out: Path, target: str) -> dict[str, dict[str, str]]:
     lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
-
-
-def constant(path: Path, *probabilities: float, classes: list[str] | None = None, n_frames: int = 60) -> Path:
-    """A fold file that gives every sound these probabilities."""
-    model = petl.apply(load_ast(SMALL_AST, n_frames, len(probabilities)), "linear")
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.copy_(torch.tensor(probabilities).log())
-    save_trained(model, path, {"classes": classes} if classes else {})
-    return path

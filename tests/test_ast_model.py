@@ -1,4 +1,4 @@
-"""The AST against transformers: stored outputs of a small model, and live ones, small and at full size."""
+"""The AST against transformers: stored outputs of a small model, and live ones, small and at full size; its shapes."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import REFERENCE, SMALL_AST, tiny_ast
 from make_reference import outputs_and_gradients, random_hf_ast
 
-from ast_model import ASTConfig
+from ast_model import AST, ASTConfig
 from load_weights import load_ast, to_our_names
 
 
@@ -93,3 +93,39 @@ def test_wrong_shapes_are_refused():
     for wrong in ({"pool": "max"}, {"heads": 5}, {"n_frames": 10}):
         with pytest.raises(ValueError):
             tiny_ast(**wrong)
+
+
+def test_the_base_model():
+    """The AST of the checkpoint: 1024 frames, 128 bands, 16 x 16 patches at stride 10, 12 blocks, 527 classes."""
+    config = ASTConfig()
+    assert (config.n_frames, config.n_mels, config.patch, config.stride) == (1024, 128, 16, 10)
+    assert (config.dim, config.depth, config.heads, config.eps) == (768, 12, 12, 1e-12)
+    assert (config.n_classes, config.pool, config.hidden, config.n_tokens) == (527, "mean", None, 1214)
+    with torch.device("meta"):
+        model = AST(config)
+    assert [block.ffn.fc1.out_features for block in model.blocks] == [3072] * 12
+    assert {module.eps for module in tiny_ast(eps=1e-5, pool="cls_dist").modules() if hasattr(module, "eps")} == {1e-5}
+
+
+@pytest.mark.parametrize("wrong", [{"n_mels": 15}, {"n_frames": 15}, {"heads": 0}, {"heads": -4}, {"heads": 3}])
+def test_shapes_that_cannot_be(wrong):
+    with pytest.raises(ValueError):
+        ASTConfig(**{"dim": 32, "heads": 4, **wrong})
+
+
+def test_the_smallest_shape_has_one_patch():
+    model = tiny_ast(n_frames=16, n_mels=16, dim=4, heads=1)
+    assert model.config.grid == (1, 1) and model.features(torch.randn(2, 16, 16)).shape == (2, 3, 4)
+    for shape in ((2, 17, 16), (2, 16, 17)):
+        with pytest.raises(ValueError, match=r"reads \(batch, 16, 16\)"):
+            model(torch.randn(shape))
+
+
+def test_what_the_head_reads():
+    """The average of [CLS] and [distillation], not their sum: the LayerNorm behind it would hide the difference."""
+    model, read = tiny_ast(pool="cls_dist"), []
+    model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    fbank = torch.randn(2, 36, 36)
+    model(fbank)
+    tokens = model.features(fbank)
+    torch.testing.assert_close(read[0], 0.5 * tokens[:, 0] + 0.5 * tokens[:, 1])

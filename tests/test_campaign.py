@@ -214,8 +214,8 @@ def test_the_peak_of_memory_is_that_of_the_cell():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux tells the peak of memory anew")
     code = (
-        "import torch; from support.records import peak_memory_mb; from tools.campaign import forget_other_cells; "
-        "torch.ones(2**27).sum(); high = peak_memory_mb(); forget_other_cells(); print(high - peak_memory_mb())"
+        "import torch; from support.records import forget_peak, peak_memory; "
+        "torch.ones(2**27).sum(); high = peak_memory(); forget_peak(); print((high - peak_memory()) >> 20)"
     )
     # A process begins with the peak of the one that started it: the shell's, not that of these tests.
     done = subprocess.run(f"{sys.executable} -c '{code}'; true", shell=True, cwd=ROOT, capture_output=True, text=True)

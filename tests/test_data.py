@@ -1,32 +1,49 @@
-"""Features against torchaudio and transformers, masking, decoding, the cache, ESC-50's folds, downloads."""
+"""Features against torchaudio and transformers, masking, recipes, splits and draws."""
 
-import http.server
+import csv
 import importlib
+import json
 import math
-import multiprocessing
-import threading
-import zipfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from helpers import REFERENCE, make_esc50
+from helpers import REFERENCE, SMALL_AST, make_clips, make_folder, train_on, write_csv, write_sound
 
-from data import build_features, fbank, few_shot, load_dataset, spec_augment, to_input
-from sounds import paper
-from sounds.audio import read_audio
-from sounds.fetch import unpack
+import train
+from data import (
+    DATASETS,
+    FRONT_END,
+    Dataset,
+    Recipe,
+    Split,
+    fbank,
+    few_shot,
+    frames_for,
+    load_dataset,
+    random_split,
+    spec_augment,
+    to_input,
+)
+from sounds.clip import Clip, Listing
 from support.command import UserError
 
-esc10, esc50 = (partial(load_dataset, name) for name in ("esc10", "esc50"))
 STORED = np.load(REFERENCE / "fbank_torchaudio.npz")
 WAVES = [name.removeprefix("wav_") for name in STORED if name.startswith("wav_")]
 
+
 # ---------------------------------------------------------------------------------------------------------- features
+
+
+def test_the_front_end():
+    assert FRONT_END == {
+        "sample_rate": 16000, "window": 400, "hop": 160, "n_fft": 512, "n_mels": 128, "mean": -4.2677393,
+        "std": 4.5689974,
+    }  # fmt: skip
 
 
 def exact_fbank(wave: np.ndarray) -> np.ndarray:
@@ -95,12 +112,6 @@ def test_fbank_is_the_same_in_a_batch():
     torch.testing.assert_close(fbank(waves)[1], fbank(waves[1:2])[0])
 
 
-def test_less_than_a_frame_is_padded():
-    assert fbank(torch.randn(1, 37)).shape == (1, 1, 128)
-    assert fbank(torch.randn(1, 400)).shape == (1, 1, 128)
-    assert fbank(torch.randn(1, 560)).shape == (1, 2, 128)
-
-
 def test_input_equals_stored_extractor():
     reference = np.load(REFERENCE / "ast_small.npz")["extracted_noise"]
     ours = to_input(fbank(torch.from_numpy(STORED["wav_noise_2s"])[None]), 256)[0].numpy()
@@ -110,6 +121,7 @@ def test_input_equals_stored_extractor():
 @pytest.mark.parametrize("name", WAVES)
 @pytest.mark.parametrize("n_frames", [60, 256])
 def test_input_equals_live_extractor(name, n_frames):
+
     from transformers import ASTFeatureExtractor
 
     wave = STORED[f"wav_{name}"]
@@ -154,214 +166,159 @@ def test_masking_short_clips_leaves_something():
     assert (masked.sum((1, 2)) > 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------------------------- recipes
 
 
-def test_read_audio_mixes_down_and_resamples(tmp_path):
-    time = np.arange(44_100) / 44_100
-    stereo = np.stack([np.sin(2 * np.pi * 440 * time), np.zeros(44_100)], axis=1)
-    soundfile.write(tmp_path / "a.flac", stereo, 44_100)
-    wave = read_audio(tmp_path / "a.flac")
-    assert wave.dtype == np.float32 and len(wave) == 16_000
-    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
-    assert np.abs(wave - expected)[200:-200].max() < 1e-3
-    assert len(read_audio(tmp_path / "a.flac", seconds=0.25)) == 4000
+RECIPES = {  # frames, batch, epochs, masking, weights, learning rates of its own
+    "esc50": (500, 32, 50, True, "audioset", {}),
+    "esc10": (500, 32, 50, True, "audioset", {}),
+    "us8k": (400, 32, 30, True, "audioset", {}),
+    "gsc": (100, 128, 75, False, "audioset", {}),
+    "fsc": (400, 32, 75, False, "audioset", {}),
+    "folder": (None, 32, 50, True, "audioset", {}),
+    "csv": (None, 32, 50, True, "audioset", {}),
+    "demo": (98, 16, 4, False, "demo", {}),
+    "demo_source": (98, 32, 14, False, "random:demo", {"full_ft": 0.001}),
+}
 
 
-def bad_files(folder) -> dict[str, str]:
-    """Names of unusable files, made in `folder`, and a word of the reason expected."""
-    soundfile.write(folder / "empty.wav", np.zeros(0), 16_000)
-    soundfile.write(folder / "nan.wav", np.array([0.0, np.nan, 0.1]), 16_000, subtype="FLOAT")
-    (folder / "nothing.wav").write_bytes(b"")
-    (folder / "text.wav").write_text("this is no sound")
-    return {"empty.wav": "no samples", "nan.wav": "not finite", "nothing.wav": "is empty", "text.wav": "ormat"}
+def test_the_recipe_of_every_dataset():
+    found = {n: (r.n_frames, r.batch_size, r.epochs, r.mask, r.weights, r.lr) for n, r in DATASETS.items()}
+    assert found == RECIPES
 
 
-def test_unusable_audio_has_a_reason(tmp_path):
-    for name, reason in bad_files(tmp_path).items():
-        with pytest.raises(ValueError, match=reason):
-            read_audio(tmp_path / name)
+def test_every_number_of_a_row_comes_to_use(tmp_path, monkeypatch):
+    """And the options go before it."""
+    files = make_clips(tmp_path / "sounds", *(f"{i}.wav" for i in range(8)), name="mine").paths
+    parts = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    listing = Listing(tmp_path / "sounds", [Clip(file, "ab"[i % 2], parts[i]) for i, file in enumerate(files)])
+    recipe = Recipe(lambda data_dir, cache_dir: listing, n_frames=31, batch_size=3, epochs=2, mask=True,
+                    weights=str(SMALL_AST), lr={"bitfit": 0.125})  # fmt: skip
+    monkeypatch.setitem(DATASETS, "mine", recipe)
+    options = ["--dataset", "mine", "--cache-dir", str(tmp_path)]
+
+    def config(method: str, *words: str) -> dict:
+        assert train.main([*options, "--method", method, "--out", str(tmp_path / "runs"), *words]) == 0
+        return json.loads((tmp_path / "runs" / "mine" / method / "seed0" / "config.json").read_text())
+
+    found = config("bitfit")
+    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask", "lr")] == [31, 3, 2, True, 0.125]
+    assert found["weights"] == str(SMALL_AST)
+    rows = list(csv.DictReader((tmp_path / "runs/mine/bitfit/seed0/metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["2", "4"]  # four clips in batches of three
+    found = config("linear", "--batch-size", "4", "--epochs", "1", "--no-mask", "--lr", "0.25", "--seconds", "0.2")
+    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask", "lr")] == [20, 4, 1, False, 0.25]
 
 
-# --------------------------------------------------------------------------------------------------------- the cache
+def test_the_length_of_clips_is_that_of_all_that_ever_train(tmp_path):
+    paths = [write_sound(tmp_path / f"{i}.wav", seconds=seconds) for i, seconds in enumerate((0.1, 0.2, 10, 20))]
+    dataset = Dataset("lengths", tmp_path, ["a", "b"], paths, [0, 1, 0, 1], {})
+    folds = {1: Split([0], [], [3]), 2: Split([1], [2], [3])}
+
+    def frames(dataset, **changes):
+        return frames_for(DATASETS["folder"], replace(dataset, **changes), None)
+
+    assert frames(dataset, folds=folds) == 20  # 0.195 s, rounded
+    assert frames(dataset, folds={1: Split([2], [], [3])}) == 1000
+    assert frames(dataset, folds={1: Split([3], [], [2])}) == 1024
 
 
-def test_features_are_those_of_the_files_and_built_once(esc50_dir, tmp_path, capsys):
-    dataset = esc10(esc50_dir, tmp_path)
-    features, bad = build_features(dataset, 500, tmp_path)
-    assert features.shape == (50, 500, 128) and features.dtype == np.float16 and not bad
-    expected = to_input(fbank(torch.from_numpy(read_audio(dataset.paths[7]))[None]), 500)[0]
-    assert np.abs(features[7] - expected.numpy()).max() < 1e-3
-    assert "built 50 of 50" in capsys.readouterr().out
-    again, _ = build_features(dataset, 500, tmp_path)
-    assert np.array_equal(again, features)
-    assert capsys.readouterr().out == ""
+def test_length_of_clips(tmp_path, capsys):
+    paths = [write_sound(tmp_path / f"{i}.wav", 0, seconds=0.1 * (i + 1)) for i in range(21)]  # 0.1 to 2.1 s
+    (tmp_path / "bad.wav").write_bytes(b"")
+    clips = Dataset("lengths", tmp_path, ["a", "b"], [*paths, tmp_path / "bad.wav"], [0] * 22, {})
+    frames = partial(frames_for, DATASETS["folder"], seconds=None)
+    assert frames(clips) == 200
+    folds = {1: Split(train=[0, 1, 2, 21], val=[], test=[20])}
+    assert frames(replace(clips, folds=folds)) == 29
+    long = write_sound(tmp_path / "long.wav", 0, rate=8000, seconds=12)
+    assert frames(replace(clips, paths=[long], labels=[0])) == 1024
+
+    root = make_folder(tmp_path / "sounds", count=3, seconds=0.5)
+    assert train_on("folder", root, tmp_path, "--seconds", "0.7") == 0
+    assert "0.7 s a clip" in capsys.readouterr().out
+    config = json.loads((tmp_path / "runs/folder/linear/seed0/config.json").read_text())
+    assert config["n_frames"] == 70
+    assert train_on("folder", root, tmp_path, "--seconds", "0.1") == 2
+    assert "--seconds is 0.1" in capsys.readouterr().err
+    assert train_on("folder", root, tmp_path, "--seed", "0,-1") == 2
+    assert "'0,-1' is no list of whole numbers" in capsys.readouterr().err
 
 
-def test_changed_and_damaged_clips_are_built_again(tmp_path, capsys):
-    dataset = esc10(make_esc50(tmp_path / "data"), tmp_path)
-    features, _ = build_features(dataset, 100, tmp_path)
-    original = np.array(features)
-    soundfile.write(dataset.paths[3], np.random.default_rng(1).uniform(-1, 1, 44_100), 44_100)
-    capsys.readouterr()
-    changed = np.array(build_features(dataset, 100, tmp_path)[0])
-    assert "built 1 of 50" in capsys.readouterr().out
-    assert [i for i in range(50) if not np.array_equal(changed[i], original[i])] == [3]
-
-    (file,) = (tmp_path / "features").glob("*.npy")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1  # one bit
-    file.write_bytes(content)
-    repaired, _ = build_features(dataset, 100, tmp_path)
-    output = capsys.readouterr()
-    assert "1 damaged" in output.err and "built 1 of 50" in output.out
-    assert np.array_equal(repaired, changed)
-
-    file.write_bytes(content[: len(content) // 2])
-    rebuilt, _ = build_features(dataset, 100, tmp_path)
-    assert "not a whole feature file" in capsys.readouterr().err
-    assert np.array_equal(rebuilt, changed)
+# -------------------------------------------------------------------------------------------------- splits and draws
 
 
-def build_in_process(root, cache, results):
-    features, _ = build_features(esc10(root, cache), 100, cache)
-    results.put(float(np.abs(np.array(features, dtype=np.float64)).sum()))
+def labelled(counts: list[int]) -> Dataset:
+    """Clips that are never opened: counts[i] of class i, one class after the other."""
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    paths = [Path(f"{i}.wav") for i in range(len(labels))]
+    return Dataset("labelled", Path("."), [f"class {i}" for i in range(len(counts))], paths, labels, {})
 
 
-def test_two_processes_build_one_cache(esc50_dir, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=build_in_process, args=(esc50_dir, tmp_path, results)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    sums = [results.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert sums[0] == sums[1] and [worker.exitcode for worker in workers] == [0, 0]
-    assert len(list((tmp_path / "features").glob("*.npy"))) == 1
+SIZES = {  # clips of a class: to train, to validate, to test
+    2: (1, 0, 1), 3: (1, 1, 1), 4: (2, 1, 1), 5: (3, 1, 1), 6: (4, 1, 1), 7: (5, 1, 1), 8: (4, 2, 2), 9: (5, 2, 2),
+    10: (6, 2, 2), 11: (7, 2, 2), 12: (8, 2, 2), 13: (7, 3, 3), 14: (8, 3, 3), 15: (9, 3, 3),
+}  # fmt: skip
 
 
-def test_bad_clips_are_all_listed_or_left_out(tmp_path, capsys):
-    dataset = esc10(make_esc50(tmp_path / "data"), tmp_path)
-    for path, name in zip(dataset.paths, bad_files(tmp_path), strict=False):
-        (tmp_path / name).replace(path)
-    with pytest.raises(UserError, match="4 of 50 sound files cannot be used"):
-        build_features(dataset, 100, tmp_path)
-    listing = capsys.readouterr().err
-    assert all(str(path) in listing for path in dataset.paths[:4]) and "not finite" in listing
-    _, bad = build_features(dataset, 100, tmp_path, skip_bad=True)
-    assert bad.keys() == {0, 1, 2, 3} and "not finite" in bad[1]
+def test_a_fifth_tests_and_a_fifth_validates():
+    dataset = labelled(list(SIZES))
+    for seed in range(3):
+        split = random_split(dataset, seed)
+        assert sorted(split.train + split.val + split.test) == list(range(sum(SIZES)))  # each clip once
+        counts = [Counter(dataset.labels[i] for i in part) for part in astuple(split)]
+        for label, (size, expected) in enumerate(SIZES.items()):
+            assert tuple(count[label] for count in counts) == expected, size
 
 
-# ------------------------------------------------------------------------------------------------------------ ESC-50
+def test_the_random_split_is_a_permutation_of_each_class():
+    """Class after class from one generator: the first fifth of a permutation tests, the next validates."""
+    dataset = labelled([10, 5, 2])
+    for seed in (0, 1, 17):
+        rng = np.random.default_rng(seed)
+        first, second, third = (rng.permutation(np.arange(*ends)).tolist() for ends in ((0, 10), (10, 15), (15, 17)))
+        split = random_split(dataset, seed)
+        assert split.test == sorted(first[:2] + second[:1] + third[:1])
+        assert split.val == sorted(first[2:4] + second[1:2])
+        assert split == random_split(dataset, seed)
+    assert len({tuple(random_split(dataset, seed).test) for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize(("load", "n_classes"), [(esc50, 12), (esc10, 10)])
-def test_folds_follow_the_protocol(esc50_dir, tmp_path, load, n_classes):
-    dataset = load(esc50_dir, tmp_path)
-    assert len(dataset.classes) == n_classes and len(dataset.paths) == 5 * n_classes
-    assert list(dataset.folds) == [1, 2, 3, 4, 5]
-    fold_of = [int(path.name[0]) for path in dataset.paths]
-    for k, split in dataset.folds.items():
-        assert {fold_of[i] for i in split.test} == {k}
-        assert {fold_of[i] for i in split.val} == {(k - 2) % 5 + 1}
-        assert sorted(split.train + split.val + split.test) == list(range(5 * n_classes))  # each clip once
-        recordings = [{dataset.paths[i].name[:8] for i in part} for part in (split.train, split.val, split.test)]
-        assert not (recordings[0] & recordings[1] or recordings[0] & recordings[2] or recordings[1] & recordings[2])
-    for i, path in enumerate(dataset.paths):
-        assert dataset.classes[dataset.labels[i]] == f"sound {path.stem.split('-')[-1]}"
+def test_few_shot_draws_are_those_of_the_seed():
+    """Class after class from one generator, from the training clips alone, in their order; all of them if need be."""
+    dataset = labelled([6, 5, 9])
+    training = [*range(1, 5), *range(6, 11), *range(12, 20)]
+    for seed in (0, 3):
+        rng = np.random.default_rng(seed)
+        drawn = [rng.choice(part, 3, replace=False) for part in (range(1, 5), range(6, 11), range(12, 20))]
+        assert few_shot(dataset, training, 3, seed) == sorted(np.concatenate(drawn).tolist())
+    assert few_shot(dataset, training, 4, 0)[:4] == [1, 2, 3, 4]
+    with pytest.raises(UserError) as error:
+        few_shot(dataset, training, 5, 0)
+    assert str(error.value) == "--shots 5: class 'class 0' has only 4 training clips"
 
 
-def test_few_shot_draws(tmp_path):
-    dataset = esc10(make_esc50(tmp_path / "data", takes=2), tmp_path)
-    train = dataset.folds[1].train
-    drawn = few_shot(dataset, train, 3, seed=0)
-    assert set(drawn) <= set(train) and set(Counter(dataset.labels[i] for i in drawn).values()) == {3}
-    assert drawn == few_shot(dataset, train, 3, seed=0) != few_shot(dataset, train, 3, seed=1)
-    with pytest.raises(UserError, match="class 'sound 0' has only 6 training clips"):
-        few_shot(dataset, train, 7, seed=0)
+def folded(tmp_path: Path, folds: list[int]) -> dict[int, Split]:
+    """The splits of a table whose clip i, of two classes in turn, is in folds[i]."""
+    for i in range(len(folds)):
+        write_sound(tmp_path / f"{i}.wav", seconds=0.0125)
+    rows = [f"{i}.wav,{'ab'[i % 2]},{fold}" for i, fold in enumerate(folds)]
+    return load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,fold", *rows), tmp_path).folds
 
 
-def test_incomplete_and_wrong_folders(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        esc50(tmp_path / "absent", tmp_path)
-    (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match=r"does not hold meta/esc50.csv"):
-        esc50(tmp_path / "other", tmp_path)
-    root = make_esc50(tmp_path / "data")
-    for path in sorted((root / "audio").iterdir())[:7]:
-        path.unlink()
-    with pytest.raises(UserError, match=r"7 of 60 files are missing \(.*1-100000-A-0.wav.*, \.\.\.\)"):
-        esc50(root, tmp_path)
-    (root / "meta" / "esc50.csv").write_text("filename,fold\na.wav,1\n")
-    with pytest.raises(UserError, match="no column 'target'"):
-        esc50(root, tmp_path)
+def test_folds_of_a_table_take_turns(tmp_path):
+    """Numbers with gaps: the fold before validates, before the first the last one."""
+    folds = folded(tmp_path, [7, 7, 2, 2, 40, 40, 11, 11])
+    assert folds == {
+        2: Split(train=[0, 1, 6, 7], val=[4, 5], test=[2, 3]),
+        7: Split(train=[4, 5, 6, 7], val=[2, 3], test=[0, 1]),
+        11: Split(train=[2, 3, 4, 5], val=[0, 1], test=[6, 7]),
+        40: Split(train=[0, 1, 2, 3], val=[6, 7], test=[4, 5]),
+    }
+    assert list(folds) == [2, 7, 11, 40]
 
 
-# --------------------------------------------------------------------------------------------------------- downloads
-
-
-@pytest.fixture
-def web(tmp_path):
-    """A web server on this machine that serves tmp_path / "web"; yields its address."""
-    (tmp_path / "web").mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path / "web"))
-
-        def log_message(self, *args):
-            """Keeps the tests' output clean."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-def zip_folder(folder, archive):
-    with zipfile.ZipFile(archive, "w") as zipped:
-        for path in sorted(folder.rglob("*")):
-            zipped.write(path, f"ESC-50-master/{path.relative_to(folder)}")
-
-
-def test_download_unpack_and_read(esc50_dir, tmp_path, web, monkeypatch):
-    zip_folder(esc50_dir, tmp_path / "web" / "master.zip")
-    monkeypatch.setattr(paper, "ESC50", replace(paper.ESC50, url=f"{web}/master.zip"))
-    downloaded = esc50(None, tmp_path / "cache")
-    assert len(downloaded.paths) == 60
-    (tmp_path / "web" / "master.zip").unlink()
-    assert esc50(None, tmp_path / "cache") == downloaded  # no second download
-    assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == ["ESC-50"]
-
-
-def test_archive_downloaded_by_hand(esc50_dir, tmp_path):
-    zip_folder(esc50_dir, tmp_path / "by_hand.zip")
-    assert len(esc50(tmp_path / "by_hand.zip", tmp_path / "cache").paths) == 60
-
-
-def test_no_network_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper, "ESC50", replace(paper.ESC50, url="http://127.0.0.1:9/master.zip"))
-    with pytest.raises(UserError, match=r"cannot download .* by hand .* --data-dir"):
-        esc50(None, tmp_path)
-    assert not list(tmp_path.glob("*.archive")) and not (tmp_path / "ESC-50").exists()
-
-
-def test_archives_that_leave_the_folder_or_are_damaged(tmp_path):
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped:
-        zipped.writestr("fine.txt", "fine")
-        zipped.writestr("../outside.txt", "not fine")
-    with pytest.raises(UserError, match=r"outside\.txt"):
-        unpack(tmp_path / "evil.zip", tmp_path / "target")
-    link = zipfile.ZipInfo("link")
-    link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "link.zip", "w") as zipped:
-        zipped.writestr(link, "/etc/hostname")
-    with pytest.raises(UserError, match="'link'"):
-        unpack(tmp_path / "link.zip", tmp_path / "target")
-    content = (tmp_path / "evil.zip").read_bytes()
-    (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a whole zip or tar archive"):
-        unpack(tmp_path / "cut.zip", tmp_path / "target")
-    assert not (tmp_path / "target").exists() and not (tmp_path / "outside.txt").exists()
-    assert not list(tmp_path.glob(".*"))
+def test_of_two_folds_none_validates(tmp_path):
+    assert folded(tmp_path, [1, 1, 2, 2]) == {
+        1: Split(train=[2, 3], val=[], test=[0, 1]), 2: Split(train=[0, 1], val=[], test=[2, 3]),
+    }  # fmt: skip

@@ -1,6 +1,5 @@
 """The command and the tables it prints: marks, averages and numbers of the paper, dry runs, wrong use."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -89,20 +88,18 @@ def test_dry_run(here, capsys):
     lines = [line.split() for line in printed.splitlines() if "seed0" in line]
     lines = {line[0].split("/")[-2]: line for line in lines}
     assert set(lines) == {"linear", "lora", "dpt"}
-    counted = json.loads((here.started[1] / "result.json").read_text())["parameters"]
-    assert lines["lora"][1] == f"{counted['petl']:,}" and lines["lora"][-1] == "finished"
-    assert lines["dpt"][2:] == ["60", "2", "to", "do"] and int(lines["dpt"][1].replace(",", "")) > 0
+    assert lines["lora"][1:] == ["60", "2", "finished"] and lines["dpt"][1:] == ["60", "2", "to", "do"]
     assert "3 cells, 2 finished; the rest trains on 60 clips in 2 steps\n" in printed
     assert len(here.started) == 2 and not list(here.out.rglob("dpt"))
 
 
 def test_dry_run_without_the_data(capsys, tmp_path):
-    """Nothing is downloaded: parameters of the base AST, no clips and steps."""
+    """Nothing is downloaded, so there are no clips and steps."""
     options = ["table5", "--dry-run", "--cache-dir", str(tmp_path), "--out", str(tmp_path)]
     assert experiments.main(options) == 0
     out = capsys.readouterr().out
     assert "16 cells, 0 finished" in out and "16 more have no count" in out
-    assert "497,952" in out and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written(here, capsys, tmp_path):

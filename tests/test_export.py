@@ -227,7 +227,7 @@ def test_only_lora_goes_to_peft(tmp_path, command):
     for method in ("adapter_lora", "hydra"):
         save_random(tmp_path / "fold1.safetensors", method, "cls_dist")
         message = command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "p", code=2)
-        assert f"takes LoRA alone, or one of dora, rslora, ia3 and vera, not '{method}'" in message
+        assert f"takes one of LoRA, DoRA, RsLoRA, IA3, VeRA alone, not '{method}'" in message
 
 
 # ------------------------------------------------------------------------------------------------------------- ONNX

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from helpers import SMALL_AST, save_random, tiny_ast
 from safetensors.torch import load_file
-from test_methods_by_hand import GRID, SHAPE, affine, by_plain_name, embedding, gelu, layer_norm
+from test_petl_by_hand import GRID, SHAPE, affine, by_plain_name, embedding, gelu, layer_norm
 from torch import nn
 
 import petl
@@ -28,7 +28,7 @@ from ast_model import AST, ASTConfig
 from load_weights import live_tensors, load_ast, load_tensors, load_trained, save_trained, trained_tensors
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count, merge
 from petl_more import IA3, SSF, AdapterPlus, AdaptFormer, Conformer, DenseMixture, DoRA, RsLoRA, SoftMixture, VeRA
-from support.speed import Machine, for_training, prepare
+from support.speed import Learner, Machine, prepare
 from support.variants import narrowed
 from tools import export
 
@@ -696,12 +696,12 @@ def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(train_main, tmp_pat
 def three_steps(model: AST, machine: Machine) -> dict[str, torch.Tensor]:
     """Trained tensors after three steps with the same clips."""
     model = prepare(model, "float32", machine).train()
-    forward, generator = for_training(model, machine), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    learner, generator = Learner(model, optimizer, "float32", machine), torch.Generator().manual_seed(1)
     for _ in range(3):
-        F.cross_entropy(forward(torch.randn(4, 36, 36, generator=generator)), torch.tensor([0, 1, 2, 0])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        logits = learner.logits(torch.randn(4, 36, 36, generator=generator))
+        learner.backward(F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])))
+        learner.step(1e-2)
     return trained_tensors(model)
 
 
@@ -737,7 +737,7 @@ import load_weights, petl, train
 from data import Clips, Split
 from support.processes import average, process_group, ranks
 from support.records import Settings
-from support.speed import Machine, for_training
+from support.speed import Learner, Machine
 from pathlib import Path
 cpu, out = torch.device("cpu"), Path(sys.argv[2])
 torch.set_num_threads(1)
@@ -746,9 +746,9 @@ with process_group(cpu):
     torch.manual_seed(0)
     model, machine = petl.apply(tiny_ast(), "conformer_pfeiffer_par").train(), Machine(cpu)
     clips = torch.randn(4, 3, 36, 36)
-    forward = for_training(model, machine)
+    learner = Learner(model, torch.optim.SGD(model.norm.parameters()), "float32", machine)
     for i in range(2):
-        forward(clips[2 * i + rank]).sum().backward()
+        learner.backward(learner.logits(clips[2 * i + rank]).sum())
     steps = {"own": load_weights.trained_tensors(model)}
     average(t for t in load_weights.live_tensors(model).values() if not t.requires_grad)
     steps["mean"] = load_weights.trained_tensors(model)

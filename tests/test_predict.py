@@ -15,12 +15,12 @@ import pytest
 import soundfile
 import soxr
 import torch
-from helpers import SMALL_AST, constant, save_random
+from helpers import SMALL_AST, SMALL_STATE, Terminal, constant, save_random, write_ast
 
 import data
 import petl
 from load_weights import load_ast, save_trained
-from sounds.audio import read_audio, stream_audio
+from sounds.audio import read_audio
 from support.checkpoints import read_header
 from tools import export, predict
 
@@ -109,17 +109,6 @@ def test_windows_cover_everything(length, hop, block):
         assert len(starts) == 1 or 0 < starts[-1] - starts[-2] <= hop
 
 
-@pytest.mark.parametrize("rate", [16_000, 44_100, 8_000])
-def test_reading_in_blocks_changes_nothing(rate, tmp_path):
-    """Three blocks against the whole file at once, bit for bit."""
-    file = write(tmp_path / "long.wav", 25.3, rate=rate, channels=2)
-    samples, _ = soundfile.read(file, dtype="float32")
-    blocks = list(stream_audio(file))
-    assert len(blocks) >= 3 and all(len(block) <= 160_100 for block in blocks)
-    expected = samples.mean(axis=1) if rate == 16_000 else soxr.resample(samples.mean(axis=1), rate, 16_000)
-    assert np.array_equal(np.concatenate(blocks), expected)
-
-
 @pytest.mark.parametrize("seconds", [0.01, 0.2, 0.6, 0.614])
 def test_a_short_sound_is_heard_as_in_training(seconds, tmp_path, fold, rows):
     """Batched with a longer one, so that it is padded where training would not pad."""
@@ -188,7 +177,7 @@ def test_windows_point_at_the_events(tmp_path, rows):
     assert len(windows) == 399 and min(inside.values()) >= 4
 
 
-def test_hop_and_batch_size(tmp_path, fold, rows, main):
+def test_hop_and_batch_size(tmp_path, fold, rows):
     file = write(tmp_path / "long.wav", 2.0)
     half = rows(fold, file, "--windows")
     fine = rows(fold, file, "--windows", "--hop", 0.1)
@@ -196,24 +185,9 @@ def test_hop_and_batch_size(tmp_path, fold, rows, main):
     one_by_one = rows(fold, file, "--hop", 0.1, "--batch-size", 1, "--top", 4)[-1]
     together = rows(fold, file, "--hop", 0.1, "--top", 4)[-1]
     torch.testing.assert_close(as_tensor(one_by_one), as_tensor(together), atol=2e-6, rtol=0)
-    for hop in (0, -1, 0.7):
-        code, out, err = main(fold, file, "--hop", hop)
-        assert code == 2 and not out and err.startswith(f"error: --hop {float(hop)}: windows are 0.6 s long")
 
 
 # ------------------------------------------------------------------------------------------- files, folders, formats
-
-
-def test_five_formats(tmp_path, fold, rows):
-    """The same sound in each; lossy ones come close."""
-    formats = {"wav": "PCM_16", "flac": "PCM_24", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III", "aiff": "FLOAT"}
-    wave = sound(1.0, 44_100, 2)
-    for suffix, subtype in formats.items():
-        soundfile.write(tmp_path / f"sound.{suffix}", wave, 44_100, subtype=subtype)
-    found = rows(fold, *(tmp_path / f"sound.{suffix}" for suffix in formats), "--top", 4)
-    assert [Path(row["file"]).suffix[1:] for row in found] == list(formats)
-    for row, tolerance in zip(found, (0.02, 1e-3, 0.2, 0.2, 1e-3), strict=True):
-        assert (as_tensor(row) - as_tensor(found[1])).abs().max() <= tolerance, row["file"]
 
 
 def test_folders_are_walked(tmp_path, fold, rows, main):
@@ -241,9 +215,9 @@ def test_bad_files_do_not_stop_the_others(tmp_path, fold, rows, main):
     assert code == 1 and [Path(line.split()[0]).name for line in out.splitlines()] == ["good.wav", "good2.wav"]
     errors = err.splitlines()
     assert len(errors) == 4 and all(line.startswith(f"error: {tmp_path}") for line in errors)
-    reasons = {"text": "no known sound format", "empty": "no samples", "nan": "not finite", "absent": "No such file"}
-    for line, (name, reason) in zip(errors, reasons.items(), strict=True):
-        assert f"{name}.wav: " in line and reason in line, line
+    assert [line.split(": ")[1] for line in errors] == [
+        str(tmp_path / f"{n}.wav") for n in ("text", "empty", "nan", "absent")
+    ]
     found = rows(fold, *paths, code=1)
     assert [Path(row["file"]).name for row in found] == files
     assert [("error" in row) for row in found] == [True, True, False, True, True, False]
@@ -258,18 +232,6 @@ def test_the_table(tmp_path, fold, main):
     assert lines[0].startswith(f"{tmp_path}/one.wav       0.00 -     0.61 s  ")
     name, probability, second, other = lines[-1].split(" s  ")[1].replace("sea, waves", "sea_waves").split()
     assert "1.00 s" in lines[-1] and 1 >= float(probability) >= float(other) >= 0 and name != second
-
-
-def test_csv_reads_back(tmp_path, fold, main):
-    write(tmp_path / "one, two.wav", 1.0)
-    code, out, _ = main(fold, tmp_path / "one, two.wav", tmp_path / "absent.wav", "--csv", "--windows", "--top", 4)
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert code == 1 and len(rows) == 3 + 4 + 1
-    assert {row["file"] for row in rows[:-1]} == {str(tmp_path / "one, two.wav")}
-    assert [row["rank"] for row in rows] == ["1", "1", "1", "1", "2", "3", "4", ""]
-    assert {row["class"] for row in rows[3:7]} == set(CLASSES)
-    assert sum(float(row["probability"]) for row in rows[3:7]) == pytest.approx(1, abs=1e-5)
-    assert "No such file" in rows[-1]["error"]
 
 
 def test_names_that_are_no_text(tmp_path, fold, rows):
@@ -290,24 +252,6 @@ def test_what_follows_in_the_pipe_may_stop_reading(tmp_path, fold):
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-def test_folds_of_a_run_are_averaged(tmp_path, rows):
-    run = tmp_path / "run"
-    models = []
-    for k in (1, 2, 10):
-        model = save_random(run / f"fold{k}.safetensors", "lora")
-        with torch.no_grad():
-            model.head.bias.copy_(torch.arange(4) * k * 0.3)
-        save_trained(model, run / f"fold{k}.safetensors", {"classes": CLASSES})
-        models.append(model)
-    file = write(tmp_path / "sound.wav", 0.6)
-    wave = read_audio(file)
-    single = [by_hand(model, wave) for model in models]
-    (answer,) = rows(run, file, "--top", 4)
-    torch.testing.assert_close(as_tensor(answer), torch.stack(single).mean(0), atol=2e-6, rtol=0)
-    (answer,) = rows(run / "fold10.safetensors", file, "--top", 4)
-    torch.testing.assert_close(as_tensor(answer), single[2], atol=2e-6, rtol=0)
-
-
 def test_a_merged_model_answers_alike(tmp_path, rows):
     save_random(tmp_path / "fold1.safetensors", "lora", "cls")
     words = ["export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "m.safetensors"]
@@ -315,21 +259,6 @@ def test_a_merged_model_answers_alike(tmp_path, rows):
     file = write(tmp_path / "sound.wav", 1.0)
     one, other = (rows(tmp_path / name, file, "--top", 4)[0] for name in ("fold1.safetensors", "m.safetensors"))
     torch.testing.assert_close(as_tensor(one), as_tensor(other), atol=1e-5, rtol=0)
-
-
-def test_tags_of_the_unmodified_model(tmp_path, main):
-    """Its own head, names of its config.json, and a sigmoid: probabilities do not add up to one."""
-    file = write(tmp_path / "sound.wav", 0.9)
-    code, out, _ = main("--tags", "--weights", SMALL_AST, file, "--json", "--top", 5)
-    found = {entry["class"]: entry["probability"] for entry in json.loads(out)["classes"]}
-    model = load_ast(SMALL_AST, pool="cls_dist").eval()
-    with torch.no_grad():
-        logits = model(data.to_input(data.fbank(torch.from_numpy(read_audio(file))[None]), 100))[0]
-    assert code == 0
-    for i, value in enumerate(logits.sigmoid().tolist()):
-        assert found[f"LABEL_{i}"] == pytest.approx(value, abs=2e-6)
-    code, out, err = main("--tags", "--weights", "random:tiny", file)
-    assert code == 2 and "the names of its classes are unknown" in err
 
 
 @pytest.mark.parametrize(("pool", "method"), [("mean", "linear"), ("cls_dist", "dpt")])
@@ -452,7 +381,7 @@ def test_a_file_that_cannot_be_read_in_every_form(tmp_path, answer, capsys):
 
 def test_the_folds_of_a_run_vote_with_their_probabilities(tmp_path, answer):
     """Not with their logits: the mean of (0.9, 0.1) and (0.2, 0.8) and (0.5, 0.5)."""
-    for fold, probabilities in enumerate(((0.9, 0.1), (0.2, 0.8), (0.5, 0.5)), start=1):
+    for fold, probabilities in {1: (0.9, 0.1), 2: (0.2, 0.8), 10: (0.5, 0.5)}.items():
         constant(tmp_path / "run" / f"fold{fold}.safetensors", *probabilities, classes=["a", "b"])
     (line,) = answer(tmp_path / "run", glide(tmp_path / "a.wav", 4000), "--json")
     found = {entry["class"]: entry["probability"] for entry in json.loads(line)["classes"]}
@@ -493,7 +422,7 @@ def test_windows_by_hand(tmp_path, answer, options, samples, spans):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("hop", ["0.004", "0.61", "-0.3"])
+@pytest.mark.parametrize("hop", ["0", "0.004", "0.61", "-0.3", "nan", "inf"])
 def test_hops_that_no_window_has(tmp_path, hop, capsys):
     fold = constant(tmp_path / "fold1.safetensors", 0.5, 0.5)
     assert predict.main([str(fold), str(glide(tmp_path / "a.wav", 4000)), "--hop", hop]) == 2
@@ -529,7 +458,7 @@ def test_a_long_recording_is_listened_to_as_it_comes():
     assert next(answers).what == "window" and len(cut) == 10
 
 
-def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, monkeypatch):
+def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, monkeypatch, capsys):
     """Nothing trained: its own head on the mean of [CLS] and [distillation], a sigmoid for each tag."""
     asked = []
 
@@ -549,6 +478,15 @@ def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, mo
     found = json.loads(line)["classes"]
     assert {entry["class"]: entry["probability"] for entry in found} == expected
     assert [entry["probability"] for entry in found] == sorted((e["probability"] for e in found), reverse=True)
+    assert answer("--tags", "--weights", SMALL_AST, file, "--json", "--top", 5) == [line]
+    assert predict.main(["--tags", "--weights", "random:tiny", str(file)]) == 2
+    assert "the names of its classes are unknown" in capsys.readouterr().err
+
+
+def test_names_of_classes_come_in_their_order(tmp_path):
+    names = {str(i): f"tag {i}" for i in (10, 2, 0, 1, 3, 5, 4, 6, 9, 8, 7)}
+    folder = write_ast(tmp_path, SMALL_STATE, {"id2label": names})
+    assert predict.class_names(str(folder)) == [f"tag {i}" for i in range(11)]
 
 
 def test_a_backbone_that_has_moved(tmp_path, answer):
@@ -575,8 +513,9 @@ def test_a_backbone_that_has_moved(tmp_path, answer):
 
 def test_csv_of_windows_reads_back(tmp_path, answer):
     fold = constant(tmp_path / "fold1.safetensors", 0.25, 0.75, classes=["a", "b"])
-    lines = answer(fold, glide(tmp_path / "a.wav", 20_000), "--csv", "--windows")
+    lines = answer(fold, glide(tmp_path / "one, two.wav", 20_000), "--csv", "--windows")
     rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
+    assert {row["file"] for row in rows} == {str(tmp_path / "one, two.wav")}
     assert [(row["what"], row["start"], row["rank"], row["class"]) for row in rows] == [
         ("window", "0.000", "1", "b"), ("window", "0.300", "1", "b"), ("window", "0.600", "1", "b"),
         ("window", "0.630", "1", "b"), ("file", "0.000", "1", "b"), ("file", "0.000", "2", "a"),
@@ -585,11 +524,6 @@ def test_csv_of_windows_reads_back(tmp_path, answer):
 
 def test_a_terminal_sees_how_far_it_is(tmp_path):
     """Seconds of sound, overlapping windows counted once, over all files."""
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     fold = constant(tmp_path / "fold1.safetensors", 0.5, 0.5)
     files = [glide(tmp_path / "a.wav", 40_000), glide(tmp_path / "b.wav", 24_000)]
     with redirect_stderr(Terminal()) as shown, redirect_stdout(io.StringIO()):

@@ -1,8 +1,6 @@
-"""How fast it is: beside transformers and peft in one process, against its own arithmetic, and against the clip length.
+"""How fast it is, beside transformers and peft in one process, and against its own arithmetic.
 
-    python -m tools.bench            # the table of tools/README.md; --quick for a short one, --json FILE for programs
-    python -m tools.bench growth     # step time and memory against clip length and batch
-    python -m tools.bench esc50      # the whole ESC-50 experiment in shape, on random clips: meant for a GPU
+    python -m tools.bench   # the table of tools/README.md; --quick for a short one, --json FILE for programs
 
 The contestants run in turn, so that a busy machine slows all of them, and the median counts. They have the same random
 weights of the base AST with the head of 50 classes, the same batch, optimiser, type, and threads or GPU; before the
@@ -13,8 +11,6 @@ them. The rate of operations (see `flops`) is also given as a share of that of o
 """
 
 import argparse
-import ctypes
-import gc
 import platform
 import re
 import sys
@@ -24,12 +20,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,7 +35,7 @@ from ast_model import AST, ASTConfig
 from load_weights import load_ast
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.files import write_json
-from support.records import Settings, describe_fold
+from support.records import Settings, forget_peak, peak_memory
 from support.speed import DTYPES, Machine, Probe, autocast, nothing_pooled, pool_clips, prepare
 from tools.export import write_hf
 
@@ -62,32 +56,31 @@ class Bench(Machine):
     weights: str = "random:base"
     quick: bool = False
 
-    def settings(self, **changes) -> Settings:
+    def settings(self) -> Settings:
         """What a run on random clips looks at, and placeholders for the rest."""
-        return replace(Settings(
+        return Settings(
             dataset="random", weights=self.weights, backbone="", method={}, pool="mean", seed=0, shots=None, clips="",
             n_frames=500, epochs=1, batch_size=self.batch, lr=1e-4, mask=False, dtype=self.dtype,
-        ), **changes)  # fmt: skip
+        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- arithmetic
 
 
-def flops(config: ASTConfig, method: str | None) -> dict[str, int]:
+def flops(config: ASTConfig, method: str | None) -> int:
     """Floating-point operations of the matrix products for one clip: a training step, or inference for method None.
 
     PyTorch counts them, on the meta device, where nothing is computed: two for each multiplication with its addition,
-    forward and backward, of all linear layers and convolutions; and under "attention" of the scores and the mixing, as
-    two plain products (what flash attention computes a second time is no useful work). Gradients that no trained weight
-    asks for are not counted, as they are not computed.
+    forward and backward, of all linear layers and convolutions, and of attention's scores and mixing as plain products
+    (what flash attention computes a second time is no useful work). Gradients that no trained weight asks for are not
+    counted, as they are not computed.
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = petl.apply(AST(config), method or "linear")
         logits = model(torch.empty(1, config.n_frames, config.n_mels))
         if method is not None:
             logits.sum().backward()
-    attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]  # nothing else multiplies batches of matrices
-    return {"all": counter.get_total_flops(), "attention": attention}
+    return counter.get_total_flops()
 
 
 def large_product(tokens: int, bench: Bench) -> tuple[Callable, float]:
@@ -199,37 +192,20 @@ def results_of(row: str, n_frames: int, times: dict[str, list[float]], clips: in
     } for name, seconds in times.items()]  # fmt: skip
 
 
-def peak_mb(step: Callable, device: torch.device) -> float | None:
-    """Memory that a step takes at its peak beyond what is there before and after it, in MB. None where unknown.
-
-    On Linux the kernel keeps the peak of a process (VmHWM) and forgets it when told to, so the contestants can be
-    measured one by one in the same process; memory that was freed is given back first.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-    def status(name):  # kB
-        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before, _ = status("VmRSS"), status("VmHWM")
-    except (OSError, TypeError, AttributeError):  # another system, or a sandbox without these files or lines
+def peak_mb(step: Callable) -> float | None:
+    """Memory that a step takes at its peak beyond what is there before and after it, in MB. None where unknown."""
+    if not forget_peak():
         return None
+    before = peak_memory()
     step()
-    return (status("VmHWM") - before) * 1024 / 1e6
+    return (peak_memory() - before) / 1e6
 
 
-def memory_mb(step: Callable, learner: train.Learner, device: torch.device) -> float | None:
+def memory_mb(step: Callable, learner: train.Learner) -> float | None:
     """Memory of the weights, of what the optimiser remembers of them, and of a step at its peak, in MB."""
     states = (tensor for state in learner.optimizer.state.values() for tensor in state.values())
     kept = sum(t.nbytes for t in (*learner.network.parameters(), *learner.network.buffers(), *states))
-    peak = peak_mb(step, device)
+    peak = peak_mb(step)
     return None if peak is None else peak + kept / 1e6
 
 
@@ -241,11 +217,11 @@ def measure_models(step: str, n_frames: int, bench: Bench) -> list[dict]:
     config = models["ours"].config
     large, gflop = large_product(bench.batch * config.n_tokens, bench)
     times = in_turn({**{name: way for name, (way, _) in passes.items()}, "GEMM": large}, bench.repeats)
-    gemm, mflop = gflop / median(times.pop("GEMM")), flops(config, method)["all"] / 1e6
+    gemm, mflop = gflop / median(times.pop("GEMM")), flops(config, method) / 1e6
     results = results_of(step, n_frames, times, bench.batch)
     for result in results:
         rate = mflop / result["ms_per_clip"]  # GFLOP/s
-        memory = memory_mb(*passes[result["contestant"]], bench.device)
+        memory = memory_mb(*passes[result["contestant"]])
         result |= {"memory_mb": memory, "gflops": rate, "share_of_gemm": rate / gemm}
     return results
 
@@ -281,7 +257,7 @@ def measure_probe(n_frames: int, bench: Bench) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def table(bench: Bench) -> dict:
+def table(bench: Bench) -> list[dict]:
     """All rows, printed as they come."""
     line = "| {:<24}| {:>6} | {:<12}| {:>9} | {:>7} | {:>7} | {:>9} | {:>8} | {:>7} |"
     print(line.format("row", "frames", "contestant", "ms/clip", "+-", "ours is", "MB", "GFLOP/s", "of GEMM"))
@@ -296,57 +272,7 @@ def table(bench: Bench) -> dict:
             faster = f"{ms / measured[0]['ms_per_clip']:.2f} x"
             rest = ("" if value is None else form.format(value) for form, value in zip(forms, rest, strict=True))
             print(line.format(row, n_frames, contestant, time_now, f"{spread:.0f} %", faster, *rest), flush=True)
-    return {"results": results}
-
-
-def growth(bench: Bench) -> dict:
-    """A LoRA step of ours against clip length and batch. Attention grows with the square of the length, everything else
-    with the length: its share of the operations is counted, and of the time measured, by running it alone."""
-    line = "| {:>6} | {:>6} | {:>5} | {:>9} | {:>9} | {:>17} | {:>18} |"
-    print(line.format("frames", "tokens", "batch", "ms/clip", "MB", "attention counted", "attention measured"))
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    results, lengths = [], (100, 200, 500) if bench.quick else (100, 200, 500, 1024, 2048)
-    for n_frames, batch in product(lengths, sorted({1, bench.batch})):
-        torch.compiler.reset()  # see `contestants`
-        model = prepare(petl.apply(load_ast(bench.weights, n_frames, N_CLASSES), "lora"), bench.dtype, bench)
-        step, learner = pass_of("lora", model, random_clips(batch, n_frames, bench), replace(bench, batch=batch))
-        config, work = model.config, flops(model.config, "lora")
-        shape = (3, batch, config.heads, config.n_tokens, config.dim // config.heads)
-        qkv = torch.randn(shape, device=bench.device, dtype=DTYPES[bench.dtype], requires_grad=True)
-
-        def attention(qkv=qkv):
-            F.scaled_dot_product_attention(*qkv).sum().backward()
-            qkv.grad.flatten()[0].item()
-
-        times = in_turn({"step": step, "attention": attention}, bench.repeats)
-        seconds, alone = median(times["step"]), median(times["attention"])
-        result = {
-            "n_frames": n_frames, "tokens": config.n_tokens, "batch": batch, "ms_per_clip": 1e3 * seconds / batch,
-            "memory_mb": memory_mb(step, learner, bench.device), "attention_counted": work["attention"] / work["all"],
-            "attention_measured": config.depth * alone / seconds,
-        }  # fmt: skip
-        results.append(result)
-        forms = "{}", "{}", "{}", "{:,.0f}", "{:,.0f}", "{:.0%}", "{:.0%}"
-        cells = ("" if v is None else form.format(v) for form, v in zip(forms, result.values(), strict=True))
-        print(line.format(*cells), flush=True)
-    return {"results": results}
-
-
-def esc50(bench: Bench) -> dict:
-    """2,000 random clips, 5 folds, 50 epochs of houlsby_par in batches of 32, masked, validated and tested."""
-    n, epochs = (10, 1) if bench.quick else (2000, 50)
-    method = petl.METHODS["houlsby_par"]
-    settings = bench.settings(epochs=epochs, batch_size=32, lr=method.lr, mask=True)
-    backbone, clips = load_ast(bench.weights, 500, N_CLASSES), random_clips(n, 500, bench)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for fold, split in data.splits_of([i % 5 + 1 for i in range(n)], validate=True).items():
-            model = train.adapted(backbone, method, fold, settings, bench)
-            result = train.train_fold(model, clips, split, fold, settings, Path(folder, "state"), bench)
-            print(describe_fold(result), flush=True)
-    s, peak = time.perf_counter() - start, result["peak_memory_mb"]  # of the whole process
-    print(f"{n:,} clips, 5 folds, {epochs} epochs: {s:,.0f} s ({s / 60:.1f} minutes), peak memory {peak} MB")
-    return {"seconds": s, "peak_memory_mb": peak}
+    return results
 
 
 def describe(bench: Bench) -> str:
@@ -362,12 +288,10 @@ def describe(bench: Bench) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
-    add("what", nargs="?", default="table", choices=["table", "growth", "esc50"])
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
     add("--repeats", type=positive, help="default: 20 on a GPU, 3 on a CPU")
-    add("--threads", type=positive, help="CPU threads; default: PyTorch's")
     add("--weights", default="random:base", help=argparse.SUPPRESS)  # a small model, for the tests
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the arithmetic")
@@ -378,20 +302,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     device = choose_device(args.device)
     gpu, dtype = device.type == "cuda", choose_dtype(args.dtype, device)
     batch, repeats = args.batch or (32 if gpu else 2 if args.quick else 4), args.repeats or (20 if gpu else 3)
-    return args, Bench(device, None, args.compile, False, False, dtype, batch, repeats, args.weights, args.quick)
+    own = {"dtype": dtype, "batch": batch, "repeats": repeats, "weights": args.weights, "quick": args.quick}
+    return args, Bench(device, compile=args.compile, **own)
 
 
 def main(argv: list[str] | None = None) -> int:
     def run():
         args, bench = parse(argv)
-        torch.set_num_threads(args.threads or torch.get_num_threads())
         warnings.filterwarnings("ignore", module="transformers")  # of its own next version
         print(describe(bench))
         started = time.perf_counter()
-        numbers = {"table": table, "growth": growth, "esc50": esc50}[args.what](bench)
+        results = table(bench)
         print(f"\nmeasured in {time.perf_counter() - started:.0f} s")
         if args.json:
-            write_json(args.json, {"machine": describe(bench), "what": args.what, **numbers})
+            write_json(args.json, {"machine": describe(bench), "results": results})
 
     return exit_code(run)
 

@@ -6,7 +6,6 @@ process ends, however it ends. So a killed cell is free at once, and any number 
 """
 
 import csv
-import gc
 import json
 import multiprocessing
 import os
@@ -28,11 +27,11 @@ from filelock import FileLock, Timeout
 
 import petl
 import train
-from data import DATASETS, Dataset, frames_for, load_dataset
+from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.command import UserError
 from support.processes import say
-from support.records import compare_settings
+from support.records import compare_settings, forget_peak
 from support.variants import fitted
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
 
@@ -64,7 +63,9 @@ def train_cell(folder: Path, words: list[str]) -> str:
         with FileLock(claim, timeout=0):
             print_to(folder / "log.txt")
             print("---------- a new attempt", flush=True)
-            forget_other_cells()
+            forget_peak()
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # else torch gives up compiling after a few models
             sys.argv = ["train.py", *words]  # what config.json gives as the command
             train.start(words)
             return ""
@@ -86,18 +87,6 @@ def print_to(log: Path) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
-
-
-def forget_other_cells() -> None:
-    """Leave nothing of the cells before this one: no memory, no peak of memory, no compiled code."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # Linux has it
-        Path("/proc/self/clear_refs").write_text("5")  # the peak in main memory is that from now on
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # else torch gives up compiling after a few models
 
 
 class Worker(NamedTuple):
@@ -194,8 +183,9 @@ def without_data(cells: list[Cell], plan: Plan) -> dict[Cell, str]:
 
 def answers(next_cell: Callable[[], Cell | None], plan: Plan) -> Iterator[tuple[Cell, str]]:
     """Let `plan.jobs` workers train the cells that `next_cell` gives. Yields each cell with its worker's answer."""
-    if plan.jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_job(plan.jobs)))  # workers inherit it
+    if plan.jobs > 1:  # they share the cores: for small models single threads beat threads that wait for one another
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.jobs)))  # workers inherit it
     running, idle = {}, []
     try:
         while True:
@@ -219,12 +209,6 @@ def answers(next_cell: Callable[[], Cell | None], plan: Plan) -> Iterator[tuple[
             worker.process.terminate()
 
 
-def threads_of_job(jobs: int) -> int:
-    """The cells share the cores: for small models several single threads beat threads that wait for one another."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // jobs)
-
-
 # ------------------------------------------------------------------------------------------------- a cell and its run
 
 
@@ -242,7 +226,7 @@ def options(cell: Cell, plan: Plan) -> list[str]:
 def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
     lr = DATASETS[cell.dataset].lr.get(cell.method)
-    return fitted(petl.find(cell.method), shape_of(cell.weights).dim, lr, cell.rr, prompts=cell.prompts)
+    return fitted(petl.find(cell.method), shape_of(cell.weights), lr, cell.rr, prompts=cell.prompts)
 
 
 def result_of(cell: Cell, plan: Plan) -> dict | None:
@@ -260,8 +244,7 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     if plan.dtype:
         expected["dtype"] = run.dtype
     if run.seconds or recipe.n_frames:
-        unread = Dataset(cell.dataset, Path(), [], [], [], {})  # whose clips have no say here
-        expected["n_frames"] = frames_for(recipe, unread, run.seconds)
+        expected["n_frames"] = frames_for(recipe, None, run.seconds)  # the clips have no say
     if cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:")):  # a file may have changed
         expected["backbone"] = shape_and_hash(cell.weights)[1]
     if cell.dataset in ("folder", "csv"):

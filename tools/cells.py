@@ -18,6 +18,7 @@ from load_weights import RANDOM, fingerprint, read_checkpoint
 from support.command import UserError
 from support.variants import narrowed, override
 
+# Names of datasets as the paper writes them; of others the name stays.
 PRINTED = {"esc50": "ESC-50", "esc10": "ESC-10", "us8k": "US8K", "gsc": "GSC", "fsc": "FSC"}
 
 
@@ -123,7 +124,7 @@ def lines_of(target: str, plan: Plan) -> list[tuple[str, str, dict[str, str]]]:
     Those that --methods leaves and those that --add puts below; --random puts a second block below Table I.
     """
     rows = TARGETS[target].rows
-    weights = {dataset: weights_of(dataset, plan) for dataset, _ in columns_of(target, plan)}
+    weights = {dataset: plan.weights or DATASETS[dataset].weights for dataset, _ in columns_of(target, plan)}
     lines = [(name, method, weights) for name, method in rows.items() if not plan.methods or method in plan.methods]
     lines += [(method, method, weights) for method in plan.add if method not in [method for _, method, _ in lines]]
     if target == "table1" and plan.random:
@@ -175,15 +176,6 @@ def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
 def epochs_of(cell: Cell, plan: Plan) -> int:
     epochs = DATASETS[cell.dataset].epochs
     return plan.epochs or (max(epochs, FEW_SHOT_EPOCHS) if cell.shots else epochs)
-
-
-def printed(dataset: str) -> str:
-    """The name of a dataset as the paper writes it."""
-    return PRINTED.get(dataset, dataset)
-
-
-def weights_of(dataset: str, plan: Plan) -> str:
-    return plan.weights or DATASETS[dataset].weights
 
 
 def random_like(weights: str) -> str:

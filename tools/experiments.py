@@ -19,19 +19,16 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-import torch
-
 import petl
 import train
-from ast_model import AST
-from data import DATASETS, Dataset, folds_of, frames_for, load_dataset
+from data import DATASETS, Dataset, folds_of, load_dataset
 from sounds.paper import ESC50, FSC, GSC, US8K
 from support.command import Parser, UserError, choose_device, exit_code, nearest, numbers, positive
 from support.files import default_cache_dir, write_text
 from support.processes import say
 from tools import cells, figures
-from tools.campaign import method_of, options, take_results, train_cells
-from tools.cells import FIGURES, TABLES, TARGETS, Cell, Plan, columns_of, lines_of, printed
+from tools.campaign import options, take_results, train_cells
+from tools.cells import FIGURES, PRINTED, TABLES, TARGETS, Cell, Plan, columns_of, lines_of
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
@@ -45,13 +42,8 @@ class Measured:
     runs: int
     seeds: int
     seconds: float  # of training, all folds of one seed
-    trained: int  # parameters, see trained_of
+    trained: int  # parameters besides the final LayerNorm and head, unless nothing else trains
     head: int  # parameters of the final LayerNorm and head
-
-
-def trained_of(parameters: dict[str, int]) -> int:
-    """Trained parameters as the paper counts them: without the final LayerNorm and head, unless nothing else trains."""
-    return parameters["petl"] or parameters["head"]
 
 
 def measure(same: Iterable[Cell], done: dict[Cell, dict]) -> Measured | None:
@@ -59,11 +51,11 @@ def measure(same: Iterable[Cell], done: dict[Cell, dict]) -> Measured | None:
     results = [done[cell] for cell in same if cell in done]
     if not results:
         return None
-    accuracies = [fold["accuracy"] for result in results for fold in result["folds"]]
+    accuracies, count = [f["accuracy"] for result in results for f in result["folds"]], results[0]["parameters"]
     return Measured(
         mean=statistics.mean(accuracies), std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         runs=len(accuracies), seeds=len(results), seconds=statistics.mean(result["seconds"] for result in results),
-        trained=trained_of(results[0]["parameters"]), head=results[0]["parameters"]["head"],
+        trained=count["petl"] or count["head"], head=count["head"],
     )  # fmt: skip
 
 
@@ -103,7 +95,7 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
                 ours[j] += f" [{m.seeds} of {len(plan.seeds)} seeds]"
         key = f"{dataset} {shots}" if shots else dataset
         theirs = [table.numbers.get((name, key)) for name in names]
-        text[printed(dataset) + (f", {shots}" if shots else "")] = beside(ours, theirs)
+        text[PRINTED.get(dataset, dataset) + (f", {shots}" if shots else "")] = beside(ours, theirs)
         records += [
             {"table": target, "row": name, "method": method, "dataset": dataset, "shots": shots,
              "weights": weights[dataset], **(asdict(m) if m else dict.fromkeys(f.name for f in fields(Measured))),
@@ -146,9 +138,9 @@ def notes_of(target: str, datasets: tuple[str, ...], found: list[Measured], plan
     theirs = ", in parentheses the paper's" if set(datasets) & set(table.datasets) else ""
     notes = [f"Test accuracy in percent, {seeds}{spread}{theirs}. Best **bold**, second best in _italics_."]
     for dataset in datasets:
-        cell = Cell(dataset, "linear", 0, cells.weights_of(dataset, plan), 1 if table.few_shot else None)
+        cell = Cell(dataset, "linear", 0, plan.weights or DATASETS[dataset].weights, 1 if table.few_shot else None)
         epochs, usual = cells.epochs_of(cell, plan), DATASETS[dataset].epochs
-        text = f"{printed(dataset)}: weights `{cell.weights}`, {epochs} epoch{'s' * (epochs > 1)}"
+        text = f"{PRINTED.get(dataset, dataset)}: weights `{cell.weights}`, {epochs} epoch{'s' * (epochs > 1)}"
         if epochs != usual:
             why = "" if plan.epochs else ": few clips make few steps"
             text += f" instead of {usual}{why}"
@@ -216,7 +208,7 @@ def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
         seeds = [cells.budgets(dataset, method, seed, weights[dataset]) for seed in plan.seeds]
         for same in zip(*seeds, strict=True):  # cells that differ in the seed
             if m := measure(same, done):
-                curves = panels.setdefault(printed(dataset), {})
+                curves = panels.setdefault(PRINTED.get(dataset, dataset), {})
                 curves.setdefault(name, []).append((m.trained, m.mean, m.std or 0))
                 records.append({"dataset": dataset, "curve": name, "cell": same[0].name, **asdict(m)})
     if not panels:
@@ -234,37 +226,27 @@ def dry_run(listed: list[Cell], plan: Plan) -> None:
     left = {*take_results(listed, done, failed, plan), *failed}
     sizes = {cell: size_of(cell, plan) for cell in listed}
     width = max(len(cell.name) for cell in listed)
-    say(f"{'cell':<{width}}  {'trained':>11}  {'clips':>11}  {'steps':>9}  state")
+    say(f"{'cell':<{width}}  {'clips':>11}  {'steps':>9}  state")
     for cell, size in sizes.items():
-        trained, clips, steps = ("-" if n is None else f"{n:,}" for n in size)
+        clips, steps = (f"{n:,}" for n in size) if size else "--"
         state = f"conflict: {failed[cell]}" if cell in failed else "to do" if cell in left else "finished"
-        say(f"{cell.name:<{width}}  {trained:>11}  {clips:>11}  {steps:>9}  {state}")
-    clips, steps = (sum(sizes[cell][i] or 0 for cell in left) for i in (1, 2))
-    unknown = sum(sizes[cell][1] is None for cell in left)
+        say(f"{cell.name:<{width}}  {clips:>11}  {steps:>9}  {state}")
+    clips, steps = (sum(sizes[cell][i] for cell in left if sizes[cell]) for i in (0, 1))
+    unknown = sum(sizes[cell] is None for cell in left)
     without = f"; {unknown} more have no count, their data is not here yet" if unknown else ""
     say(f"{len(listed)} cells, {len(done)} finished; the rest trains on {clips:,} clips in {steps:,} steps{without}")
 
 
-def size_of(cell: Cell, plan: Plan) -> tuple[int | None, int | None, int | None]:
-    """Trained parameters of a cell, and clips and steps that it trains with, over all epochs and folds.
-
-    None for what only the data would tell, where they are not here: nothing is downloaded.
-    """
-    run, recipe = train.parse([*options(cell, plan), "--device", "cpu"]), DATASETS[cell.dataset]
+def size_of(cell: Cell, plan: Plan) -> tuple[int, int] | None:
+    """Clips and steps that a cell trains with, over all epochs and folds; None where the data are not here."""
     dataset = local_dataset(cell.dataset, plan.data_dir.get(cell.dataset), plan.cache_dir)
-    n_frames = frames_for(recipe, dataset, run.seconds) if dataset else recipe.n_frames
-    n_classes = len(dataset.classes) if dataset else 2
-    with torch.device("meta"):  # shapes without numbers
-        model = AST(replace(cells.shape_of(cell.weights), n_frames=n_frames, n_classes=n_classes, pool=run.pool))
-        parameters = petl.count(petl.apply(model, method_of(cell)))
     if dataset is None:
-        return parameters["petl"] or None, None, None
-    folds = folds_of(dataset, cell.seed)
+        return None
+    run = train.parse([*options(cell, plan), "--device", "cpu"])
+    batch, folds = run.batch_size or DATASETS[cell.dataset].batch_size, folds_of(dataset, cell.seed)
     train_on = [len(split.train) for fold, split in folds.items() if fold in (run.folds or folds)]
-    train_on = [cell.shots * n_classes if cell.shots else n for n in train_on]
-    batch = run.batch_size or recipe.batch_size
-    steps = sum(math.ceil(n / batch) for n in train_on)
-    return trained_of(parameters), run.epochs * sum(train_on), run.epochs * steps
+    train_on = [cell.shots * len(dataset.classes) if cell.shots else n for n in train_on]
+    return run.epochs * sum(train_on), run.epochs * sum(math.ceil(n / batch) for n in train_on)
 
 
 @lru_cache
@@ -306,7 +288,7 @@ def parse(argv: list[str]) -> Plan:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", help="of the arithmetic, see train.py")
     add("--jobs", type=positive, default=1, metavar="N", help="train N cells at a time; on a CPU they share the cores")
-    add("--dry-run", action="store_true", help="list the cells, their parameters, clips and steps; train nothing")
+    add("--dry-run", action="store_true", help="list the cells, their clips and steps; train nothing")
     add("--out", type=Path, default=Path("experiments"), help="runs, tables/ and figures/ go here (%(default)s)")
     plan = Plan(**vars(parser.parse_args(own)), passed=passed)
     for name in plan.targets:

@@ -82,11 +82,7 @@ def export_merged(model: AST, header: dict, out: Path, half: bool = False) -> st
 
 
 def export_hf(model: AST, header: dict, out: Path) -> str:
-    """A folder for `transformers.AutoModelForAudioClassification.from_pretrained`, with the feature extractor's config.
-
-    Raises UserError unless the model was trained with --pool cls_dist.
-    """
-    require_library_head(model, "hf")
+    """A folder for transformers' `AutoModelForAudioClassification.from_pretrained`, with the feature extractor's."""
     write_hf(petl.merge(model), header, out)
     return f'open it with transformers.AutoModelForAudioClassification.from_pretrained("{out}")'
 
@@ -94,16 +90,6 @@ def export_hf(model: AST, header: dict, out: Path) -> str:
 def write_hf(plain: AST, header: dict, out: Path) -> None:
     write_configs(plain.config, header, out)
     load_weights.save_ast(plain, out / "model.safetensors", header)
-
-
-def require_library_head(model: AST, to: str) -> None:
-    if model.config.pool != "cls_dist":
-        pooled = {"mean": "the mean of all tokens", "cls": "[CLS] alone"}[model.config.pool]
-        raise UserError(
-            f"--to {to} needs a model trained with --pool cls_dist: the head of transformers' AST reads LayerNorm("
-            f"([CLS] + [distillation]) / 2), this one reads {pooled}, which no weights can express there; "
-            "--to merged and --to onnx take any head"
-        )
 
 
 def write_configs(config: ASTConfig, header: dict, out: Path) -> None:
@@ -135,18 +121,22 @@ PEFT = {  # what we call the tensors of LoRA and its relatives, and what peft do
 ALIKE = ("LoRA", "DoRA", "RsLoRA", "IA3", "VeRA")  # parts that peft has too
 
 
+def kind_of(part) -> str:
+    return type(part).__name__
+
+
 def start_of(model: AST, name: str):
     """What peft's tensor is more than ours: here factors are trained as their distance from where they start."""
     module, _, last = name.rpartition(".")
-    return (
-        model.get_submodule(module).square.sqrt() if last == "magnitude" else {"scale": 1, "scale_d": 0.1}.get(last, 0)
-    )
+    if last == "magnitude":
+        return model.get_submodule(module).square.sqrt()
+    return {"scale": 1, "scale_d": 0.1}.get(last, 0)
 
 
 def peft_config(model: AST) -> dict:
     """What adapter_config.json says of the one part of a model's method."""
     (part,) = model.method.parts
-    kind = type(part).__name__
+    kind = kind_of(part)
     if kind == "IA3":
         return {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}
     rank, targets = petl.rank_of(model.config.dim, part.rr), [f"{letter}_proj" for letter in part.targets]
@@ -166,14 +156,6 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
     the folder is that of the model the adapter belongs on. A backbone that transformers has no way to is written beside
     it, into `base`.
     """
-    parts = header["method"]["parts"] if hasattr(model, "method") else []
-    if len(parts) != 1 or parts[0]["part"] not in ALIKE:
-        name = header.get("method", {}).get("name", "this model")
-        raise UserError(
-            f"--to peft takes LoRA alone, or one of dora, rslora, ia3 and vera, not {name!r}: train with one of these, "
-            "or use --to onnx"
-        )
-    require_library_head(model, "peft")
     config, origin, ast = model.config, model.backbone.name, "audio_spectrogram_transformer"
     base = load_weights.AUDIOSET if origin == "audioset" else origin.removeprefix("hf:")
     if base == origin and not Path(origin, "config.json").is_file():
@@ -196,7 +178,7 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
                 tensor = tensor[None] if layer == "fc2" else tensor[:, None]
             tensors[f"{ast}.layers.{n}.{where}.{PEFT[last]}"] = tensor.contiguous()
     tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    if parts[0]["part"] == "VeRA":
+    if kind_of(model.method.parts[0]) == "VeRA":
         a, b = vera_pair(model)
         tensors |= {"base_model.vera_A": a, "base_model.vera_B": b}
     with whole_file(out / "adapter_model.safetensors") as temporary:
@@ -373,6 +355,16 @@ def export(args: argparse.Namespace) -> None:
     if args.to in ("merged", "onnx") and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; --to {args.to} writes a file")
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
+    method = getattr(model, "method", petl.Method("this model", (), "-", "-"))
+    if args.to == "peft" and [kind_of(part) in ALIKE for part in method.parts] != [True]:
+        raise UserError(f"--to peft takes one of {', '.join(ALIKE)} alone, not {method.name!r}; --to onnx takes all")
+    if args.to in ("hf", "peft") and model.config.pool != "cls_dist":
+        pooled = {"mean": "the mean of all tokens", "cls": "[CLS] alone"}[model.config.pool]
+        raise UserError(
+            f"--to {args.to} needs a model trained with --pool cls_dist: the head of transformers' AST reads LayerNorm("
+            f"([CLS] + [distillation]) / 2), this one reads {pooled}, which no weights can express there; "
+            "--to merged and --to onnx take any head"
+        )
     merged = partial(export_merged, half=args.half)
     write = {"merged": merged, "hf": export_hf, "peft": export_peft, "onnx": export_onnx}[args.to]
     print(f"{args.out}: {write(model, header, args.out)}")

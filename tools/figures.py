@@ -35,7 +35,8 @@ def pyplot():
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "0", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"svg.hashsalt": "0", "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(dict.fromkeys(("font.size", "axes.titlesize", "figure.titlesize"), 9))
     return plt
 
 
@@ -64,10 +65,8 @@ def draw_curves(panels: dict[str, dict[str, list[tuple[int, float, float]]]], re
                 style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linestyle": LINES[i % 6]}
                 axis.errorbar(x, y, errors if any(errors) else None, label=name, markersize=5, linewidth=1.4,
                               capsize=2, **style)  # fmt: skip
-        axis.set(xscale="log", ylabel="test accuracy (%)")
-        axis.set(xlabel="trained parameters (final LayerNorm and head apart)")
-        axis.set_title(title, fontsize=9)
-        axis.margins(0.06, 0.12)
+        axis.set(xscale="log", title=title, xmargin=0.06, ymargin=0.12, ylabel="test accuracy (%)",
+                 xlabel="trained parameters (final LayerNorm and head apart)")  # fmt: skip
         axis.grid(which="major", **GRID)
     legend_below(figure, axes[0], ncol=5)
     save(figure, path)
@@ -81,32 +80,27 @@ def draw_tsne(panels: dict[str, np.ndarray], labels: list[int], classes: list[st
     plt = pyplot()
     from sklearn.manifold import TSNE
 
-    shown = sorted(set(labels))
-    labels = np.array(labels)
+    shown, labels = sorted(set(labels)), np.array(labels)
+    perplexity = min(30, (len(labels) - 1) / 3)
     figure, axes = plt.subplots(len(kinds), len(panels), squeeze=False,
                                 figsize=(2.4 * len(panels) + 0.3, 2.4 * len(kinds) + 0.3))  # fmt: skip
     for column, (title, tokens) in enumerate(panels.items()):
         for row, kind in enumerate(kinds):
-            perplexity = min(30, (len(labels) - 1) / 3)
             plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(tokens[:, row])
             axis = axes[row][column]
             for i, k in enumerate(shown):
                 axis.scatter(*plane[labels == k].T, s=11, c=COLOURS[i % 7], marker=MARKERS[i % 10], linewidths=0,
                              alpha=0.85, label=classes[k])  # fmt: skip
-            axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(True)
-            axis.set_title(title if row == 0 else "")
-            axis.set_ylabel(f"t-SNE of the {kind}" if column == 0 else "")
+            names = {"title": "" if row else title, "ylabel": "" if column else f"t-SNE of the {kind}"}
+            axis.set(xticks=[], yticks=[], **names)
     legend_below(figure, axes[0][:1], ncol=5, markerscale=2)
     save(figure, path)
 
 
 def legend_below(figure, axes, **style) -> None:
     """One legend beneath all panels, each name once."""
-    entries = {}
-    for axis in axes:
-        handles, names = axis.get_legend_handles_labels()
-        entries.update(zip(names, handles, strict=True))
+    entries = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.tight_layout()
     figure.legend(entries.values(), entries, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, **style)
 
@@ -123,9 +117,8 @@ def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
                im_kw={"vmin": 0, "vmax": 100}, colorbar=False)  # fmt: skip
     for text, count in zip(shown.text_.flat, counts.flat, strict=True) if n <= 20 else ():
         text.set_text(count or "")  # the colours are percent
-    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.set(xlabel="predicted class", ylabel="true class", title=title)
     axis.tick_params(labelsize=font)
-    axis.set_title(title, fontsize=9)
     figure.colorbar(shown.im_, fraction=0.046, pad=0.03, label="% of the clips of the true class")
     save(figure, path)
 
@@ -135,22 +128,19 @@ def draw_history(rows: list[dict[str, str]], title: str, path: Path) -> None:
     labels = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
     labels = {column: label for column, label in labels.items() if any(row[column] for row in rows)}
     figure, axes = pyplot().subplots(1, len(labels), figsize=(3.6 * len(labels), 3), squeeze=False)
-    folds = sorted({int(row["fold"]) for row in rows})
+    folds = {row["fold"]: None for row in rows}
     for axis, colour, (column, label) in zip(axes[0], COLOURS, labels.items(), strict=False):
-        lines = [[float(row[column]) for row in rows if int(row["fold"]) == fold] for fold in folds]
-        epochs = range(1, 1 + max(map(len, lines)))
-        thin = {"marker": "o", "markersize": 3} if len(lines) == 1 else {"alpha": 0.5, "linewidth": 0.8}
+        lines = [[float(row[column]) for row in rows if row["fold"] == fold] for fold in folds]
         for line in lines:
-            axis.plot(epochs[: len(line)], line, color=colour, label="one fold", **thin)
-        if len(lines) > 1 and len(set(map(len, lines))) == 1:
-            axis.plot(epochs, np.mean(lines, axis=0), color="black", linewidth=1.8, label="mean of the folds")
-        axis.set(xlabel="epoch", ylabel=label, xlim=(0.5, len(epochs) + 0.5))
+            axis.plot(range(1, 1 + len(line)), line, ".-", color=colour, alpha=0.6, linewidth=0.8, label="one fold")
+        if len(lines) > 1:
+            mean = np.mean([line[: min(map(len, lines))] for line in lines], axis=0)
+            axis.plot(range(1, 1 + len(mean)), mean, color="black", linewidth=1.8, label="mean of the folds")
+        axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(**GRID)
-    figure.suptitle(title, fontsize=9)
-    if len(folds) > 1:
-        legend_below(figure, axes[0], ncol=2)
-    figure.tight_layout()
+    figure.suptitle(title)
+    legend_below(figure, axes[0], ncol=2)
     save(figure, path)
 
 
@@ -167,10 +157,8 @@ def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
     data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
     dataset = load_dataset(config["dataset"], data_dir, cache_dir)
     index = {name: i for i, name in enumerate(dataset.names())}
-    tests = {fold["fold"]: [] for fold in result["folds"]}
-    for row in rows:
-        if row["split"] == "test" and int(row["fold"]) in tests:
-            tests[int(row["fold"])].append(row["path"])
+    rows = [(int(row["fold"]), row["path"]) for row in rows if row["split"] == "test"]
+    tests = {fold["fold"]: [path for k, path in rows if k == fold["fold"]] for fold in result["folds"]}
     missing = [name for clips in tests.values() for name in clips if name not in index]
     if missing:
         raise UserError(f"{run}: {len(missing)} of its test clips ({missing[0]}, ...) are not in {dataset.root}: give "
@@ -214,19 +202,6 @@ def draw_tokens(
     draw_tsne(panels, labels, dataset.classes, ["[CLS] token", "mean of all tokens"], path)
 
 
-def confusion(
-    run: Path, data_dir: Path | None, weights: str | None, cache_dir: Path | None, device: torch.device
-) -> tuple[np.ndarray, list[str]]:
-    """Test clips by true class (row) and predicted class (column), all folds together; and the names of the classes."""
-    dataset, features, tests = tested_clips(run, data_dir, cache_dir)
-    counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)
-    for fold, clips in tests.items():
-        model = load_trained(run / f"fold{fold}.safetensors", weights).to(device)
-        predicted = batched(model, features, clips, device).argmax(1).numpy()
-        np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
-    return counts, dataset.classes
-
-
 def plot(argv: list[str]) -> None:
     """The command `plot`: confusion matrix and learning curves of a run, into its folder."""
     parser = Parser(
@@ -242,8 +217,13 @@ def plot(argv: list[str]) -> None:
     pyplot()  # missing? now, not after the work
     device = choose_device(args.device)
     config, _, _ = read_run(args.run)
-    counts, classes = confusion(args.run, args.data_dir, args.weights, args.cache_dir, device)
+    dataset, features, tests = tested_clips(args.run, args.data_dir, args.cache_dir)
+    counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)  # by true (row) and predicted class, all folds
+    for fold, clips in tests.items():
+        model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)
+        predicted = batched(model, features, clips, device).argmax(1).numpy()
+        np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
     score = f"{100 * counts.trace() / counts.sum():.2f} % of {counts.sum():,} test clips"
-    draw_confusion(counts, classes, f"{title}: {score}", args.run / "confusion")
+    draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
     draw_history(list(csv.DictReader((args.run / "metrics.csv").read_text().splitlines())), title, args.run / "curves")

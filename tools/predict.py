@@ -31,6 +31,8 @@ from support.checkpoints import read_header, read_json
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.speed import Machine, autocast, prepare
 
+COLUMNS = "file,what,start,end,rank,class,probability,error"  # of --csv
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -97,12 +99,6 @@ def class_names(weights: str) -> list[str]:
     if not names:
         raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
     return [names[str(i)] for i in range(len(names))]
-
-
-def load_tagger(weights: str) -> Classifier:
-    """The unmodified pretrained AST with its own head. Several tags may be true at once: a sigmoid, not a softmax."""
-    model = load_ast(weights, pool="cls_dist")
-    return Classifier([model], class_names(weights), torch.sigmoid)
 
 
 # ------------------------------------------------------------------------------------------------ sounds to windows
@@ -210,30 +206,22 @@ def printable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def table_line(answer: Answer, width: int) -> str:
-    """One line for people: file, seconds, classes with probabilities."""
-    classes = "  ".join(f"{name} {probability:.3f}" for name, probability in answer.best)
+def shown(answer: Answer, form: str | None, width: int) -> str:
+    """An answer as one line for people, its file in `width` columns; as one JSON object, so that a program can read the
+    output line by line while it is being written; or as CSV with the columns COLUMNS, a row for each of the classes."""
+    file = printable(answer.file)
+    if form == "json":
+        best = [{"class": name, "probability": round(p, 6)} for name, p in answer.best]
+        found = {"start": round(answer.start, 3), "end": round(answer.end, 3), "classes": best}
+        return json.dumps({"file": file, "what": answer.what, **({"error": answer.error} if answer.error else found)})
+    if form == "csv":
+        first, span = (file, answer.what), (f"{answer.start:.3f}", f"{answer.end:.3f}")
+        rows = [(*first, *span, rank, name, f"{p:.6f}", "") for rank, (name, p) in enumerate(answer.best, 1)]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows or [(*first, *[""] * 5, answer.error)])
+        return text.getvalue().rstrip("\n")
     span = f"{answer.start:9.2f} -{answer.end:9.2f} s" if answer.what == "window" else f"{answer.end:20.2f} s"
-    return f"{printable(answer.file):<{width}}{span}  {classes}"
-
-
-def json_line(answer: Answer) -> str:
-    """One object, so that a program can read the output line by line while it is being written."""
-    content = {"file": printable(answer.file), "what": answer.what}
-    if answer.error is not None:
-        return json.dumps({**content, "error": answer.error})
-    best = [{"class": name, "probability": round(p, 6)} for name, p in answer.best]
-    return json.dumps({**content, "start": round(answer.start, 3), "end": round(answer.end, 3), "classes": best})
-
-
-def csv_lines(answer: Answer) -> str:
-    """One row for each of the best classes, or one with the error. Columns: see `run`."""
-    first = [printable(answer.file), answer.what]
-    span = [f"{answer.start:.3f}", f"{answer.end:.3f}"]
-    rows = [[*first, *span, rank, name, f"{p:.6f}", ""] for rank, (name, p) in enumerate(answer.best, 1)]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows or [[*first, *[""] * 5, answer.error]])
-    return text.getvalue().rstrip("\n")
+    return f"{file:<{width}}{span}  {'  '.join(f'{name} {p:.3f}' for name, p in answer.best)}"
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -254,8 +242,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--windows", action="store_true", help="also show the best class of every window of a file")
     add("--hop", type=float, metavar="S", help="seconds from one window to the next; default: half a window")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one JSON object per line")
-    output.add_argument("--csv", action="store_true", help="one row for each file (or window) and class")
+    output.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON object per line")
+    output.add_argument(
+        "--csv", dest="form", action="store_const", const="csv", help="one row for each class of a file"
+    )
     add("--batch-size", type=positive, default=32, help="windows at once (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_intermixed_args(argv)
@@ -269,31 +259,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Answer every file that can be read; 1 if there was one that cannot."""
     files, dtype = find_sounds(args.sounds), choose_dtype("auto", args.device)
-    tagger = args.tags and load_tagger(args.weights or "audioset")
-    classifier = tagger or load_classifier(args.checkpoint, args.weights)
+    if args.tags:  # the pretrained AST with its own head; several tags may be true at once: a sigmoid, not a softmax
+        weights = args.weights or "audioset"
+        classifier = Classifier([load_ast(weights, pool="cls_dist")], class_names(weights), torch.sigmoid)
+    else:
+        classifier = load_classifier(args.checkpoint, args.weights)
     for model in classifier.models:
         prepare(model, dtype, Machine(args.device)).eval()
     n_frames = classifier.n_frames
-    hop = (n_frames // 2 if args.hop is None else round(args.hop * RATE / HOP)) * HOP
-    if not 0 < hop <= n_frames * HOP:
+    wanted = n_frames // 2 if args.hop is None else args.hop * RATE / HOP  # frames
+    if not 0.5 < wanted <= n_frames + 0.5:
         raise UserError(f"--hop {args.hop}: windows are {n_frames * HOP / RATE:g} s long, give a hop of 0.01 s to that")
 
-    scored = score(windows_of(files, n_frames, hop), classifier, args.batch_size, args.device, dtype)
+    scored = score(windows_of(files, n_frames, round(wanted) * HOP), classifier, args.batch_size, args.device, dtype)
     width = 2 + max(len(printable(file)) for file in files)
-    show = json_line if args.json else csv_lines if args.csv else lambda answer: table_line(answer, width)
+    if args.form == "csv":
+        print(COLUMNS)
     seconds = float(np.nansum([*map(length_of, files)])) if sys.stderr.isatty() else None  # only the bar asks
-    if args.csv:
-        print("file,what,start,end,rank,class,probability,error")
     failed, heard = 0, 0.0
     with tqdm(total=seconds, desc="listening", unit="s", unit_scale=True, disable=None) as progress:
         for answer in answers(scored, classifier.classes, args.top):
-            progress.update(max(0.0, answer.end - heard) if answer.what == "window" else 0)
+            if answer.what == "window":
+                progress.update(max(0.0, answer.end - heard))
             heard = answer.end if answer.what == "window" else 0.0
             if answer.error is not None:
                 failed += 1
                 tqdm.write(f"error: {printable(answer.file)}: {answer.error}", file=sys.stderr)
-            if (args.windows or answer.what == "file") and (answer.error is None or args.json or args.csv):
-                tqdm.write(show(answer), file=sys.stdout)
+            if (args.windows or answer.what == "file") and (answer.error is None or args.form):
+                tqdm.write(shown(answer, args.form, width), file=sys.stdout)
     return 1 if failed else 0
 
 

@@ -58,10 +58,7 @@ def filled(name: str) -> tuple[AST, dict[str, torch.Tensor]]:
 def test_the_file_holds_all_methods_but_our_own():
     assert len(SHARED) == 32
     own = METHODS.keys() - petl_more.METHODS.keys() - set(SHARED)
-    assert own == {
-        "convpass2d_pfeiffer_par",
-        "convpass2d_houlsby_par",
-    }
+    assert own == {"convpass2d_pfeiffer_par", "convpass2d_houlsby_par"}
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import SMALL_AST, write_csv
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -21,7 +22,6 @@ import train
 from ast_model import AST
 from load_weights import load_ast, load_trained
 
-WEIGHTS = Path(__file__).parent / "reference" / "ast_small"  # 2 layers, 64 dimensions, 100 frames
 EPOCHS, BATCH, STEPS = 5, 7, 3  # 18 clips train in a fold: batches of 7, 7 and 4
 RUNS = [(0, 1), (0, 3), (0, 4), (7, 1), (7, 3), (7, 4)]  # (seed, fold), in the order in which they are trained
 TRAINING, VALIDATION = {1: (2, 3), 3: (1, 4), 4: (1, 2)}, {1: 4, 3: 2, 4: 3}  # fold k tests k and validates k - 1
@@ -70,8 +70,7 @@ class Sounds:
 
     def write(self, table: Path, column: str, values, without=()) -> Path:
         rows = [f"{i}.wav,class {self.labels[i]},{value}" for i, value in enumerate(values) if i not in without]
-        table.write_text("\n".join([f"path,label,{column}", *rows, ""]))
-        return table
+        return write_csv(table, f"path,label,{column}", *rows)
 
     def of(self, *folds: int) -> list[int]:
         return np.flatnonzero(np.isin(self.folds, folds)).tolist()
@@ -135,7 +134,7 @@ def watch(sounds, tmp_path_factory):
         original = torch.Tensor.backward
         torch.Tensor.backward = backward
         defaults = {
-            "--dataset": "csv", "--data-dir": table or sounds.folds_table, "--weights": WEIGHTS, "--seconds": 1,
+            "--dataset": "csv", "--data-dir": table or sounds.folds_table, "--weights": SMALL_AST, "--seconds": 1,
             "--method": "houlsby_par", "--epochs": EPOCHS, "--batch-size": BATCH, "--device": "cpu", "--out": out,
             "--cache-dir": sounds.folds_table.parent / "cache",
         }  # fmt: skip
@@ -190,7 +189,7 @@ def test_a_fold_starts_with_tensors_of_its_own(campaign):
     starts = [watched.start for watched in campaign[1].values()]
     for name in ("head.weight", "head.bias", "blocks.0.attn.adapter.down.weight", "blocks.1.ffn.adapter.down.bias"):
         assert differ(start[name] for start in starts)
-    backbone = load_ast(WEIGHTS, n_classes=3).state_dict()
+    backbone = load_ast(SMALL_AST, n_classes=3).state_dict()
     for start in starts:
         for name, tensor in start.items():
             if ".adapter.up." in name:
@@ -300,7 +299,7 @@ def test_dropout_acts_in_training_only(watch):
     assert differ(kept["train"])
 
 
-# --------------------------------------------------------------------------------------------------- every step by hand
+# ------------------------------------------------------------------------------------------------ every step by hand
 
 
 def test_gradients_are_those_of_the_mean_loss_of_the_batch(campaign, watch, sounds):
@@ -345,7 +344,7 @@ def test_a_linear_probe_is_a_step_of_the_whole_model(sounds, tmp_path):
     training, tested = sounds.of(*TRAINING[1]), sounds.of(1)
     models, losses = [], []
     for lr in (1e-12, 1e-2):  # where nothing moves, the file holds the tensors at the start
-        words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", WEIGHTS, "--method", "linear",
+        words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", SMALL_AST, "--method", "linear",
                  "--no-mask", "--seconds", 1, "--folds", 1, "--epochs", 1, "--batch-size", 18, "--lr", lr, "--device",
                  "cpu", "--out", tmp_path / str(lr), "--cache-dir", sounds.folds_table.parent / "cache"]  # fmt: skip
         assert train.main([str(word) for word in words]) == 0
@@ -396,14 +395,14 @@ def test_automatic_precision_on_a_gpu(native, sounds, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **options: empty(*sizes, **options))
     monkeypatch.setattr(torch.nn.Module, "to", interrupt)
-    words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", WEIGHTS, "--seconds", 1, "--out",
+    words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", SMALL_AST, "--seconds", 1, "--out",
              tmp_path, "--cache-dir", sounds.folds_table.parent / "cache"]  # fmt: skip
     assert train.main([str(word) for word in words]) == 130
     (config,) = tmp_path.rglob("config.json")
     assert json.loads(config.read_text())["dtype"] == ("bfloat16" if native else "float16")
 
 
-# ------------------------------------------------------------------------------------------ what is chosen and reported
+# --------------------------------------------------------------------------------------- what is chosen and reported
 
 
 def test_test_clips_are_seen_once_and_at_the_end(campaign, sounds):

@@ -1,69 +1,28 @@
-"""The synthesiser, the datasets made of it, and the small backbone that was pretrained on it."""
+"""The datasets made of rendered sounds, and the small backbone that was pretrained on them."""
 
 import json
-from dataclasses import replace
+from contextlib import redirect_stderr
+from dataclasses import astuple, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from helpers import Terminal
 
-import petl
 import train
 from data import DATASETS, fbank, load_dataset, to_input
 from load_weights import DEMO, load_ast, read_header
-from sounds import demo, synth
+from sounds import demo
 from sounds.audio import read_audio
 from sounds.demo import rendered
-from sounds.synth import CLASSES, SAMPLES, SOURCE, TARGET, render
+from sounds.synth import SOURCE, TARGET, render
 from support.command import UserError
-from support.variants import NARROW_LR, fitted, narrowed, shrink
+from support.variants import NARROW_LR
 
 FRESH = 1  # a seed of sounds that nothing was trained on
 BAR = 0.7  # of the shipped backbone on new source sounds
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_class_renders_one_healthy_second(name):
-    for index in range(3):
-        wave = render(name, index, FRESH)
-        assert wave.shape == (SAMPLES,) and wave.dtype == np.float32 and np.isfinite(wave).all()
-        assert 0.1 <= abs(wave).max() <= 0.9  # -20 to -1 dB
-        assert wave.std() > 0.003
-
-
-def test_a_sound_follows_from_class_index_and_seed():
-    first = render("bell", 3, seed=5)
-    np.random.default_rng().standard_normal()
-    render("gong", 3, seed=5)
-    assert np.array_equal(render("bell", 3, seed=5), first)
-    for other in (render("bell", 4, seed=5), render("bell", 3, seed=6), render("gong", 3, seed=5)):
-        assert not np.array_equal(other, first)
-
-
-def test_no_two_classes_are_the_same():
-    assert len(SOURCE) >= 40 and len(TARGET) >= 10 and not SOURCE.keys() & TARGET.keys()
-    sounds = {name: make(np.random.default_rng(0)).tobytes() for name, make in CLASSES.items()}  # from one random state
-    assert len(set(sounds.values())) == len(CLASSES)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("rise_fall_rise", "fall_rise_fall"),
-        ("plucks_low_high_middle", "plucks_high_low_middle"),
-        ("up_up_down", "down_down_up"),
-    ],
-)
-def test_order_is_all_that_tells_some_classes_apart(one, other):
-    """From one random state the average spectra are the same; the spectra frame by frame are not."""
-
-    def power(name):  # (frames, 128)
-        wave = CLASSES[name](np.random.default_rng(0))
-        return fbank(torch.from_numpy(np.pad(wave, (0, SAMPLES - len(wave))).astype(np.float32))[None])[0].exp()
-
-    one, other = power(one), power(other)
-    assert torch.cosine_similarity(one.mean(0), other.mean(0), dim=0) > 0.98
-    assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) < 0.7
 
 
 def test_rendered_datasets(tmp_path, monkeypatch):
@@ -88,6 +47,44 @@ def test_rendered_datasets(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".demo*"))  # nothing half-made stays
     with pytest.raises(UserError, match="makes its own sounds"):
         rendered("demo", ["eoe"], (1, 1, 1), tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "sizes", "classes"),
+    [("demo", "demo-fe5a0b5f", (200, 40, 100), 10), ("demo_source", "demo_source-146f2f13", (200, 10, 10), 68)],
+)
+def test_sounds_that_were_rendered_before_are_found_again(name, folder, sizes, classes, tmp_path, monkeypatch):
+    """The folder has the name it has always had, so neither sounds nor features of a user are made again."""
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    dataset = load_dataset(name, None, tmp_path)
+    assert dataset.root == tmp_path / folder and dataset.name == name
+    assert len(dataset.classes) == classes and dataset.classes == sorted(dataset.classes)
+    per_class = sum(sizes)
+    assert dataset.names()[per_class - 1] == f"{dataset.classes[0]}/{per_class - 1:03d}.wav"
+    assert dataset.labels == [label for label in range(classes) for _ in range(per_class)]
+    part = np.repeat(["train", "val", "test"], sizes).tolist() * classes
+    assert astuple(dataset.folds[1]) == tuple(
+        [i for i, one in enumerate(part) if one == wanted] for wanted in ("train", "val", "test")
+    )
+
+
+def test_rendering_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    write, calls = soundfile.write, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(soundfile, "write", interrupted)
+    with redirect_stderr(Terminal()) as shown, pytest.raises(KeyboardInterrupt):
+        load_dataset("demo", None, tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo-fe5a0b5f.lock"]
+    assert "rendering demo: " in shown.getvalue()
+    for index, (path, samples, rate) in enumerate(calls):  # the first clips of the first class, with seed 0
+        assert (path.name, rate) == (f"{index:03d}.wav", 16_000)
+        assert np.array_equal(samples, render("down_down_up", index, 0))
 
 
 def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
@@ -124,26 +121,6 @@ def test_settings_of_a_dataset_give_way_to_the_command_line(tmp_path, monkeypatc
     assert {part["rr"] for part in config["method"]["parts"]} == {8}
 
 
-def test_shrink_keeps_even_numbers_and_at_least_one():
-    assert [part.rr for part in shrink(petl.METHODS["adapter_lora"], 4).parts] == [16, 32]
-    assert shrink(petl.METHODS["spt"], 4).parts[0].prompts == 74
-    assert shrink(petl.METHODS["prefix"], 4).parts[0].prompts == 6
-    assert shrink(petl.METHODS["lora"], 1000).parts[0].rr == 1
-    assert shrink(petl.METHODS["dpt"], 1) is petl.METHODS["dpt"]
-
-
-def test_methods_fit_the_width_of_the_backbone():
-    """The base AST takes the paper's numbers, the demo backbone a quarter of RR and prompts, whatever the dataset."""
-    for method in petl.METHODS.values():
-        assert narrowed(method, 768) is method and narrowed(method, 384) is method
-        assert narrowed(method, 128).parts == shrink(method, 4).parts
-    assert petl.rank_of(128, narrowed(petl.METHODS["houlsby_par"], 128).parts[0].rr) == 8
-    rates = {name: narrowed(petl.METHODS[name], 128).lr for name in ("full_ft", "linear", "lora")}
-    assert rates == {"full_ft": 5e-4, "linear": 1e-2, "lora": 5e-3}
-    assert fitted(petl.METHODS["full_ft"], 128, lr=1e-3).lr == 1e-3 == DATASETS["demo_source"].lr["full_ft"]
-    assert fitted(petl.METHODS["dpt"], 128, prompts=9).parts == (petl.Prompts(9, deep=True),)
-
-
 def test_the_shipped_backbone_knows_the_source_sounds():
     """On new sounds of the classes it was trained on; guessing gives 1.5 %."""
     assert DEMO.stat().st_size <= 3_000_000
@@ -158,11 +135,3 @@ def test_the_shipped_backbone_knows_the_source_sounds():
         logits = model(to_input(fbank(torch.from_numpy(np.stack(clips))), 98))
     accuracy = (logits.argmax(1) == torch.tensor(labels)).float().mean()
     assert accuracy > BAR, f"{100 * accuracy:.1f} %"
-
-
-def test_listening(tmp_path, monkeypatch):
-    """The module is a command, too, and names its classes when asked for one that it does not have."""
-    monkeypatch.chdir(tmp_path)
-    assert synth.main(["bell"]) == 0
-    assert len(list(tmp_path.glob("bell*.wav"))) == 5
-    assert synth.main(["bel"]) == 2

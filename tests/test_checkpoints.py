@@ -1,0 +1,125 @@
+"""Files of tensors from anywhere: damaged, dangerous or fetched."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from helpers import SMALL_AST, SMALL_CONFIG, SMALL_STATE, write_ast
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
+
+from load_weights import load_ast, load_trained, read_header
+from support.command import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+# --------------------------------------------------------------------------------------------- damaged and dangerous
+
+
+class Trap:
+    """Unpickling this would make a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_no_code_in_a_checkpoint_is_executed(tmp_path):
+    torch.save({"weight": Trap(tmp_path / "executed")}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match="Python code, which is never executed"):
+        load_ast(tmp_path / "trap.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bytes_that_are_no_checkpoint_are_not_called_code(tmp_path):
+    (tmp_path / "noise.pth").write_bytes(bytes(range(256)) * 10)
+    with pytest.raises(UserError, match=r"cannot read .*noise\.pth") as error:
+        load_ast(tmp_path / "noise.pth")
+    assert "Python code" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth"])
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_truncated_checkpoints(tmp_path, suffix, keep):
+    file = tmp_path / f"model{suffix}"
+    if suffix == ".safetensors":
+        save_file(SMALL_STATE, file)
+    else:
+        torch.save(SMALL_STATE, file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
+    with pytest.raises(UserError, match=f"cannot read .*model{suffix}"):
+        load_ast(file)
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_config_that_is_no_table(tmp_path, text):
+    write_ast(tmp_path, SMALL_STATE)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_ast(tmp_path, n_classes=3)
+
+
+def test_not_a_file_of_trained_parts(tmp_path):
+    with pytest.raises(UserError, match="it has no such header"):
+        read_header(SMALL_AST / "model.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(UserError, match="no whole file of trained parts"):
+        load_trained(tmp_path / "cut.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------- the hub
+
+
+def test_no_network_says_what_to_download(tmp_path):
+    """In a process of its own, where nothing else has imported parts of huggingface_hub."""
+    code = "from load_weights import load_ast; load_ast('audioset', n_classes=3)"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=offline, capture_output=True, text=True)
+    message = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"UserError: cannot fetch MIT/ast-finetuned.* by hand.* --weights", message), done.stderr
+
+
+def test_hub_weights_come_through_the_users_cache(monkeypatch):
+    """What the hub would deliver is put in its place; the folder layout and names are the hub's."""
+    asked = []
+
+    def deliver(repository, name):
+        asked.append((repository, name))
+        return str(SMALL_AST / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
+    model = load_ast("hf:somebody/some-ast", pool="cls_dist")
+    assert asked == [("somebody/some-ast", "config.json"), ("somebody/some-ast", "model.safetensors")]
+    expected = load_ast(SMALL_AST, pool="cls_dist").state_dict()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "repository"),
+    [("audioset", "MIT/ast-finetuned-audioset-10-10-0.4593"), ("hf:somebody/else", "somebody/else")],
+)
+def test_the_hub_is_asked_for_safetensors_first(weights, repository, tmp_path, monkeypatch):
+    folder = write_ast(tmp_path, SMALL_STATE, SMALL_CONFIG)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere")
+    torch.save(SMALL_STATE, folder / "pytorch_model.bin")
+    asked = []
+
+    def deliver(name, file):
+        asked.append((name, file))
+        if not (folder / file).exists():
+            raise EntryNotFoundError("404")
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
+    model = load_ast(weights, n_classes=3)
+    assert asked == [(repository, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")]
+    assert model.backbone.name == weights and model.config.heads == 2  # which only the config.json knows
