@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import petl
+import petl_more
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
 from support.checkpoints import fetch, fill, read_header, read_json, read_metadata, read_tensors, write_tensors
@@ -42,6 +43,8 @@ NAMES = [  # ours, in Hugging Face's files; then inside its library or in the or
     (".head.1.", ".classifier.dense.", ".mlp_head.1."),
     (".norm.", ".layernorm.", ".v.norm."),
 ]
+
+petl.METHODS |= petl_more.METHODS  # the methods that came after the paper
 
 
 @dataclass(frozen=True)
@@ -236,15 +239,21 @@ def from_dict(entry: dict) -> petl.Method:
     settings = [dict(part) for part in entry["parts"]]
     unknown = [part["part"] for part in settings if part["part"] not in known]
     if unknown:
-        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS in petl.py has")
+        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS has")
     parts = tuple(known[part.pop("part")](**part) for part in settings)
     blocks = tuple(entry["blocks"]) if "blocks" in entry else None
     return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"], blocks=blocks)
 
 
+def live_tensors(model: AST) -> dict[str, torch.Tensor]:
+    """What training changes, itself: trained parameters, and float buffers such as the running means of a BatchNorm."""
+    state = model.state_dict(keep_vars=True).items()
+    return {n: t for n, t in state if (t.requires_grad if isinstance(t, torch.nn.Parameter) else t.is_floating_point())}
+
+
 def trained_tensors(model: AST) -> dict[str, torch.Tensor]:
-    """Copies of the trained parameters on the CPU. Copies: `state_dict` hands out the live tensors themselves."""
-    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """Copies of what training changes, on the CPU."""
+    return {name: t.detach().cpu().clone().contiguous() for name, t in live_tensors(model).items()}
 
 
 def save_trained(model: AST, path: Path, metadata: dict) -> None:
@@ -290,9 +299,9 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
 
 def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Put trained tensors back into an adapted model; UserError unless they are exactly what its method trains."""
-    expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = live_tensors(model)
     wrong = sorted(expected.keys() ^ tensors.keys())
-    wrong += [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
+    wrong += [name for name, t in expected.items() if name in tensors and t.shape != tensors[name].shape]
     if wrong:
         raise UserError(f"{path} does not fit the method {model.method.name!r}: {first_of(wrong)}")
     with torch.no_grad():

@@ -32,6 +32,13 @@ def rank_of(dim: int, rr: int) -> int:
     return max(1, round(dim / rr))
 
 
+def put_beneath(parent: nn.Module, name: str, layer) -> None:
+    """layer(module) in place of the module `name` itself, beneath whatever wraps it but what reads its weight."""
+    while hasattr(getattr(parent, name), "wrapped") and not hasattr(getattr(parent, name), "reads_weight"):
+        parent, name = getattr(parent, name), "wrapped"
+    setattr(parent, name, layer(getattr(parent, name)))
+
+
 def zeros(linear: nn.Linear) -> nn.Linear:
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
@@ -71,8 +78,7 @@ class Convpass(nn.Module):
 
     def __init__(self, dim: int, rank: int, conv: type, grid: tuple[int, int]):
         super().__init__()
-        self.grid = grid
-        self.down = nn.Linear(dim, rank)
+        self.grid, self.down = grid, nn.Linear(dim, rank)
         self.conv = conv(rank, rank, kernel_size=3, padding=1)
         nn.init.dirac_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
@@ -116,6 +122,21 @@ class Adapted(nn.Module):
     def forward(self, u):  # (batch, tokens, dim)
         return INSERTIONS[self.how](self.wrapped, self.adapter, u)
 
+    def merged(self) -> FFN | None:
+        """A Bottleneck parallel to the FFN is r more hidden units of it: same input, same GELU. No other one merges."""
+        if (self.how, type(self.wrapped), type(self.adapter)) == ("par_before", FFN, Bottleneck):
+            layers = zip(self.wrapped.children(), self.adapter.children(), strict=True)  # fc1 and down, fc2 and up
+            return side_by_side(*([layer.parameters() for layer in pair] for pair in layers))
+
+
+def side_by_side(into: list[tuple], out: list[tuple]) -> FFN:
+    """One FFN out of several (weight, bias) into the GELU and out of it: their hidden units together, outputs added."""
+    (weights, biases), (outs, out_biases) = zip(*into, strict=True), zip(*out, strict=True)
+    tensors = torch.cat(weights), torch.cat(biases), torch.cat(outs, dim=1), sum(out_biases)
+    ffn = FFN(tensors[0].shape[1], tensors[0].shape[0])
+    ffn.load_state_dict(dict(zip(ffn.state_dict(), tensors, strict=True)), assign=True)
+    return ffn
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -138,20 +159,15 @@ class Adapter:
                 conv = {"convpass": nn.Conv1d, "convpass_2d": nn.Conv2d}[self.kind]
                 adapter = Convpass(model.config.dim, rank, conv, model.config.grid)
             setattr(block, self.at, Adapted(getattr(block, self.at), adapter, self.how))
-            norm = {"attn": block.norm1, "ffn": block.norm2}[self.at]
-            norm.requires_grad_(True)
+            {"attn": block.norm1, "ffn": block.norm2}[self.at].requires_grad_(True)
 
 
 class HydraFFN(nn.Module):
-    """S(u) + P(u) + Q(S(u)): a parallel and a sequential linear bottleneck at once (Hydra, Kim et al., 2023; Table V).
-
-    Neither branch has an activation, so both can be folded into the weights after training (`merged`).
-    """
+    """S(u) + P(u) + Q(S(u)): a parallel and a sequential linear bottleneck (Hydra, Kim et al., 2023; Table V)."""
 
     def __init__(self, wrapped: nn.Module, dim: int, rank: int):
         super().__init__()
-        self.wrapped = wrapped
-        self.down_p, self.down_q = nn.Linear(dim, rank), nn.Linear(dim, rank)
+        self.wrapped, self.down_p, self.down_q = wrapped, nn.Linear(dim, rank), nn.Linear(dim, rank)
         self.up_p = zeros(nn.Linear(rank, dim))  # its bias is that of both branches
         self.up_q = zeros(nn.Linear(rank, dim, bias=False))
 
@@ -160,21 +176,16 @@ class HydraFFN(nn.Module):
         return h + self.up_p(self.down_p(u)) + self.up_q(self.down_q(h))
 
     def merged(self) -> FFN:
-        """One plain FFN with the same output, 2r hidden units wider.
+        """One plain FFN with the same output, 2r hidden units wider: neither branch has an activation.
 
         Q is linear in S(u) and multiplies into fc2. P bypasses the GELU, and gelu(z) - gelu(-z) = z: so hidden units
         D u + d and -(D u + d) with output weights U and -U carry U (D u + d) through the activation unchanged.
         """
-        # The matrix `after` is that of h -> h + Q(h), without its bias.
-        p_down, p_up, q_down, q_up = self.down_p, self.up_p, self.down_q, self.up_q
-        fc1, fc2 = self.wrapped.fc1, self.wrapped.fc2
-        after = torch.eye(len(fc2.bias), device=fc2.bias.device) + q_up.weight @ q_down.weight
-        ffn = FFN(fc1.in_features, fc1.out_features + 2 * p_down.out_features)
-        ffn.fc1.weight = nn.Parameter(torch.cat([fc1.weight, p_down.weight, -p_down.weight]))
-        ffn.fc1.bias = nn.Parameter(torch.cat([fc1.bias, p_down.bias, -p_down.bias]))
-        ffn.fc2.weight = nn.Parameter(torch.cat([after @ fc2.weight, p_up.weight, -p_up.weight], dim=1))
-        ffn.fc2.bias = nn.Parameter(after @ fc2.bias + q_up.weight @ q_down.bias + p_up.bias)
-        return ffn
+        fc1, fc2, down, up, q_down, q_up = *self.wrapped.children(), self.down_p, self.up_p, self.down_q, self.up_q
+        after = torch.eye(len(fc2.bias), device=fc2.bias.device) + q_up.weight @ q_down.weight  # h -> h + Q(h), no bias
+        bias = after @ fc2.bias + q_up.weight @ q_down.bias + up.bias
+        into = [(fc1.weight, fc1.bias), (down.weight, down.bias), (-down.weight, -down.bias)]
+        return side_by_side(into, [(after @ fc2.weight, bias), (up.weight, 0), (-up.weight, 0)])
 
 
 @dataclass(frozen=True)
@@ -219,13 +230,12 @@ class LoRA:
     alpha: float = 8
 
     def insert(self, model: AST) -> None:
-        rank, scale = rank_of(model.config.dim, self.rr), self.alpha / self.rr
         for block in map(inner, model.blocks):
             for name in self.targets:
-                parent = inner(block.attn)
-                while hasattr(getattr(parent, name), "wrapped"):  # LoRA changes the weight itself: beneath any wrapper
-                    parent, name = getattr(parent, name), "wrapped"
-                setattr(parent, name, LoRALinear(getattr(parent, name), rank, scale))
+                put_beneath(inner(block.attn), name, self.layer)
+
+    def layer(self, linear: nn.Linear) -> LoRALinear:
+        return LoRALinear(linear, rank_of(linear.in_features, self.rr), self.alpha / self.rr)
 
 
 # ------------------------------------------------------------------------------------------------ prompts and prefixes
@@ -442,16 +452,15 @@ def count(model: AST) -> dict[str, int]:
 
 @torch.no_grad()
 def merge(model: AST) -> AST:
-    """A plain AST with the logits of the adapted one: LoRA and Hydra are folded into the weights they adapt.
+    """A plain AST with the logits of the adapted one: what wraps a weight is folded into it. `model` stays as it is.
 
-    `model` stays as it is. Raises UserError for methods that no weight of an AST can express (adapters with an
-    activation, prompts, prefixes).
+    Raises UserError for methods that no weight of an AST can express (most adapters, prompts, prefixes).
     """
     plain = copy.deepcopy(model)
-    for parent in list(plain.modules()):
+    for parent in reversed(list(plain.modules())):  # from the inside outwards
         for name, module in list(parent.named_children()):
-            if hasattr(module, "merged"):
-                setattr(parent, name, module.merged())
+            if hasattr(module, "merged") and (merged := module.merged()) is not None:
+                setattr(parent, name, merged)
             elif hasattr(module, "wrapped"):
                 kind = type(getattr(module, "adapter", module)).__name__
                 raise UserError(f"{model.method.name!r} cannot be merged: {kind} is no linear change of a weight")

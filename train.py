@@ -24,11 +24,11 @@ from torch import nn
 import petl
 from ast_model import AST, POOL, ASTConfig, make_head
 from data import DATASETS, FPS, Clips, Split, folds_of, frames_for, load_clips, load_dataset, patchout, spec_augment
-from load_weights import load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
+from load_weights import live_tensors, load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
 from support import command, records, speed
 from support.command import UserError
 from support.files import default_cache_dir
-from support.processes import is_first, mean_over_ranks, process_group, say, shares, wait_for_all
+from support.processes import average, is_first, mean_over_ranks, process_group, say, shares, wait_for_all
 from support.records import Settings
 from support.speed import Learner, Machine, autocast
 from support.variants import fitted, override
@@ -104,6 +104,7 @@ def train_fold(
         seed_epoch(settings.seed, fold, epoch)
         rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
         losses = train_epoch(learner, clips, torch.tensor(split.train), rates, settings, machine)
+        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)
         progress.trained(losses, rates, len(split.train))
         accuracy = evaluate(network, clips, split.val, settings, machine) if split.val else None
         tensors = trained_tensors(model)

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -55,6 +55,12 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return sum_over_ranks(tensor) / ranks()[1]
+
+
+def average(tensors: Iterable[torch.Tensor]) -> None:
+    """Each becomes its mean over all processes: statistics that every one of them took of its own clips."""
+    for tensor in tensors:
+        tensor.copy_(mean_over_ranks(tensor))
 
 
 def wait_for_all() -> None:

@@ -49,6 +49,9 @@ def prepare(model: nn.Module, dtype: str, machine: Machine) -> nn.Module:
     elif machine.device.type == "cpu" and not machine.compile and onednn_helps():
         use_onednn(model)
     if machine.recompute:
+        for module in model.modules():  # sees every batch twice, compiled code once: two short steps make one whole
+            if isinstance(module, nn.BatchNorm1d) and not machine.compile:
+                module.momentum = 1 - (1 - module.momentum) ** 0.5
         for block in model.blocks:  # keep only the input of each block, and run it again for its gradients
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
@@ -70,6 +73,7 @@ class Learner:
         if ranks()[1] > 1:
             gpu = [self.device.index] if self.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=gpu)
+            self.forward.broadcast_buffers = False  # each process takes its own running statistics, `average` all
 
     def logits(self, *x: torch.Tensor) -> torch.Tensor:
         """What the network reads, (batch, ...), to float32 logits (batch, n_classes)."""

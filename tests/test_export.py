@@ -197,7 +197,6 @@ def test_a_lora_trained_with_peft_opens_here(config, tmp_path, command):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "holds LORA, use_dora: only LoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "holds LORA, rank_pattern: only LoRA"),
         ({"target_modules": ["q_proj", "fc1"]}, r"does not fit the method 'lora': blocks.0.ffn.fc1.a.weight"),
         ({"modules_to_save": ["audio_spectrogram_transformer.embeddings"]}, "trained embeddings are no part of a LoRA"),
@@ -210,8 +209,8 @@ def test_what_cannot_be_read_from_peft(config, message, tmp_path, command):
 
 
 def test_other_adapters_of_peft(tmp_path, command):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    assert "holds IA3" in command("import", tmp_path, "--out", tmp_path / "f.safetensors", code=2)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
+    assert "holds LOHA: only LoRA" in command("import", tmp_path, "--out", tmp_path / "f.safetensors", code=2)
     (tmp_path / "adapter_config.json").write_text("{")
     assert "cannot read" in command("import", tmp_path, "--out", tmp_path / "f.safetensors", code=2)
     assert "holds no adapter_config.json" in command("import", SMALL_AST, "--out", tmp_path / "f.safetensors", code=2)
@@ -228,7 +227,7 @@ def test_only_lora_goes_to_peft(tmp_path, command):
     for method in ("adapter_lora", "hydra"):
         save_random(tmp_path / "fold1.safetensors", method, "cls_dist")
         message = command("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "p", code=2)
-        assert f"takes LoRA alone, not '{method}'" in message
+        assert f"takes one of LoRA, DoRA, RsLoRA, IA3, VeRA alone, not '{method}'" in message
 
 
 # ------------------------------------------------------------------------------------------------------------- ONNX

@@ -167,7 +167,8 @@ def test_three_steps_move_what_should_move_and_nothing_else(name):
 # ----------------------------------------------------------------------------------------------------------- merging
 
 
-MERGEABLE = {"full_ft", "linear", "bitfit", "lora", "lora_q", "lora_qk", "lora_qkvo", "lora_x2", "hydra"}
+MERGEABLE = {"full_ft", "linear", "bitfit", "lora", "lora_q", "lora_qk", "lora_qkvo", "lora_x2", "hydra",
+             "adapter_ffn_par_before", "adapter_lora", "dora", "ia3", "vera", "rslora", "ssf"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -176,7 +177,8 @@ def test_merging_keeps_the_logits_or_is_refused(name):
     torch.manual_seed(0)
     model = apply(tiny_ast(depth=3, hidden=40), name).double().eval()
     for parameter in model.parameters():
-        parameter.data.normal_(std=0.2)
+        if name != "dora" or parameter.requires_grad:  # which has measured its frozen weights
+            parameter.data.normal_(std=0.2)
     fbank = torch.randn(2, 36, 36, dtype=torch.float64)
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
     logits = model(fbank)
@@ -184,7 +186,7 @@ def test_merging_keeps_the_logits_or_is_refused(name):
         merged = merge(model)
         assert (merged(fbank) - logits).abs().max() <= 1e-12 * logits.abs().max().clamp_min(1)
         assert merged.state_dict().keys() == AST(merged.config).state_dict().keys()
-        assert merged.config.hidden == (40 + 2 * 1 if name == "hydra" else 40)
+        assert merged.config.hidden == 40 + {"hydra": 2, "adapter_ffn_par_before": 1, "adapter_lora": 1}.get(name, 0)
         assert all(parameter.requires_grad for parameter in merged.parameters()) and not hasattr(merged, "method")
         for parameter in merged.parameters():
             parameter.data.zero_()  # shares no memory with the model

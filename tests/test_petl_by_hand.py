@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import petl_more
 from ast_model import AST, ASTConfig
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
 
@@ -321,7 +322,8 @@ def dropped(model: AST) -> dict[str, torch.Tensor]:
 
 
 def test_the_table_holds_every_method_once():
-    assert [row.name for row in ROWS] == list(METHODS)
+    """Those of petl_more.py have a table of their own, in test_petl_more.py."""
+    assert [row.name for row in ROWS] == [name for name in METHODS if name not in petl_more.METHODS]
 
 
 @each_row

@@ -15,8 +15,8 @@ import json
 import math
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -114,6 +114,40 @@ def write_configs(config: ASTConfig, header: dict, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- peft
 
 
+PEFT = {  # what we call the tensors of LoRA and its relatives, and what peft does
+    "a.weight": "lora_A.weight", "b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector", "scale": "ia3_l",
+    "scale_d": "vera_lambda_d", "scale_b": "vera_lambda_b",
+}  # fmt: skip
+ALIKE = ("LoRA", "DoRA", "RsLoRA", "IA3", "VeRA")  # parts that peft has too
+
+
+def kind_of(part) -> str:
+    return type(part).__name__
+
+
+def start_of(model: AST, name: str):
+    """What peft's tensor is more than ours: here factors are trained as their distance from where they start."""
+    module, _, last = name.rpartition(".")
+    if last == "magnitude":
+        return model.get_submodule(module).square.sqrt()
+    return {"scale": 1, "scale_d": 0.1}.get(last, 0)
+
+
+def peft_config(model: AST) -> dict:
+    """What adapter_config.json says of the one part of a model's method."""
+    (part,) = model.method.parts
+    kind = kind_of(part)
+    if kind == "IA3":
+        return {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}
+    rank, targets = petl.rank_of(model.config.dim, part.rr), [f"{letter}_proj" for letter in part.targets]
+    config = {"r": rank, "target_modules": targets, "bias": "none"}
+    if kind == "VeRA":
+        return {**config, "peft_type": "VERA", "projection_prng_key": part.seed, "save_projection": True}
+    alpha = part.alpha if kind == "RsLoRA" else part.alpha / part.rr * rank  # peft scales by lora_alpha / r
+    flags = {"use_dora": kind == "DoRA", "use_rslora": kind == "RsLoRA"}
+    return {**config, "peft_type": "LORA", "lora_alpha": alpha, "lora_dropout": 0.0, **flags}
+
+
 def export_peft(model: AST, header: dict, out: Path) -> str:
     """A folder for `peft.PeftModel.from_pretrained`, to be put on the backbone as transformers loads it.
 
@@ -122,28 +156,31 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
     the folder is that of the model the adapter belongs on. A backbone that transformers has no way to is written beside
     it, into `base`.
     """
-    (lora,) = model.method.parts
     config, origin, ast = model.config, model.backbone.name, "audio_spectrogram_transformer"
-    rank = petl.rank_of(config.dim, lora.rr)
     base = load_weights.AUDIOSET if origin == "audioset" else origin.removeprefix("hf:")
     if base == origin and not Path(origin, "config.json").is_file():
         base = str(out / "base")
         write_hf(load_weights.load_ast(origin, config.n_frames, config.n_classes, config.pool), header, out / "base")
     write_configs(config, header, out)
     write_json(out / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base,
-        "r": rank, "lora_alpha": lora.alpha / lora.rr * rank,  # peft scales by lora_alpha / r
-        "lora_dropout": 0.0, "target_modules": [f"{letter}_proj" for letter in lora.targets],
-        "modules_to_save": [f"{ast}.layernorm", "classifier", f"{ast}.embeddings"], "bias": "none",
-        "inference_mode": True,
+        **peft_config(model), "task_type": None, "base_model_name_or_path": base,
+        "modules_to_save": [f"{ast}.layernorm", "classifier", f"{ast}.embeddings"], "inference_mode": True,
     })  # fmt: skip
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     whole = {name: state[name] for name in state if name.startswith(("embed.", "norm.", "head."))}
     tensors = load_weights.to_hugging_face(whole)
-    for n, letter, matrix in product(range(config.depth), lora.targets, "AB"):
-        name = f"{ast}.layers.{n}.attention.{letter}_proj.lora_{matrix}.weight"  # as transformers 5 calls it
-        tensors[name] = state[f"blocks.{n}.attn.{letter}.{matrix.lower()}.weight"]
+    for name, tensor in load_weights.trained_tensors(model).items():
+        if name.startswith("blocks."):
+            _, n, at, layer, last = name.split(".", 4)
+            where = f"attention.{layer}_proj" if at == "attn" else f"mlp.{layer}"  # as transformers 5 calls it
+            tensor = tensor + start_of(model, name)
+            if last == "scale":
+                tensor = tensor[None] if layer == "fc2" else tensor[:, None]
+            tensors[f"{ast}.layers.{n}.{where}.{PEFT[last]}"] = tensor.contiguous()
     tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    if kind_of(model.method.parts[0]) == "VeRA":
+        a, b = vera_pair(model)
+        tensors |= {"base_model.vera_A": a, "base_model.vera_B": b}
     with whole_file(out / "adapter_model.safetensors") as temporary:
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     return f"""open it with transformers and peft:
@@ -152,24 +189,35 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
   model = PeftModel.from_pretrained(base, "{out}")"""
 
 
-def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
-    """A LoRA that peft trained on transformers' AST becomes a file as train.py writes it.
+def vera_pair(model: AST) -> list[torch.Tensor]:
+    """The frozen A and B that all projections share."""
+    module = next(module for module in model.modules() if hasattr(module, "scale_d"))
+    return [module.a.weight.detach(), module.b.weight.detach()]
 
-    Raises UserError for anything but LoRA of one rank on the projections q, k, v, o.
+
+def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
+    """A LoRA that peft trained on transformers' AST, or a DoRA, rsLoRA, (IA)3 or VeRA, becomes a file of train.py.
+
+    Raises UserError for other adapters, places, several ranks, and a VeRA whose A and B are not ours of its seed.
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter_config.json: give a folder that peft's save_pretrained wrote")
     config = read_json(folder / "adapter_config.json")
-    unsupported = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        what = ", ".join([config.get("peft_type", "nothing known"), *unsupported])
-        raise UserError(f"{folder} holds {what}: only LoRA with one rank, without biases, can be read")
+    kind = config.get("peft_type", "nothing known")
+    unsupported = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if config.get(name)]
+    if kind not in ("LORA", "IA3", "VERA") or config.get("bias", "none") != "none" or unsupported:
+        what = ", ".join([kind, *unsupported])
+        raise UserError(
+            f"{folder} holds {what}: only LoRA with one rank, DoRA, rsLoRA, (IA)3 and VeRA, without biases, can be read"
+        )
     file = next((f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")), None)
     if file is None:
         raise UserError(f"{folder} holds no adapter_model.safetensors: give a folder that peft's save_pretrained wrote")
     tensors = {}
     for name, tensor in read_tensors(file).items():
-        name = name.removeprefix("base_model.model.").replace(".lora_A.", ".a.").replace(".lora_B.", ".b.")
+        name = name.removeprefix("base_model.model.")
+        for ours, theirs in PEFT.items():
+            name = name.replace(f".{theirs}", f".{ours}")
         tensors |= load_weights.to_our_names({name: tensor})
     base = weights or config.get("base_model_name_or_path") or ""
     if not weights and not Path(base).exists():
@@ -180,12 +228,15 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     for name in [name for name in tensors if name.startswith("embed.")]:
         if not torch.equal(tensors.pop(name), model.state_dict()[name]):
             raise UserError(f"{folder}: {name} is not that of {base}; trained embeddings are no part of a LoRA here")
-    targets = "".join(letter for letter in "qkvo" if any(f".attn.{letter}.a." in name for name in tensors))
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    rr = model.config.dim // rank if model.config.dim % rank == 0 else model.config.dim / rank
-    petl.apply(model, petl.Method("lora", (petl.LoRA(targets, rr, scale * rr),), "-", "-"))
+    pair = [tensors.pop(f"base_model.vera_{matrix}", torch.empty(0)) for matrix in "AB"]
+    petl.apply(model, method_of_peft(config, tensors, model.config.dim))
+    if kind == "VERA" and not all(map(torch.equal, vera_pair(model), pair)):
+        raise UserError(f"{folder}: its frozen A and B are not those of the same seed here; start it from an export")
     backbone = load_weights.trained_tensors(model)  # what peft did not train stays as it is there
+    for name in [name for name in tensors.keys() & backbone.keys() if name.startswith("blocks.")]:
+        if name.endswith(".scale") and tensors[name].shape[-1 if "attn" in name else 0] == 1:
+            tensors[name] = tensors[name].flatten()
+        tensors[name] = tensors[name] - start_of(model, name)
     load_weights.load_tensors(model, {**backbone, **tensors}, file)
     names, metadata = written.get("id2label"), {"parameters": petl.count(model)}
     if names:
@@ -193,6 +244,25 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     elif n_classes is None:
         metadata["classes"] = class_names(base)
     load_weights.save_trained(model, out, metadata)
+
+
+def method_of_peft(config: dict, tensors: dict[str, torch.Tensor], dim: int) -> petl.Method:
+    """The row of METHODS that an adapter_config.json means, with its numbers."""
+    name = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else config["peft_type"].lower()
+    method = petl.METHODS[name]
+    (part,) = method.parts
+    if name != "ia3":
+        rank = config["r"]
+        targets = "".join(letter for letter in "qkvo" if any(f".attn.{letter}." in name for name in tensors))
+        part = replace(part, targets=targets, rr=dim // rank if dim % rank == 0 else dim / rank)
+    if name == "vera":
+        part = replace(part, seed=config["projection_prng_key"])
+    elif name == "rslora":
+        part = replace(part, alpha=config["lora_alpha"])
+    elif name != "ia3":
+        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        part = replace(part, alpha=scale * part.rr)
+    return replace(method, parts=(part,))
 
 
 # ------------------------------------------------------------------------------------------------------------- ONNX
@@ -286,8 +356,8 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is a folder; --to {args.to} writes a file")
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
     method = getattr(model, "method", petl.Method("this model", (), "-", "-"))
-    if args.to == "peft" and [type(part) for part in method.parts] != [petl.LoRA]:
-        raise UserError(f"--to peft takes LoRA alone, not {method.name!r}: train with --method lora, or use --to onnx")
+    if args.to == "peft" and [kind_of(part) in ALIKE for part in method.parts] != [True]:
+        raise UserError(f"--to peft takes one of {', '.join(ALIKE)} alone, not {method.name!r}; --to onnx takes all")
     if args.to in ("hf", "peft") and model.config.pool != "cls_dist":
         pooled = {"mean": "the mean of all tokens", "cls": "[CLS] alone"}[model.config.pool]
         raise UserError(

@@ -1,0 +1,826 @@
+"""The methods of petl_more.py by hand in float64, against peft and transformers, and what they ask of the rest.
+
+What a method is stands in ROWS and in `logits_by_hand`, loops and sums over a dictionary of tensors. What all rows have
+in common with those of petl.py is tested there, over all of METHODS.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from helpers import SMALL_AST, save_random, tiny_ast
+from safetensors.torch import load_file
+from test_petl_by_hand import GRID, SHAPE, affine, by_plain_name, embedding, gelu, layer_norm
+from torch import nn
+
+import petl
+import petl_more
+import train
+from ast_model import AST, ASTConfig
+from load_weights import live_tensors, load_ast, load_tensors, load_trained, save_trained, trained_tensors
+from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count, merge
+from petl_more import IA3, SSF, AdapterPlus, AdaptFormer, Conformer, DenseMixture, DoRA, RsLoRA, SoftMixture, VeRA
+from support.speed import Learner, Machine, prepare
+from support.variants import narrowed
+from tools import export
+
+CPU = torch.device("cpu")
+
+
+class Row(NamedTuple):
+    count: int  # trained at d = 768, without final LayerNorm and head
+    lr: float
+    parts: tuple
+    paper: str = "-"
+    frozen: int = 0  # inserted and not trained
+
+
+ROWS = {
+    "conformer_pfeiffer_par": Row(270_720, 5e-3, (Conformer("attn", 96, 31, True),), "271K"),
+    "conformer_houlsby_par": Row(541_440, 5e-3, (Conformer("attn", 96, 31), Conformer("ffn", 96, 31)), "542K"),
+    "soft_moa": Row(922_104, 5e-3, (SoftMixture("attn", 128, experts=7, slots=1),)),
+    "dense_moa": Row(922_188, 5e-3, (DenseMixture("attn", 128, experts=7),)),
+    "dora": Row(239_616, 5e-3, (DoRA("qv", 128, 8),)),
+    "ia3": Row(55_296, 3e-3, (IA3(),)),
+    "vera": Row(24_576, 5e-3, (VeRA("qv", 3, seed=0),), frozen=2 * 256 * 768),
+    "rslora": Row(221_184, 1e-4, (RsLoRA("qv", 128, 8),)),
+    "ssf": Row(204_288, 5e-3, (SSF(),)),
+    "adaptformer": Row(1_189_632, 1e-3, (AdaptFormer(12),)),
+    "adapter_plus": Row(165_984, 1e-3, (AdapterPlus(96),)),
+}
+each = pytest.mark.parametrize("name", ROWS)
+
+
+def base_ast() -> AST:
+    with torch.device("meta"):
+        return AST(ASTConfig(n_frames=500, n_classes=50))
+
+
+def test_the_table_holds_every_row():
+    assert list(ROWS) == list(petl_more.METHODS) and list(METHODS)[-len(ROWS) :] == list(ROWS)
+
+
+@each
+def test_what_the_table_says_of_a_method(name):
+    method, row = METHODS[name], ROWS[name]
+    assert (method.name, method.parts, method.lr, method.paper) == (name, row.parts, row.lr, row.paper)
+    model = apply(base_ast(), name)
+    assert count(model) == {"petl": row.count, "head": 39_986, "total": 85_746_482 + row.frozen + row.count - (
+        12 * 1536 * {"conformer_houlsby_par": 2}.get(name, name.startswith(("conformer", "soft", "dense")))
+    )}  # fmt: skip
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (Conformer("attn", kernel=8), 268_512),
+        (Conformer("ffn", own_norm=False), 252_288),
+        (Conformer("attn", rr=768), 74_160),  # r = 1, 2, 16, 32: the x-values of the published scaling figure
+        (Conformer("attn", rr=384), 102_240),
+        (Conformer("attn", rr=48), 495_360),
+        (Conformer("attn", rr=24), 944_640),
+        (SoftMixture(slots=2), 12 * (7 * 9_990 + 2 * 5_376 + 1_536)),
+        (SoftMixture(experts=2), 12 * (2 * 9_990 + 2 * 768 + 1_536)),
+        (DenseMixture(experts=2), 12 * (2 * 9_990 + 2 * 769 + 1_536)),
+        (DoRA("qkvo"), 2 * 239_616),
+        (VeRA("q"), 12_288),
+        (VeRA(rr=6), 12 * 2 * (768 + 128)),
+    ],
+)
+def test_counts_of_other_settings(part, expected):
+    assert count(apply(base_ast(), Method("own", (part,), "-", "-")))["petl"] == expected
+
+
+def test_what_fits_a_narrow_backbone():
+    """A quarter of RR at 128 dimensions, so that conformer keeps 5 channels, a mixture 4, VeRA everything."""
+    ranks = {
+        name: petl.rank_of(128, narrowed(METHODS[name], 128).parts[0].rr) for name in ROWS if name not in ("ia3", "ssf")
+    }
+    assert ranks == {
+        "conformer_pfeiffer_par": 5, "conformer_houlsby_par": 5, "soft_moa": 4, "dense_moa": 4, "dora": 4, "vera": 128,
+        "rslora": 4, "adaptformer": 43, "adapter_plus": 5,
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------- the whole AST, by hand
+
+
+def layer(t, name, x, method):
+    """One of q, k, v, o, fc1 and fc2, with what the method does to it."""
+    weight, bias, last = t[f"{name}.weight"], t[f"{name}.bias"], name.split(".")[-1]
+    if last in "qv" and method in ("dora", "rslora"):
+        s = {"dora": 8 / 128, "rslora": 8 / 2**0.5}[method]  # r = 192 / 128, rounded to 2
+        v = weight + s * t[f"{name}.b.weight"] @ t[f"{name}.a.weight"]
+        if method == "dora":
+            length = torch.stack([row.square().sum().sqrt() for row in v]).detach()
+            start = torch.stack([row.square().sum().sqrt() for row in weight]).detach()
+            v = ((start + t[f"{name}.magnitude"]) / length)[:, None] * v
+        weight = v
+    if last in "qv" and method == "vera":
+        a, b = t["blocks.0.attn.q.a.weight"], t["blocks.0.attn.q.b.weight"]
+        weight = weight + torch.diag(t[f"{name}.scale_b"]) @ b @ torch.diag(0.1 + t[f"{name}.scale_d"]) @ a
+    if method == "ia3" and last == "fc2":
+        x = x * (1 + t[f"{name}.scale"])
+    return changed(t, name, x @ weight.T + bias, method if method == "ssf" or last in "kv" else "")
+
+
+def changed(t, name, y, method):
+    """What follows a layer or LayerNorm."""
+    if method in ("ssf", "ia3"):
+        y = y * (1 + t[f"{name}.scale"])
+    return y + t[f"{name}.shift"] if method == "ssf" else y
+
+
+def attention(t, name, u, method):
+    q, k, v = (layer(t, f"{name}.{letter}", u, method).unflatten(-1, (SHAPE["heads"], -1)) for letter in "qkv")
+    weights = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    mixed = torch.einsum("bhij,bjhd->bihd", weights.softmax(-1), v).flatten(2)
+    return layer(t, f"{name}.o", mixed, method)
+
+
+def conformer(t, name, u, training):
+    """Every window by itself; batch statistics in training, running ones otherwise."""
+    centred = u - u.mean(-1, keepdim=True)
+    v = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    z = affine(t, f"{name}.down", v * t[f"{name}.norm.weight"] + t[f"{name}.norm.bias"])
+    r = z.shape[-1] // 2
+    h = z[..., :r] / (1 + torch.exp(-z[..., r:]))
+    kernel, tokens = t[f"{name}.conv.weight"], h.shape[1]
+    k, rows = kernel.shape[2], []
+    for i in range(tokens):
+        inside = [(j, i + j - (k - 1) // 2) for j in range(k) if 0 <= i + j - (k - 1) // 2 < tokens]
+        rows.append(sum(kernel[:, 0, j] * h[:, at] for j, at in inside) + t[f"{name}.conv.bias"])
+    h = torch.stack(rows, dim=1)
+    mean, variance = t[f"{name}.batch_norm.running_mean"], t[f"{name}.batch_norm.running_var"]
+    if training:
+        mean, variance = h.mean((0, 1)), h.var((0, 1), correction=0)
+    h = (h - mean) / torch.sqrt(variance + 1e-5) * t[f"{name}.batch_norm.weight"] + t[f"{name}.batch_norm.bias"]
+    return affine(t, f"{name}.up", h / (1 + torch.exp(-h)))
+
+
+def expert(t, name, i, x):
+    """E_i(x) with its own rows and columns of what all experts hold."""
+    n = len(t[f"{name}.up_bias"])
+    down, bias = t[f"{name}.down.weight"].chunk(n)[i], t[f"{name}.down.bias"].chunk(n)[i]
+    return gelu(x @ down.T + bias) @ t[f"{name}.up.weight"].chunk(n, dim=1)[i].T + t[f"{name}.up_bias"][i]
+
+
+def soft(t, name, u, training):
+    """Over clips, tokens, experts and slots; of a token the softmax runs over all slots of all experts."""
+    phi, out = t[f"{name}.slots"], []
+    for x in u:
+        to_slot = torch.stack(
+            [torch.stack([x @ phi[:, n, p] for p in range(phi.shape[2])]) for n in range(phi.shape[1])]
+        )
+        read, write = torch.exp(to_slot), torch.exp(to_slot)  # (experts, slots, tokens)
+        read, write = read / read.sum(2, keepdim=True), write / write.sum((0, 1))
+        y = 0
+        for n in range(phi.shape[1]):
+            for p in range(phi.shape[2]):
+                seen = sum(read[n, p, i] * x[i] for i in range(len(x)))
+                y = y + write[n, p][:, None] * expert(t, name, n, seen)
+        out.append(y)
+    return torch.stack(out)
+
+
+def dense(t, name, u, training):
+    weights = torch.exp(affine(t, f"{name}.router", u))
+    weights = weights / weights.sum(-1, keepdim=True)
+    return sum(weights[..., i : i + 1] * expert(t, name, i, u) for i in range(weights.shape[-1]))
+
+
+PARALLEL = {"conformer_pfeiffer_par": ("attn",), "conformer_houlsby_par": ("attn", "ffn"), "soft_moa": ("attn",),
+            "dense_moa": ("attn",)}  # fmt: skip
+
+
+def sublayer(t, name, u, x, method, training, masks):
+    """MHSA or FFN of u = norm(x), and what runs beside it."""
+    if name.endswith("attn"):
+        y = attention(t, name, u, method)
+    else:
+        y = layer(t, f"{name}.fc2", gelu(layer(t, f"{name}.fc1", u, method)), method)
+    if name.split(".")[-1] in PARALLEL.get(method, ()):
+        beside = {"conformer": conformer, "soft": soft, "dense": dense}[method.split("_")[0]]
+        return y + beside(t, f"{name}.adapter", u, training)
+    if method == "adaptformer" and name.endswith("ffn"):
+        h = affine(t, f"{name}.down", x).clamp(min=0) * masks.get(name, 1)
+        return y + 0.1 * affine(t, f"{name}.up", h)
+    return y
+
+
+def logits_by_hand(t, method, fbank, training, masks):
+    tokens = embedding(t, fbank, GRID)
+    if method == "ssf":
+        plain = tokens[:, 2:] - t["embed.position"][:, 2:]
+        tokens = torch.cat(
+            [tokens[:, :2], changed(t, "embed.patches", plain, "ssf") + t["embed.position"][:, 2:]], dim=1
+        )
+    for i in range(SHAPE["depth"]):
+        for norm, at in (("norm1", "attn"), ("norm2", "ffn")):
+            name = f"blocks.{i}.{norm}"
+            u = changed(t, name, layer_norm(t, name, tokens), method if method == "ssf" else "")
+            tokens = tokens + sublayer(t, f"blocks.{i}.{at}", u, tokens, method, training, masks)
+        if method == "adapter_plus":
+            h = affine(t, f"blocks.{i}.adapter.up", gelu(affine(t, f"blocks.{i}.adapter.down", tokens)))
+            tokens = tokens + masks.get(f"blocks.{i}", 1) * (1 + t[f"blocks.{i}.scale"]) * h
+    return affine(t, "head", layer_norm(t, "norm", tokens).mean(1))
+
+
+def random_model(method: str | Method, shape: dict = SHAPE) -> AST:
+    """Everything random, frozen tensors and running statistics too; and |W| measured anew."""
+    torch.manual_seed(0)
+    model = apply(AST(ASTConfig(**shape)), method).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.1 if parameter.ndim == 1 else 0.08)
+            if name.endswith("norm.weight") or "norm1.w" in name or "norm2.w" in name:
+                parameter.add_(1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.01, 0.1)
+            if hasattr(module, "square"):
+                module.square = module.wrapped.weight.square().sum(1)
+    return model
+
+
+def masks_of(model: AST, batch: int) -> dict[str, torch.Tensor]:
+    """What the next forward pass of a model in training keeps, filled by it; draws what Adapter+ will draw next."""
+    masks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            where = name.removesuffix(".dropout").replace("wrapped.", "")
+            module.register_forward_hook(lambda _, __, out, w=where: masks.update({w: (out != 0).double() / 0.9}))
+    state = torch.get_rng_state()
+    if model.method.name == "adapter_plus":
+        draws = [F.dropout(torch.ones(batch, 1, 1, dtype=torch.float64), 0.1) for _ in model.blocks]
+        masks = {f"blocks.{i}": draw for i, draw in enumerate(draws)}
+    torch.set_rng_state(state)
+    return masks
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@each
+def test_logits_and_gradients(name, training):
+    model = random_model(name).train(training)
+    fbank, weights = torch.randn(2, 49, 38, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    masks = masks_of(model, 2) if training else {}
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    logits = model(fbank)
+    (logits * weights).sum().backward()
+
+    tensors = by_plain_name(model)
+    t = {n: tensor.detach().clone().requires_grad_(True) for n, tensor in tensors.items()}
+    t |= {n.replace("wrapped.", ""): buffer for n, buffer in before.items()}
+    expected = logits_by_hand(t, name, fbank, training, masks)
+    (expected * weights).sum().backward()
+    assert (logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+    trained = {n for n, tensor in tensors.items() if tensor.requires_grad}
+    assert {n for n, tensor in tensors.items() if tensor.grad is not None} == trained
+    largest = max(t[n].grad.abs().max() for n in trained)
+    for n in trained:  # relative to the largest entry; those of a key's bias and of one before a BatchNorm are zero
+        scale = max(t[n].grad.abs().max(), 1e-4 * largest)
+        assert (tensors[n].grad - t[n].grad).abs().max() <= 1e-8 * scale, n
+
+
+def test_two_slots_each():
+    """The softmax of a token runs over slots and experts together; slots of one expert lie beside each other."""
+    part = SoftMixture(rr=64, experts=3, slots=2)
+    model = random_model(Method("soft_moa", (part,), "-", "-")).eval()
+    fbank = torch.randn(2, 49, 38, dtype=torch.float64)
+    expected = logits_by_hand(by_plain_name(model), "soft_moa", fbank, False, {})
+    assert (model(fbank) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 5, 8, 31])
+def test_windows_of_the_conformer(kernel):
+    """Odd and even, wider than the sequence too; and without the LayerNorm of its own."""
+    torch.manual_seed(0)
+    for own_norm in (True, False):
+        module = petl_more.ConformerModule(dim=12, rank=3, kernel=kernel, own_norm=own_norm).double()
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        t = {f"m.{n}": tensor for n, tensor in module.state_dict().items()}
+        u = torch.randn(2, 9, 12, dtype=torch.float64)
+        if own_norm:
+            torch.testing.assert_close(module(u), conformer(t, "m", u, True), rtol=0, atol=1e-12)
+        else:  # what a LayerNorm has to do already: mean 0, variance 1 (but for its eps)
+            u = F.layer_norm(u, (12,), eps=0)
+            t |= {"m.norm.weight": torch.full((12,), (1 + 1e-5) ** 0.5), "m.norm.bias": torch.zeros(12)}
+            torch.testing.assert_close(module(u), conformer(t, "m", u, True), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_conformer_module_of_transformers(training):
+    """Their r is d, their window odd, and they have no biases; running statistics too."""
+    from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerConvolutionModule
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "conv_depthwise_kernel_size": 5}
+    config = transformers.Wav2Vec2ConformerConfig(**sizes, hidden_act="swish", conformer_conv_dropout=0)
+    theirs = Wav2Vec2ConformerConvolutionModule(config).double().train(training)
+    ours = petl_more.ConformerModule(8, 8, 5, True).double().train(training)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.5)
+        theirs.batch_norm.running_mean.normal_()
+        theirs.batch_norm.running_var.uniform_(0.5, 2)
+    state = theirs.state_dict()
+    names = {"norm": "layer_norm", "down": "pointwise_conv1", "conv": "depthwise_conv", "batch_norm": "batch_norm",
+             "up": "pointwise_conv2"}  # fmt: skip
+    for n, tensor in ours.state_dict().items():
+        name, kind = n.split(".")
+        value = state.get(f"{names[name]}.{kind}", torch.zeros_like(tensor))
+        tensor.copy_(value.squeeze(-1) if name in ("down", "up") else value)
+    u = torch.randn(3, 11, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(u), theirs(u), rtol=0, atol=1e-12)
+    for kind in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(ours.batch_norm, kind), getattr(theirs.batch_norm, kind), rtol=0, atol=1e-12)
+
+
+def test_how_often_clips_go_without_their_adapter():
+    """Adapter+: a tenth of the clips in training, all tokens, and 1 / 0.9 of it otherwise. AdaptFormer: numbers."""
+    torch.manual_seed(0)
+    block = petl_more.AdapterPlusBlock(nn.Identity(), dim=4, rank=2)
+    nn.init.ones_(block.adapter.up.bias)
+    added = block(torch.zeros(2000, 3, 4))
+    kept = added[:, 0, 0] > 0
+    assert 0.87 < kept.float().mean() < 0.93 and (added == torch.where(kept, 1 / 0.9, 0.0)[:, None, None]).all()
+    assert (block.eval()(torch.zeros(2000, 3, 4)) == 1).all()
+    ffn = petl_more.AdaptFormerFFN(nn.Identity(), dim=4, rank=3)
+    assert ffn.dropout.p == 0.1
+
+
+# ------------------------------------------------------------------------------------------- start and weight decay
+
+ZERO = {
+    "conformer": ("up.weight", "up.bias", "norm.bias", "batch_norm.bias"), "soft": ("up.weight", "up_bias"),
+    "dense": ("up.weight", "up_bias"), "dora": ("b.weight", "magnitude"), "ia3": ("scale",), "rslora": ("b.weight",),
+    "vera": ("scale_d", "scale_b"), "ssf": ("scale", "shift"), "adaptformer": ("up.weight", "up.bias", "down.bias"),
+    "adapter": ("up.weight", "up.bias", "down.bias", "scale"),
+}  # fmt: skip
+
+
+@each
+def test_what_is_exactly_zero_at_the_start(name):
+    torch.manual_seed(0)
+    plain = {n for n, _ in tiny_ast().named_parameters()}
+    model = apply(AST(ASTConfig(**SHAPE)), name)
+    inserted = {n: p for n, p in by_plain_name(model).items() if n not in plain}
+    zero = {n for n, p in inserted.items() if not p.any()}
+    assert zero == {n for n in inserted if n.endswith(tuple(f".{end}" for end in ZERO[name.split("_")[0]]))}
+
+
+@pytest.mark.parametrize("name", ["dora", "ia3", "vera", "ssf", "rslora", "adapter_plus"])
+def test_the_start_is_the_pretrained_function_to_the_bit(name):
+    plain = load_ast(SMALL_AST, 60, 4).eval()
+    fbank = torch.randn(2, 60, 128)
+    assert torch.equal(apply(copy.deepcopy(plain), name).eval()(fbank), plain(fbank))
+
+
+def test_starting_values():
+    """What is drawn, as statements in numbers: d = 192."""
+    torch.manual_seed(0)
+
+    def first(name):
+        return petl.inner(apply(AST(ASTConfig(**{**SHAPE, "depth": 1})), name).blocks[0])
+
+    soft = first("soft_moa").attn.adapter
+    assert abs(soft.slots.std() - (2 / (7 + 192)) ** 0.5) < 0.005 and soft.slots.shape == (192, 7, 1)
+    for module, bound in ((soft.down, 192**-0.5), (first("conformer_pfeiffer_par").attn.adapter.conv, 31**-0.5)):
+        assert 0.8 * bound < module.weight.abs().max() <= bound and 0 < module.bias.abs().max() <= bound
+    module = first("conformer_pfeiffer_par").attn.adapter
+    assert (module.batch_norm.momentum, module.batch_norm.eps, module.norm.eps) == (0.1, 1e-5, 1e-5)
+    assert (module.batch_norm.running_var == 1).all() and not module.batch_norm.running_mean.any()
+    down = first("adaptformer").ffn.down.weight
+    assert 0.9 * 192**-0.5 < down.abs().max() <= 192**-0.5
+    model = apply(AST(ASTConfig(**SHAPE)), "adapter_plus")
+    down = model.blocks[0].adapter.down.weight  # a normal of 0.01 cut at twice that has a spread of 0.0088
+    assert 0.018 < down.abs().max() <= 0.02 and abs(down.std() - 0.0088) < 0.001
+
+
+def test_the_frozen_pair_of_vera():
+    """NumPy's frozen generator, A before B; one pair for all projections, in copies too, and in no file."""
+    model = apply(AST(ASTConfig(n_frames=36, depth=2, hidden=8)), "vera")
+    a, b = model.blocks[0].attn.q.a.weight, model.blocks[0].attn.q.b.weight
+    assert a.shape == (256, 768) and b.shape == (768, 256) and a.dtype == b.dtype == torch.float32
+    torch.testing.assert_close(a[0, :3], torch.tensor([0.00862909, 0.03804047, 0.01816617]), rtol=0, atol=5e-9)
+    torch.testing.assert_close(b[0, :3], torch.tensor([-0.12126983, -0.09199615, -0.0673991]), rtol=0, atol=5e-9)
+    for matrix, bound in ((a, (6 / 768) ** 0.5), (b, (6 / 256) ** 0.5)):
+        assert 0.999 * bound < matrix.abs().max() <= bound and not matrix.requires_grad
+    for m in (model, copy.deepcopy(model), model.to(torch.float64)):
+        assert len({id(block.attn.__getattr__(x).a) for block in m.blocks for x in "qv"}) == 1
+    assert not any(".a." in n or n.endswith(".b.weight") for n in trained_tensors(model))
+    other = apply(AST(ASTConfig(n_frames=36, depth=2, hidden=8)), Method("own", (VeRA(seed=1),), "-", "-"))
+    assert not torch.equal(other.blocks[0].attn.q.a.weight, model.blocks[0].attn.q.a.weight.float())
+
+
+@pytest.mark.parametrize("name", ["dora", "ia3", "vera", "ssf", "adapter_plus"])
+def test_weight_decay_pulls_towards_the_pretrained_function(name):
+    """Steps without gradients shrink what is trained: in the end the model answers as it did before training."""
+    plain = load_ast(SMALL_AST, 60, 4).eval()
+    model = apply(copy.deepcopy(plain), name).eval()
+    inserted = [p for n, p in by_plain_name(model).items() if p.requires_grad and not n.startswith(("norm", "head"))]
+    for parameter in inserted:
+        nn.init.normal_(parameter, std=0.3)
+    optimizer, fbank = torch.optim.AdamW(inserted, lr=0.5, weight_decay=1), torch.randn(2, 60, 128)
+    with torch.no_grad():
+        away = [(model(fbank) - plain(fbank)).abs().max().item()]
+        for _ in range(60):
+            for parameter in inserted:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            away.append((model(fbank) - plain(fbank)).abs().max().item())
+    assert away[0] > 1e-3 and away[-1] < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ merging, in company
+
+
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (SSF(), LoRA("qkvo", rr=8), Adapter("ffn", "par_before", rr=8)),
+        (IA3(), Hydra(rr=8), DoRA("qk", rr=8)),
+        (VeRA("vo"), RsLoRA("vo", rr=8), SSF()),
+    ],
+)
+def test_merging_goes_from_the_inside_outwards(parts, step):
+    """Several wrappers on one weight, put there in either order."""
+    shape = {"n_frames": 36, "n_mels": 36, "dim": 32, "depth": 2, "heads": 4, "n_classes": 3}
+    model = random_model(Method("own", parts[::step], "-", "-"), shape).eval()
+    fbank = torch.randn(2, 36, 36, dtype=torch.float64)
+    merged = merge(model)
+    assert not any(hasattr(module, "wrapped") for module in merged.modules())
+    assert merged.state_dict().keys() == AST(merged.config).state_dict().keys()
+    assert (merged(fbank) - model(fbank)).abs().max() <= 1e-12 * model(fbank).abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_beneath_other_wrappers(step):
+    """What changes a weight lies beneath prefixes and inside of prompted blocks, whoever came first."""
+    parts = (
+        Prompts(3, deep=True),
+        Adapter("attn", "par_before", rr=8),
+        Prefix(4),
+        DoRA("qkv", rr=8),
+        IA3(),
+        SSF(),
+        VeRA(),
+    )
+    model = apply(tiny_ast(), Method("test", parts[::step], "-", "-"))
+    attn = petl.inner(petl.inner(model.blocks[1]).attn)
+    assert isinstance(attn.k, petl.PrefixLinear) and isinstance(attn.k.wrapped.wrapped, nn.Module)
+    prefix, inside = attn.v.prefix, []
+    module = attn.v.wrapped
+    while hasattr(module, "wrapped"):
+        inside.append(type(module).__name__)
+        module = module.wrapped
+    assert sorted(inside) == ["DoRALinear", "Scaled", "Scaled", "VeRALinear"] and prefix.shape == (2, 32)
+    assert model(torch.randn(2, 36, 36)).shape == (2, 3)
+
+
+# ---------------------------------------------------------------------------------------------------- against peft
+
+
+def peft_model(name: str, base=SMALL_AST, **changes):
+    """The method on transformers' AST with peft's own code, everything it trains random."""
+    import peft
+
+    torch.manual_seed(3)
+    saved = {"modules_to_save": ["classifier", "audio_spectrogram_transformer.layernorm"]}
+    qv = {"target_modules": ["q_proj", "v_proj"], **saved}
+    config = {
+        "dora": lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 2, "use_dora": True, **qv, **changes}),
+        "rslora": lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 3, "use_rslora": True, **qv, **changes}),
+        "vera": lambda: peft.VeraConfig(**{"r": 8, **qv, **changes}),
+        "ia3": lambda: peft.IA3Config(**{
+            "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"], **saved, **changes,
+        }),
+    }[name]()  # fmt: skip
+    theirs = peft.get_peft_model(transformers.AutoModelForAudioClassification.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return theirs.eval()
+
+
+OURS = {
+    "dora": DoRA("qv", rr=16, alpha=8),
+    "rslora": RsLoRA("qv", rr=16, alpha=3),
+    "vera": VeRA("qv", rr=8),
+    "ia3": IA3(),
+}
+SAME = {  # our tensor, peft's, and where peft's starts
+    "dora": [("a.weight", "lora_A.default.weight", 0), ("b.weight", "lora_B.default.weight", 0),
+             ("magnitude", "lora_magnitude_vector.default.weight", "length")],
+    "rslora": [("a.weight", "lora_A.default.weight", 0), ("b.weight", "lora_B.default.weight", 0)],
+    "vera": [("scale_b", "vera_lambda_b.default", 0), ("scale_d", "vera_lambda_d.default", 0.1)],
+    "ia3": [("scale", "ia3_l.default", 1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_logits_and_gradients_of_peft(name):
+    """Ours are distances from where theirs start; float64."""
+    theirs = peft_model(name).double()
+    ours = load_ast(SMALL_AST, pool="cls_dist").double()
+    ours = apply(ours, Method("test", (OURS[name],), "-", "-")).double().eval()
+    layers, pairs = theirs.base_model.model.audio_spectrogram_transformer.layers, []
+    for block, layer in zip(ours.blocks, layers, strict=True):
+        places = [
+            (getattr(block.attn, x), getattr(layer.attention, f"{x}_proj")) for x in ("kv" if name == "ia3" else "qv")
+        ]
+        for module, reference in places + ([(block.ffn.fc2, layer.mlp.fc2)] if name == "ia3" else []):
+            for own, other, start in SAME[name]:
+                p, q = module.get_parameter(own), reference.get_parameter(other)
+                start = module.wrapped.weight.norm(dim=1) if start == "length" else start
+                p.data.copy_(q.detach().reshape(p.shape) - start)
+                pairs.append((p, q))
+            if name == "vera":
+                module.a.weight.data.copy_(reference.vera_A["default"])
+                module.b.weight.data.copy_(reference.vera_B["default"])
+    for own, other in ((ours.norm, theirs.base_model.model.audio_spectrogram_transformer.layernorm),
+                       (ours.head, theirs.base_model.model.classifier)):  # fmt: skip
+        for p, q in zip(own.parameters(), other.modules_to_save["default"].parameters(), strict=True):
+            p.data.copy_(q)
+            pairs.append((p, q))
+    fbank = torch.randn(2, 100, 128, dtype=torch.float64)
+    our_logits, their_logits = ours(fbank), theirs(input_values=fbank).logits
+    assert (our_logits - their_logits).abs().max() <= 1e-11
+    for logits in (our_logits, their_logits):
+        F.cross_entropy(logits, torch.tensor([0, 3])).backward()
+    for p, q in pairs:
+        assert (p.grad.flatten() - q.grad.flatten()).abs().max() <= 1e-10 * q.grad.abs().max()
+
+
+def run_export(*words) -> int:
+    return export.main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("name", ["dora", "ia3", "vera", "rslora"])
+def test_peft_opens_our_files_and_we_open_theirs(name, tmp_path):
+    """Out to peft, its answers, its own copy of the file, and back: the same method and the same answers."""
+    import peft
+
+    ours = save_random(tmp_path / "fold1.safetensors", name, "cls_dist")
+    assert run_export("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "peft") == 0
+    base = json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"]
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "peft")
+    plain = transformers.AutoModelForAudioClassification.from_pretrained(
+        base, config=config, ignore_mismatched_sizes=True
+    )
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
+    fbank = torch.randn(3, 60, 128)
+    with torch.no_grad():
+        assert (theirs(input_values=fbank).logits - ours(fbank)).abs().max() <= 1e-5
+    theirs.save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_bytes((tmp_path / "peft" / "config.json").read_bytes())
+    for folder in ("peft", "again"):
+        assert run_export("import", tmp_path / folder, "--out", tmp_path / "back.safetensors") == 0
+        back = load_trained(tmp_path / "back.safetensors")
+        assert back.method.name == name and back.method.lr == ROWS[name].lr
+        for n, tensor in trained_tensors(ours).items():
+            torch.testing.assert_close(trained_tensors(back)[n], tensor, rtol=0, atol=2e-6)
+        with torch.no_grad():
+            assert (back(fbank) - ours(fbank)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dora", {}),
+        ("dora", {"r": 5, "use_rslora": True, "target_modules": ["k_proj"]}),
+        ("rslora", {"r": 5}),
+        ("ia3", {}),
+        ("ia3", {"target_modules": ["v_proj", "fc2"]}),
+    ],
+)
+def test_what_peft_trained_opens_here(name, changes, tmp_path):
+    theirs = peft_model(name, **changes)
+    theirs.save_pretrained(tmp_path / "peft")
+    assert run_export("import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors") == 0
+    ours, fbank = load_trained(tmp_path / "fold.safetensors"), torch.randn(2, 100, 128)
+    with torch.no_grad():
+        assert (theirs(input_values=fbank).logits - ours(fbank)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("vera", {"r": 4}, "its frozen A and B are not those of the same seed here"),
+        ("vera", {"save_projection": False}, "its frozen A and B are not those of the same seed here"),
+        ("ia3", {"target_modules": ["q_proj"], "feedforward_modules": []}, "does not fit the method 'ia3'"),
+        ("ia3", {"feedforward_modules": ["k_proj", "fc2"]}, "does not fit the method 'ia3': blocks.0.attn.k.scale"),
+    ],
+)
+def test_what_cannot_be_read_from_peft(name, changes, message, tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specified to not save vera_A")
+        peft_model(name, **changes).save_pretrained(tmp_path / "peft")
+    capsys.readouterr()
+    assert run_export("import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "fold.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------- buffers that are trained
+
+
+def statistics(tensors: dict) -> dict[str, torch.Tensor]:
+    return {n: tensor for n, tensor in tensors.items() if "running" in n}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_training_changes(name):
+    """Trained parameters, and of BatchNorm both running statistics; not how many batches it has seen."""
+    model = apply(tiny_ast(depth=3), name)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    places = {"conformer_pfeiffer_par": ["attn"], "conformer_houlsby_par": ["attn", "ffn"]}.get(name, [])
+    running = {
+        f"blocks.{i}.{at}.adapter.batch_norm.running_{kind}"
+        for i in range(3)
+        for at in places
+        for kind in ("mean", "var")
+    }
+    assert live_tensors(model).keys() == trained_tensors(model).keys() == trained | running
+
+
+def test_running_statistics_are_remembered_and_put_back(tmp_path):
+    """Copies, that later batches leave alone; and a file has them."""
+    model = save_random(tmp_path / "fold1.safetensors", "conformer_houlsby_par").train()
+    fbank = torch.randn(4, 60, 128)
+    before = trained_tensors(model)
+    model(fbank)
+    changed = statistics(trained_tensors(model))
+    assert len(changed) == 8 and all(not torch.equal(changed[n], before[n]) for n in changed)
+    load_tensors(model, before, tmp_path)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in trained_tensors(model).items())
+    assert statistics(load_file(tmp_path / "fold1.safetensors")).keys() == changed.keys()
+    model.train()(fbank)
+    save_trained(model, tmp_path / "fold2.safetensors", {})
+    with torch.no_grad():
+        assert torch.equal(load_trained(tmp_path / "fold2.safetensors")(fbank), model.eval()(fbank))
+
+
+def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(train_main, tmp_path, monkeypatch):
+    options = ["--method", "conformer_houlsby_par", "--epochs", 3, "--batch-size", 9, "--no-mask"]
+    assert train_main(*options, "--out", tmp_path / "whole") == 0
+    save_progress = train.records.save_progress
+
+    def interrupted(file, progress, state):
+        save_progress(file, progress, state)
+        assert len(statistics(state["tensors"])) == 8
+        if len(progress.history) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.records, "save_progress", interrupted)
+    assert train_main(*options, "--out", tmp_path / "broken") == 130
+    monkeypatch.setattr(train.records, "save_progress", save_progress)
+    assert train_main(*options, "--out", tmp_path / "broken", "--resume") == 0
+    one, two = (load_file(next((tmp_path / out).rglob("fold1.safetensors"))) for out in ("whole", "broken"))
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    assert len(statistics(one)) == 8 and all(tensor.abs().max() > 0 for tensor in statistics(one).values())
+
+
+def three_steps(model: AST, machine: Machine) -> dict[str, torch.Tensor]:
+    """Trained tensors after three steps with the same clips."""
+    model = prepare(model, "float32", machine).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    learner, generator = Learner(model, optimizer, "float32", machine), torch.Generator().manual_seed(1)
+    for _ in range(3):
+        logits = learner.logits(torch.randn(4, 36, 36, generator=generator))
+        learner.backward(F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])))
+        learner.step(1e-2)
+    return trained_tensors(model)
+
+
+@each
+def test_computing_blocks_twice_changes_nothing(name):
+    """--recompute: dropout draws the same numbers, and running statistics are moved twice by what makes one step."""
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        results.append(three_steps(apply(tiny_ast(), name), Machine(CPU, recompute=recompute)))
+    once, twice = results
+    for n, tensor in once.items():
+        assert (tensor - twice[n]).abs().max() <= (1e-6 if "running" in n else 0), n
+
+
+def test_compiled_code_moves_running_statistics_once(monkeypatch):
+    """Even with --recompute. Traced as for the default compiler, without the minutes that it takes to write code."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="aot_eager"))
+    results = []
+    for machine in (Machine(CPU), Machine(CPU, compile=True, recompute=True)):
+        torch.manual_seed(0)
+        results.append(statistics(three_steps(apply(tiny_ast(), "conformer_pfeiffer_par"), machine)))
+    for n, tensor in results[0].items():
+        torch.testing.assert_close(results[1][n], tensor, rtol=0.02, atol=2e-3)
+
+
+TWO = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1] + "/tests")
+from helpers import tiny_ast
+import load_weights, petl, train
+from data import Clips, Split
+from support.processes import average, process_group, ranks
+from support.records import Settings
+from support.speed import Learner, Machine
+from pathlib import Path
+cpu, out = torch.device("cpu"), Path(sys.argv[2])
+torch.set_num_threads(1)
+with process_group(cpu):
+    rank = ranks()[0]
+    torch.manual_seed(0)
+    model, machine = petl.apply(tiny_ast(), "conformer_pfeiffer_par").train(), Machine(cpu)
+    clips = torch.randn(4, 3, 36, 36)
+    learner = Learner(model, torch.optim.SGD(model.norm.parameters()), "float32", machine)
+    for i in range(2):
+        learner.backward(learner.logits(clips[2 * i + rank]).sum())
+    steps = {"own": load_weights.trained_tensors(model)}
+    average(t for t in load_weights.live_tensors(model).values() if not t.requires_grad)
+    steps["mean"] = load_weights.trained_tensors(model)
+    settings = Settings("", "", "", {}, "mean", 0, None, "", 36, 2, 4, 1e-2, False, "float32")
+    labels = torch.tensor([0, 1, 2] * 4)
+    split = Split(list(range(8)), [], list(range(8, 12)))
+    train.train_fold(model, Clips(clips.flatten(0, 1), labels), split, 1, settings, out / f"{rank}.resume.pt", machine)
+    steps["run"] = load_weights.trained_tensors(model)
+    torch.save(steps, out / f"{rank}.pt")
+"""
+
+
+def test_statistics_are_averaged_over_processes(tmp_path):
+    """Each process takes its own, from its own clips alone; their mean is what is evaluated and written."""
+    root = os.path.dirname(petl.__file__)
+    (tmp_path / "two.py").write_text(TWO)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "error::FutureWarning"}
+    words = [*torchrun, tmp_path / "two.py", root, tmp_path]
+    done = subprocess.run(list(map(str, words)), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.manual_seed(0)
+    model = apply(tiny_ast(), "conformer_pfeiffer_par").train()
+    clips = torch.randn(4, 3, 36, 36)
+    alone = []
+    for rank in (0, 1):
+        copied = copy.deepcopy(model)
+        for i in range(2):
+            copied(clips[2 * i + rank])
+        alone.append(statistics(trained_tensors(copied)))
+        for n, tensor in alone[rank].items():
+            torch.testing.assert_close(ranks[rank]["own"][n], tensor, rtol=1e-4, atol=1e-6)
+    for n in alone[0]:
+        assert (alone[0][n] - alone[1][n]).abs().max() > 1e-4
+        torch.testing.assert_close(ranks[0]["mean"][n], (alone[0][n] + alone[1][n]) / 2, rtol=1e-4, atol=1e-6)
+    for when in ("mean", "run"):
+        assert all(torch.equal(tensor, ranks[1][when][n]) for n, tensor in ranks[0][when].items()), when
+    assert any(not torch.equal(ranks[0]["run"][n], ranks[0]["mean"][n]) for n in alone[0])
+
+
+# ------------------------------------------------------------------------------------------------------- bfloat16
+
+
+@each
+def test_bfloat16(name):
+    """Frozen weights are kept in bfloat16, gradients are float32 and finite; close to float32 at the start."""
+    torch.manual_seed(0)
+    plain = apply(load_ast(SMALL_AST, 60, 4), name)
+    model = prepare(copy.deepcopy(plain), "bfloat16", Machine(CPU))
+    fbank = torch.randn(2, 60, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.train()(fbank)
+    F.cross_entropy(logits.float(), torch.tensor([0, 1])).backward()
+    for n, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), n
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (model.eval()(fbank).float() - plain.eval()(fbank)).abs().max() < 0.1
+
+
+def test_lengths_of_dora_are_those_of_float32():
+    """Of the weights before they were rounded, computed in float32: exactly 1 at the start, and hardly moved later."""
+    torch.manual_seed(0)
+    plain = apply(load_ast(SMALL_AST, 60, 4), "dora")
+    rounded = prepare(copy.deepcopy(plain), "bfloat16", Machine(CPU))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (rounded.blocks[0].attn.q.gain() == 1).all()
+    for model in (plain, rounded):
+        torch.manual_seed(1)
+        nn.init.normal_(model.blocks[0].attn.q.b.weight, std=0.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        exact, near = plain.blocks[0].attn.q.gain(), rounded.blocks[0].attn.q.gain()
+    assert exact.dtype == near.dtype == torch.float32 and (exact - 1).abs().max() > 1e-3
+    assert (exact - near).abs().max() < 2e-4
