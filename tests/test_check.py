@@ -224,7 +224,7 @@ def test_positions_of_zeros_for_another_length(monkeypatch, original):
 
 
 def test_positions_from_another_place(monkeypatch, original):
-    monkeypatch.setattr(load_weights, "crop_or_stretch", lambda grid, rows, size: grid[..., :size])
+    monkeypatch.setattr(load_weights, "crop_or_stretch", lambda grid, size: grid[..., :size])
     with pytest.raises(Wrong, match="tokens differ by"):
         comparisons.logits(original, 500)
 
@@ -446,6 +446,9 @@ def test_a_resumed_run_that_differs(monkeypatch):
     with pytest.raises(Wrong, match=r"train\.py ended with 2, 2, 2: .*no weights at"):
         monkeypatch.undo()
         check.resumes("/nowhere", CPU)
+    monkeypatch.setattr(train, "main", lambda words: print("going on after epoch 1") or 1)
+    with pytest.raises(Wrong, match="ended with 1, 1, 1"):
+        check.resumes(str(SMALL_AST), CPU)
 
 
 def test_time_for_a_fold(monkeypatch):

@@ -56,12 +56,12 @@ class Bench(Machine):
     weights: str = "random:base"
     quick: bool = False
 
-    def settings(self) -> Settings:
+    def settings(self, **changes) -> Settings:
         """What a run on random clips looks at, and placeholders for the rest."""
-        return Settings(
+        return replace(Settings(
             dataset="random", weights=self.weights, backbone="", method={}, pool="mean", seed=0, shots=None, clips="",
             n_frames=500, epochs=1, batch_size=self.batch, lr=1e-4, mask=False, dtype=self.dtype,
-        )  # fmt: skip
+        ), **changes)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- arithmetic

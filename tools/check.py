@@ -102,7 +102,7 @@ def clips_of(n: int, n_frames: int, bench: Bench) -> Clips:
 
 def steps(name: str, n: int, backbone, bench: Bench):
     """The model before and after `n` steps of a method, its optimiser, and the losses."""
-    method, n_frames = fitted(petl.find(name), backbone.config.dim), backbone.config.n_frames
+    method, n_frames = fitted(petl.find(name), backbone.config), backbone.config.n_frames
     settings = bench.settings(method={"name": name}, n_frames=n_frames, lr=method.lr, mask=True)
     model = train.adapted(backbone, method, 1, settings, bench)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -192,7 +192,7 @@ def speed(weights: str, n_frames: int, bench: Bench) -> tuple[float, float, floa
     (step, learner), (test, _) = (pass_of(what, model, clips, bench) for what in ("houlsby_par", None))
     seconds = in_turn({"step": step, "test": test}, bench.repeats)
     step_s, test_s = (min(seconds[what]) / bench.batch for what in ("step", "test"))
-    return step_s, test_s, memory_mb(step, learner, bench.device)
+    return step_s, test_s, memory_mb(step, learner)
 
 
 def fold_of(dataset: str, weights: str, bench: Bench) -> str:

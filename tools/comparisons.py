@@ -22,12 +22,12 @@ import soxr
 import torch
 
 from data import DATASETS, FRONT_END, RATE, Dataset, build_features, fbank, load_dataset, to_input
-from load_weights import AUDIOSET, class_names, find_checkpoint, load_ast
+from load_weights import AUDIOSET, find_checkpoint, load_ast
 from sounds.paper import ESC50
-from support.checkpoints import read_json, shorten
-from support.command import UserError
+from support.checkpoints import read_json
+from support.command import UserError, first_of
 from support.speed import Machine, prepare
-from tools.predict import load_tagger, probabilities
+from tools.predict import class_names, load_tagger, probabilities
 
 KINDS = ("1-kHz tone", "white noise", "rising chirp")
 ANCHORS = {0: "Speech", 137: "Music", 526: "Field recording"}  # of AudioSet's 527 classes
@@ -120,13 +120,13 @@ def opens(weights: str) -> str:
     config, weighs = model.config, {n: t for n, t in model.state_dict().items() if not n.endswith("bias")}
     empty = [name for name, tensor in weighs.items() if not tensor.any()]
     if empty:
-        raise Wrong(f"nothing but zeros in {shorten(empty)}")
+        raise Wrong(f"nothing but zeros in {first_of(empty)}")
     if config.n_classes != 527:
         raise Wrong(f"a head of {config.n_classes} classes, where AudioSet has 527")
     names = class_names(weights)
     if len(names) != 527 or any(names[i] != name for i, name in ANCHORS.items()):
         seen = [name for i, name in enumerate(names) if i in ANCHORS]
-        raise Wrong(f"its classes 0, 137, 526 of {len(names)} are {shorten(seen)}, not {', '.join(ANCHORS.values())}")
+        raise Wrong(f"its classes 0, 137, 526 of {len(names)} are {first_of(seen)}, not {', '.join(ANCHORS.values())}")
     return f"{config.depth} blocks, {config.dim} wide, 527 classes, SHA-256 {model.backbone.sha256[:12]}"
 
 
@@ -165,7 +165,7 @@ def tensors(weights: str | None) -> str:
     ours = load_ast(weights, pool="cls_dist").state_dict()
     differ = [name for name in ours if name not in reference or not torch.equal(ours[name], reference[name])]
     if differ or len(ours) != len(reference):
-        raise Wrong(f"{len(differ)} of {len(ours)} tensors are not those that transformers reads: {shorten(differ)}")
+        raise Wrong(f"{len(differ)} of {len(ours)} tensors are not those that transformers reads: {first_of(differ)}")
     return f"{len(ours)} tensors are those that transformers reads"
 
 
@@ -194,7 +194,7 @@ def tags(weights: str | None) -> str:
     found = torch.from_numpy(probabilities(ours, waves, torch.device("cpu"), "float32"))
     names = [reference.config.id2label[i] for i in range(reference.config.num_labels)]
     if names != ours.classes:
-        raise Wrong(f"the classes are called {shorten(ours.classes)}; by transformers {shorten(names)}")
+        raise Wrong(f"the classes are called {first_of(ours.classes)}; by transformers {first_of(names)}")
     limit((found - expected).abs().max().item(), 1e-3, "probabilities")
     best = [(kind, names[int(p.argmax())], p.max()) for kind, p in zip(KINDS, found, strict=True)]
     return ", ".join(f"{kind}: {name} {p:.2f}" for kind, name, p in best) + ", as transformers hears them"

@@ -92,6 +92,11 @@ def load_classifier(path: Path, weights: str | None) -> Classifier:
     return Classifier(models, classes, lambda logits: logits.softmax(-1))
 
 
+def load_tagger(weights: str) -> Classifier:
+    """The pretrained AST with its own head. Several tags may be true at once: a sigmoid, not a softmax."""
+    return Classifier([load_ast(weights, pool="cls_dist")], class_names(weights), torch.sigmoid)
+
+
 def class_names(weights: str) -> list[str]:
     """Names of the classes that a checkpoint's own head knows, the id2label of its config.json."""
     config_path = None if weights.startswith("random:") else find_checkpoint(weights)[1]
@@ -259,9 +264,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Answer every file that can be read; 1 if there was one that cannot."""
     files, dtype = find_sounds(args.sounds), choose_dtype("auto", args.device)
-    if args.tags:  # the pretrained AST with its own head; several tags may be true at once: a sigmoid, not a softmax
-        weights = args.weights or "audioset"
-        classifier = Classifier([load_ast(weights, pool="cls_dist")], class_names(weights), torch.sigmoid)
+    if args.tags:
+        classifier = load_tagger(args.weights or "audioset")
     else:
         classifier = load_classifier(args.checkpoint, args.weights)
     for model in classifier.models:
