@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> dict:
     """Train and test every fold of every seed that is not finished yet. Returns what it writes to result.json."""
     started, recipe = time.perf_counter(), DATASETS[args.dataset]
     weights, mask = args.weights or recipe.weights, recipe.mask and not args.no_mask
-    override(petl.find(args.method), args.rr, args.alpha, args.prompts)  # errors now, not after a download
+    override(petl.find(args.method), args.rr, args.alpha, args.prompts, args.kernel)  # errors now, not after a download
     dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir)
     known = list(dataset.folds) or [1]
     unknown = set(args.folds or []) - set(known)
@@ -145,9 +145,8 @@ def run(args: argparse.Namespace) -> dict:
     backbone = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     lr = args.lr or recipe.lr.get(args.method)
     # Narrower than the paper's 768 dimensions? Then RR and prompts are smaller, see support/variants.py.
-    method = fitted(
-        petl.find(args.method), backbone.config, lr, args.rr, args.alpha, args.prompts, args.blocks, args.keep
-    )
+    asked = args.rr, args.alpha, args.prompts, args.blocks, args.keep, args.kernel
+    method = fitted(petl.find(args.method), backbone.config, lr, *asked)
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
     if not (method.parts or mask or args.keep):  # a linear probe of clips that are the same in every epoch
         clips = replace(clips, pooled=speed.nothing_pooled(clips, backbone, args.device))
@@ -219,6 +218,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rr", type=command.positive, help="reduction rate: the bottleneck is dim / RR wide")
     add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
     add("--prompts", type=command.positive, help="number of prompts or prefixes")
+    add("--kernel", type=command.positive, help="window of a conformer adapter, in tokens")
     add("--blocks", type=command.span, metavar="9-12", help="the method changes these blocks alone: faster")
     add(
         "--keep",

@@ -6,12 +6,12 @@ from dataclasses import replace
 from support.command import UserError
 
 
-def override(method, rr: int | None = None, alpha: float | None = None, prompts: int | None = None):
-    """The method with another reduction rate, alpha or number of prompts, in every part that has one.
+def override(method, rr: int | None = None, alpha: float | None = None, prompts: int | None = None, kernel=None):
+    """The method with another reduction rate, alpha, number of prompts or window, in every part that has one.
 
     Raises UserError where the method has no such setting.
     """
-    for setting, value in {"rr": rr, "alpha": alpha, "prompts": prompts}.items():
+    for setting, value in {"rr": rr, "alpha": alpha, "prompts": prompts, "kernel": kernel}.items():
         if value is None:
             continue
         if not any(hasattr(part, setting) for part in method.parts):
@@ -47,13 +47,13 @@ def narrowed(method, dim: int):
     return replace(shrink(method, factor), lr=NARROW_LR.get(method.name, method.lr)) if factor > 1 else method
 
 
-def fitted(method, config, lr: float | None = None, rr=None, alpha=None, prompts=None, blocks=None, keep=None):
+def fitted(method, config, lr=None, rr=None, alpha=None, prompts=None, blocks=None, keep=None, kernel=None):
     """The method as a run trains it: `narrowed` to the backbone of shape `config`, then with whatever was asked for.
 
     Raises UserError for what the method cannot do.
     """
     method = narrowed(method, config.dim)
-    method = override(replace(method, lr=lr or method.lr, blocks=blocks), rr, alpha, prompts)
+    method = override(replace(method, lr=lr or method.lr, blocks=blocks), rr, alpha, prompts, kernel)
     if keep and any(getattr(part, "kind", "") == "convpass_2d" for part in method.parts):
         raise UserError(f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method")
     if blocks and not 1 <= blocks[0] <= blocks[1] <= config.depth:

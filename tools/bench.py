@@ -275,6 +275,24 @@ def table(bench: Bench) -> list[dict]:
     return results
 
 
+def methods(names: list[str], bench: Bench) -> list[dict]:
+    """A training step on 100 frames of each of these methods, in turn with one of LoRA; the fastest of each counts."""
+    line, results = "| {:<24}| {:>9} | {:>7} | {:>7} |", []
+    print(line.format("method", "ms/clip", "of LoRA", "MB") + "\n|---|--:|--:|--:|")
+    clips = random_clips(bench.batch, 100, bench)
+    for name in names:
+        passes = {}
+        for method in dict.fromkeys([name, "lora"]):
+            model = prepare(petl.apply(load_ast(bench.weights, 100, N_CLASSES), method), bench.dtype, bench)
+            passes[method] = pass_of(method, model, clips, bench)
+        times = in_turn({method: way for method, (way, _) in passes.items()}, bench.repeats)
+        ms, of_lora = 1e3 * min(times[name]) / bench.batch, min(times[name]) / min(times["lora"])
+        mb = memory_mb(*passes[name])
+        print(line.format(name, f"{ms:.0f}", f"{of_lora:.2f} x", "" if mb is None else f"{mb:,.0f}"), flush=True)
+        results.append({"method": name, "ms_per_clip": ms, "of_lora": of_lora, "memory_mb": mb})
+    return results
+
+
 def describe(bench: Bench) -> str:
     """The machine and what else the numbers depend on."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -289,6 +307,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
+    add("--methods", metavar="M,M", help="time a training step of each of these instead, or of all")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
     add("--repeats", type=positive, help="default: 20 on a GPU, 3 on a CPU")
@@ -312,7 +331,8 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module="transformers")  # of its own next version
         print(describe(bench))
         started = time.perf_counter()
-        results = table(bench)
+        names = list(petl.METHODS) if args.methods == "all" else (args.methods or "").split(",")
+        results = methods([petl.find(name).name for name in names], bench) if args.methods else table(bench)
         print(f"\nmeasured in {time.perf_counter() - started:.0f} s")
         if args.json:
             write_json(args.json, {"machine": describe(bench), "results": results})

@@ -216,7 +216,8 @@ def options(cell: Cell, plan: Plan) -> list[str]:
     """The command line of train.py that is this cell."""
     words = {
         "--dataset": cell.dataset, "--method": cell.method, "--seed": cell.seed, "--weights": cell.weights,
-        "--shots": cell.shots, "--rr": cell.rr, "--prompts": cell.prompts, "--epochs": epochs_of(cell, plan),
+        "--shots": cell.shots, "--rr": cell.rr, "--prompts": cell.prompts, "--kernel": cell.kernel,
+        "--epochs": epochs_of(cell, plan),
         "--data-dir": plan.data_dir.get(cell.dataset), "--cache-dir": plan.cache_dir, "--device": plan.device,
         "--dtype": plan.dtype, "--out": plan.out / cell.variant,
     }  # fmt: skip
@@ -226,7 +227,7 @@ def options(cell: Cell, plan: Plan) -> list[str]:
 def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
     lr = DATASETS[cell.dataset].lr.get(cell.method)
-    return fitted(petl.find(cell.method), shape_of(cell.weights), lr, cell.rr, prompts=cell.prompts)
+    return fitted(petl.find(cell.method), shape_of(cell.weights), lr, cell.rr, prompts=cell.prompts, kernel=cell.kernel)
 
 
 def result_of(cell: Cell, plan: Plan) -> dict | None:

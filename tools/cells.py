@@ -6,7 +6,7 @@ those that a Plan asks for.
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -28,10 +28,11 @@ class Table:
 
     title: str
     datasets: tuple[str, ...]
-    rows: dict[str, str]  # name of the row: method in petl.METHODS
+    rows: dict[str, str]  # name of the row: method in petl.METHODS, and perhaps settings: "lora rr=64"
     few_shot: bool = False  # a column for each number of clips per class
     numbers: dict[tuple[str, str], str] = field(default_factory=dict)  # {(row, column): with the paper's digits}
     note: str = ""
+    columns: tuple[tuple[str, int | None], ...] = ()  # dataset and clips per class; of a figure none
 
 
 def read_table(title: str, columns: list[str], rows: dict[str, list], note: str = "") -> Table:
@@ -40,7 +41,8 @@ def read_table(title: str, columns: list[str], rows: dict[str, list], note: str 
     datasets = tuple(dict.fromkeys(word[0] for word in words if word[0] in DATASETS))
     numbers = {(row, c): n for row, (_, *line) in rows.items() for c, n in zip(columns, line, strict=True)}
     methods = {row: method for row, (method, *_) in rows.items()}
-    return Table(title, datasets, methods, any(len(word) == 2 for word in words), numbers, note)
+    columns = tuple((word[0], int(word[1]) if word[1:] else None) for word in words if word[0] in DATASETS)
+    return Table(title, datasets, methods, any(shots for _, shots in columns), numbers, note, columns)
 
 
 PAPER = json.loads(Path(__file__).with_name("paper_results.json").read_text(encoding="utf-8"), parse_float=str)
@@ -58,6 +60,7 @@ BUDGETS = (0.25, 0.5, 1, 2, 4)  # Figures 3 and 4: RR divided, or the number of 
 
 SHOTS = {"gsc": (2, 8, 32, 64)}
 OTHER_SHOTS = (1, 2, 4, 8)  # of ESC-50, and of every dataset that is not in Table II
+KERNELS = {"esc50": 8, "us8k": 8}  # of conformer adapters with all clips; elsewhere 31, as in METHODS
 FEW_SHOT_EPOCHS = 30  # at least: with few clips an epoch is a step or two
 
 
@@ -94,12 +97,13 @@ class Cell:
     shots: int | None = None
     rr: int | None = None
     prompts: int | None = None
+    kernel: int | None = None
 
     @property
     def variant(self) -> str:
         """The folder of everything that differs from Table I in the same way; empty for Table I itself."""
         weights = None if self.weights == DATASETS[self.dataset].weights else slug(self.weights)
-        settings = {"weights-": weights, "shots": self.shots, "rr": self.rr, "prompts": self.prompts}
+        settings = {"weights-": weights} | {key: getattr(self, key) for key in ("shots", "rr", "prompts", "kernel")}
         return "-".join(f"{name}{value}" for name, value in settings.items() if value is not None)
 
     @property
@@ -114,6 +118,8 @@ def slug(text: str) -> str:
 def columns_of(target: str, plan: Plan) -> list[tuple[str, int | None]]:
     """Dataset and clips per class of each column; without few-shot the latter is None."""
     table = TARGETS[target]
+    if table.columns and not plan.datasets:
+        return list(table.columns)
     datasets = plan.datasets or table.datasets
     return [(d, shots) for d in datasets for shots in (SHOTS.get(d, OTHER_SHOTS) if table.few_shot else (None,))]
 
@@ -125,7 +131,8 @@ def lines_of(target: str, plan: Plan) -> list[tuple[str, str, dict[str, str]]]:
     """
     rows = TARGETS[target].rows
     weights = {dataset: plan.weights or DATASETS[dataset].weights for dataset, _ in columns_of(target, plan)}
-    lines = [(name, method, weights) for name, method in rows.items() if not plan.methods or method in plan.methods]
+    lines = [(name, method, weights) for name, method in rows.items()]
+    lines = [line for line in lines if not plan.methods or line[1].split()[0] in plan.methods]
     lines += [(method, method, weights) for method in plan.add if method not in [method for _, method, _ in lines]]
     if target == "table1" and plan.random:
         weights = {dataset: random_like(name) for dataset, name in weights.items()}
@@ -142,34 +149,44 @@ def cells_of(plan: Plan) -> list[Cell]:
             if target in ("fig3", "fig4"):
                 cells += budgets(dataset, method, seed, weights[dataset])
             else:
-                cells.append(Cell(dataset, method, seed, weights[dataset], shots))
+                cells.append(cell_of(dataset, method, seed, weights[dataset], shots))
     return list(dict.fromkeys(cells))
+
+
+def cell_of(dataset: str, words: str, seed: int, weights: str, shots: int | None = None) -> Cell:
+    """The cell of a method, or of one with settings as they are for 768 dimensions: "lora rr=64".
+
+    What is the same experiment as a row of METHODS becomes that row's cell: PF par with twice the parameters is PF par
+    x2. Conformer adapters have the published window of the dataset.
+    """
+    name, *settings = words.split()
+    row, dim = petl.find(name), shape_of(weights).dim
+    asked = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
+    if not shots and dataset in KERNELS and first(row, "kernel"):
+        asked = {"kernel": KERNELS[dataset], **asked}
+    method = narrowed(override(row, **asked), dim)
+    known = {(narrowed(other, dim).parts, other.lr): other.name for other in [*petl.METHODS.values(), row]}
+    if (method.parts, row.lr) in known:
+        return Cell(dataset, known[method.parts, row.lr], seed, weights, shots)
+    return Cell(dataset, name, seed, weights, shots, **{key: first(method, key) for key in asked})
+
+
+def first(method: petl.Method, setting: str):
+    """The setting of the first part that has it."""
+    return next((getattr(part, setting) for part in method.parts if hasattr(part, setting)), None)
 
 
 def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
     """The cells of a curve in Figures 3 and 4: a method with a quarter to four times its parameters.
 
-    What is the same experiment as a row of METHODS becomes that row's cell: PF par with twice the parameters is PF par
-    x2. Methods with neither RR nor prompts have one cell.
+    Methods with neither RR nor prompts have one cell.
     """
-    dim = shape_of(weights).dim
-    row, cell = petl.find(method), Cell(dataset, method, seed, weights)
-
-    def first(parts, setting):  # of the parts that have it
-        return next((getattr(part, setting) for part in parts if hasattr(part, setting)), None)
-
-    rr, prompts = first(row.parts, "rr"), first(row.parts, "prompts")
-    if rr is None and prompts is None:
-        return [cell]
-    known = {(narrowed(other, dim).parts, other.lr): other.name for other in [*petl.METHODS.values(), row]}
-    cells = []
+    row, cells = petl.find(method), []
     for budget in BUDGETS:
-        resized = override(row, rr and max(1, round(rr / budget)), prompts=prompts and round(prompts * budget))
-        parts = narrowed(row if budget == 1 else resized, dim).parts
-        if (parts, row.lr) in known:
-            cells.append(replace(cell, method=known[parts, row.lr]))
-        else:  # train.py is told the number for this backbone
-            cells.append(replace(cell, rr=first(parts, "rr"), prompts=first(parts, "prompts")))
+        sizes = {"rr": 1 / budget, "prompts": budget} if budget != 1 else {}
+        sizes = {key: max(1, round(n * by)) for key, by in sizes.items() if (n := first(row, key)) is not None}
+        words = " ".join([method, *(f"{key}={n}" for key, n in sizes.items())])
+        cells.append(cell_of(dataset, words, seed, weights))
     return list(dict.fromkeys(cells))  # few prompts cannot be halved often
 
 

@@ -28,7 +28,7 @@ from support.files import default_cache_dir, write_text
 from support.processes import say
 from tools import cells, figures
 from tools.campaign import options, take_results, train_cells
-from tools.cells import FIGURES, PRINTED, TABLES, TARGETS, Cell, Plan, columns_of, lines_of
+from tools.cells import FIGURES, PRINTED, TABLES, TARGETS, Cell, Plan, cell_of, columns_of, lines_of
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
@@ -76,7 +76,7 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
     table, lines, columns = TABLES[target], lines_of(target, plan), columns_of(target, plan)
     names = [name for name, *_ in lines]
     measured = [
-        [measure([Cell(d, method, seed, weights[d], shots) for seed in plan.seeds], done) for d, shots in columns]
+        [measure([cell_of(d, method, seed, weights[d], shots) for seed in plan.seeds], done) for d, shots in columns]
         for _, method, weights in lines
     ]  # a list for each line
     found = [[m for m in line if m] for line in measured]
@@ -299,7 +299,7 @@ def parse(argv: list[str]) -> Plan:
     for name in [*plan.methods, *plan.add, *plan.random]:
         petl.find(name)
     for name in plan.methods:
-        if not any(name in table.rows.values() for table in tables.values()):
+        if not any(name in [method.split()[0] for method in table.rows.values()] for table in tables.values()):
             raise UserError(f"--methods {name}: no row of {', '.join(tables)} is that; --add {name} makes one")
     if plan.random and "table1" not in tables:
         raise UserError("--random belongs to table1: add it to the targets, or leave --random out")
