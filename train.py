@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> dict:
                 result = train_fold(model, clips, folds[fold], fold, settings, file.with_suffix(".resume.pt"), machine)
                 finish_fold(model, file, {"result": result, "classes": dataset.classes, "settings": asdict(settings)})
             if is_first():
-                say(records.describe_fold(read_header(file)["result"]))
+                say(records.describe_fold(read_header(file, "result")["result"]))
         wait_for_all()
         results[seed] = records.summarise(folder, folds, settings, started)
     return results[args.seed[0]] if len(results) == 1 else records.summarise_seeds(folder.parent, results)

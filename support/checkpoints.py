@@ -3,16 +3,21 @@
 import json
 import pickle
 from pathlib import Path
+from typing import TypeVar
 
 import huggingface_hub
 import huggingface_hub.utils
 import torch
 from huggingface_hub.errors import EntryNotFoundError
+from msgspec import to_builtins
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from support.command import UserError, first_of
 from support.files import whole_file
+from support.headers import HuggingFace, Names, Trained, Whole, checked
+
+T = TypeVar("T")
 
 
 def fetch(repository: str) -> tuple[Path, Path]:
@@ -51,31 +56,60 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, kind: type[T], mend: str = "download it again") -> T:
+    """A JSON file that holds a table, as `kind`, one of those in support/headers.py."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return checked(parse_json(path.read_bytes()), kind, path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): download it again") from None
+        raise UserError(f"cannot read {path} ({error}): {mend}") from None
+
+
+def parse_json(text: str | bytes) -> dict:
+    """A table of JSON. ValueError with the reason for anything else."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if not isinstance(content, dict):
-        raise UserError(f"cannot read {path} (it holds no table): download it again")
+        raise ValueError("it holds no table")
     return content
 
 
+def read_names(path: Path) -> Names:
+    """What the config.json of a model says, if there is one: a HuggingFace, or the names of another program's."""
+    if not path.is_file():
+        return HuggingFace()
+    names = read_json(path, Names)
+    return read_json(path, HuggingFace) if names.model_type == "audio-spectrogram-transformer" else names
+
+
 def read_metadata(path: Path) -> dict:
-    """The description under the key `ast_petl` of a .safetensors file; empty in files that others wrote."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("ast_petl", "{}"))
+    """The description under the key `ast_petl` of a .safetensors file; empty in files that others wrote.
 
-
-def read_header(path: Path) -> dict:
-    """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else."""
+    UserError unless it is what support/headers.py says.
+    """
     try:
-        if header := read_metadata(path):
-            return header
-        reason = "it has no such header"
+        with safe_open(path, "pt") as file:
+            header = parse_json((file.metadata() or {}).get("ast_petl", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again")
+        raise UserError(no_whole_file(path, str(error).splitlines()[0])) from None
+    return header and {**header, **to_builtins(checked(header, Whole if "config" in header else Trained, path))}
+
+
+def read_header(path: Path, *needed: str) -> dict:
+    """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else, or has
+    not all keys that are `needed`."""
+    header = read_metadata(path)
+    if not header:
+        raise UserError(no_whole_file(path, "it has no such header"))
+    for name in needed:
+        if name not in header:
+            raise UserError(no_whole_file(path, f"its header has no {name}"))
+    return header
+
+
+def no_whole_file(path: Path, reason: str) -> str:
+    return f"{path} is no whole file of trained parts ({reason}): delete it and train it again"
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:

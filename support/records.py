@@ -14,42 +14,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
+from msgspec import to_builtins
 from tqdm import tqdm
 
-from support.checkpoints import read_header
+from support.checkpoints import read_header, read_json
 from support.command import UserError
 from support.files import whole_file, write_json, write_text
+from support.headers import RunConfig, Settings
 from support.processes import is_first, say
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result of a run: two runs with the same settings are the same experiment.
-
-    A field that comes later has a default: that of the runs before it.
-    """
-
-    dataset: str
-    weights: str  # as the user named it; what counts is `backbone`
-    backbone: str  # SHA-256
-    method: dict  # as load_weights.to_dict has it, fitted to the width of the backbone
-    pool: str
-    seed: int
-    shots: int | None
-    clips: str  # SHA-256 of split.csv: which clips train, validate and test
-    n_frames: int
-    epochs: int
-    batch_size: int
-    lr: float
-    mask: bool
-    dtype: str
-
 
 # ----------------------------------------------------------------------------------------------- the start of a run
 
@@ -77,10 +55,7 @@ def start_run(
     mixed with these."""
     file = folder / "config.json"
     if file.exists():
-        try:
-            old = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
+        old = to_builtins(read_json(file, RunConfig, mend="delete the folder, or give another --out"))
         # `weights` is a name; `backbone` is what counts.
         compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
@@ -98,9 +73,8 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
         "clips": "other clips or splits", "method": "other settings of the method",
         "backbone": f"the backbone {old.get('weights')} as it was then",
     }  # fmt: skip
-    defaults = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
     for name, value in json.loads(json.dumps(new)).items():  # JSON has no tuples
-        before = old.get(name, defaults.get(name))
+        before = old[name]
         if before != value:
             what = in_words.get(name, f"{name} {before}, not {value}")
             raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
@@ -272,7 +246,7 @@ def summarise(folder: Path, folds: Iterable[int], settings: Settings, started: f
         return {}
     with FileLock(folder / ".result.lock"):  # folds may end at the same time on several machines
         files = [folder / f"fold{fold}.safetensors" for fold in folds]
-        headers = [read_header(file) for file in files if file.exists()]
+        headers = [read_header(file, "result", "parameters", "versions") for file in files if file.exists()]
         results = [header["result"] for header in headers]
         summary = {
             **mean_and_std(results), "folds": results, "parameters": headers[0]["parameters"],

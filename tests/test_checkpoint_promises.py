@@ -471,18 +471,21 @@ def adapted(weights=SMALL_AST, method="lora", n_frames=60, pool="cls_dist") -> A
     return petl.apply(load_ast(weights, n_frames, 3, pool), method)
 
 
+RESULT = {"fold": 1, "accuracy": 12.5, "validation_accuracy": None, "epoch": 1, "seconds": 2.0, "peak_memory_mb": 9}
+
+
 def test_a_file_of_trained_parts_says_all_about_itself(tmp_path):
     """The header, entry by entry, and the tensors, name by name."""
     file = tmp_path / "new folder" / "fold1.safetensors"
     model = adapted()
-    save_trained(model, file, {"classes": ["ä", "b", "c"], "result": {"accuracy": 12.5}})
+    save_trained(model, file, {"classes": ["ä", "b", "c"], "result": RESULT})
     with safe_open(file, "pt") as opened:
         assert list(opened.metadata()) == ["ast_petl"]
         header = json.loads(opened.metadata()["ast_petl"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     assert header == read_header(file) == {
         "classes": ["ä", "b", "c"],
-        "result": {"accuracy": 12.5},
+        "result": RESULT,
         "method": {
             "name": "lora", "lr": 0.005, "parts": [{"part": "LoRA", "targets": "qv", "rr": 128, "alpha": 8}],
         },

@@ -287,7 +287,7 @@ def test_other_configs(tmp_path):
     for name, value in {"max_length": 500, "num_attention_heads": "x", "frequency_stride": 0}.items():
         changed = {**config, name: value, **({"time_stride": 0} if value == 0 else {})}
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match="do not make an AST"):
+        with pytest.raises(UserError, match="do not make an AST" if name == "max_length" else f"{name}: Expected int"):
             load_ast(tmp_path, n_classes=3)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json"):

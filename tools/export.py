@@ -27,9 +27,10 @@ import data
 import load_weights
 import petl
 from ast_model import AST, ASTConfig
-from support.checkpoints import read_header, read_json, read_tensors
+from support.checkpoints import read_header, read_json, read_names, read_tensors
 from support.command import Parser, UserError, exit_code
 from support.files import whole_file, write_json
+from support.headers import Adapter, LoRA
 from tools.predict import class_names
 
 # ------------------------------------------------------------------------------------------------------------- show
@@ -40,7 +41,7 @@ def show(path: Path) -> None:
     header, lines = read_header(path), {"file": f"{path}, {path.stat().st_size:,} bytes"}
     lines["holds"] = "a whole AST, merged" if "config" in header else "trained parts only: needs its backbone"
     if "method" in header:
-        method = load_weights.from_dict(header["method"])
+        method = load_weights.from_dict(header["method"], path)
         parts = " + ".join(map(str, method.parts)) or "final LayerNorm and head alone"
         lines["method"] = f"{method.name}: {parts}, learning rate {method.lr:g}"
     if "parameters" in header:
@@ -159,11 +160,12 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter_config.json: give a folder that peft's save_pretrained wrote")
-    config = read_json(folder / "adapter_config.json")
-    unsupported = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        what = ", ".join([config.get("peft_type", "nothing known"), *unsupported])
+    config = read_json(folder / "adapter_config.json", Adapter)
+    unsupported = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if getattr(config, name)]
+    if config.peft_type != "LORA" or config.bias != "none" or unsupported:
+        what = ", ".join([config.peft_type, *unsupported])
         raise UserError(f"{folder} holds {what}: only LoRA with one rank, without biases, can be read")
+    config = read_json(folder / "adapter_config.json", LoRA)
     file = next((f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")), None)
     if file is None:
         raise UserError(f"{folder} holds no adapter_model.safetensors: give a folder that peft's save_pretrained wrote")
@@ -171,27 +173,33 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     for name, tensor in read_tensors(file).items():
         name = name.removeprefix("base_model.model.").replace(".lora_A.", ".a.").replace(".lora_B.", ".b.")
         tensors |= load_weights.to_our_names({name: tensor})
-    base = weights or config.get("base_model_name_or_path") or ""
+    base = weights or config.base_model_name_or_path or ""
     if not weights and not Path(base).exists():
         base = f"hf:{base}"
-    written = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    n_classes = len(tensors["head.1.bias"]) if "head.1.bias" in tensors else None
-    model = load_weights.load_ast(base, written.get("max_length"), n_classes, "cls_dist")
+    written = read_names(folder / "config.json")
+    n_classes = tensors["head.1.bias"].numel() if "head.1.bias" in tensors else None
+    model = load_weights.load_ast(base, getattr(written, "max_length", None), n_classes, "cls_dist")
     for name in [name for name in tensors if name.startswith("embed.")]:
         if not torch.equal(tensors.pop(name), model.state_dict()[name]):
             raise UserError(f"{folder}: {name} is not that of {base}; trained embeddings are no part of a LoRA here")
     targets = "".join(letter for letter in "qkvo" if any(f".attn.{letter}.a." in name for name in tensors))
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    rank, alpha = config.r, config.lora_alpha
+    for name in tensors:
+        if name.endswith(".a.weight") and tensors[name].shape[:1] != (rank,):
+            raise UserError(f"{folder / 'adapter_config.json'}: r: got {rank}, but {name} has another rank")
+    scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     rr = model.config.dim // rank if model.config.dim % rank == 0 else model.config.dim / rank
     petl.apply(model, petl.Method("lora", (petl.LoRA(targets, rr, scale * rr),), "-", "-"))
     backbone = load_weights.trained_tensors(model)  # what peft did not train stays as it is there
     load_weights.load_tensors(model, {**backbone, **tensors}, file)
-    names, metadata = written.get("id2label"), {"parameters": petl.count(model)}
+    names, metadata = written.classes(), {"parameters": petl.count(model)}
+    if names and len(names) != model.config.n_classes:
+        expected = f"Expected {model.config.n_classes} names, as many as the head has, got {len(names)}"
+        raise UserError(f"{folder / 'config.json'}: id2label: {expected}")
     if names:
-        metadata["classes"] = [names[str(i)] for i in range(len(names))]
+        metadata["classes"] = names
     elif n_classes is None:
-        metadata["classes"] = class_names(base)
+        metadata["classes"] = class_names(base, model.config.n_classes)
     load_weights.save_trained(model, out, metadata)
 
 

@@ -27,7 +27,7 @@ from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
 from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
-from support.checkpoints import read_header, read_json
+from support.checkpoints import read_header, read_names
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.speed import Machine, autocast, prepare
 
@@ -92,13 +92,17 @@ def load_classifier(path: Path, weights: str | None) -> Classifier:
     return Classifier(models, classes, lambda logits: logits.softmax(-1))
 
 
-def class_names(weights: str) -> list[str]:
+def class_names(weights: str, n_classes: int | None = None) -> list[str]:
     """Names of the classes that a checkpoint's own head knows, the id2label of its config.json."""
     config_path = None if weights.startswith("random:") else find_checkpoint(weights)[1]
-    names = read_json(config_path).get("id2label") if config_path and config_path.is_file() else None
+    names = read_names(config_path).classes() if config_path else []
     if not names:
         raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
-    return [names[str(i)] for i in range(len(names))]
+    if len(names) != n_classes:
+        raise UserError(
+            f"{config_path}: id2label: Expected as many names as the head has, {n_classes}, got {len(names)}"
+        )
+    return names
 
 
 # ------------------------------------------------------------------------------------------------ sounds to windows
@@ -261,7 +265,8 @@ def run(args: argparse.Namespace) -> int:
     files, dtype = find_sounds(args.sounds), choose_dtype("auto", args.device)
     if args.tags:  # the pretrained AST with its own head; several tags may be true at once: a sigmoid, not a softmax
         weights = args.weights or "audioset"
-        classifier = Classifier([load_ast(weights, pool="cls_dist")], class_names(weights), torch.sigmoid)
+        model = load_ast(weights, pool="cls_dist")
+        classifier = Classifier([model], class_names(weights, model.config.n_classes), torch.sigmoid)
     else:
         classifier = load_classifier(args.checkpoint, args.weights)
     for model in classifier.models:

@@ -1,0 +1,241 @@
+"""What others wrote, and what is damaged: it opens as it should, or one line says which file and what is wrong."""
+
+import copy
+import json
+import time
+
+import pytest
+import torch
+from helpers import SMALL_AST, save_random
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import petl
+from ast_model import POOL
+from load_weights import from_dict, load_ast, load_trained, read_header, save_ast, to_dict
+from support import headers
+from support.checkpoints import read_json
+from support.command import UserError
+from tools import export
+from tools.predict import class_names, load_classifier
+
+few = settings(
+    max_examples=40, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+RESULT = {"fold": 1, "accuracy": 50.0, "validation_accuracy": None, "epoch": 2, "seconds": 1.5, "peak_memory_mb": None}
+COUNTS = {"petl": 5, "head": 5, "total": 100}
+DEEP = "[" * 100_000 + "]" * 100_000
+odd = st.one_of(
+    st.sampled_from([None, True, "", "x", [], {}, [1], {"a": 1}, 0, -1, 0.5, 10**9, 10**30, 1e300, -1e-9, "\0"]),
+    st.sampled_from([float("nan"), float("inf"), "x" * 10_000, [[[[]]]], {"0": 0}]),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+)
+
+
+def places(content, path=()):
+    """Where a table of JSON has values, tables among them."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+def changed(content: dict, place: tuple, value=..., remove=False) -> dict:
+    content = copy.deepcopy(content)
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    if remove:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return content
+
+
+def metadata_of(file) -> dict:
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["ast_petl"])
+
+
+def with_header(file, header, out):
+    """The same tensors under another header; without a digest, as earlier versions wrote it."""
+    text = header if isinstance(header, str) else json.dumps({k: v for k, v in header.items() if k != "digest"})
+    save_file(load_file(file), out, {"ast_petl": text})
+    return out
+
+
+def says(action, *words) -> bool:
+    """Whether `action` is refused, which one line must say with all of `words`; nothing else may be raised."""
+    start = time.perf_counter()
+    try:
+        action()
+    except UserError as error:
+        message = str(error)
+        assert "\n" not in message and len(message) < 1000, message
+        assert all(str(word) in message for word in words), (message, words)
+        refused = True
+    else:
+        refused = False
+    assert time.perf_counter() - start < 5
+    return refused
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}}
+    for method in ("lora", "houlsby_par", "dpt"):
+        save_random(folder / f"{method}.safetensors", method, pool="cls_dist", **more)
+    model = load_trained(folder / "lora.safetensors")
+    save_ast(petl.merge(model), folder / "whole.safetensors", {"classes": ["a", "b", "c", "d"]})
+    return folder
+
+
+# ----------------------------------------------------------------------------------------- headers and settings
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["lora", "houlsby_par", "dpt", "whole"])
+def test_a_header_of_other_kinds(folder, tmp_path, name, data):
+    """Every key that is read may be missing or hold anything: the model is the same, or its file and key are named."""
+    file = folder / f"{name}.safetensors"
+    header = metadata_of(file)
+    place = data.draw(st.sampled_from(sorted(places(header), key=str)))
+    remove = data.draw(st.booleans()) if isinstance(place[-1], str) else False
+    value = None if remove else data.draw(odd)
+    new = with_header(file, changed(header, place, value, remove), tmp_path / "new.safetensors")
+    named = {"result", "parameters", "versions", "classes", "n_classes", "n_frames", "backbone", "method", "config"}
+    if not says(lambda: load_classifier(new, None), *([new] if place[0] in named else [])):
+        classifier = load_classifier(new, None)
+        assert len(classifier.classes) == classifier.models[0].config.n_classes
+        x = torch.zeros(1, classifier.n_frames, 128)
+        assert classifier.models[0](x).isfinite().all()
+    says(lambda: export.show(new))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "expected"),
+    [
+        ("lora", ("n_frames",), -5, "n_frames: Expected int >= 1"),
+        ("lora", ("n_classes",), 10**9, "n_classes: Expected int <="),
+        ("lora", ("backbone", "sha256"), 7, "backbone.sha256: Expected str, got int"),
+        ("lora", ("classes",), ["a"], "classes: Expected 4 names, got 1"),
+        ("lora", ("method", "parts", 0, "rr"), 0, "rr: Expected int >= 1"),
+        ("lora", ("method", "parts", 0, "targets"), "qx", "targets"),
+        ("lora", ("result", "accuracy"), float("nan"), "result.accuracy: Expected float >= 0"),
+        ("dpt", ("method", "parts", 0, "prompts"), 10**9, "prompts: Expected int <= 4096"),
+        ("houlsby_par", ("method", "parts", 0, "how"), "none", "how: Invalid enum value 'none'"),
+        ("whole", ("config", "depth"), 10**9, "config.depth: Expected int <="),
+        ("whole", ("config", "depth"), 3, "config.depth: Expected 2"),
+        ("whole", ("config", "n_classes"), 3, "classes: Expected 3 names, got 4"),
+        ("whole", ("config", "n_mels"), 130, "config.n_mels: Invalid enum value 130"),
+        ("whole", ("config", "pool"), "max", "config.pool: Invalid enum value 'max'"),
+    ],
+)
+def test_the_message_names_the_key(folder, tmp_path, name, place, value, expected):
+    file = folder / f"{name}.safetensors"
+    new = with_header(file, changed(metadata_of(file), place, value), tmp_path / "new.safetensors")
+    assert says(lambda: load_trained(new), new, expected)
+    says(lambda: export.show(new))
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "null", '"x"', "{", '{"config": ' + DEEP + "}", DEEP, '{"n_frames": NaN}'])
+def test_a_header_that_is_no_table(folder, tmp_path, text):
+    new = with_header(folder / "lora.safetensors", text, tmp_path / "new.safetensors")
+    assert says(lambda: load_trained(new), new)
+    assert says(lambda: load_ast(new), new)
+
+
+def test_unknown_keys_are_ignored_and_newer_ones_may_be_missing(folder, tmp_path):
+    for name in ("lora", "whole"):
+        file = folder / f"{name}.safetensors"
+        header = {**metadata_of(file), "later": [{"a": None}]}
+        header.pop("front_end", None)
+        if name == "whole":
+            header["config"] = {**header["config"], "later": 1}
+        else:
+            header["method"]["parts"][0]["later"] = 1
+        new = load_trained(with_header(file, header, tmp_path / "new.safetensors"))
+        assert all(torch.equal(a, b) for a, b in zip(new.parameters(), load_trained(file).parameters(), strict=True))
+
+
+def test_every_method_and_pool_is_as_declared():
+    assert set(headers.Pool.__args__) == set(POOL)
+    for method in petl.METHODS.values():
+        assert from_dict(json.loads(json.dumps(to_dict(method)))).parts == method.parts
+
+
+HF = json.loads((SMALL_AST / "config.json").read_text())
+READ = [name for name in HF if name in {field.name for field in headers.msgspec.structs.fields(headers.HuggingFace)}]
+
+
+@few
+@given(name=st.sampled_from(READ), value=odd)
+def test_a_config_of_transformers(tmp_path, name, value):
+    (tmp_path / "model.safetensors").write_bytes((SMALL_AST / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**HF, name: value}))
+    if not says(lambda: load_ast(tmp_path, pool="cls_dist"), tmp_path):
+        assert load_ast(tmp_path, pool="cls_dist").config.n_classes == 5
+    if not says(lambda: class_names(str(tmp_path), 5), tmp_path):
+        assert len(class_names(str(tmp_path), 5)) == 5
+
+
+@pytest.mark.parametrize("text", ["[]", DEEP, '{"model_type": ' + DEEP + "}", "", "\xff", "nan"])
+def test_a_config_that_is_no_table(tmp_path, text):
+    (tmp_path / "model.safetensors").write_bytes((SMALL_AST / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert says(lambda: load_ast(tmp_path, pool="cls_dist"), "config.json")
+
+
+@few
+@given(data=st.data())
+def test_an_adapter_of_peft(folder, tmp_path_factory, data):
+    peft = folder / "peft"
+    if not peft.exists():
+        assert export.main(["export", str(folder / "lora.safetensors"), "--to", "peft", "--out", str(peft)]) == 0
+    file = peft / "adapter_config.json"
+    written = json.loads((file if not (peft / "kept.json").exists() else peft / "kept.json").read_text())
+    (peft / "kept.json").write_text(json.dumps(written))
+    name = data.draw(st.sampled_from(sorted(written)))
+    value = data.draw(odd | st.just(...))
+    file.write_text(json.dumps({key: v for key, v in {**written, name: value}.items() if v is not ...}))
+    out = tmp_path_factory.mktemp("out") / "fold1.safetensors"
+    if not says(lambda: export.import_peft(peft, out, str(SMALL_AST))):
+        assert load_trained(out).method.name == "lora"
+
+
+RUN = {
+    "config.json": {
+        "dataset": "esc10", "weights": "demo", "method": {"name": "linear", "lr": 0.1, "parts": []}, "backbone": "0",
+        "pool": "mean", "seed": 0, "shots": None, "clips": "0" * 64, "n_frames": 50, "epochs": 2, "batch_size": 32,
+        "lr": 0.01, "mask": False, "dtype": "float32", "data_dir": None, "cache_dir": "/c",
+    },
+    "result.json": {
+        "accuracy": 50.0, "std": None, "folds": [RESULT], "parameters": COUNTS, "seconds": 1.0, "peak_memory_mb": 5,
+        "versions": {"torch": "2"},
+    },
+}  # fmt: skip
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize(("name", "kind"), [("config.json", headers.RunConfig), ("result.json", headers.RunResult)])
+def test_what_a_run_says_of_itself(tmp_path, name, kind, data):
+    place = data.draw(st.sampled_from(sorted(places(RUN[name]), key=str)))
+    (tmp_path / name).write_text(json.dumps(changed(RUN[name], place, data.draw(odd))))
+    says(lambda: read_json(tmp_path / name, kind), tmp_path / name)
+    (tmp_path / name).write_text(json.dumps({**RUN[name], "later": 1}))
+    assert not says(lambda: read_json(tmp_path / name, kind))
+
+
+def test_headers_are_read_as_they_were_written(folder):
+    for file in folder.glob("*.safetensors"):
+        header = {name: value for name, value in metadata_of(file).items() if name != "digest"}
+        read = read_header(file)
+        assert read == header
