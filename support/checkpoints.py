@@ -1,7 +1,10 @@
 """Files of tensors from anywhere: fetched, read without executing anything, errors in one line."""
 
+import hashlib
 import json
-import pickle
+import warnings
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +21,8 @@ from support.files import whole_file
 from support.headers import HuggingFace, Names, Trained, Whole, checked
 
 T = TypeVar("T")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def fetch(repository: str) -> tuple[Path, Path]:
@@ -39,21 +44,75 @@ def fetch(repository: str) -> tuple[Path, Path]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, all of them numbers in main memory; UserError names one that is not."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "GLOBAL" in str(error):
-            reason = "it holds Python code, which is never executed here"
-        elif isinstance(error, pickle.UnpicklingError):  # whose own text recommends to load it unsafely
-            reason = "it is no file of tensors"
-        else:
-            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        content = load_file(path) if path.suffix == ".safetensors" else unpickled(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise UserError(f"cannot read {path} ({reason}): download it again, or convert it to .safetensors") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds no table of tensors: give a checkpoint of an AST")
+    for name, tensor in content.items():
+        if kind := unusual(tensor):
+            raise UserError(f"{path}: {name} {kind}: give a checkpoint of plain numbers")
+    return {str(name): tensor.detach() for name, tensor in content.items()}
+
+
+def unpickled(path: Path):
+    """What is in a file of torch.save; nothing is executed. ValueError with the reason if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that `unusual` refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a small machine runs what the bytes say: a damaged file may raise anything
+        if "GLOBAL" in str(error):
+            raise ValueError("it holds Python code, which is never executed here") from None
+        if isinstance(error, RuntimeError) and str(error):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError("it is no file of tensors") from None  # their own texts recommend to load it unsafely
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as zipped:  # an old format is no zip
+        if damaged := zipped.testzip():  # torch does not look at checksums
+            raise ValueError(f"its part {damaged} is damaged")
     return content
+
+
+def sha256_of(content) -> str:
+    """Of tensors and plain values in tables and lists, in any order of a table's keys."""
+    digest = hashlib.sha256()
+
+    def add(content):
+        if isinstance(content, torch.Tensor):
+            digest.update(f"{content.dtype} {tuple(content.shape)} ".encode())
+            digest.update(content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(content, dict):
+            digest.update(f"{{{len(content)} ".encode())
+            for key in sorted(content, key=repr):
+                add(key)
+                add(content[key])
+        elif isinstance(content, list | tuple):
+            digest.update(f"[{len(content)} ".encode())
+            for value in content:
+                add(value)
+        else:
+            digest.update(f"{content!r} ".encode(errors="backslashreplace"))
+
+    add(content)
+    return digest.hexdigest()
+
+
+def unusual(tensor: torch.Tensor) -> str | None:
+    """Why a tensor is not an array of finite numbers; None if it is one."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+        return "is sparse, nested or without numbers"
+    if tensor.dtype not in PLAIN:
+        return f"is of type {tensor.dtype}"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return "is larger than what is stored of it"
+    if not tensor.float().isfinite().all():
+        return "holds a number that is not finite"
+    return None
 
 
 def read_json(path: Path, kind: type[T], mend: str = "download it again") -> T:
@@ -91,9 +150,22 @@ def read_metadata(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             header = parse_json((file.metadata() or {}).get("ast_petl", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if "digest" in header else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(no_whole_file(path, str(error).splitlines()[0])) from None
-    return header and {**header, **to_builtins(checked(header, Whole if "config" in header else Trained, path))}
+    if not header:
+        return header
+    known = to_builtins(checked(header, Whole if "config" in header else Trained, path))
+    digest = known.pop("digest", None)
+    header.pop("digest", None)
+    if digest is not None and digest != sha256_of([tensors, described(header)]):
+        raise UserError(no_whole_file(path, "it is damaged: its SHA-256 is another"))
+    return {**header, **known}
+
+
+def described(header: dict) -> dict:
+    """What is read of a header, and what its digest is of, as JSON has it."""
+    return json.loads(json.dumps({name: value for name, value in header.items() if name in Whole.__struct_fields__}))
 
 
 def read_header(path: Path, *needed: str) -> dict:
@@ -113,7 +185,9 @@ def no_whole_file(path: Path, reason: str) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
-    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`."""
+    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`, and a digest of
+    both by which damage shows."""
+    header = {**header, "digest": sha256_of([tensors, described(header)])}
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))
 

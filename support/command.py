@@ -103,4 +103,5 @@ def nearest(name: str, known: Iterable[str], what: str, hint: str = "") -> str:
 
 def first_of(names: list[str]) -> str:
     """The first five of a list, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
+    shown = [name if len(name) <= 100 else f"{name[:97]}..." for name in names[:5]]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"

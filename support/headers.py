@@ -4,7 +4,7 @@
 default, so that files of earlier versions open. What parts of a method hold is said where they are, in petl.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -117,6 +117,10 @@ class Settings:
     dtype: Name
 
 
+# In the header of a file they are only told.
+Told = msgspec.defstruct("Told", [(field.name, field.type | UnsetType, UNSET) for field in fields(Settings)])
+
+
 @dataclass(frozen=True)
 class RunConfig(Settings):
     """config.json of a run."""
@@ -137,14 +141,12 @@ class Header(Struct, kw_only=True):
     front_end: dict[str, int | float] | UnsetType = UNSET
     classes: Annotated[list[Name], Meta(min_length=1)] | UnsetType = UNSET
     result: FoldResult | UnsetType = UNSET
-    settings: dict[str, Any] | UnsetType = UNSET
+    settings: Told | UnsetType = UNSET
     parameters: Parameters | UnsetType = UNSET
     versions: dict[str, Name] | UnsetType = UNSET
     digest: Name | UnsetType = UNSET  # of the tensors
 
     def __post_init__(self):
-        if self.settings is not UNSET:
-            msgspec.convert(self.settings, Settings)
         n_classes = self.shape_of_head()
         if self.classes is not UNSET and len(self.classes) != n_classes:
             raise ValueError(f"classes: Expected {n_classes} names, got {len(self.classes)}")
@@ -170,6 +172,24 @@ class Whole(Header, kw_only=True):
 
     def shape_of_head(self) -> int:
         return self.config.n_classes
+
+
+class ResumeState(Struct):
+    """foldK.resume.pt; its tensors are compared with the model's when it takes them over."""
+
+    history: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    best: "Best"
+    seconds: Seconds
+    tensors: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    digest: Name | None = None
+
+
+class Best(Struct):
+    accuracy: Annotated[float, Meta(ge=-1, le=100)] | None
+    epoch: Count
+    tensors: dict[str, Any]
 
 
 class RunResult(Struct):

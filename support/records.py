@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import statistics
 import sys
@@ -23,10 +22,10 @@ from filelock import FileLock
 from msgspec import to_builtins
 from tqdm import tqdm
 
-from support.checkpoints import read_header, read_json
+from support.checkpoints import read_header, read_json, sha256_of, unpickled
 from support.command import UserError
 from support.files import whole_file, write_json, write_text
-from support.headers import RunConfig, Settings
+from support.headers import ResumeState, RunConfig, Settings, checked
 from support.processes import is_first, say
 
 # ----------------------------------------------------------------------------------------------- the start of a run
@@ -158,8 +157,9 @@ def save_progress(file: Path, progress: Progress, state: dict) -> None:
     if is_first():
         write_metrics(file.parent / "metrics.csv", progress.fold, progress.history)
         known = {"history": progress.history, "best": progress.best, "seconds": progress.seconds}
+        state = {**state, **known}
         with whole_file(file) as temporary:
-            torch.save({**state, **known}, temporary)
+            torch.save({**state, "digest": sha256_of(state)}, temporary)
 
 
 def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict | None]:
@@ -170,8 +170,12 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
         say(f"fold {fold}: was interrupted and starts over; --resume would go on where it was")
         return Progress(fold), None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        state = unpickled(file)
+        checked(state, ResumeState, file)
+        digest = state.pop("digest", None)
+        if digest is not None and digest != sha256_of(state):
+            raise ValueError
+    except (OSError, ValueError, UserError):
         raise UserError(f"{file} is damaged: delete it, and the fold starts over") from None
     progress = Progress(fold, *(state.pop(name) for name in ("history", "best", "seconds")))
     say(f"fold {fold}: going on after epoch {len(progress.history)}")

@@ -1,5 +1,6 @@
 """A method with other numbers: what --rr, --alpha and --prompts say, and what suits a narrow backbone."""
 
+import math
 from dataclasses import asdict, replace
 
 from support.command import UserError
@@ -16,6 +17,8 @@ def override(method, rr: int | None = None, alpha: float | None = None, prompts:
             continue
         if not any(hasattr(part, setting) for part in method.parts):
             raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
+        if not 0 < value < math.inf:
+            raise UserError(f"--{setting} is {value}; it must be a positive number")
         parts = (changed(part, setting, value) if hasattr(part, setting) else part for part in method.parts)
         method = replace(method, parts=tuple(parts))
     return method
@@ -23,7 +26,7 @@ def override(method, rr: int | None = None, alpha: float | None = None, prompts:
 
 def changed(part, setting: str, value):
     """The part with another value. UserError if its declared type does not allow it."""
-    checked({**asdict(part), setting: value}, type(part), f"--{setting} {value}")
+    checked({**asdict(part), setting: value}, type(part), f"--{setting} is {value}")
     return replace(part, **{setting: value})
 
 

@@ -3,11 +3,12 @@
 import copy
 import json
 import time
+import warnings
 
 import pytest
 import torch
 from helpers import SMALL_AST, save_random
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,8 +17,9 @@ import petl
 from ast_model import POOL
 from load_weights import from_dict, load_ast, load_trained, read_header, save_ast, to_dict
 from support import headers
-from support.checkpoints import read_json
+from support.checkpoints import read_json, sha256_of
 from support.command import UserError
+from support.records import Progress, read_progress, save_progress
 from tools import export
 from tools.predict import class_names, load_classifier
 
@@ -239,3 +241,140 @@ def test_headers_are_read_as_they_were_written(folder):
         header = {name: value for name, value in metadata_of(file).items() if name != "digest"}
         read = read_header(file)
         assert read == header
+
+
+# --------------------------------------------------------------------------------------------------------- tensors
+
+STATE = load_file(SMALL_AST / "model.safetensors")
+BLOCK = "audio_spectrogram_transformer.encoder.layer.1"
+WEIGHT = f"{BLOCK}.attention.attention.query.weight"
+SPOILT = {
+    "not a number": lambda t: t.index_put(
+        (torch.zeros(t.dim(), 1, dtype=torch.long).unbind()), torch.tensor(torch.nan)
+    ),
+    "infinite": lambda t: t / 0,
+    "scalar": lambda t: t.sum(),
+    "empty": lambda t: t[:0],
+    "a dimension more": lambda t: t[None],
+    "flat": lambda t: t.flatten(),
+    "twice": lambda t: torch.cat([t, t]),
+}
+ONLY_PICKLED = {
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "csr": lambda t: torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1)),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "complex": lambda t: t.to(torch.complex64),
+    "larger than its storage": lambda t: torch.ones(1).expand(10**13),
+    "8 bits": lambda t: t.to(torch.float8_e4m3fn),
+}
+
+
+def spoil(tensor, how):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these kinds are to disappear from torch
+        spoilt = {**SPOILT, **ONLY_PICKLED}[how](tensor)
+    assume(how != "flat" or tensor.dim() > 1)
+    return spoilt
+
+
+@few
+@given(name=st.sampled_from(sorted(STATE)), how=st.sampled_from([*SPOILT, *ONLY_PICKLED]))
+def test_a_spoilt_tensor_in_a_backbone(tmp_path, name, how):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    state = {**STATE, name: spoil(STATE[name], how)}
+    torch.save(state, tmp_path / "model.bin")
+    assert says(lambda: load_ast(tmp_path / "model.bin", pool="cls_dist"), "model.bin")
+    if how in SPOILT:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "other.safetensors")
+        assert says(lambda: load_ast(tmp_path / "other.safetensors", pool="cls_dist"), "other.safetensors")
+
+
+@pytest.mark.parametrize("number", ["x", "1000000", "-1", "1.5", "9" * 5000, "", "²"])
+def test_layers_of_odd_numbers(tmp_path, number):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    state = {name.replace(".layer.1.", f".layer.{number}."): tensor for name, tensor in STATE.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    assert says(lambda: load_ast(tmp_path, pool="cls_dist"))
+
+
+@few
+@given(data=st.data(), how=st.sampled_from(sorted(SPOILT)))
+@pytest.mark.parametrize("name", ["lora", "dpt", "whole"])
+def test_a_spoilt_tensor_in_a_file_of_ours(folder, tmp_path, name, data, how):
+    file, new = folder / f"{name}.safetensors", tmp_path / "new.safetensors"
+    tensors = load_file(file)
+    spoilt = data.draw(st.sampled_from(sorted(tensors)))
+    tensors[spoilt] = spoil(tensors[spoilt], how).contiguous()
+    header = {key: value for key, value in metadata_of(file).items() if key != "digest"}
+    save_file(tensors, new, {"ast_petl": json.dumps(header)})
+    assert says(lambda: load_trained(new), new)
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_bytes_of_any_kind_as_weights(tmp_path, suffix, data):
+    file = tmp_path / f"model{suffix}"
+    start = data.draw(
+        st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}q\x00", b"root:x:0:0:root:/root:/bin/sh\n"])
+    )
+    file.write_bytes(start + data.draw(st.binary(max_size=200)))
+    assert says(lambda: load_ast(file), file)
+
+
+# ----------------------------------------------------------------------------------------------------------- damage
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["lora", "dpt", "whole"])
+def test_a_flipped_bit_is_never_used(folder, tmp_path, name, data):
+    content = (folder / f"{name}.safetensors").read_bytes()
+    new = tmp_path / "new.safetensors"
+    new.write_bytes(flipped(content, data.draw(st.integers(0, 8 * len(content) - 1))))
+    if not says(lambda: load_classifier(new, None), new):  # where nobody reads: nothing is changed
+        assert read_header(new).items() >= read_header(folder / f"{name}.safetensors").items()
+        assert sha256_of(load_file(new)) == sha256_of(load_file(folder / f"{name}.safetensors"))
+
+
+@few
+@given(data=st.data())
+def test_a_cut_file_is_never_used(folder, tmp_path, data):
+    content = (folder / "lora.safetensors").read_bytes()
+    (tmp_path / "new.safetensors").write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    assert says(lambda: load_trained(tmp_path / "new.safetensors"), "new.safetensors")
+
+
+def progress_file(path, digest=True) -> bytes:
+    progress = Progress(1)
+    progress.begin = time.perf_counter()
+    progress.trained([1.0], [0.1], 8)
+    tensors = {"head.weight": torch.arange(200.0)}
+    progress.validated(50.0, tensors)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(100))], betas=(0.9, 0.98))
+    save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
+    if not digest:
+        state = torch.load(path)
+        del state["digest"]
+        torch.save(state, path)
+    return path.read_bytes()
+
+
+@few
+@given(data=st.data(), digest=st.booleans())
+def test_a_damaged_state_is_never_resumed(tmp_path, data, digest):
+    file = tmp_path / "fold1.resume.pt"
+    content = progress_file(file, digest)
+    progress, state = read_progress(file, 1, resume=True)
+    assert len(progress.history) == 1 and state.keys() == {"tensors", "optimizer", "scaler"}
+    cut = data.draw(st.booleans())
+    at = data.draw(st.integers(0, 8 * len(content) - 1))
+    file.write_bytes(content[: at // 8] if cut else flipped(content, at))
+    if not says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it"):
+        new, read = read_progress(file, 1, resume=True)
+        assert sha256_of([read, new.history, new.best]) == sha256_of([state, progress.history, progress.best])

@@ -189,7 +189,7 @@ def test_override_reaches_every_part_that_has_the_setting_and_refuses_what_is_no
     assert override(METHODS["lora"], alpha=0.5).parts == (LoRA("qv", rr=128, alpha=0.5),)
     assert override(METHODS["lora"]) is METHODS["lora"] and METHODS["lora"].parts == (LoRA("qv", 128, 8),)
     for setting in ({"rr": 0}, {"rr": -1}, {"alpha": 0.0}, {"alpha": float("inf")}, {"alpha": float("nan")}):
-        with pytest.raises(UserError, match=r"--(rr|alpha) \S+: (rr|alpha): Expected"):
+        with pytest.raises(UserError, match="must be a positive number"):
             override(METHODS["lora"], **setting)
     for name, setting in (("linear", {"rr": 8}), ("houlsby_par", {"alpha": 8}), ("lora", {"prompts": 4})):
         with pytest.raises(UserError, match=f"{name!r} has no setting '{next(iter(setting))}'"):
