@@ -221,8 +221,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--list-methods", action="store_true", help="print all methods with their parameter counts")
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise UserError(f"--lr is {args.lr}; it must be positive")
+    if args.lr is not None and not 0 < args.lr <= 1:
+        raise UserError(f"--lr is {args.lr}; it must be positive and at most 1")
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:
         raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
     if max(args.seed) >= 2**31:

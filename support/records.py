@@ -23,7 +23,7 @@ from msgspec import to_builtins
 from tqdm import tqdm
 
 from support.checkpoints import read_header, read_json, sha256_of, unpickled
-from support.command import UserError
+from support.command import UserError, warn
 from support.files import whole_file, write_json, write_text
 from support.headers import ResumeState, RunConfig, Settings, checked
 from support.processes import is_first, say
@@ -158,8 +158,10 @@ def save_progress(file: Path, progress: Progress, state: dict) -> None:
         write_metrics(file.parent / "metrics.csv", progress.fold, progress.history)
         known = {"history": progress.history, "best": progress.best, "seconds": progress.seconds}
         state = {**state, **known}
+        buffer = io.BytesIO()  # torch would call a full disk something else
+        torch.save({**state, "digest": sha256_of(state)}, buffer)
         with whole_file(file) as temporary:
-            torch.save({**state, "digest": sha256_of(state)}, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
 
 def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict | None]:
@@ -185,9 +187,15 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
 def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
     """Put the epochs of one fold into metrics.csv, beside those of the others: folds may run in parallel."""
     with FileLock(path.with_name(".metrics.lock")):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        rows = [row for row in rows if int(row["fold"]) != fold] + history
-        rows.sort(key=lambda row: (int(row["fold"]), int(row["epoch"])))
+        try:
+            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            rows = [row for row in rows if int(row["fold"]) != fold and None not in {*row, *row.values()}] + history
+            rows.sort(key=lambda row: (int(row["fold"]), int(row["epoch"])))
+            if any(row.keys() != history[0].keys() for row in rows):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, csv.Error):
+            warn(f"{path} is damaged: it is written anew, without the epochs of other folds")
+            rows = history
         with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, history[0])
             writer.writeheader()

@@ -2,10 +2,20 @@
 
 import copy
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
 import time
 import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from helpers import SMALL_AST, save_random
 from hypothesis import HealthCheck, assume, given, settings
@@ -14,15 +24,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import petl
+import train
 from ast_model import POOL
 from load_weights import from_dict, load_ast, load_trained, read_header, save_ast, to_dict
+from sounds.audio import read_audio
+from sounds.fetch import unpack
 from support import headers
 from support.checkpoints import read_json, sha256_of
 from support.command import UserError
-from support.records import Progress, read_progress, save_progress
-from tools import export
+from support.processes import join
+from support.records import Progress, read_progress, save_progress, write_metrics
+from tools import export, predict
 from tools.predict import class_names, load_classifier
 
+ROOT = Path(train.__file__).parent
 few = settings(
     max_examples=40, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -378,3 +393,119 @@ def test_a_damaged_state_is_never_resumed(tmp_path, data, digest):
     if not says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it"):
         new, read = read_progress(file, 1, resume=True)
         assert sha256_of([read, new.history, new.best]) == sha256_of([state, progress.history, progress.best])
+
+
+# ------------------------------------------------------------------------------- numbers, streams, places, archives
+
+
+def ends(call, *words, code=2):
+    """`call` is a main that returns `code` after one line with all of `words`."""
+
+    def check(capsys):
+        assert call() == code
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--batch-size 99999999999999999999", "--epochs 0", "--shots -1", "--folds " + "1" * 5000, "--seed " + "9" * 5000,
+     "--method dpt --prompts 1000000000", "--method lora --rr 1000000000", "--method lora --alpha 1e300", "--lr 1.5",
+     "--lr nan", "--seconds nan", "--micro-batch 1" + "0" * 5000],
+)  # fmt: skip
+def test_numbers_on_the_command_line(words, capsys, tmp_path):
+    words = f"{words} --data-dir {tmp_path} --dataset folder --cache-dir {tmp_path}".split()
+    ends(lambda: train.main(words), words[0 if "--method" not in words else 2])(capsys)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500"},
+     {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"},
+     {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}],
+)  # fmt: skip
+def test_an_environment_of_torchrun_set_by_half(environment, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert says(lambda: join(torch.device("cpu")), "start by torchrun")
+
+
+def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
+    os.mkfifo(tmp_path / "x.wav")
+    with pytest.raises(ValueError, match="is no file"):
+        read_audio(tmp_path / "x.wav")
+    with pytest.raises(ValueError, match="null byte"):
+        read_audio(Path(f"{tmp_path}/a\0.wav"))
+    assert says(lambda: load_classifier(tmp_path / "x.wav", None), "it is no file")
+    assert says(lambda: load_ast(tmp_path / "x.wav"), "no weights at")
+    (tmp_path / "y.wav").mkdir()
+    ends(lambda: predict.main([str(folder / "lora.safetensors"), str(tmp_path / "y.wav")]), "holds no sounds")(capsys)
+
+
+def run_in_shell(command):
+    command = command.replace("predict", f"{sys.executable} -m tools.predict")
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_streams(folder, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
+    words = f"predict {folder / 'lora.safetensors'} {tmp_path / 'a.wav'}"
+    ways = [f"{words} > /dev/full", f"{words} 2>&-", f"{words} | true; exit ${{PIPESTATUS[0]}}"]
+    with ThreadPoolExecutor() as pool:
+        full, closed, piped = pool.map(run_in_shell, ways)
+    assert full.returncode == 2 and full.stderr.startswith("error: the disk is full (the output)"), full
+    assert full.stderr.count("\n") == 1
+    assert closed.returncode == 0 and closed.stdout.count("\n") == 1
+    assert piped.returncode in (0, 1) and not piped.stderr
+
+
+def tarred(mode):
+    def make(file):
+        with tarfile.open(file, mode) as tar:
+            tar.add(SMALL_AST / "config.json", "config.json")
+
+    return make
+
+
+def zipped(file):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(SMALL_AST / "config.json", "config.json")
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("make", [tarred("w"), tarred("w:gz"), tarred("w:bz2"), tarred("w:xz"), zipped])
+def test_damaged_archives(tmp_path, make, data):
+    archive, out = tmp_path / "archive", tmp_path / "out"
+    make(archive)
+    content = archive.read_bytes()
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        archive.write_bytes(content[:at])
+    else:
+        archive.write_bytes(content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :])
+    if says(lambda: unpack(archive, out), archive):
+        assert not out.exists()
+    shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("offsets", "value"), [((6, 8), 1), ((8, 10), 77)])
+def test_archives_that_are_encrypted_or_of_unknown_compression(tmp_path, offsets, value):
+    zipped(tmp_path / "a.zip")
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[offsets[0]] = value
+    content[content.index(b"PK\x01\x02") + offsets[1]] = value
+    (tmp_path / "a.zip").write_bytes(content)
+    assert says(lambda: unpack(tmp_path / "a.zip", tmp_path / "out"), "a.zip is not a whole zip or tar archive")
+
+
+def test_metrics_that_are_damaged_are_written_anew(tmp_path, capsys):
+    for text in ("fold,epoch\nx,1\n", "\0\0", "nothing\n1\n", "fold,epoch,loss\n1\n"):
+        (tmp_path / "metrics.csv").write_text(text)
+        write_metrics(tmp_path / "metrics.csv", 1, [{"fold": 1, "epoch": 1, "loss": 0.5}])
+        assert (tmp_path / "metrics.csv").read_text().splitlines() == ["fold,epoch,loss", "1,1,0.5"]
+    assert "is damaged: it is written anew" in capsys.readouterr().err

@@ -30,7 +30,7 @@ import train
 from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.checkpoints import read_json
-from support.command import UserError
+from support.command import UserError, warn
 from support.headers import RunConfig, RunResult
 from support.processes import say
 from support.records import compare_settings, forget_peak
@@ -235,6 +235,11 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     """result.json of a cell whose folds are all finished, else None. UserError if another experiment lies there."""
     folder = plan.out / cell.name
     if not (folder / "result.json").exists():
+        return None
+    try:
+        read_json(folder / "result.json", RunResult, mend="it is made again from the fold files")
+    except UserError as error:
+        warn(str(error))
         return None
     config, result, split = read_run(folder)
     run = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here

@@ -28,7 +28,7 @@ import load_weights
 import petl
 from ast_model import AST, ASTConfig
 from support.checkpoints import read_header, read_json, read_names, read_tensors
-from support.command import Parser, UserError, exit_code
+from support.command import Parser, UserError, exit_code, in_words
 from support.files import whole_file, write_json
 from support.headers import Adapter, LoRA
 from tools.predict import class_names
@@ -335,7 +335,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args.run(args)
         except OSError as error:
-            raise UserError(f"cannot write {error.filename or args.out}: {error.strerror}") from None
+            if isinstance(error, BrokenPipeError) or not hasattr(args, "out"):
+                raise
+            raise UserError(f"cannot write {in_words(error, args.out)}") from None
 
     return exit_code(run)
 

@@ -296,11 +296,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return exit_code(lambda: run(parse(argv)))
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it flushes at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_code(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":
