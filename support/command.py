@@ -89,11 +89,12 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return 130
 
 
-def in_words(error: OSError, where: Path | str = "the output", mend: str = "") -> str:
+def in_words(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:
+    """One line about `where`, unless the error itself says where: that the disk is full, or `what` went wrong."""
     where = error.filename or where
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({where}): free some space{mend}"
-    return f"{where}: {error.strerror or error}"
+    return f"{what}{where}: {error.strerror or error}"
 
 
 def forget_output() -> None:

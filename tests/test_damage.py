@@ -1,6 +1,7 @@
 """What others wrote, and what is damaged: it opens as it should, or one line says which file and what is wrong."""
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -509,3 +510,21 @@ def test_metrics_that_are_damaged_are_written_anew(tmp_path, capsys):
         write_metrics(tmp_path / "metrics.csv", 1, [{"fold": 1, "epoch": 1, "loss": 0.5}])
         assert (tmp_path / "metrics.csv").read_text().splitlines() == ["fold,epoch,loss", "1,1,0.5"]
     assert "is damaged: it is written anew" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    """Wherever a command writes: a file that is whole or not there."""
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for to in ("merged", "hf", "peft"):
+        words = ["export", str(folder / "lora.safetensors"), "--to", to, "--out", str(tmp_path / to)]
+        ends(lambda words=words: export.main(words), "the disk is full")(capsys)
+        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    words = ["--out", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
+    assert train.main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
+    assert not list(tmp_path.rglob("*.wav"))

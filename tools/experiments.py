@@ -347,7 +347,7 @@ def start(argv: list[str]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise UserError(f"{in_words(error, plan.out)}; is --out a folder to write to, and is there space?") from None
+        raise UserError(f"{in_words(error, plan.out)}; is --out a folder to write to?") from None
     for cell, why in failed.items():
         print(f"missing: {cell.name}: {why}", file=sys.stderr)
     return 1 if failed else 0

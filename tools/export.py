@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             if isinstance(error, BrokenPipeError) or not hasattr(args, "out"):
                 raise
-            raise UserError(f"cannot write {in_words(error, args.out)}") from None
+            raise UserError(in_words(error, args.out, what="cannot write ")) from None
 
     return exit_code(run)
 
