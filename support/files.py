@@ -23,7 +23,8 @@ def whole_file(path: Path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:  # a full disk does not say where
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,7 +41,8 @@ def whole_folder(path: Path):
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
