@@ -562,7 +562,7 @@ def test_exports_land_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     for to, where in (("merged", out / "model.safetensors"), ("hf", out), ("peft", out)):
         words = ["export", tmp_path / "fold1.safetensors", "--to", to, "--out", where]
         assert export.main([str(word) for word in words]) == 2
-        assert capsys.readouterr().err == f"error: cannot write {where}: No space left on device\n"
+        assert capsys.readouterr().err == f"error: the disk is full ({where}): free some space\n"
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
     assert (out / "model.safetensors").read_bytes() == b"old"
 
