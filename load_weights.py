@@ -17,8 +17,9 @@ import petl
 import petl_more
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
-from support.checkpoints import fetch, fill, read_header, read_json, read_metadata, read_tensors, write_tensors
+from support.checkpoints import fetch, fill, read_header, read_metadata, read_names, read_tensors, write_tensors
 from support.command import UserError, first_of
+from support.headers import HuggingFace, checked
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
@@ -133,8 +134,8 @@ def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for ours, *others in NAMES:
             for theirs in others:
                 name = name.replace(theirs, ours)
-        if ".attn.qkv." in name:  # of the original: three projections in one
-            for letter, part in zip("qkv", tensor.float().chunk(3), strict=True):
+        if ".attn.qkv." in name and tensor.dim():  # of the original: three projections in one
+            for letter, part in zip("qkv", tensor.float().chunk(3), strict=False):
                 translated[name.replace(".qkv.", f".{letter}.").strip(".")] = part.clone()
         else:
             translated[name.strip(".")] = tensor.float()
@@ -156,37 +157,39 @@ def to_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -> ASTConfig:
     """The shape of the model: from its tensors, and from config.json what no tensor shows."""
     header = read_metadata(path) if path.suffix == ".safetensors" else {}
-    if "config" in header:  # of save_ast
-        return ASTConfig(**header["config"])
-    written = read_json(config_path) if config_path.is_file() else {}
-    if written.get("model_type") != "audio-spectrogram-transformer":
-        written = {}  # some other program's config.json
     try:
         dim, _, patch, _ = state["embed.patches.weight"].shape
-        n_tokens = state["embed.position"].shape[1]
+        _, n_tokens, _ = state["embed.position"].shape
         hidden = state["blocks.0.ffn.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         trained_parts = any(".adapter." in name or name == "head.weight" for name in state)
         hint = "; it holds trained parts, whose backbone is wanted here" if trained_parts else ""
         raise UserError(f"{path} is no AST checkpoint: {error} is missing or of another shape{hint}") from None
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    time_stride, stride = written.get("time_stride", 10), written.get("frequency_stride", 10)
-    activation, qkv_bias = written.get("hidden_act", "gelu"), written.get("qkv_bias", True)
-    if time_stride != stride or activation != "gelu" or not qkv_bias:
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    n_classes = next((state[name].numel() for name in ("head.1.bias", "head.bias") if name in state), 1)
+    shown = {"dim": dim, "depth": depth, "hidden": hidden, "patch": patch, "n_classes": n_classes}  # by the tensors
+    names = None if "config" in header else read_names(config_path)
+    written = names if isinstance(names, HuggingFace) else HuggingFace()  # or some other program's config.json
+    if written.time_stride != written.frequency_stride or written.hidden_act != "gelu" or not written.qkv_bias:
         raise UserError(f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported")
-    n_classes = next((len(state[name]) for name in ("head.1.bias", "head.bias") if name in state), 1)
+    stride, n_mels = written.frequency_stride, written.num_mel_bins
     try:
-        n_mels = written.get("num_mel_bins", 128)
-        steps = (n_tokens - 2) // ((n_mels - patch) // stride + 1)
-        config = ASTConfig(
-            n_frames=written.get("max_length", (steps - 1) * stride + patch), n_mels=n_mels, patch=patch,
-            stride=stride, dim=dim, depth=depth, heads=written.get("num_attention_heads", dim // 64),
-            eps=written.get("layer_norm_eps", 1e-12), n_classes=n_classes,
-            pool="cls_dist" if "head.1.bias" in state else "mean", hidden=hidden,
-        )  # fmt: skip
+        if "config" in header:  # of save_ast
+            config = ASTConfig(**header["config"])
+        else:
+            steps = (n_tokens - 2) // ((n_mels - patch) // stride + 1)
+            config = ASTConfig(
+                n_frames=written.max_length or (steps - 1) * stride + patch, n_mels=n_mels, stride=stride,
+                heads=written.num_attention_heads or dim // 64, eps=written.layer_norm_eps,
+                pool="cls_dist" if "head.1.bias" in state else "mean", **shown,
+            )  # fmt: skip
+        config = replace(config, hidden=config.hidden or 4 * config.dim)
+        for name, size in shown.items():
+            if getattr(config, name) != size:
+                raise ValueError(f"config.{name}: Expected {size} as its tensors have it, got {getattr(config, name)}")
         if config.n_tokens != n_tokens:
             raise ValueError(f"a grid of {config.grid} patches does not have {n_tokens} positions")
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} and its config.json do not make an AST: {error}") from None
     return config
 
@@ -233,15 +236,14 @@ def to_dict(method: petl.Method) -> dict:
     return {"name": method.name, "lr": method.lr, "parts": parts, **blocks}
 
 
-def from_dict(entry: dict) -> petl.Method:
-    """The way back. Raises UserError for a part that no row of METHODS has."""
+def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
+    """The way back. Raises UserError for a part that no row of METHODS has; `origin` says where the entry is from."""
     known = {type(part).__name__: type(part) for method in petl.METHODS.values() for part in method.parts}
-    settings = [dict(part) for part in entry["parts"]]
-    unknown = [part["part"] for part in settings if part["part"] not in known]
+    unknown = [part["part"] for part in entry["parts"] if part["part"] not in known]
     if unknown:
-        raise UserError(f"method {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS has")
-    parts = tuple(known[part.pop("part")](**part) for part in settings)
-    blocks = tuple(entry["blocks"]) if "blocks" in entry else None
+        raise UserError(f"{origin}: {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS has")
+    parts = tuple(checked(part, known[part["part"]], f"{origin}: {part['part']}") for part in entry["parts"])
+    blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
     return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"], blocks=blocks)
 
 
@@ -292,7 +294,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), not on "
             f"{model.backbone.name} ({model.backbone.sha256[:12]}): give the right one as weights"
         )
-    petl.apply(model, from_dict(header["method"]))
+    petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)
     return model.eval()
 

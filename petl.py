@@ -11,13 +11,16 @@ own code is never changed. To add a method: write the module, write the part, ad
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ast_model import AST, FFN
+from support import headers
 from support.command import UserError, nearest
+from support.headers import Alpha, Rate, Targets
 
 
 def inner(module: nn.Module) -> nn.Module:
@@ -140,15 +143,12 @@ def side_by_side(into: list[tuple], out: list[tuple]) -> FFN:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter at the MHSA (`at="attn"`) or the FFN (`at="ffn"`) of every block.
+    """An adapter at the MHSA or the FFN of every block. Trains the LayerNorm feeding it: 249K are 230,544 + 18,432."""
 
-    It trains the LayerNorm that feeds the sub-layer, too: the paper's 249K are 230,544 and those 18,432.
-    """
-
-    at: str
-    how: str  # a key of INSERTIONS
-    kind: str = "bottleneck"  # or "convpass", "convpass_2d"
-    rr: int = 64
+    at: Literal["attn", "ffn"]
+    how: Literal[tuple(INSERTIONS)]
+    kind: Literal["bottleneck", "convpass", "convpass_2d"] = "bottleneck"
+    rr: Rate = 64
 
     def insert(self, model: AST) -> None:
         rank = rank_of(model.config.dim, self.rr)
@@ -192,7 +192,7 @@ class HydraFFN(nn.Module):
 class Hydra:
     """Hydra at the FFN of every block; trains the LayerNorm feeding it."""
 
-    rr: int = 64
+    rr: Rate = 64
 
     def insert(self, model: AST) -> None:
         for block in map(inner, model.blocks):
@@ -225,9 +225,9 @@ class LoRALinear(nn.Module):
 class LoRA:
     """LoRA on the named projections of every attention. s = alpha / RR, as the paper has it (not alpha / r)."""
 
-    targets: str = "qv"  # any of q, k, v, o
-    rr: int = 128
-    alpha: float = 8
+    targets: Targets = "qv"  # any of q, k, v, o
+    rr: Rate = 128
+    alpha: Alpha = 8
 
     def insert(self, model: AST) -> None:
         for block in map(inner, model.blocks):
@@ -263,7 +263,7 @@ class PrefixLinear(nn.Module):
 class Prefix:
     """Prefix-tuning: of n prompts a layer, one half are keys and the other half values (221K = 12 x 24 x 768)."""
 
-    prompts: int = 24
+    prompts: headers.Prompts = 24
 
     def __post_init__(self):
         if self.prompts % 2:
@@ -303,7 +303,7 @@ class PromptedBlock(nn.Module):
 class Prompts:
     """Prompt-tuning (Jia et al., 2022): shallow adds prompts at the first layer, deep gives every layer its own."""
 
-    prompts: int
+    prompts: headers.Prompts
     deep: bool = False
 
     def insert(self, model: AST) -> None:

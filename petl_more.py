@@ -8,6 +8,7 @@ function. `load_weights.py` puts the rows beside those of `petl.py`.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from ast_model import AST
 from petl import Adapted, Bottleneck, LoRA, LoRALinear, Method, inner, put_beneath, rank_of, zeros
+from support.headers import Rate, Seed, Size, Targets
 
 
 def offset(*shape: int) -> nn.Parameter:
@@ -30,8 +32,8 @@ def offset(*shape: int) -> nn.Parameter:
 class Parallel:
     """Adapters parallel to the MHSA (`at="attn"`) or the FFN (`at="ffn"`) of every block; trains their LayerNorm."""
 
-    at: str = "attn"
-    rr: int = 128  # of a mixture: that of each expert
+    at: Literal["attn", "ffn"] = "attn"
+    rr: Rate = 128  # of a mixture: that of each expert
 
     def insert(self, model: AST) -> None:
         dim = model.config.dim
@@ -66,8 +68,8 @@ class ConformerModule(nn.Module):
 
 @dataclass(frozen=True)
 class Conformer(Parallel):
-    rr: int = 96
-    kernel: int = 31  # the paper's for speech; 8 for ESC-50 and US8K
+    rr: Rate = 96
+    kernel: Size = 31  # the paper's for speech; 8 for ESC-50 and US8K
     own_norm: bool = True
 
     def adapter(self, dim: int, rank: int) -> nn.Module:
@@ -122,8 +124,8 @@ class DenseMoA(Experts):
 
 @dataclass(frozen=True)
 class SoftMixture(Parallel):
-    experts: int = 7
-    slots: int = 1  # of each expert
+    experts: Size = 7
+    slots: Size = 1  # of each expert
 
     def adapter(self, dim: int, rank: int) -> nn.Module:
         return SoftMoA(dim, rank, self.experts, self.slots)
@@ -131,7 +133,7 @@ class SoftMixture(Parallel):
 
 @dataclass(frozen=True)
 class DenseMixture(Parallel):
-    experts: int = 7
+    experts: Size = 7
 
     def adapter(self, dim: int, rank: int) -> nn.Module:
         return DenseMoA(dim, rank, self.experts)
@@ -215,9 +217,9 @@ class VeRALinear(nn.Module):
 class VeRA:
     """VeRA on the named projections. `seed` draws A and B, so that no file needs to hold them."""
 
-    targets: str = "qv"  # any of q, k, v, o
-    rr: int = 3
-    seed: int = 0
+    targets: Targets = "qv"  # any of q, k, v, o
+    rr: Rate = 3
+    seed: Seed = 0
 
     def insert(self, model: AST) -> None:
         dim, rank, random = model.config.dim, rank_of(model.config.dim, self.rr), np.random.RandomState(self.seed)
@@ -331,7 +333,7 @@ class AdaptFormerFFN(nn.Module):
 class AdaptFormer:
     """AdaptFormer at the FFN of every block; the LayerNorm stays frozen."""
 
-    rr: int = 12
+    rr: Rate = 12
 
     def insert(self, model: AST) -> None:
         for block in map(inner, model.blocks):
@@ -362,7 +364,7 @@ class AdapterPlusBlock(nn.Module):
 class AdapterPlus:
     """Adapter+ behind every block; no LayerNorm of a block is trained."""
 
-    rr: int = 96
+    rr: Rate = 96
 
     def insert(self, model: AST) -> None:
         for i, block in enumerate(model.blocks):

@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> dict:
                 finish_fold(model, file, {"result": result, "classes": dataset.classes, "settings": asdict(settings)})
                 machine = replace(machine, forecast=0)  # once is enough
             if is_first():
-                say(records.describe_fold(read_header(file)["result"]))
+                say(records.describe_fold(read_header(file, "result")["result"]))
         wait_for_all()
         results[seed] = records.summarise(folder, folds, settings, started)
     return results[args.seed[0]] if len(results) == 1 else records.summarise_seeds(folder.parent, results)
@@ -238,8 +238,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--list-methods", action="store_true", help="print all methods with their parameter counts")
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise UserError(f"--lr is {args.lr}; it must be positive")
+    if args.lr is not None and not 0 < args.lr <= 1:
+        raise UserError(f"--lr is {args.lr}; it must be positive and at most 1")
     if args.keep is not None and not 0 < args.keep < 1:
         raise UserError(f"--keep is {args.keep}; it must be a share between 0 and 1")
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:

@@ -41,6 +41,8 @@ def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
     first `seconds`), or holds values that are not finite.
     """
     try:
+        if never_ends(path):
+            raise ValueError("is no file")
         with open(path, "rb") as opened:  # says why a file cannot be opened; libsndfile would say "system error"
             if not opened.read(1):
                 raise ValueError("is empty (0 bytes)")
@@ -80,8 +82,15 @@ def _length_in_header(file: soundfile.SoundFile) -> float:
     return file.frames
 
 
+def never_ends(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device: to open one may take forever."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def length_of(path: Path) -> float:
     """Seconds of sound in a file, from its header; nan where there is no readable one."""
+    if never_ends(path):
+        return math.nan
     try:
         info = soundfile.info(os.fsencode(path))
         return info.frames / info.samplerate if info.frames < _NO_LENGTH else math.nan

@@ -1,5 +1,6 @@
 """The demo: sounds that `synth` makes, so that everything can be tried without downloading anything."""
 
+import io
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,9 @@ def rendered(
                     file = temporary / clip.path.relative_to(root)
                     file.parent.mkdir(exist_ok=True)
                     wave = synth.render(clip.label, int(file.stem), SEED)
-                    soundfile.write(file, wave, RATE, subtype="PCM_16")
+                    whole = io.BytesIO()  # libsndfile would call a full disk a "system error"
+                    soundfile.write(whole, wave, RATE, subtype="PCM_16", format="WAV")
+                    file.write_bytes(whole.getbuffer())
     return Listing(root, clips)
 
 

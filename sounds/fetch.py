@@ -1,10 +1,11 @@
 """Published datasets: found, downloaded, unpacked."""
 
-import gzip
 import hashlib
 import http.client
+import lzma
 import os
 import stat
+import struct
 import tarfile
 import urllib.error
 import urllib.request
@@ -19,6 +20,11 @@ from tqdm import tqdm
 
 from support.command import UserError
 from support.files import whole_file, whole_folder
+
+# What zipfile and tarfile raise for an archive that is damaged, encrypted (RuntimeError) or of a kind they do not know.
+DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError, struct.error
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,12 @@ def unpack(archive: Path, folder: Path) -> None:
                     for member in progress(tar):
                         refuse(member.name, member.isreg() or member.isdir())
                         tar.extract(member, temporary, filter="data")  # drops owners and odd permissions as well
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    if tar.fileobj.tell() == tar.offset:  # no block of zeros: members may be missing
+                        raise EOFError
+                    while tar.fileobj.read(1 << 20):  # to the checksum of the compression
+                        pass
+    except (*DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the archive
+            raise
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else "it ends too early"
         raise UserError(f"{archive} is not a whole zip or tar archive ({reason}): download it again") from None

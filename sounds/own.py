@@ -8,7 +8,7 @@ from pathlib import Path
 from sounds.audio import SUFFIXES, files_in
 from sounds.clip import PARTS, Clip, Listing
 from sounds.tables import folders_in, read_table, require_files
-from support.command import UserError, first_of, warn
+from support.command import UserError, first_of, is_number, warn
 
 
 def folder(data_dir: Path | None, cache_dir: Path) -> Listing:
@@ -54,8 +54,8 @@ def table(data_dir: Path | None, cache_dir: Path) -> Listing:
             raise UserError(f"{data_dir}, line {line}: an empty path, label or {column or 'column'}")
         if column == "split" and row["split"] not in PARTS:
             raise UserError(f"{data_dir}, line {line}: split is {row['split']!r}; it must be train, val or test")
-        if column == "fold" and not row["fold"].isdecimal():
-            raise UserError(f"{data_dir}, line {line}: fold is {row['fold']!r}; it must be a whole number")
+        if column == "fold" and not is_number(row["fold"]):
+            raise UserError(f"{data_dir}, line {line}: fold is {row['fold'][:100]!r}; it must be a whole number")
     part = int if column == "fold" else str
     clips = [Clip(data_dir.parent / row["path"], row["label"], part(row[column]) if column else "") for row in rows]
     first = {}

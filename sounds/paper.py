@@ -33,7 +33,8 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> L
     """ESC-50 (Piczak, 2015): 2,000 clips of 5 s, 50 classes, 5 folds; ESC-10 is 10 of its classes.
 
     Fold k tests fold k, validates on fold k-1 (fold 1 on fold 5) and trains on the other three. Clips cut from one
-    recording are in one fold. `data_dir` is the unpacked release or its zip; without it the release is downloaded.
+    recording are meant to be in one fold; those of 4 recordings (column `src_file`) are not. `data_dir` is the
+    unpacked release or its zip; without it the release is downloaded.
     """
     root = locate(ESC50, data_dir, cache_dir)
     table = root / "meta" / "esc50.csv"
@@ -43,7 +44,7 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> L
         if not rows:
             raise UserError(f"{table}: no row has esc10 = True; is it the table of the release?")
     clips = [Clip(root / "audio" / row["filename"], row["category"], int(row["fold"])) for row in rows]
-    classes = _in_order(rows, "target", "category")
+    classes = _in_order(table, rows, "target", "category")
     require_files(root, [clip.path for clip in clips])
     expected = (10, 400) if only_esc10 else (50, 2000)
     if (len(classes), len(rows)) != expected:
@@ -60,7 +61,7 @@ def us8k(data_dir: Path | None, cache_dir: Path) -> Listing:
     """UrbanSound8K (Salamon, Jacoby and Bello, 2014): 8,732 clips of up to 4 s, 10 classes, 10 folds.
 
     Fold k tests fold k and trains on the other nine, so there are no validation clips. Clips cut from one recording
-    (`fsID`) are in one fold.
+    are meant to be in one fold; those of 5 recordings (column `fsID`) are not.
     """
     root = locate(US8K, data_dir, cache_dir)
     table = root / "metadata" / "UrbanSound8K.csv"
@@ -70,7 +71,7 @@ def us8k(data_dir: Path | None, cache_dir: Path) -> Listing:
         Clip(folder / f"fold{row['fold']}" / row["slice_file_name"], row["class"], int(row["fold"])) for row in rows
     ]
     require_files(root, [clip.path for clip in clips])
-    return Listing(root, clips, _in_order(rows, "classID", "class"))
+    return Listing(root, clips, _in_order(table, rows, "classID", "class"))
 
 
 def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
@@ -106,7 +107,9 @@ def fsc(data_dir: Path | None, cache_dir: Path) -> Listing:
     return Listing(root, clips)
 
 
-def _in_order(rows: list[dict[str, str]], number: str, name: str) -> list[str]:
-    """Classes in the order of their column `number`."""
+def _in_order(table: Path, rows: list[dict[str, str]], number: str, name: str) -> list[str]:
+    """Classes of a table in the order of their column `number`."""
     names = {int(row[number]): row[name] for row in rows}
+    if len(names) < 2:
+        raise UserError(f"{table}: {len(names)} classes in the column {number}; there must be two or more")
     return [names[n] for n in sorted(names)]

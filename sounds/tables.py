@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.command import UserError, first_of
+from support.command import UserError, first_of, is_number
 
 
 def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -28,8 +28,8 @@ def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ())
         if any(row[column] is None for column in columns):
             raise UserError(f"{path}, line {line}: too few columns; is the file whole?")
         for column in integers:
-            if not row[column].isdecimal():
-                raise UserError(f"{path}, line {line}: {column} is {row[column]!r}; it must be a whole number")
+            if not is_number(row[column]):
+                raise UserError(f"{path}, line {line}: {column} is {row[column][:100]!r}; it must be a whole number")
     return rows
 
 

@@ -1,18 +1,28 @@
 """Files of tensors from anywhere: fetched, read without executing anything, errors in one line."""
 
+import hashlib
 import json
-import pickle
+import warnings
+import zipfile
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import huggingface_hub
 import huggingface_hub.utils
 import torch
 from huggingface_hub.errors import EntryNotFoundError
+from msgspec import to_builtins
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from support.command import UserError, first_of
 from support.files import whole_file
+from support.headers import HuggingFace, Names, Trained, Whole, checked
+
+T = TypeVar("T")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def fetch(repository: str) -> tuple[Path, Path]:
@@ -34,52 +44,152 @@ def fetch(repository: str) -> tuple[Path, Path]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, all of them numbers in main memory; UserError names one that is not."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "GLOBAL" in str(error):
-            reason = "it holds Python code, which is never executed here"
-        elif isinstance(error, pickle.UnpicklingError):  # whose own text recommends to load it unsafely
-            reason = "it is no file of tensors"
-        else:
-            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        content = load_file(path) if path.suffix == ".safetensors" else unpickled(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise UserError(f"cannot read {path} ({reason}): download it again, or convert it to .safetensors") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds no table of tensors: give a checkpoint of an AST")
-    return content
+    for name, tensor in content.items():
+        if kind := unusual(tensor):
+            raise UserError(f"{path}: {name} {kind}: give a checkpoint of plain numbers")
+    return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
-def read_json(path: Path) -> dict:
+def unpickled(path: Path):
+    """What is in a file of torch.save; nothing is executed. ValueError with the reason if it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path} (it holds no table): download it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that `unusual` refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a small machine runs what the bytes say: a damaged file may raise anything
+        if "GLOBAL" in str(error):
+            raise ValueError("it holds Python code, which is never executed here") from None
+        if isinstance(error, RuntimeError) and str(error):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError("it is no file of tensors") from None  # their own texts recommend to load it unsafely
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as zipped:  # an old format is no zip
+        if damaged := zipped.testzip():  # torch does not look at checksums
+            raise ValueError(f"its part {damaged} is damaged")
     return content
+
+
+def sha256_of(content) -> str:
+    """Of tensors and plain values in tables and lists, in any order of a table's keys."""
+    digest = hashlib.sha256()
+
+    def add(content):
+        if isinstance(content, torch.Tensor):
+            digest.update(f"{content.dtype} {tuple(content.shape)} ".encode())
+            digest.update(content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(content, dict):
+            digest.update(f"{{{len(content)} ".encode())
+            for key in sorted(content, key=repr):
+                add(key)
+                add(content[key])
+        elif isinstance(content, list | tuple):
+            digest.update(f"[{len(content)} ".encode())
+            for value in content:
+                add(value)
+        else:
+            digest.update(f"{content!r} ".encode(errors="backslashreplace"))
+
+    add(content)
+    return digest.hexdigest()
+
+
+def unusual(tensor: torch.Tensor) -> str | None:
+    """Why a tensor is not an array of finite numbers; None if it is one."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+        return "is sparse, nested or without numbers"
+    if tensor.dtype not in PLAIN:
+        return f"is of type {tensor.dtype}"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return "is larger than what is stored of it"
+    if not tensor.float().isfinite().all():
+        return "holds a number that is not finite"
+    return None
+
+
+def read_json(path: Path, kind: type[T], mend: str = "download it again") -> T:
+    """A JSON file that holds a table, as `kind`, one of those in support/headers.py."""
+    try:
+        return checked(parse_json(path.read_bytes()), kind, path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): {mend}") from None
+
+
+def parse_json(text: str | bytes) -> dict:
+    """A table of JSON. ValueError with the reason for anything else."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(content, dict):
+        raise ValueError("it holds no table")
+    return content
+
+
+def read_names(path: Path) -> Names:
+    """What the config.json of a model says, if there is one: a HuggingFace, or the names of another program's."""
+    if not path.is_file():
+        return HuggingFace()
+    names = read_json(path, Names)
+    return read_json(path, HuggingFace) if names.model_type == "audio-spectrogram-transformer" else names
 
 
 def read_metadata(path: Path) -> dict:
-    """The description under the key `ast_petl` of a .safetensors file; empty in files that others wrote."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("ast_petl", "{}"))
+    """The description under the key `ast_petl` of a .safetensors file; empty in files that others wrote.
 
-
-def read_header(path: Path) -> dict:
-    """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else."""
+    UserError unless it is what support/headers.py says.
+    """
+    if not path.is_file():
+        raise UserError(no_whole_file(path, "it is no file"))
     try:
-        if header := read_metadata(path):
-            return header
-        reason = "it has no such header"
+        with safe_open(path, "pt") as file:
+            header = parse_json((file.metadata() or {}).get("ast_petl", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if "digest" in header else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    raise UserError(f"{path} is no whole file of trained parts ({reason}): delete it and train it again")
+        raise UserError(no_whole_file(path, str(error).splitlines()[0])) from None
+    if not header:
+        return header
+    known = to_builtins(checked(header, Whole if "config" in header else Trained, path))
+    digest = known.pop("digest", None)
+    header.pop("digest", None)
+    if digest is not None and digest != sha256_of([tensors, described(header)]):
+        raise UserError(no_whole_file(path, "it is damaged: its SHA-256 is another"))
+    return {**header, **known}
+
+
+def described(header: dict) -> dict:
+    """What is read of a header, and what its digest is of, as JSON has it."""
+    return json.loads(json.dumps({name: value for name, value in header.items() if name in Whole.__struct_fields__}))
+
+
+def read_header(path: Path, *needed: str) -> dict:
+    """The description in a file of `save_trained` or `save_ast`. UserError if it is damaged or something else, or has
+    not all keys that are `needed`."""
+    header = read_metadata(path)
+    if not header:
+        raise UserError(no_whole_file(path, "it has no such header"))
+    for name in needed:
+        if name not in header:
+            raise UserError(no_whole_file(path, f"its header has no {name}"))
+    return header
+
+
+def no_whole_file(path: Path, reason: str) -> str:
+    return f"{path} is no whole file of trained parts ({reason}): delete it and train it again"
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
-    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`."""
+    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`, and a digest of
+    both by which damage shows."""
+    header = {**header, "digest": sha256_of([tensors, described(header)])}
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))
 

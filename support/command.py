@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def numbers(text: str) -> list[int]:
-    if not all(word.isdecimal() for word in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 0,1,2")
+    if not all(map(is_number, text.split(","))):
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is no list of whole numbers like 0,1,2")
     return list(dict.fromkeys(int(word) for word in text.split(",")))  # each of them once
 
 
@@ -33,9 +33,14 @@ def span(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number, of no more digits than anything here can have."""
+    return text.isdecimal() and len(text) <= 12
+
+
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not is_number(text.strip().removeprefix("+")) or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"invalid positive value: {text[:100]!r}")
     return int(text)
 
 
@@ -67,14 +72,40 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2, here and in the other commands."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()  # an error of what is still to be written shows now
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        forget_output()
+        return 1
+    except OSError as error:  # the machine's state, not a mistake of the program
+        print(f"error: {in_words(error)}", file=sys.stderr)
+        forget_output()
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return 130
+
+
+def in_words(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:
+    """One line about `where`, unless the error itself says where: that the disk is full, or `what` went wrong."""
+    where = error.filename or where
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({where}): free some space{mend}"
+    return f"{what}{where}: {error.strerror or error}"
+
+
+def forget_output() -> None:
+    """What is still to be printed is lost: Python would complain once more when it flushes at the end."""
+    with suppress(OSError, ValueError):  # a test's output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -85,10 +116,11 @@ def explained(device: torch.device, tried: int, out: Path):
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory on {device}: choose a --micro-batch smaller than {tried}") from None
     except OSError as error:
-        where = error.filename or out
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"the disk is full ({where}): free some space, then add --resume to go on") from None
-        raise UserError(f"{where}: {error.strerror or error}; is --out or --cache-dir a folder to write to?") from None
+        if isinstance(error, BrokenPipeError):
+            raise
+        said = in_words(error, out, mend=", then add --resume to go on")
+        hint = "" if "disk is full" in said else "; is --out or --cache-dir a folder to write to?"
+        raise UserError(f"{said}{hint}") from None
     except KeyboardInterrupt:
         hint = "interrupted: the same command with --resume goes on after the last finished epoch"
         raise KeyboardInterrupt(hint) from None
@@ -108,4 +140,5 @@ def nearest(name: str, known: Iterable[str], what: str, hint: str = "") -> str:
 
 def first_of(names: list[str]) -> str:
     """The first five of a list, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
+    shown = [name if len(name) <= 100 else f"{name[:97]}..." for name in names[:5]]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"

@@ -22,6 +22,10 @@ def whole_file(path: Path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say where
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -36,6 +40,10 @@ def whole_folder(path: Path):
         yield temporary
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

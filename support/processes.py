@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.command import UserError
+from support.command import UserError, is_number
 
 PATIENCE = timedelta(minutes=10)  # of a process that waits for another; a dead one on the same node shows at once
 
@@ -74,7 +74,7 @@ def process_group(device: torch.device):
     try:
         if "RANK" in os.environ:
             signal.signal(signal.SIGTERM, lost_process)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            join(device)
         yield
         if dist.is_initialized():  # only now: after an error it might wait for processes that are lost
             dist.destroy_process_group()
@@ -82,6 +82,16 @@ def process_group(device: torch.device):
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             lost_process()
         raise
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes. UserError unless the environment says where and how many they are."""
+    for name, most in {"RANK": 10**6, "WORLD_SIZE": 10**6, "MASTER_PORT": 65_535}.items():
+        if not is_number(os.environ.get(name, "")) or int(os.environ[name]) > most:
+            raise UserError(f"{name} is {os.environ.get(name)!r} where RANK is set: start by torchrun, or unset RANK")
+    if not os.environ.get("MASTER_ADDR") or int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise UserError("MASTER_ADDR is missing, or RANK is not below WORLD_SIZE: start by torchrun, or unset RANK")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def lost_process(*_) -> None:

@@ -8,49 +8,25 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
+from msgspec import to_builtins
 from tqdm import tqdm
 
-from support.checkpoints import read_header
-from support.command import UserError
+from support.checkpoints import read_header, read_json, sha256_of, unpickled
+from support.command import UserError, warn
 from support.files import whole_file, write_json, write_text
+from support.headers import ResumeState, RunConfig, Settings, checked
 from support.processes import is_first, say
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result of a run: two runs with the same settings are the same experiment.
-
-    A field that comes later has a default: that of the runs before it.
-    """
-
-    dataset: str
-    weights: str  # as the user named it; what counts is `backbone`
-    backbone: str  # SHA-256
-    method: dict  # as load_weights.to_dict has it, fitted to the width of the backbone
-    pool: str
-    seed: int
-    shots: int | None
-    clips: str  # SHA-256 of split.csv: which clips train, validate and test
-    n_frames: int
-    epochs: int
-    batch_size: int
-    lr: float
-    mask: bool
-    dtype: str
-    keep: float | None = None  # share of the patches in training
-
 
 # ----------------------------------------------------------------------------------------------- the start of a run
 
@@ -78,10 +54,7 @@ def start_run(
     mixed with these."""
     file = folder / "config.json"
     if file.exists():
-        try:
-            old = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{file} is damaged: delete the folder, or give another --out") from None
+        old = to_builtins(read_json(file, RunConfig, mend="delete the folder, or give another --out"))
         # `weights` is a name; `backbone` is what counts.
         compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
@@ -99,9 +72,8 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
         "clips": "other clips or splits", "method": "other settings of the method",
         "backbone": f"the backbone {old.get('weights')} as it was then",
     }  # fmt: skip
-    defaults = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
     for name, value in json.loads(json.dumps(new)).items():  # JSON has no tuples
-        before = old.get(name, defaults.get(name))
+        before = old[name]
         if before != value:
             what = in_words.get(name, f"{name} {before}, not {value}")
             raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
@@ -252,8 +224,11 @@ def save_progress(file: Path, progress: Progress, state: dict) -> None:
     if is_first():
         write_metrics(file.parent / "metrics.csv", progress.fold, progress.history)
         known = {"history": progress.history, "best": progress.best, "seconds": progress.seconds}
+        state = {**state, **known}
+        buffer = io.BytesIO()  # torch would call a full disk something else
+        torch.save({**state, "digest": sha256_of(state)}, buffer)
         with whole_file(file) as temporary:
-            torch.save({**state, **known}, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
 
 def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict | None]:
@@ -264,8 +239,12 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
         say(f"fold {fold}: was interrupted and starts over; --resume would go on where it was")
         return Progress(fold), None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        state = unpickled(file)
+        checked(state, ResumeState, file)
+        digest = state.pop("digest", None)
+        if digest is not None and digest != sha256_of(state):
+            raise ValueError
+    except (OSError, ValueError, UserError):
         raise UserError(f"{file} is damaged: delete it, and the fold starts over") from None
     progress = Progress(fold, *(state.pop(name) for name in ("history", "best", "seconds")))
     say(f"fold {fold}: going on after epoch {len(progress.history)}")
@@ -275,9 +254,15 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
 def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
     """Put the epochs of one fold into metrics.csv, beside those of the others: folds may run in parallel."""
     with FileLock(path.with_name(".metrics.lock")):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        rows = [row for row in rows if int(row["fold"]) != fold] + history
-        rows.sort(key=lambda row: (int(row["fold"]), int(row["epoch"])))
+        try:
+            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            rows = [row for row in rows if int(row["fold"]) != fold and None not in {*row, *row.values()}] + history
+            rows.sort(key=lambda row: (int(row["fold"]), int(row["epoch"])))
+            if any(row.keys() != history[0].keys() for row in rows):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, csv.Error):
+            warn(f"{path} is damaged: it is written anew, without the epochs of other folds")
+            rows = history
         with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, history[0])
             writer.writeheader()
@@ -340,7 +325,7 @@ def summarise(folder: Path, folds: Iterable[int], settings: Settings, started: f
         return {}
     with FileLock(folder / ".result.lock"):  # folds may end at the same time on several machines
         files = [folder / f"fold{fold}.safetensors" for fold in folds]
-        headers = [read_header(file) for file in files if file.exists()]
+        headers = [read_header(file, "result", "parameters", "versions") for file in files if file.exists()]
         results = [header["result"] for header in headers]
         summary = {
             **mean_and_std(results), "folds": results, "parameters": headers[0]["parameters"],

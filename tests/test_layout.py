@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "ast_model": set(),
     "petl": {"ast_model", "support"},
     "data": {"ast_model", "sounds", "support"},
-    "petl_more": {"ast_model", "petl"},
+    "petl_more": {"ast_model", "petl", "support"},
     "load_weights": {"ast_model", "petl", "petl_more", "data", "support"},
     "train": {"ast_model", "petl", "data", "load_weights", "support"},
     "tools": {*FIVE, "sounds", "support"},

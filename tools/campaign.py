@@ -6,7 +6,6 @@ process ends, however it ends. So a killed cell is free at once, and any number 
 """
 
 import csv
-import json
 import multiprocessing
 import os
 import signal
@@ -24,12 +23,15 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
+from msgspec import to_builtins
 
 import petl
 import train
 from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
-from support.command import UserError
+from support.checkpoints import read_json
+from support.command import UserError, warn
+from support.headers import RunConfig, RunResult
 from support.processes import say
 from support.records import compare_settings, forget_peak
 from support.variants import fitted
@@ -235,6 +237,11 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     folder = plan.out / cell.name
     if not (folder / "result.json").exists():
         return None
+    try:
+        read_json(folder / "result.json", RunResult, mend="it is made again from the fold files")
+    except UserError as error:
+        warn(str(error))
+        return None
     config, result, split = read_run(folder)
     run = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
     recipe = DATASETS[cell.dataset]
@@ -262,10 +269,11 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
 def read_run(run: Path) -> tuple[dict, dict, list[dict[str, str]]]:
     """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none."""
     try:
-        config, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+        for name in ("config.json", "result.json"):
+            (run / name).stat()
+        config = read_json(run / "config.json", RunConfig, mend="delete the folder")
+        result = read_json(run / "result.json", RunResult, mend="delete it: the same command makes it again")
         with open(run / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return dict(config), dict(result), list(csv.DictReader(file))
+            return to_builtins(config), to_builtins(result), list(csv.DictReader(file))
     except FileNotFoundError as error:
         raise UserError(f"{run} is no finished run of train.py: there is no {Path(error.filename).name}") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{run} holds a damaged config.json or result.json: delete the folder") from None

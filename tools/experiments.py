@@ -23,7 +23,7 @@ import petl
 import train
 from data import DATASETS, Dataset, folds_of, load_dataset
 from sounds.paper import ESC50, FSC, GSC, US8K
-from support.command import Parser, UserError, choose_device, exit_code, nearest, numbers, positive
+from support.command import Parser, UserError, choose_device, exit_code, in_words, nearest, numbers, positive
 from support.files import default_cache_dir, write_text
 from support.processes import say
 from tools import cells, figures
@@ -345,8 +345,9 @@ def start(argv: list[str]) -> int:
             write = write_table if target in TABLES else write_tokens if target == "fig2" else write_curves
             write(target, done, plan)
     except OSError as error:
-        raise UserError(f"{error.filename or plan.out}: {error.strerror or error}; is --out a folder to write to, and "
-                        "is there space?") from None  # fmt: skip
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"{in_words(error, plan.out)}; is --out a folder to write to?") from None
     for cell, why in failed.items():
         print(f"missing: {cell.name}: {why}", file=sys.stderr)
     return 1 if failed else 0

@@ -27,8 +27,9 @@ import data
 import load_weights
 import petl
 from ast_model import AST, ASTConfig
-from support.checkpoints import read_header, read_json, read_tensors
-from support.command import Parser, UserError, exit_code
+from support import headers
+from support.checkpoints import read_header, read_json, read_names, read_tensors
+from support.command import Parser, UserError, exit_code, in_words
 from support.files import whole_file, write_json
 from tools.predict import class_names
 
@@ -40,7 +41,7 @@ def show(path: Path) -> None:
     header, lines = read_header(path), {"file": f"{path}, {path.stat().st_size:,} bytes"}
     lines["holds"] = "a whole AST, merged" if "config" in header else "trained parts only: needs its backbone"
     if "method" in header:
-        method = load_weights.from_dict(header["method"])
+        method = load_weights.from_dict(header["method"], path)
         parts = " + ".join(map(str, method.parts)) or "final LayerNorm and head alone"
         lines["method"] = f"{method.name}: {parts}, learning rate {method.lr:g}"
     if "parameters" in header:
@@ -202,14 +203,16 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter_config.json: give a folder that peft's save_pretrained wrote")
-    config = read_json(folder / "adapter_config.json")
-    kind = config.get("peft_type", "nothing known")
-    unsupported = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if config.get(name)]
-    if kind not in ("LORA", "IA3", "VERA") or config.get("bias", "none") != "none" or unsupported:
+    config = read_json(folder / "adapter_config.json", headers.Adapter)
+    kind = config.peft_type
+    unsupported = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if getattr(config, name)]
+    if kind not in ("LORA", "IA3", "VERA") or config.bias != "none" or unsupported:
         what = ", ".join([kind, *unsupported])
         raise UserError(
             f"{folder} holds {what}: only LoRA with one rank, DoRA, rsLoRA, (IA)3 and VeRA, without biases, can be read"
         )
+    if kind != "IA3":
+        config = read_json(folder / "adapter_config.json", headers.LoRA if kind == "LORA" else headers.VeRA)
     file = next((f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")), None)
     if file is None:
         raise UserError(f"{folder} holds no adapter_model.safetensors: give a folder that peft's save_pretrained wrote")
@@ -219,15 +222,18 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
         for ours, theirs in PEFT.items():
             name = name.replace(f".{theirs}", f".{ours}")
         tensors |= load_weights.to_our_names({name: tensor})
-    base = weights or config.get("base_model_name_or_path") or ""
+    base = weights or config.base_model_name_or_path or ""
     if not weights and not Path(base).exists():
         base = f"hf:{base}"
-    written = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    n_classes = len(tensors["head.1.bias"]) if "head.1.bias" in tensors else None
-    model = load_weights.load_ast(base, written.get("max_length"), n_classes, "cls_dist")
+    written = read_names(folder / "config.json")
+    n_classes = tensors["head.1.bias"].numel() if "head.1.bias" in tensors else None
+    model = load_weights.load_ast(base, getattr(written, "max_length", None), n_classes, "cls_dist")
     for name in [name for name in tensors if name.startswith("embed.")]:
         if not torch.equal(tensors.pop(name), model.state_dict()[name]):
             raise UserError(f"{folder}: {name} is not that of {base}; trained embeddings are no part of a LoRA here")
+    for name in tensors:
+        if name.endswith(".a.weight") and tensors[name].shape[:1] != (config.r,):
+            raise UserError(f"{folder / 'adapter_config.json'}: r: got {config.r}, but {name} has another rank")
     pair = [tensors.pop(f"base_model.vera_{matrix}", torch.empty(0)) for matrix in "AB"]
     petl.apply(model, method_of_peft(config, tensors, model.config.dim))
     if kind == "VERA" and not all(map(torch.equal, vera_pair(model), pair)):
@@ -238,29 +244,32 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
             tensors[name] = tensors[name].flatten()
         tensors[name] = tensors[name] - start_of(model, name)
     load_weights.load_tensors(model, {**backbone, **tensors}, file)
-    names, metadata = written.get("id2label"), {"parameters": petl.count(model)}
+    names, metadata = written.classes(), {"parameters": petl.count(model)}
+    if names and len(names) != model.config.n_classes:
+        expected = f"Expected {model.config.n_classes} names, as many as the head has, got {len(names)}"
+        raise UserError(f"{folder / 'config.json'}: id2label: {expected}")
     if names:
-        metadata["classes"] = [names[str(i)] for i in range(len(names))]
+        metadata["classes"] = names
     elif n_classes is None:
-        metadata["classes"] = class_names(base)
+        metadata["classes"] = class_names(base, model.config.n_classes)
     load_weights.save_trained(model, out, metadata)
 
 
-def method_of_peft(config: dict, tensors: dict[str, torch.Tensor], dim: int) -> petl.Method:
+def method_of_peft(config: headers.Adapter, tensors: dict[str, torch.Tensor], dim: int) -> petl.Method:
     """The row of METHODS that an adapter_config.json means, with its numbers."""
-    name = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else config["peft_type"].lower()
+    name = "dora" if config.use_dora else "rslora" if config.use_rslora else config.peft_type.lower()
     method = petl.METHODS[name]
     (part,) = method.parts
     if name != "ia3":
-        rank = config["r"]
+        rank = config.r
         targets = "".join(letter for letter in "qkvo" if any(f".attn.{letter}." in name for name in tensors))
         part = replace(part, targets=targets, rr=dim // rank if dim % rank == 0 else dim / rank)
     if name == "vera":
-        part = replace(part, seed=config["projection_prng_key"])
+        part = replace(part, seed=config.projection_prng_key)
     elif name == "rslora":
-        part = replace(part, alpha=config["lora_alpha"])
+        part = replace(part, alpha=config.lora_alpha)
     elif name != "ia3":
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scale = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
         part = replace(part, alpha=scale * part.rr)
     return replace(method, parts=(part,))
 
@@ -397,7 +406,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args.run(args)
         except OSError as error:
-            raise UserError(f"cannot write {error.filename or args.out}: {error.strerror}") from None
+            if isinstance(error, BrokenPipeError) or not hasattr(args, "out"):
+                raise
+            raise UserError(in_words(error, args.out, what="cannot write ")) from None
 
     return exit_code(run)
 

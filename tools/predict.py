@@ -27,7 +27,7 @@ from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
 from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
-from support.checkpoints import read_header, read_json
+from support.checkpoints import read_header, read_names
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.speed import Machine, autocast, prepare
 
@@ -94,16 +94,21 @@ def load_classifier(path: Path, weights: str | None) -> Classifier:
 
 def load_tagger(weights: str) -> Classifier:
     """The pretrained AST with its own head. Several tags may be true at once: a sigmoid, not a softmax."""
-    return Classifier([load_ast(weights, pool="cls_dist")], class_names(weights), torch.sigmoid)
+    model = load_ast(weights, pool="cls_dist")
+    return Classifier([model], class_names(weights, model.config.n_classes), torch.sigmoid)
 
 
-def class_names(weights: str) -> list[str]:
+def class_names(weights: str, n_classes: int) -> list[str]:
     """Names of the classes that a checkpoint's own head knows, the id2label of its config.json."""
     config_path = None if weights.startswith("random:") else find_checkpoint(weights)[1]
-    names = read_json(config_path).get("id2label") if config_path and config_path.is_file() else None
+    names = read_names(config_path).classes() if config_path else []
     if not names:
         raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
-    return [names[str(i)] for i in range(len(names))]
+    if len(names) != n_classes:
+        raise UserError(
+            f"{config_path}: id2label: Expected as many names as the head has, {n_classes}, got {len(names)}"
+        )
+    return names
 
 
 # ------------------------------------------------------------------------------------------------ sounds to windows
@@ -295,11 +300,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return exit_code(lambda: run(parse(argv)))
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it flushes at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_code(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""What files that describe something hold: a type and bounds for every key that is read, in one place.
+
+`checked` compares; what it returns holds nothing of another kind. Unknown keys are ignored; a key that came later has a
+default, so that files of earlier versions open. What parts of a method hold is said where they are, in petl.py.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType, ValidationError
+
+from support.command import UserError
+
+Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"\A[^\0]*\Z")]
+Name = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=10**12)]
+Size = Annotated[int, Meta(ge=1, le=65_536)]
+Frames = Annotated[int, Meta(ge=1, le=6_000)]  # a minute
+Seed = Annotated[int, Meta(ge=0, lt=2**31)]
+Fold = Annotated[int, Meta(ge=0, lt=2**31)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+LearningRate = Annotated[float, Meta(gt=0, le=1)]
+Pool = Literal["mean", "cls", "cls_dist"]  # the keys of ast_model.POOL
+# Of a method. Whole numbers stay whole; a LoRA of peft may have a rank that does not divide the width.
+Rate = Annotated[int, Meta(ge=1, le=65_536)] | Annotated[float, Meta(ge=0.5, le=65_536)]
+Alpha = Annotated[int, Meta(ge=1, le=65_536)] | Annotated[float, Meta(gt=0, le=65_536)]
+Prompts = Annotated[int, Meta(ge=1, le=4_096)]
+Targets = Annotated[str, Meta(pattern=r"\A[qkvo]{1,4}\Z")]
+
+T = TypeVar("T")
+
+
+def checked(content: Any, kind: type[T], origin: Path | str) -> T:
+    """`content` as a `kind`. UserError that names `origin`, the key and what it should be."""
+    try:
+        return msgspec.convert(content, kind)
+    except (ValidationError, RecursionError) as error:
+        what, _, key = str(error).replace("`", "").partition(" - at ")
+        raise UserError(f"{origin}: " + (f"{key.removeprefix('$.')}: {what}" if key else what)) from None
+
+
+# ------------------------------------------------------------------------------------------- fold files, whole models
+
+
+class Part(Struct):
+    part: Name
+
+
+class Method(Struct):
+    name: Name
+    lr: LearningRate
+    parts: Annotated[list[dict[str, Any]], Meta(max_length=8)]  # each is converted to the part that it names
+    blocks: Annotated[list[Size], Meta(min_length=2, max_length=2)] | UnsetType = UNSET
+
+    def __post_init__(self):
+        msgspec.convert(self.parts, list[Part])
+
+
+class Backbone(Struct):
+    name: Text
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+class FoldResult(Struct):
+    fold: Fold
+    accuracy: Percent
+    validation_accuracy: Percent | None
+    epoch: Count
+    seconds: Seconds
+    peak_memory_mb: Count | None = None
+
+
+class Parameters(Struct):
+    petl: Count
+    head: Count
+    total: Annotated[int, Meta(ge=1, le=10**12)]
+
+
+class Shape(Struct):
+    """An `ast_model.ASTConfig`; `load_weights` compares it with the tensors."""
+
+    n_frames: Frames
+    n_mels: Literal[128]  # that of the features
+    patch: Size
+    stride: Size
+    dim: Size
+    depth: Size
+    heads: Size
+    eps: Annotated[float, Meta(ge=0, le=1)]
+    n_classes: Size
+    pool: Pool
+    hidden: Size | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a run: two runs with the same settings are the same experiment.
+
+    A field that comes later has a default: that of the runs before it.
+    """
+
+    dataset: Name
+    weights: Text  # as the user named it; what counts is `backbone`
+    backbone: Name  # SHA-256
+    method: dict  # as load_weights.to_dict has it, fitted to the width of the backbone
+    pool: Pool
+    seed: Seed
+    shots: Count | None
+    clips: Name  # SHA-256 of split.csv: which clips train, validate and test
+    n_frames: Frames
+    epochs: Count
+    batch_size: Count
+    lr: LearningRate
+    mask: bool
+    dtype: Name
+    keep: Annotated[float, Meta(gt=0, lt=1)] | None = None  # share of the patches in training
+
+
+# In the header of a file they are only told.
+Told = msgspec.defstruct("Told", [(field.name, field.type | UnsetType, UNSET) for field in fields(Settings)])
+
+
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """config.json of a run."""
+
+    method: Method
+    cache_dir: Text = "."
+    data_dir: Text | None = None
+
+
+class Header(Struct, kw_only=True):
+    """What a file of tensors may say of itself."""
+
+    method: Method | UnsetType = UNSET
+    n_frames: Frames | UnsetType = UNSET
+    n_classes: Size | UnsetType = UNSET
+    pool: Pool | UnsetType = UNSET
+    backbone: Backbone | UnsetType = UNSET
+    front_end: dict[str, int | float] | UnsetType = UNSET
+    classes: Annotated[list[Name], Meta(min_length=1)] | UnsetType = UNSET
+    result: FoldResult | UnsetType = UNSET
+    settings: Told | UnsetType = UNSET
+    parameters: Parameters | UnsetType = UNSET
+    versions: dict[str, Name] | UnsetType = UNSET
+    digest: Name | UnsetType = UNSET  # of the tensors
+
+    def __post_init__(self):
+        n_classes = self.shape_of_head()
+        if self.classes is not UNSET and len(self.classes) != n_classes:
+            raise ValueError(f"classes: Expected {n_classes} names, got {len(self.classes)}")
+
+    def shape_of_head(self) -> int:
+        return self.n_classes
+
+
+class Trained(Header, kw_only=True):
+    """The header of `save_trained`."""
+
+    method: Method
+    n_frames: Frames
+    n_classes: Size
+    pool: Pool
+    backbone: Backbone
+
+
+class Whole(Header, kw_only=True):
+    """The header of `save_ast`."""
+
+    config: Shape
+
+    def shape_of_head(self) -> int:
+        return self.config.n_classes
+
+
+class ResumeState(Struct):
+    """foldK.resume.pt; its tensors are compared with the model's when it takes them over."""
+
+    history: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    best: "Best"
+    seconds: Seconds
+    tensors: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    digest: Name | None = None
+
+
+class Best(Struct):
+    accuracy: Annotated[float, Meta(ge=-1, le=100)] | None
+    epoch: Count
+    tensors: dict[str, Any]
+
+
+class RunResult(Struct):
+    """result.json of a run."""
+
+    accuracy: Percent
+    std: Seconds | None
+    folds: Annotated[list[FoldResult], Meta(min_length=1)]
+    parameters: Parameters
+    seconds: Seconds
+    peak_memory_mb: Count | None = None
+    versions: dict[str, Name] = {}
+
+
+# --------------------------------------------------------------------------------------------- files of other programs
+
+
+class Names(Struct, kw_only=True):
+    """Of any program's config.json: the names of the classes by number."""
+
+    model_type: Name = ""
+    id2label: dict[str, Name] = {}
+
+    def __post_init__(self):
+        if self.id2label.keys() != {str(i) for i in range(len(self.id2label))}:
+            raise ValueError("id2label: Expected the numbers 0, 1, 2, ... as keys")
+
+    def classes(self) -> list[str]:
+        return [self.id2label[str(i)] for i in range(len(self.id2label))]
+
+
+class HuggingFace(Names, kw_only=True):
+    """config.json of transformers' AST. None: what the tensors say."""
+
+    num_attention_heads: Size | None = None
+    max_length: Frames | None = None
+    num_mel_bins: Size = 128
+    frequency_stride: Size = 10
+    time_stride: Size = 10
+    hidden_act: Name = "gelu"
+    qkv_bias: bool = True
+    layer_norm_eps: Annotated[float, Meta(ge=0, le=1)] = 1e-12
+
+
+class Adapter(Struct, kw_only=True):
+    """adapter_config.json of peft: what must have these values, and no others, to be one of our methods."""
+
+    peft_type: Name = "nothing known"
+    bias: Name = "none"
+    use_dora: bool | None = False
+    use_rslora: bool | None = False
+    lora_bias: bool | None = False
+    rank_pattern: dict[str, Any] | None = None
+    alpha_pattern: dict[str, Any] | None = None
+    base_model_name_or_path: Name | None = None
+
+
+class LoRA(Adapter, kw_only=True):
+    r: Size
+    lora_alpha: Alpha
+
+
+class VeRA(Adapter, kw_only=True):
+    r: Size
+    projection_prng_key: Seed

@@ -1,0 +1,530 @@
+"""What others wrote, and what is damaged: it opens as it should, or one line says which file and what is wrong."""
+
+import copy
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers import SMALL_AST, save_random
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import petl
+import train
+from ast_model import POOL
+from load_weights import from_dict, load_ast, load_trained, read_header, save_ast, to_dict
+from sounds.audio import read_audio
+from sounds.fetch import unpack
+from support import headers
+from support.checkpoints import read_json, sha256_of
+from support.command import UserError
+from support.processes import join
+from support.records import Progress, read_progress, save_progress, write_metrics
+from tools import export, predict
+from tools.predict import class_names, load_classifier
+
+ROOT = Path(train.__file__).parent
+few = settings(
+    max_examples=40, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+RESULT = {"fold": 1, "accuracy": 50.0, "validation_accuracy": None, "epoch": 2, "seconds": 1.5, "peak_memory_mb": None}
+COUNTS = {"petl": 5, "head": 5, "total": 100}
+DEEP = "[" * 100_000 + "]" * 100_000
+odd = st.one_of(
+    st.sampled_from([None, True, "", "x", [], {}, [1], {"a": 1}, 0, -1, 0.5, 10**9, 10**30, 1e300, -1e-9, "\0"]),
+    st.sampled_from([float("nan"), float("inf"), "x" * 10_000, [[[[]]]], {"0": 0}]),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+)
+
+
+def places(content, path=()):
+    """Where a table of JSON has values, tables among them."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+def changed(content: dict, place: tuple, value=..., remove=False) -> dict:
+    content = copy.deepcopy(content)
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    if remove:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return content
+
+
+def metadata_of(file) -> dict:
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["ast_petl"])
+
+
+def with_header(file, header, out):
+    """The same tensors under another header; without a digest, as earlier versions wrote it."""
+    text = header if isinstance(header, str) else json.dumps({k: v for k, v in header.items() if k != "digest"})
+    save_file(load_file(file), out, {"ast_petl": text})
+    return out
+
+
+def says(action, *words) -> bool:
+    """Whether `action` is refused, which one line must say with all of `words`; nothing else may be raised."""
+    start = time.perf_counter()
+    try:
+        action()
+    except UserError as error:
+        message = str(error)
+        assert "\n" not in message and len(message) < 1000, message
+        assert all(str(word) in message for word in words), (message, words)
+        refused = True
+    else:
+        refused = False
+    assert time.perf_counter() - start < 5
+    return refused
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}}
+    for method in ("lora", "houlsby_par", "dpt"):
+        save_random(folder / f"{method}.safetensors", method, pool="cls_dist", **more)
+    model = load_trained(folder / "lora.safetensors")
+    save_ast(petl.merge(model), folder / "whole.safetensors", {"classes": ["a", "b", "c", "d"]})
+    return folder
+
+
+# ----------------------------------------------------------------------------------------- headers and settings
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["lora", "houlsby_par", "dpt", "whole"])
+def test_a_header_of_other_kinds(folder, tmp_path, name, data):
+    """Every key that is read may be missing or hold anything: the model is the same, or its file and key are named."""
+    file = folder / f"{name}.safetensors"
+    header = metadata_of(file)
+    place = data.draw(st.sampled_from(sorted(places(header), key=str)))
+    remove = data.draw(st.booleans()) if isinstance(place[-1], str) else False
+    value = None if remove else data.draw(odd)
+    new = with_header(file, changed(header, place, value, remove), tmp_path / "new.safetensors")
+    named = {"result", "parameters", "versions", "classes", "n_classes", "n_frames", "backbone", "method", "config"}
+    if not says(lambda: load_classifier(new, None), *([new] if place[0] in named else [])):
+        classifier = load_classifier(new, None)
+        assert len(classifier.classes) == classifier.models[0].config.n_classes
+        x = torch.zeros(1, classifier.n_frames, 128)
+        assert classifier.models[0](x).isfinite().all()
+    says(lambda: export.show(new))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "expected"),
+    [
+        ("lora", ("n_frames",), -5, "n_frames: Expected int >= 1"),
+        ("lora", ("n_classes",), 10**9, "n_classes: Expected int <="),
+        ("lora", ("backbone", "sha256"), 7, "backbone.sha256: Expected str, got int"),
+        ("lora", ("classes",), ["a"], "classes: Expected 4 names, got 1"),
+        ("lora", ("method", "parts", 0, "rr"), 0, "rr: Expected int >= 1"),
+        ("lora", ("method", "parts", 0, "targets"), "qx", "targets"),
+        ("lora", ("result", "accuracy"), float("nan"), "result.accuracy: Expected float >= 0"),
+        ("dpt", ("method", "parts", 0, "prompts"), 10**9, "prompts: Expected int <= 4096"),
+        ("houlsby_par", ("method", "parts", 0, "how"), "none", "how: Invalid enum value 'none'"),
+        ("whole", ("config", "depth"), 10**9, "config.depth: Expected int <="),
+        ("whole", ("config", "depth"), 3, "config.depth: Expected 2"),
+        ("whole", ("config", "n_classes"), 3, "classes: Expected 3 names, got 4"),
+        ("whole", ("config", "n_mels"), 130, "config.n_mels: Invalid enum value 130"),
+        ("whole", ("config", "pool"), "max", "config.pool: Invalid enum value 'max'"),
+    ],
+)
+def test_the_message_names_the_key(folder, tmp_path, name, place, value, expected):
+    file = folder / f"{name}.safetensors"
+    new = with_header(file, changed(metadata_of(file), place, value), tmp_path / "new.safetensors")
+    assert says(lambda: load_trained(new), new, expected)
+    says(lambda: export.show(new))
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "null", '"x"', "{", '{"config": ' + DEEP + "}", DEEP, '{"n_frames": NaN}'])
+def test_a_header_that_is_no_table(folder, tmp_path, text):
+    new = with_header(folder / "lora.safetensors", text, tmp_path / "new.safetensors")
+    assert says(lambda: load_trained(new), new)
+    assert says(lambda: load_ast(new), new)
+
+
+def test_unknown_keys_are_ignored_and_newer_ones_may_be_missing(folder, tmp_path):
+    for name in ("lora", "whole"):
+        file = folder / f"{name}.safetensors"
+        header = {**metadata_of(file), "later": [{"a": None}]}
+        header.pop("front_end", None)
+        if name == "whole":
+            header["config"] = {**header["config"], "later": 1}
+        else:
+            header["method"]["parts"][0]["later"] = 1
+        new = load_trained(with_header(file, header, tmp_path / "new.safetensors"))
+        assert all(torch.equal(a, b) for a, b in zip(new.parameters(), load_trained(file).parameters(), strict=True))
+
+
+def test_every_method_and_pool_is_as_declared():
+    assert set(headers.Pool.__args__) == set(POOL)
+    for method in petl.METHODS.values():
+        assert from_dict(json.loads(json.dumps(to_dict(method)))).parts == method.parts
+
+
+HF = json.loads((SMALL_AST / "config.json").read_text())
+READ = [name for name in HF if name in {field.name for field in headers.msgspec.structs.fields(headers.HuggingFace)}]
+
+
+@few
+@given(name=st.sampled_from(READ), value=odd)
+def test_a_config_of_transformers(tmp_path, name, value):
+    (tmp_path / "model.safetensors").write_bytes((SMALL_AST / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**HF, name: value}))
+    if not says(lambda: load_ast(tmp_path, pool="cls_dist"), tmp_path):
+        assert load_ast(tmp_path, pool="cls_dist").config.n_classes == 5
+    if not says(lambda: class_names(str(tmp_path), 5), tmp_path):
+        assert len(class_names(str(tmp_path), 5)) == 5
+
+
+@pytest.mark.parametrize("text", ["[]", DEEP, '{"model_type": ' + DEEP + "}", "", "\xff", "nan"])
+def test_a_config_that_is_no_table(tmp_path, text):
+    (tmp_path / "model.safetensors").write_bytes((SMALL_AST / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert says(lambda: load_ast(tmp_path, pool="cls_dist"), "config.json")
+
+
+@few
+@given(data=st.data())
+def test_an_adapter_of_peft(folder, tmp_path_factory, data):
+    peft = folder / "peft"
+    if not peft.exists():
+        assert export.main(["export", str(folder / "lora.safetensors"), "--to", "peft", "--out", str(peft)]) == 0
+    file = peft / "adapter_config.json"
+    written = json.loads((file if not (peft / "kept.json").exists() else peft / "kept.json").read_text())
+    (peft / "kept.json").write_text(json.dumps(written))
+    name = data.draw(st.sampled_from(sorted(written)))
+    value = data.draw(odd | st.just(...))
+    file.write_text(json.dumps({key: v for key, v in {**written, name: value}.items() if v is not ...}))
+    out = tmp_path_factory.mktemp("out") / "fold1.safetensors"
+    if not says(lambda: export.import_peft(peft, out, str(SMALL_AST))):
+        assert load_trained(out).method.name == "lora"
+
+
+RUN = {
+    "config.json": {
+        "dataset": "esc10", "weights": "demo", "method": {"name": "linear", "lr": 0.1, "parts": []}, "backbone": "0",
+        "pool": "mean", "seed": 0, "shots": None, "clips": "0" * 64, "n_frames": 50, "epochs": 2, "batch_size": 32,
+        "lr": 0.01, "mask": False, "dtype": "float32", "data_dir": None, "cache_dir": "/c",
+    },
+    "result.json": {
+        "accuracy": 50.0, "std": None, "folds": [RESULT], "parameters": COUNTS, "seconds": 1.0, "peak_memory_mb": 5,
+        "versions": {"torch": "2"},
+    },
+}  # fmt: skip
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize(("name", "kind"), [("config.json", headers.RunConfig), ("result.json", headers.RunResult)])
+def test_what_a_run_says_of_itself(tmp_path, name, kind, data):
+    place = data.draw(st.sampled_from(sorted(places(RUN[name]), key=str)))
+    (tmp_path / name).write_text(json.dumps(changed(RUN[name], place, data.draw(odd))))
+    says(lambda: read_json(tmp_path / name, kind), tmp_path / name)
+    (tmp_path / name).write_text(json.dumps({**RUN[name], "later": 1}))
+    assert not says(lambda: read_json(tmp_path / name, kind))
+
+
+def test_headers_are_read_as_they_were_written(folder):
+    for file in folder.glob("*.safetensors"):
+        header = {name: value for name, value in metadata_of(file).items() if name != "digest"}
+        read = read_header(file)
+        assert read == header
+
+
+# --------------------------------------------------------------------------------------------------------- tensors
+
+STATE = load_file(SMALL_AST / "model.safetensors")
+BLOCK = "audio_spectrogram_transformer.encoder.layer.1"
+WEIGHT = f"{BLOCK}.attention.attention.query.weight"
+SPOILT = {
+    "not a number": lambda t: t.index_put(
+        (torch.zeros(t.dim(), 1, dtype=torch.long).unbind()), torch.tensor(torch.nan)
+    ),
+    "infinite": lambda t: t / 0,
+    "scalar": lambda t: t.sum(),
+    "empty": lambda t: t[:0],
+    "a dimension more": lambda t: t[None],
+    "flat": lambda t: t.flatten(),
+    "twice": lambda t: torch.cat([t, t]),
+}
+ONLY_PICKLED = {
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "csr": lambda t: torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1)),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "complex": lambda t: t.to(torch.complex64),
+    "larger than its storage": lambda t: torch.ones(1).expand(10**13),
+    "8 bits": lambda t: t.to(torch.float8_e4m3fn),
+}
+
+
+def spoil(tensor, how):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these kinds are to disappear from torch
+        spoilt = {**SPOILT, **ONLY_PICKLED}[how](tensor)
+    assume(how != "flat" or tensor.dim() > 1)
+    return spoilt
+
+
+@few
+@given(name=st.sampled_from(sorted(STATE)), how=st.sampled_from([*SPOILT, *ONLY_PICKLED]))
+def test_a_spoilt_tensor_in_a_backbone(tmp_path, name, how):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    state = {**STATE, name: spoil(STATE[name], how)}
+    torch.save(state, tmp_path / "model.bin")
+    assert says(lambda: load_ast(tmp_path / "model.bin", pool="cls_dist"), "model.bin")
+    if how in SPOILT:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "other.safetensors")
+        assert says(lambda: load_ast(tmp_path / "other.safetensors", pool="cls_dist"), "other.safetensors")
+
+
+@pytest.mark.parametrize("number", ["x", "1000000", "-1", "1.5", "9" * 5000, "", "²"])
+def test_layers_of_odd_numbers(tmp_path, number):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    state = {name.replace(".layer.1.", f".layer.{number}."): tensor for name, tensor in STATE.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    assert says(lambda: load_ast(tmp_path, pool="cls_dist"))
+
+
+@few
+@given(data=st.data(), how=st.sampled_from(sorted(SPOILT)))
+@pytest.mark.parametrize("name", ["lora", "dpt", "whole"])
+def test_a_spoilt_tensor_in_a_file_of_ours(folder, tmp_path, name, data, how):
+    file, new = folder / f"{name}.safetensors", tmp_path / "new.safetensors"
+    tensors = load_file(file)
+    spoilt = data.draw(st.sampled_from(sorted(tensors)))
+    tensors[spoilt] = spoil(tensors[spoilt], how).contiguous()
+    header = {key: value for key, value in metadata_of(file).items() if key != "digest"}
+    save_file(tensors, new, {"ast_petl": json.dumps(header)})
+    assert says(lambda: load_trained(new), new)
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_bytes_of_any_kind_as_weights(tmp_path, suffix, data):
+    file = tmp_path / f"model{suffix}"
+    start = data.draw(
+        st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}q\x00", b"root:x:0:0:root:/root:/bin/sh\n"])
+    )
+    file.write_bytes(start + data.draw(st.binary(max_size=200)))
+    assert says(lambda: load_ast(file), file)
+
+
+# ----------------------------------------------------------------------------------------------------------- damage
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["lora", "dpt", "whole"])
+def test_a_flipped_bit_is_never_used(folder, tmp_path, name, data):
+    content = (folder / f"{name}.safetensors").read_bytes()
+    new = tmp_path / "new.safetensors"
+    new.write_bytes(flipped(content, data.draw(st.integers(0, 8 * len(content) - 1))))
+    if not says(lambda: load_classifier(new, None), new):  # where nobody reads: nothing is changed
+        assert read_header(new).items() >= read_header(folder / f"{name}.safetensors").items()
+        assert sha256_of(load_file(new)) == sha256_of(load_file(folder / f"{name}.safetensors"))
+
+
+@few
+@given(data=st.data())
+def test_a_cut_file_is_never_used(folder, tmp_path, data):
+    content = (folder / "lora.safetensors").read_bytes()
+    (tmp_path / "new.safetensors").write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    assert says(lambda: load_trained(tmp_path / "new.safetensors"), "new.safetensors")
+
+
+def progress_file(path, digest=True) -> bytes:
+    progress = Progress(1)
+    progress.begin = time.perf_counter()
+    progress.trained([1.0], [0.1], 8)
+    tensors = {"head.weight": torch.arange(200.0)}
+    progress.validated(50.0, tensors)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(100))], betas=(0.9, 0.98))
+    save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
+    if not digest:
+        state = torch.load(path)
+        del state["digest"]
+        torch.save(state, path)
+    return path.read_bytes()
+
+
+@few
+@given(data=st.data(), digest=st.booleans())
+def test_a_damaged_state_is_never_resumed(tmp_path, data, digest):
+    file = tmp_path / "fold1.resume.pt"
+    content = progress_file(file, digest)
+    progress, state = read_progress(file, 1, resume=True)
+    assert len(progress.history) == 1 and state.keys() == {"tensors", "optimizer", "scaler"}
+    cut = data.draw(st.booleans())
+    at = data.draw(st.integers(0, 8 * len(content) - 1))
+    file.write_bytes(content[: at // 8] if cut else flipped(content, at))
+    if not says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it"):
+        new, read = read_progress(file, 1, resume=True)
+        assert sha256_of([read, new.history, new.best]) == sha256_of([state, progress.history, progress.best])
+
+
+# ------------------------------------------------------------------------------- numbers, streams, places, archives
+
+
+def ends(call, *words, code=2):
+    """`call` is a main that returns `code` after one line with all of `words`."""
+
+    def check(capsys):
+        assert call() == code
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--batch-size 99999999999999999999", "--epochs 0", "--shots -1", "--folds " + "1" * 5000, "--seed " + "9" * 5000,
+     "--method dpt --prompts 1000000000", "--method lora --rr 1000000000", "--method lora --alpha 1e300", "--lr 1.5",
+     "--lr nan", "--seconds nan", "--micro-batch 1" + "0" * 5000],
+)  # fmt: skip
+def test_numbers_on_the_command_line(words, capsys, tmp_path):
+    words = f"{words} --data-dir {tmp_path} --dataset folder --cache-dir {tmp_path}".split()
+    ends(lambda: train.main(words), words[0 if "--method" not in words else 2])(capsys)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500"},
+     {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"},
+     {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}],
+)  # fmt: skip
+def test_an_environment_of_torchrun_set_by_half(environment, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert says(lambda: join(torch.device("cpu")), "start by torchrun")
+
+
+def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
+    os.mkfifo(tmp_path / "x.wav")
+    with pytest.raises(ValueError, match="is no file"):
+        read_audio(tmp_path / "x.wav")
+    with pytest.raises(ValueError, match="null byte"):
+        read_audio(Path(f"{tmp_path}/a\0.wav"))
+    assert says(lambda: load_classifier(tmp_path / "x.wav", None), "it is no file")
+    assert says(lambda: load_ast(tmp_path / "x.wav"), "no weights at")
+    (tmp_path / "y.wav").mkdir()
+    ends(lambda: predict.main([str(folder / "lora.safetensors"), str(tmp_path / "y.wav")]), "holds no sounds")(capsys)
+
+
+def run_in_shell(command):
+    command = command.replace("predict", f"{sys.executable} -m tools.predict")
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_streams(folder, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
+    words = f"predict {folder / 'lora.safetensors'} {tmp_path / 'a.wav'}"
+    ways = [f"{words} > /dev/full", f"{words} 2>&-", f"{words} | true; exit ${{PIPESTATUS[0]}}"]
+    with ThreadPoolExecutor() as pool:
+        full, closed, piped = pool.map(run_in_shell, ways)
+    assert full.returncode == 2 and full.stderr.startswith("error: the disk is full (the output)"), full
+    assert full.stderr.count("\n") == 1
+    assert closed.returncode == 0 and closed.stdout.count("\n") == 1
+    assert piped.returncode in (0, 1) and not piped.stderr
+
+
+def tarred(mode):
+    def make(file):
+        with tarfile.open(file, mode) as tar:
+            tar.add(SMALL_AST / "config.json", "config.json")
+
+    return make
+
+
+def zipped(file):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(SMALL_AST / "config.json", "config.json")
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("make", [tarred("w"), tarred("w:gz"), tarred("w:bz2"), tarred("w:xz"), zipped])
+def test_damaged_archives(tmp_path, make, data):
+    archive, out = tmp_path / "archive", tmp_path / "out"
+    make(archive)
+    content = archive.read_bytes()
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        archive.write_bytes(content[:at])
+    else:
+        archive.write_bytes(content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :])
+    if says(lambda: unpack(archive, out), archive):
+        assert not out.exists()
+    shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("offsets", "value"), [((6, 8), 1), ((8, 10), 77)])
+def test_archives_that_are_encrypted_or_of_unknown_compression(tmp_path, offsets, value):
+    zipped(tmp_path / "a.zip")
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[offsets[0]] = value
+    content[content.index(b"PK\x01\x02") + offsets[1]] = value
+    (tmp_path / "a.zip").write_bytes(content)
+    assert says(lambda: unpack(tmp_path / "a.zip", tmp_path / "out"), "a.zip is not a whole zip or tar archive")
+
+
+def test_metrics_that_are_damaged_are_written_anew(tmp_path, capsys):
+    for text in ("fold,epoch\nx,1\n", "\0\0", "nothing\n1\n", "fold,epoch,loss\n1\n"):
+        (tmp_path / "metrics.csv").write_text(text)
+        write_metrics(tmp_path / "metrics.csv", 1, [{"fold": 1, "epoch": 1, "loss": 0.5}])
+        assert (tmp_path / "metrics.csv").read_text().splitlines() == ["fold,epoch,loss", "1,1,0.5"]
+    assert "is damaged: it is written anew" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    """Wherever a command writes: a file that is whole or not there."""
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for to in ("merged", "hf", "peft"):
+        words = ["export", str(folder / "lora.safetensors"), "--to", to, "--out", str(tmp_path / to)]
+        ends(lambda words=words: export.main(words), "the disk is full")(capsys)
+        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    words = ["--out", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
+    assert train.main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
+    assert not list(tmp_path.rglob("*.wav"))
