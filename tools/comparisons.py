@@ -123,7 +123,7 @@ def opens(weights: str) -> str:
         raise Wrong(f"nothing but zeros in {first_of(empty)}")
     if config.n_classes != 527:
         raise Wrong(f"a head of {config.n_classes} classes, where AudioSet has 527")
-    names = class_names(weights)
+    names = class_names(weights, config.n_classes)
     if len(names) != 527 or any(names[i] != name for i, name in ANCHORS.items()):
         seen = [name for i, name in enumerate(names) if i in ANCHORS]
         raise Wrong(f"its classes 0, 137, 526 of {len(names)} are {first_of(seen)}, not {', '.join(ANCHORS.values())}")
@@ -141,7 +141,7 @@ def front_end(weights: str | None) -> str:
     if not file.exists():
         raise NotThere(f"{file.name} beside the checkpoint")
     names = {"mean": "mean", "std": "std", "num_mel_bins": "n_mels", "sampling_rate": "sample_rate"}
-    written = {"do_normalize": True, **read_json(file)}
+    written = {"do_normalize": True, **read_json(file, dict)}
     ours = {**{name: FRONT_END[our] for name, our in names.items()}, "do_normalize": True, "padding_value": 0.0}
     wrong = [f"{name} {written.get(name)}, not {value}" for name, value in ours.items() if written.get(name) != value]
     if wrong:
