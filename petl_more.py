@@ -158,7 +158,7 @@ class DoRALinear(LoRALinear):
 
     def gain(self):  # (out,)
         """g. |V_i|^2 = |W_i|^2 + 2 s (W A^T)_i B_i + s^2 B_i (A A^T) B_i, without computing V."""
-        weight, b = self.wrapped.weight, self.b.weight.detach()
+        weight, b = self.wrapped.weight, self.b.weight
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             a = self.scale * self.a.weight
             square = self.square + ((2 * weight.to(a.dtype) @ a.T + b @ (a @ a.T)) * b).sum(1)

@@ -168,7 +168,7 @@ def pass_of(method: str | None, network: nn.Module, clips: data.Clips, bench: Be
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def in_turn(ways: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+def in_turn(ways: dict[str, Callable], repeats: int, clock: Callable = time.perf_counter) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each, one after the other in every round; all end by reading a number, which waits
     for the device. In its turn each is called twice and the second call counts: the first gets back what the others
     took, memory that it asks of the kernel page by page and that a loop of its own would hold: a tenth of a step."""
@@ -176,9 +176,9 @@ def in_turn(ways: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
     for _ in range(repeats):
         for name, way in ways.items():
             way()
-            start = time.perf_counter()
+            start = clock()
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -276,7 +276,11 @@ def table(bench: Bench) -> list[dict]:
 
 
 def methods(names: list[str], bench: Bench) -> list[dict]:
-    """A training step on 100 frames of each of these methods, in turn with one of LoRA; the fastest of each counts."""
+    """A training step on 100 frames of each of these methods, in turn with one of LoRA; the fastest of each counts.
+
+    On a CPU it is the time that the process itself has computed, which others on the machine hardly change.
+    """
+    clock = time.perf_counter if bench.device.type == "cuda" else time.process_time
     line, results = "| {:<24}| {:>9} | {:>7} | {:>7} |", []
     print(line.format("method", "ms/clip", "of LoRA", "MB") + "\n|---|--:|--:|--:|")
     clips = random_clips(bench.batch, 100, bench)
@@ -285,7 +289,7 @@ def methods(names: list[str], bench: Bench) -> list[dict]:
         for method in dict.fromkeys([name, "lora"]):
             model = prepare(petl.apply(load_ast(bench.weights, 100, N_CLASSES), method), bench.dtype, bench)
             passes[method] = pass_of(method, model, clips, bench)
-        times = in_turn({method: way for method, (way, _) in passes.items()}, bench.repeats)
+        times = in_turn({method: way for method, (way, _) in passes.items()}, bench.repeats, clock)
         ms, of_lora = 1e3 * min(times[name]) / bench.batch, min(times[name]) / min(times["lora"])
         mb = memory_mb(*passes[name])
         print(line.format(name, f"{ms:.0f}", f"{of_lora:.2f} x", "" if mb is None else f"{mb:,.0f}"), flush=True)
