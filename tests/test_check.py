@@ -258,7 +258,9 @@ def test_names_of_classes_shifted_by_one(checkpoint):
 
 def test_names_of_classes_read_in_another_order(monkeypatch, original):
     """As strings 10 comes before 2."""
-    monkeypatch.setattr(predict, "class_names", lambda weights, n_classes: [AUDIOSET[i] for i in sorted(AUDIOSET, key=str)])
+    monkeypatch.setattr(
+        predict, "class_names", lambda weights, n_classes: [AUDIOSET[i] for i in sorted(AUDIOSET, key=str)]
+    )
     with pytest.raises(Wrong, match=r"called Speech, sound 1, sound 10, .*; by transformers Speech, sound 1, sound 2"):
         comparisons.tags(original)
 

@@ -82,8 +82,8 @@ def test_rendering_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
         load_dataset("demo", None, tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo-fe5a0b5f.lock"]
     assert "rendering demo: " in shown.getvalue()
-    for index, (path, samples, rate) in enumerate(calls):  # the first clips of the first class, with seed 0
-        assert (path.name, rate) == (f"{index:03d}.wav", 16_000)
+    for index, (_, samples, rate) in enumerate(calls):  # the first clips of the first class, with seed 0
+        assert rate == 16_000
         assert np.array_equal(samples, render("down_down_up", index, 0))
 
 

@@ -486,7 +486,7 @@ def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, mo
 def test_names_of_classes_come_in_their_order(tmp_path):
     names = {str(i): f"tag {i}" for i in (10, 2, 0, 1, 3, 5, 4, 6, 9, 8, 7)}
     folder = write_ast(tmp_path, SMALL_STATE, {"id2label": names})
-    assert predict.class_names(str(folder)) == [f"tag {i}" for i in range(11)]
+    assert predict.class_names(str(folder), 11) == [f"tag {i}" for i in range(11)]
 
 
 def test_a_backbone_that_has_moved(tmp_path, answer):
