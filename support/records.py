@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,9 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
         "clips": "other clips or splits", "method": "other settings of the method",
         "backbone": f"the backbone {old.get('weights')} as it was then",
     }  # fmt: skip
+    later = {field.name: field.default for field in fields(Settings)}  # what the runs before a field had
     for name, value in json.loads(json.dumps(new)).items():  # JSON has no tuples
-        before = old[name]
+        before = old.get(name, later.get(name))
         if before != value:
             what = in_words.get(name, f"{name} {before}, not {value}")
             raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
