@@ -166,3 +166,12 @@ def test_parse_knows_the_defaults():
     assert setup == bench.Bench(torch.device("cpu"))
     _, setup = bench.parse(["--device", "cpu", "--quick", "--compile", "--dtype", "bfloat16"])
     assert setup == bench.Bench(torch.device("cpu"), compile=True, dtype="bfloat16", batch=2, quick=True)
+
+
+def test_less_to_compute(capsys, tmp_path):
+    file = tmp_path / "less.json"
+    assert bench.main(["--less", "--weights", "random:demo", "--repeats", "1", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    steps = json.loads(file.read_text())["results"]
+    assert [step["step"] for step in steps] == ["LoRA ", "LoRA --keep 0.4", "LoRA --blocks 3-4"]
+    assert all(f"{step['seconds']:8.2f} s a step" in printed for step in steps)

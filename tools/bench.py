@@ -155,9 +155,11 @@ def random_clips(n: int, n_frames: int, bench: Bench) -> data.Clips:
     return data.Clips(features.to(bench.device), torch.arange(n, device=bench.device) % N_CLASSES)
 
 
-def pass_of(method: str | None, network: nn.Module, clips: data.Clips, bench: Bench) -> tuple[Callable, train.Learner]:
+def pass_of(
+    method: str | None, network: nn.Module, clips: data.Clips, bench: Bench, keep: float | None = None
+) -> tuple[Callable, train.Learner]:
     """An epoch over all the clips by the loop of train.py, one step where they are one batch; for None their test."""
-    settings, every = bench.settings(), torch.arange(len(clips.labels))
+    settings, every = bench.settings(keep=keep), torch.arange(len(clips.labels))
     learner = train.make_learner(network, settings, bench)
     if method is None:
         return partial(train.evaluate, learner.forward, clips, every.tolist(), settings, bench), learner
@@ -297,6 +299,23 @@ def methods(names: list[str], bench: Bench) -> list[dict]:
     return results
 
 
+def less(bench: Bench) -> list[dict]:
+    """A LoRA step on 500 frames as it is, with --keep 0.4, and with --blocks for the last third; the clock as above."""
+    clock = time.perf_counter if bench.device.type == "cuda" else time.process_time
+    clips, passes = random_clips(bench.batch, 500, bench), {}
+    for words in ("", "--keep 0.4", "--blocks"):
+        backbone, lora = load_ast(bench.weights, 500, N_CLASSES), petl.METHODS["lora"]
+        if words == "--blocks":
+            last = backbone.config.depth
+            lora, words = replace(lora, blocks=(last * 2 // 3 + 1, last)), f"--blocks {last * 2 // 3 + 1}-{last}"
+        model = prepare(petl.apply(backbone, lora), bench.dtype, bench)
+        passes[f"LoRA {words}"], _ = pass_of("lora", model, clips, bench, 0.4 if "keep" in words else None)
+    times = {name: min(seconds) for name, seconds in in_turn(passes, bench.repeats, clock).items()}
+    for name, seconds in times.items():
+        print(f"{name:<20}{seconds:8.2f} s a step{times['LoRA '] / seconds:8.2f} x as fast")
+    return [{"step": name, "seconds": seconds} for name, seconds in times.items()]
+
+
 def describe(bench: Bench) -> str:
     """The machine and what else the numbers depend on."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -312,6 +331,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--methods", metavar="M,M", help="time a training step of each of these instead, or of all")
+    add(
+        "--less", action="store_true", help="time a LoRA step with fewer patches and in fewer blocks"
+    )
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
     add("--repeats", type=positive, help="default: 20 on a GPU, 3 on a CPU")
@@ -336,7 +358,10 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(bench))
         started = time.perf_counter()
         names = list(petl.METHODS) if args.methods == "all" else (args.methods or "").split(",")
-        results = methods([petl.find(name).name for name in names], bench) if args.methods else table(bench)
+        if args.less:
+            results = less(bench)
+        else:
+            results = methods([petl.find(name).name for name in names], bench) if args.methods else table(bench)
         print(f"\nmeasured in {time.perf_counter() - started:.0f} s")
         if args.json:
             write_json(args.json, {"machine": describe(bench), "results": results})
