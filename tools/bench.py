@@ -331,9 +331,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--methods", metavar="M,M", help="time a training step of each of these instead, or of all")
-    add(
-        "--less", action="store_true", help="time a LoRA step with fewer patches and in fewer blocks"
-    )
+    add("--less", action="store_true", help="time a LoRA step with fewer patches and in fewer blocks")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
     add("--repeats", type=positive, help="default: 20 on a GPU, 3 on a CPU")
