@@ -1,15 +1,18 @@
-"""Do the tests notice mistakes? Plants one-line mistakes in the code, one at a time, and lists those that no test sees.
+"""Deliberate one-line mistakes in the code: which of them does no test notice? Not a test, and CI does not run it.
 
-    pip install coverage && python tests/mutate.py --count 300 --jobs 2     # an hour or two; not part of the tests
+    pip install coverage && python tests/mutate.py [--files petl.py data.py] [--count 300] [--jobs 2]
 
-A first run of all tests under coverage learns which tests reach which line. Then each mistake is planted in a copy of
-the repository, in a process forked from one that has already imported the large libraries, and meets the tests that
-reach its line, quickest first, until one fails. Results are JSON lines in --out; the same command goes on where it was.
+First the suite runs once as it is, to learn which tests reach which line and how long each takes. Then each mistake
+(mutant) meets the tests that reach it and those that start programs, the cheapest first, and a survivor all others.
+Every mutant has its own copy of the working tree and its own process, forked from one that has imported the libraries.
+The folder --work keeps what is known, so the same command goes on where it was interrupted.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
 import json
 import os
 import random
@@ -19,248 +22,348 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = ["ast_model.py", "petl.py", "data.py", "load_weights.py", "train.py", "sounds/*.py", "support/*.py",
-         "tools/predict.py", "tools/export.py"]  # fmt: skip
-SWAPS = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = """coverage matplotlib.pyplot numpy onnx onnxruntime peft safetensors.torch scipy.signal sklearn.metrics
+soundfile soxr torch torch.onnx torch.utils.flop_counter tqdm transformers torch.distributed
+transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer"""
+OPERATORS = {
+    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.GtE), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.LtE),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,), ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Div,), ast.Mod: (ast.FloorDiv,), ast.BitOr: (ast.BitAnd,), ast.BitAnd: (ast.BitOr,),
+    ast.Pow: (ast.Mult,), ast.And: (ast.Or,), ast.Or: (ast.And,),
 }  # fmt: skip
-NAMES = {"min": "max", "max": "min", "zeros_": "ones_", "train": "val", "val": "test", "mean": "sum", "q": "k", "norm1":
-         "norm2", "fc1": "fc2", "first": "last", "sorted": "list", "floor": "round", "sin": "cos"}  # fmt: skip
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor", "sorted": "list"}
+FIXED = {"annotation", "returns", "decorator_list"}
+SAYING = {"print", "say", "warn", "set_postfix"}  # what no result depends on
 
-HEAVY = "torch transformers peft soundfile soxr onnxruntime onnx pytest matplotlib.pyplot sklearn.manifold"
+# --------------------------------------------------------------------------------------------------------- the mutants
 
 
-def mutations(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Every way to get one node wrong: what was done, and the wrong node."""
+class Mutant(NamedTuple):
+    file: str
+    unit: str  # the function it is in
+    line: int
+    near: range  # a test that runs one of these lines reaches it
+    change: str
+    source: bytes
 
-    def changed(**fields):
-        wrong = copy.deepcopy(node)
-        for name, value in fields.items():
-            setattr(wrong, name, value)
-        return wrong
+    def __str__(self):  # without the line number: a mutant is known again after edits elsewhere
+        return f"{self.file} {self.unit}: {self.change}"
 
+
+def changed(node, **fields):
+    new = copy.copy(node)
+    new.__dict__.update(fields)
+    return new
+
+
+def without(node, *fields):  # one item of its lists
+    for i in range(len(getattr(node, fields[0]))):
+        yield node, changed(node, **{f: getattr(node, f)[:i] + getattr(node, f)[i + 1 :] for f in fields})
+
+
+def swapped(node, field):  # two neighbours of a list
+    items = getattr(node, field)
+    for i in range(len(items) - 1):
+        yield node, changed(node, **{field: [*items[:i], items[i + 1], items[i], *items[i + 2 :]]})
+
+
+def mistakes(node, siblings):
+    """What can be done wrong in one node of the syntax tree: (the node to replace, what stands there instead).
+
+    `siblings` has the names of a function's variables under "", and under an expression its attributes there.
+    """
     match node:
-        case ast.Constant(value=bool() as value):
-            yield f"{value} flipped", changed(value=not value)
-        case ast.Constant(value=int() | float() as value):
-            for other in (value + 1, value / 2 if isinstance(value, float) else value - 1):
-                yield f"{value} to {other}", changed(value=other)
-        case ast.Constant(value=str() as value) if value and len(value) < 40:
-            yield f"{value!r} changed", changed(value=f"{value}X")
-        case ast.BinOp() | ast.BoolOp() if type(node.op) in SWAPS:
-            yield "operator", changed(op=SWAPS[type(node.op)]())
-        case ast.AugAssign() if type(node.op) in SWAPS:
-            yield "operator", changed(op=SWAPS[type(node.op)]())
-        case ast.Compare(ops=[op]) if type(op) in SWAPS:
-            yield "comparison", changed(ops=[SWAPS[type(op)]()])
-        case ast.If() | ast.IfExp() | ast.While():
-            yield "condition negated", changed(test=ast.UnaryOp(ast.Not(), node.test))
-        case ast.UnaryOp(op=ast.Not() | ast.USub()):
-            yield "sign or not dropped", node.operand
+        case ast.Constant(value=bool(value)):
+            yield node, ast.Constant(not value)
+        case ast.Constant(value=int(value) | float(value)):
+            yield from ((node, ast.Constant(new)) for new in (value + 1, 2 * value, type(value)(value / 2)))
+        case ast.Constant(value=str(value)) if value and " " not in value:  # with a space it is a message
+            yield node, ast.Constant(value + "x")
+        case ast.Compare(ops=[op, *others]):
+            yield from ((node, changed(node, ops=[new(), *others])) for new in OPERATORS[type(op)])
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) | ast.AugAssign(op=op):
+            yield from ((node, changed(node, op=new())) for new in OPERATORS.get(type(op), ()))
+            yield from ((node, value) for value in getattr(node, "values", ()))
+        case ast.UnaryOp(operand=operand):
+            yield node, operand
+        case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name):
+            field, of = ("id", "") if isinstance(node, ast.Name) else ("attr", ast.unparse(node.value))
+            others = sorted(siblings[of] - {name}) if name in siblings[of] else []
+            others = others[zlib.crc32(name.encode()) % len(others) :][:1] if others else []
+            yield from (
+                (node, changed(node, **{field: other})) for other in ([NAMES[name]] if name in NAMES else others)
+            )
         case ast.Call():
-            for keyword in node.keywords:
-                yield f"{keyword.arg}= dropped", changed(keywords=[k for k in node.keywords if k is not keyword])
-            if len(node.args) == 2 and not any(isinstance(a, ast.Starred) for a in node.args):
-                yield "arguments swapped", changed(args=node.args[::-1])
-            if isinstance(node.func, ast.Name | ast.Attribute) and len(node.args) == 1 and not node.keywords:
-                yield "call dropped", node.args[0]
-        case ast.Name(id=name, ctx=ast.Load()) if name in NAMES:
-            yield f"{name} to {NAMES[name]}", changed(id=NAMES[name])
-        case ast.Attribute(attr=name, ctx=ast.Load()) if name in NAMES:
-            yield f".{name} to .{NAMES[name]}", changed(attr=NAMES[name])
-        case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Assign() | ast.AugAssign():
-            yield "statement dropped", ast.Pass()
-        case ast.Return(value=value) if value is not None:
-            yield "returns nothing", changed(value=ast.Constant(None))
-        case ast.Slice(lower=None, upper=None):
+            yield from (*without(node, "keywords"), *swapped(node, "args"))
+        case ast.Slice(lower=lower, upper=upper):
+            one = ast.Constant(1)
+            yield node, changed(node, lower=ast.BinOp(lower, ast.Add(), one) if lower else one)
+            yield node, changed(node, upper=ast.BinOp(upper, ast.Sub(), one) if upper else ast.Constant(-1))
+        case ast.Dict():
+            yield from (*without(node, "keys", "values"), *swapped(node, "values"))
+        case ast.List(elts=[_, _, *_]) | ast.Tuple(elts=[_, _, *_]) | ast.Set(elts=[_, _, *_]):
+            yield from (*without(node, "elts"), *swapped(node, "elts"))
+        case ast.Return(value=ast.expr() as value):
+            yield value, ast.Constant(None)
+        case ast.Continue() | ast.Break():
+            yield node, ast.Break() if isinstance(node, ast.Continue) else ast.Continue()
+        case ast.If(test=test) | ast.While(test=test) | ast.comprehension(ifs=[test, *_]):
+            yield test, ast.UnaryOp(ast.Not(), test)
+        case ast.IfExp(body=body, orelse=orelse):
+            yield node, changed(node, body=orelse, orelse=body)
+        case ast.Expr(value=ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name))) if name in SAYING:
             pass
-        case ast.Slice(lower=lower) if lower is not None:
-            yield "slice starts later", changed(lower=ast.BinOp(lower, ast.Add(), ast.Constant(1)))
-        case ast.Dict(keys=keys, values=values) if len(keys) > 1:
-            yield "two values swapped", changed(values=[values[1], values[0], *values[2:]])
+        case ast.Expr() | ast.Raise() | ast.Delete() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield node, ast.Pass()
 
 
-def mutants_of(file: Path) -> Iterator[dict]:
-    """All mistakes in one file, as {file, function, line, what, source}; docstrings and messages stay as they are."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    quiet = set()  # docstrings, messages, annotations, formats
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            quiet |= set(map(id, ast.walk(node)))
-        if isinstance(node, ast.JoinedStr | ast.Raise) or (
-            isinstance(node, ast.Call)
-            and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("say", "print", "warn")
-        ):
-            quiet |= set(map(id, list(ast.walk(node))[1:]))
-        for field in ("annotation", "returns"):
-            if getattr(node, field, None) is not None:
-                quiet |= set(map(id, ast.walk(getattr(node, field))))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    for parent in ast.walk(tree):
-        for name, value in ast.iter_fields(parent):
-            for i, node in enumerate(value if isinstance(value, list) else [value]):
-                if not isinstance(node, ast.AST) or id(node) in quiet or not hasattr(node, "lineno"):
+def places(node, around=None):
+    """All nodes but docstrings, annotations and decorators: (node, the whole expression around it)."""
+    around = None if isinstance(node, ast.stmt) else around or (node if isinstance(node, ast.expr) else None)
+    yield node, around
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+            if isinstance(child, ast.AST) and field not in FIXED and not docstring:
+                yield from places(child, around)
+
+
+class Replace(ast.NodeTransformer):
+    def __init__(self, old, new):
+        self.old, self.new = old, new
+
+    def visit(self, node):
+        return self.new if node is self.old else self.generic_visit(node)
+
+
+def shortened(node, other) -> str:
+    """The source text of a node; of a long one, from shortly before it differs from `other`."""
+    text, other = ast.unparse(node), ast.unparse(other)
+    same = next((i for i, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1]), len(text))
+    return text[max(0, same - 20) : same + 50]
+
+
+def mutants_of(file: str):
+    source = (ROOT / file).read_bytes()
+    lines, tree = source.splitlines(keepends=True), ast.parse(source)
+    starts = [sum(map(len, lines[:number])) for number in range(len(lines))]  # of lines, in bytes
+    modules = {a.asname or a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    methods = [(node.name, unit) for node in tree.body if isinstance(node, ast.ClassDef) for unit in node.body]
+    for owner, unit in [*methods, *(("", unit) for unit in tree.body)]:
+        program = isinstance(unit, ast.If) and "__main__" in ast.unparse(unit.test)
+        if program or isinstance(unit, ast.Expr | ast.ClassDef | ast.Import | ast.ImportFrom):
+            continue
+        function, siblings = isinstance(unit, ast.FunctionDef), defaultdict(set)
+        for node in ast.walk(unit):
+            match node:
+                case ast.arg(arg=name) if name != "self":
+                    siblings[""].add(name)
+                case ast.Name(id=name, ctx=ctx) if isinstance(ctx, ast.Store) if function else name.isupper():
+                    siblings[""].add(name)
+                case ast.Attribute(value=value, attr=name) if ast.unparse(value) not in modules:
+                    siblings[ast.unparse(value)].add(name)
+        name = ".".join(filter(None, (owner, getattr(unit, "name", "")))) or "module"
+        for node, around in places(unit):
+            for old, new in mistakes(node, siblings):
+                anchor = around or old
+                before, after = ast.unparse(anchor), ast.unparse(Replace(old, new).visit(anchor))
+                if anchor is not old:
+                    Replace(new, old).visit(anchor)  # back
+                if after == before:
                     continue
-                for what, wrong in mutations(node):
-                    if isinstance(value, list):
-                        value[i] = wrong
-                    else:
-                        setattr(parent, name, wrong)
-                    source = ast.unparse(ast.fix_missing_locations(tree))
-                    if isinstance(value, list):
-                        value[i] = node
-                    else:
-                        setattr(parent, name, node)
-                    inside = [f.name for f in functions if f.lineno <= node.lineno <= f.end_lineno]
-                    yield {
-                        "file": str(file.relative_to(ROOT)), "function": inside[-1] if inside else "", "what": what,
-                        "line": node.lineno, "last": getattr(node, "end_lineno", node.lineno), "source": source,
-                    }  # fmt: skip
+                after = f"({after})" if isinstance(anchor, ast.expr) else after
+                start = starts[anchor.lineno - 1] + anchor.col_offset
+                end = starts[anchor.end_lineno - 1] + anchor.end_col_offset
+                near = range(anchor.lineno, anchor.end_lineno + 1) if function and anchor.lineno > unit.lineno else ()
+                change = f"{shortened(old, new)} -> {shortened(new, old)} in {lines[old.lineno - 1].decode().strip()}"
+                yield Mutant(file, name, old.lineno, near, change, source[:start] + after.encode() + source[end:])
 
 
-def sample(files: list[str], count: int, seed: int) -> list[dict]:
-    """`count` mistakes, spread over all functions: one of each in turn, in a random order."""
-    groups = defaultdict(list)
-    for pattern in files:
-        for file in sorted(ROOT.glob(pattern)):
-            for mutant in mutants_of(file):
-                groups[mutant["file"], mutant["function"]].append(mutant)
-    rng = random.Random(seed)
-    for group in groups.values():
-        rng.shuffle(group)
-    order = sorted(groups)
-    rng.shuffle(order)
-    chosen = []
-    while len(chosen) < count and any(groups.values()):
-        chosen += [groups[key].pop() for key in order if groups[key]]
-    return chosen[:count]
+def choose(files: list[str], count: int | None, seed: int) -> list[Mutant]:
+    """`count` mutants, from all functions in turn."""
+    mutants = {str(mutant): mutant for file in files for mutant in mutants_of(file)}
+    groups, rng = defaultdict(list), random.Random(seed)
+    for mutant in rng.sample(list(mutants.values()), len(mutants)):
+        groups[mutant.file, mutant.unit].append(mutant)
+    return [mutant for row in zip_longest(*groups.values()) for mutant in row if mutant][:count]
 
 
-def learn(folder: Path) -> dict:
-    """Which tests reach which line, and their seconds: {"tests": {name: seconds}, "lines": {file: {line: names}}}."""
-    found = folder / "reach.json"
-    if not found.exists():
-        data = folder / "coverage.data"
-        (folder / "rc").write_text(f"[run]\ndynamic_context = test_function\ndata_file = {data}\nsource = {ROOT}\n")
-        report = folder / "durations.xml"
-        words = ["-m", "coverage", "run", f"--rcfile={folder / 'rc'}", "-m", "pytest", "-q", f"--junitxml={report}"]
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
-        import coverage
-
-        seconds = defaultdict(float)
-        for case in ElementTree.parse(report).iter("testcase"):
-            name = f"{case.get('classname').removeprefix('tests.')}.{case.get('name').split('[')[0]}"
-            seconds[name] += float(case.get("time"))
-        lines = {}
-        measured = coverage.CoverageData(str(data))
-        measured.read()
-        for file in measured.measured_files():
-            contexts = measured.contexts_by_lineno(file)
-            tests = {str(n): sorted({c.removeprefix("tests.") for c in cs if c}) for n, cs in contexts.items()}
-            lines[str(Path(file).relative_to(ROOT))] = tests
-        found.write_text(json.dumps({"tests": seconds, "lines": lines}))
-    return json.loads(found.read_text())
+# ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def tests_for(mutant: dict, reach: dict) -> list[str]:
-    """The tests that reach a mistake, quickest first; for lines that run on import, all tests that reach the file."""
-    lines = reach["lines"].get(mutant["file"], {})
-    names = {t for n in range(mutant["line"], mutant["last"] + 1) for t in lines.get(str(n), [])}
-    if not names:
-        names = {test for tests in lines.values() for test in tests}
-    names &= reach["tests"].keys()
-    return sorted(names, key=lambda name: reach["tests"][name])
+class Plugin:
+    """In pytest: choose the tests, give each a limit, note which one runs; with `coverage`, measure instead."""
+
+    def __init__(self, folder: Path, seconds: dict, chosen=lambda test: True, coverage=None):
+        self.folder, self.seconds, self.chosen, self.coverage = folder, seconds, chosen, coverage
+        self.report = {"seconds": {}, "starters": [], "broken": []}
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = filter(lambda item: self.chosen(item.nodeid), items)
+        if not self.coverage:
+            items.sort(key=lambda item: self.seconds.get(item.nodeid, 0))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        start, children = time.perf_counter(), os.times().children_user
+        (self.folder / "test").write_text(item.nodeid)
+        in_file = (self.seconds[test] for test in self.seconds if test.startswith(item.nodeid.split("::")[0]))
+        signal.alarm(30 + 5 * round(max(in_file, default=100)))  # ends the process; fixtures may be shared
+        if self.coverage:
+            self.coverage.switch_context(item.nodeid)
+        result = yield
+        self.report["seconds"][item.nodeid] = round(time.perf_counter() - start, 3)
+        self.report["starters"] += [item.nodeid] * (os.times().children_user > children)
+        return result
+
+    def pytest_runtest_logreport(self, report):
+        self.report["broken"] += [report.nodeid] * report.failed
 
 
-def survives(mutant: dict, reach: dict, limit: float) -> bool:
-    """Whether all the tests pass with the mistake, within `limit` seconds. Runs in a copy, in a forked process."""
-    tests = [f"tests/{name.split('.')[0]}.py::{name.split('.')[1]}" for name in tests_for(mutant, reach)]
-    with tempfile.TemporaryDirectory() as folder:
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in filter(None, tracked.split("\0")):
-            if (ROOT / name).is_file():
-                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, Path(folder) / name)
-        (Path(folder) / mutant["file"]).write_text(mutant["source"], encoding="utf-8")
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            os.chdir(folder)
-            sys.path[:] = [
-                folder,
-                *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests")),
-            ]
-            null = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(null, stream)
-            import pytest
-
-            for some in (tests[:8], tests[8:40], tests[40:]):  # to collect many takes longer than to run a few
-                if some and pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", *some]):
-                    os._exit(1)
-            os._exit(0)
-        started = time.monotonic()
-        while time.monotonic() - started < limit:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                return status == 0
-            time.sleep(0.05)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return False
+def fork(folder: Path, plugin: Plugin, *words: str) -> int:
+    """Start pytest in folder/tree in a process of its own. Returns the number of the process."""
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={folder / 'temporary'}", *words]
+    if pid := os.fork():
+        return pid
+    code = 99
+    try:
+        os.setsid()
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
+        os.chdir(folder / "tree")
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        sys.path[:] = [str(folder / "tree"), *(path for path in sys.path if not Path(path).is_relative_to(ROOT))]
+        signal.alarm(300)  # to the first test
+        if plugin.coverage:
+            plugin.coverage.start()
+        code = pytest.main(options, plugins=[plugin])
+        if plugin.coverage:
+            plugin.coverage.stop()
+            lines = plugin.coverage.get_data()
+            files = {Path(file).relative_to(folder / "tree").as_posix(): file for file in lines.measured_files()}
+            report = {**plugin.report, "lines": {name: lines.contexts_by_lineno(file) for name, file in files.items()}}
+            (folder / "report").write_text(json.dumps(report))
+    finally:
+        os._exit(code)
 
 
-def main() -> None:
+def learn(tree: Path, folder: Path) -> dict:
+    """Which tests run which lines, how long each takes, which start programs, and which fail as it is."""
+    from coverage import Coverage
+
+    shutil.copytree(tree, folder / "tree")
+    recorder = Coverage(folder / "coverage", source=[str(folder / "tree")], omit=["*/tests/*"])
+    os.waitpid(fork(folder, Plugin(folder, {}, coverage=recorder)), 0)
+    report = json.loads((folder / "report").read_text())
+    for test in report["broken"]:
+        print(f"fails as it is, and is left out: {test}", flush=True)
+    return report
+
+
+def who_reaches(mutant: Mutant, report: dict) -> set[str]:
+    """Tests that run the mutant's line, else all that run some line of its file; and all that start programs."""
+    lines = {int(line): set(tests) - {""} for line, tests in report["lines"].get(mutant.file, {}).items()}
+    near = set().union(*(lines.get(line, ()) for line in mutant.near))
+    return (near or set().union(*lines.values())) | set(report["starters"])
+
+
+def meet(mutant: Mutant, report: dict, tree: Path, folder: Path, others: bool) -> int:
+    """Start the tests that reach the mutant, or all `others`. Returns the number of the process."""
+    reach = who_reaches(mutant, report)
+    shutil.copytree(tree, folder / "tree")
+    (folder / "tree" / mutant.file).write_bytes(mutant.source)
+    plugin = Plugin(folder, report["seconds"], lambda test: (test in reach) != others and test not in report["broken"])
+    return fork(folder, plugin, "-x", *([] if others else sorted({test.split("::")[0] for test in reach})))
+
+
+def campaign(mutants: list[Mutant], report: dict, tree: Path, results: Path, jobs: int):
+    """Yield a record for each mutant when its fate is known, and append it to `results`."""
+    waiting, running = [(mutant, False) for mutant in reversed(mutants)], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                (mutant, others), folder = waiting.pop(), Path(tempfile.mkdtemp(dir=tree.parent))
+                pid = meet(mutant, report, tree, folder, others)
+                running[pid] = mutant, others, folder, time.time()
+            pid, status = os.wait()
+            mutant, others, folder, start = running.pop(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # programs that its tests have left
+            code, test = os.waitstatus_to_exitcode(status), folder / "test"
+            if code in (0, 5) and not others:  # all passed, or there are none
+                waiting.append((mutant, True))
+            else:
+                record = {"mutant": str(mutant), "line": mutant.line, "survived": code in (0, 5), "code": code}
+                record |= {"test": test.read_text() if test.exists() else "", "seconds": round(time.time() - start, 1)}
+                with open(results, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                yield record
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        for pid in running:
+            os.killpg(pid, signal.SIGKILL)
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--files", nargs="+", default=FILES)
-    parser.add_argument("--limit", type=float, default=240, help="seconds for the tests of one mistake")
-    parser.add_argument("--again", action="store_true", help="only those that survived before")
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "mutants")
+    parser.add_argument("--files", nargs="+", help="to make mistakes in; default: all outside of tests/")
+    parser.add_argument("--count", type=int, default=300, help="of mutants, spread over all functions (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of their choice")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (%(default)s)")
+    parser.add_argument("--only-survivors", type=Path, metavar="RESULTS", help="only those that survived there, again")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "mutants"), help="%(default)s")
     args = parser.parse_args()
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
-    args.out.mkdir(parents=True, exist_ok=True)
-    reach = learn(args.out)
-    file = args.out / "results.jsonl"
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    chosen = sample(args.files, args.count, args.seed)
-    seen = {(k["file"], k["line"], k["what"], k["source"]) for k in known if not (args.again and k["survived"])}
-    chosen = [m for m in chosen if (m["file"], m["line"], m["what"], m["source"]) not in seen]
-    for name in HEAVY.split():
-        __import__(name)
-    from transformers import ASTFeatureExtractor, ASTForAudioClassification  # noqa: F401 - resolves its lazy imports
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    code = {
+        name: (ROOT / name).read_bytes() for name in names if name.endswith(".py") and not name.startswith("tests/")
+    }
+    for library in LIBRARIES.split():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    args.work.mkdir(parents=True, exist_ok=True)
+    results, learned = args.work / "results.jsonl", args.work / f"{zlib.crc32(repr(code).encode()):08x}.json"
+    known = read(results)
+    mutants = choose(args.files or list(code), None if args.only_survivors else args.count, args.seed)
+    if args.only_survivors:
+        mutants = [mutant for mutant in mutants if read(args.only_survivors).get(str(mutant), {}).get("survived")]
+        known = {}
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        tree = Path(folder, "tree")
+        for name in filter(lambda name: (ROOT / name).is_file(), names):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+        if not learned.exists():
+            learned.write_text(json.dumps(learn(tree, Path(tempfile.mkdtemp(dir=folder)))))
+        report = json.loads(learned.read_text())
+        todo = [mutant for mutant in mutants if str(mutant) not in known]
+        print(f"{len(mutants)} mutants, {len(mutants) - len(todo)} of them known", flush=True)
+        for record in campaign(todo, report, tree, results, args.jobs):
+            known[record["mutant"]] = record
+            fate = "SURVIVED" if record["survived"] else "too slow" if record["code"] == -signal.SIGALRM else "killed"
+            print(f"{fate:<9}{record['seconds']:>6} s  {record['mutant']}", flush=True)
+    survivors = [known[str(mutant)] for mutant in mutants if known[str(mutant)]["survived"]]
+    print(f"\n{len(mutants)} mutants, {len(mutants) - len(survivors)} killed, {len(survivors)} survived")
+    for record in survivors:
+        file, _, change = record["mutant"].partition(" ")
+        print(f"{file}:{record['line']} {change}")
 
-    for job in range(args.jobs):
-        if os.fork() == 0:
-            for mutant in chosen[job :: args.jobs]:
-                survived = survives(mutant, reach, args.limit)
-                with open(file, "a") as out:
-                    out.write(json.dumps({**mutant, "survived": survived}) + "\n")
-                print(
-                    "SURVIVED" if survived else "killed  ",
-                    f"{mutant['file']}:{mutant['line']}",
-                    mutant["what"],
-                    flush=True,
-                )
-            os._exit(0)
-    for _ in range(args.jobs):
-        os.wait()
-    last = {(k["file"], k["line"], k["what"], k["source"]): k for k in map(json.loads, file.read_text().splitlines())}
-    left = [k for k in last.values() if k["survived"]]
-    print(f"{len(last)} mistakes, {len(last) - len(left)} noticed, {len(left)} not:")
-    for k in sorted(left, key=lambda k: (k["file"], k["line"])):
-        print(f"  {k['file']}:{k['line']} in {k['function'] or 'the module'}: {k['what']}")
+
+def read(results: Path) -> dict[str, dict]:
+    """The last record of each mutant."""
+    records = map(json.loads, results.read_text().splitlines()) if results.exists() else ()
+    return {record["mutant"]: record for record in records}
 
 
 if __name__ == "__main__":

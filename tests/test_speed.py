@@ -195,7 +195,9 @@ def test_evaluation_takes_what_memory_allows():
 def encodings(monkeypatch) -> list[int]:
     """The sizes of the batches that go through a backbone from now on."""
     sizes, original = [], ast_model.AST.encode
-    monkeypatch.setattr(ast_model.AST, "encode", lambda self, x: sizes.append(len(x)) or original(self, x))
+    monkeypatch.setattr(
+        ast_model.AST, "encode", lambda self, x, *more: sizes.append(len(x)) or original(self, x, *more)
+    )
     return sizes
 
 
