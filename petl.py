@@ -391,12 +391,10 @@ METHODS: dict[str, Method] = {
         Method("lora_q", (LoRA("q", rr=64),), "221K", "Table IV, q"),
         Method("lora_qk", (LoRA("qk", rr=128),), "221K", "Table IV, q k"),
         Method("lora_qkvo", (LoRA("qkvo", rr=256),), "221K", "Table IV, q k v o"),
-        # What to do with twice the parameters.
         Method("pfeiffer_seq_x2", adapters(FFN_SEQ, rr=32), "470K", "Table V, PF FFN-Seq-After x2"),
         Method("pfeiffer_par_x2", adapters(MHSA_PAR, rr=32), "470K", "Table V, PF MHSA-Par-Before x2"),
         Method("houlsby_mixed", adapters(MHSA_PAR, FFN_SEQ), "498K", "Table V, HOU mixed"),
         Method("hydra", (Hydra(),), "470K", "Table V, HYDRA FFN"),
-        # Several methods at once.
         Method("lora_x2", (LoRA("qv", rr=64),), "442K", "Table VI, LoRA"),
         Method("adapter_lora", (*adapters(FFN_PAR), LoRA()), "470K", "Table VI, Adapter + LoRA"),
         Method("adapter_dpt", (*adapters(FFN_PAR), Prompts(25, deep=True)), "479K", "Table VI, Adapter + DPT-25"),
@@ -464,6 +462,8 @@ def merge(model: AST) -> AST:
             elif hasattr(module, "wrapped"):
                 kind = type(getattr(module, "adapter", module)).__name__
                 raise UserError(f"{model.method.name!r} cannot be merged: {kind} is no linear change of a weight")
+    if len({block.ffn.fc1.out_features for block in plain.blocks}) > 1:
+        raise UserError(f"{model.method.name!r} cannot be merged with --blocks: FFNs of other blocks would be narrower")
     plain.requires_grad_(True)
     plain.config = replace(plain.config, hidden=plain.blocks[0].ffn.fc1.out_features)
     vars(plain).pop("method", None)

@@ -14,6 +14,7 @@ import petl
 import train
 from data import patchout
 from load_weights import from_dict, load_trained, to_dict
+from support.command import UserError
 
 # -------------------------------------------------------------------------------------------------------------- patches
 
@@ -167,3 +168,12 @@ def test_a_run_that_knew_no_share_of_patches_goes_on(train_main, tmp_path):
     assert train_main("--method", "lora", "--epochs", 1, "--folds", "1,2") == 0
     file.write_text(json.dumps(config))
     assert train_main("--method", "lora", "--epochs", 1, "--keep", 0.5) == 2
+
+
+@pytest.mark.parametrize("method", ["hydra", "adapter_ffn_par_before", "adapter_lora"])
+def test_blocks_of_unequal_width_are_no_plain_model(method):
+    model = petl.apply(tiny_ast(depth=3), petl.replace(petl.METHODS[method], blocks=(2, 3)))
+    with pytest.raises(UserError, match="cannot be merged with --blocks"):
+        petl.merge(model)
+    whole = petl.apply(tiny_ast(depth=3), petl.replace(petl.METHODS[method], blocks=(1, 3)))
+    petl.merge(whole)
