@@ -65,8 +65,8 @@ def names_in(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and (name := ast.unparse(node)).split(".")[0] in known:
-            first, _, rest = name.partition(".")
+        first, _, rest = ast.unparse(node).partition(".") if isinstance(node, ast.Attribute) else ("", "", "")
+        if first in known and re.fullmatch(r"[\w.]+", rest):
             found.add(f"{known[first]}.{rest}")
     return {name for name in (*known.values(), *found) if name.split(".")[0] in OURS}
 
@@ -116,6 +116,24 @@ def normalised(fb):
     return (fb - data.MEAN) / (2 * data.STD)
 
 
+def first_columns(position, grid, steps):
+    return torch.cat([position[:, :2], position[:, 2:].unflatten(1, grid)[:, :, :steps].flatten(1, 2)], dim=1)
+
+
+def post_norm(block, x):
+    x = block.norm1(x + block.attn(x))
+    return block.norm2(x + block.ffn(x))
+
+
+def means(model, x, from_first=False, front=2):
+    first = tokens = model.embed(x)
+    found = [tokens[:, front:].mean(1)]
+    for block in model.blocks:
+        tokens = block(first if from_first else tokens)
+        found.append(tokens[:, front:].mean(1))
+    return torch.stack(found, dim=1)
+
+
 WRONG = [  # judge, an answer, a word of what is said of it
     (checks.frames_of_a_second, 100, "reach over"),
     (checks.frames_of_a_second, 97, "first frame"),
@@ -126,6 +144,27 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.padded_input, lambda fb, n: 2 * normalised(F.pad(fb, (0, 0, 0, n - fb.shape[1]))), "2 STD"),
     (checks.padded_input, lambda fb, n: normalised(F.pad(fb, (0, 0, n - fb.shape[1], 0))), "end of the clip"),
     (checks.padded_input, lambda fb, n: normalised(F.pad(fb, (0, 0, 0, max(0, n - fb.shape[1])))), "cut as well"),
+    (checks.tokens_of_five_seconds, 589, "distillation"),
+    (checks.tokens_of_five_seconds, 250, "overlap"),
+    (checks.number_of_a_token, 32, "in front"),
+    (checks.number_of_a_token, 65, "order of time"),
+    (checks.cut_positions, lambda p, grid, n: p[:, : 2 + grid[0] * n], "flat table"),
+    (checks.cut_positions, lambda p, grid, n: first_columns(p, grid, n), "first columns"),
+    (checks.sum_of_weights, 1.0, "one row"),
+    (checks.attention, lambda q, k, v: (q @ k.mT).softmax(-1) @ v, "scale is missing"),
+    (checks.attention, lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-2) @ v, "wrong axis"),
+    (checks.attention, lambda q, k, v: q @ k.mT / q.shape[-1] ** 0.5 @ v, "softmax is missing"),
+    (checks.attention, lambda q, k, v: (k @ q.mT / q.shape[-1] ** 0.5).softmax(-1) @ v, "exchanged"),
+    (checks.block, lambda b, x: x + b.ffn(b.norm2(x + b.attn(b.norm1(x)))), "second sum"),
+    (checks.block, lambda b, x: x + b.attn(b.norm1(x)) + b.ffn(b.norm2(x)), "parallel"),
+    (checks.block, lambda b, x: b.ffn(b.norm2(b.attn(b.norm1(x)))), "residual"),
+    (checks.block, lambda b, x: post_norm(b, x), "post-norm"),
+    (checks.parameters_of_a_head, 1280, "bias"),
+    (checks.standardised, lambda a, b: ((a - a.mean(0)) / a.std(0), (b - b.mean(0)) / b.std(0)), "own statistics"),
+    (checks.standardised, lambda a, b: ((a - a.mean()) / a.std(), (b - a.mean()) / a.std()), "own mean"),
+    (checks.means_of_layers, lambda model, x: means(model, x, from_first=True), "not the first tokens"),
+    (checks.means_of_layers, lambda model, x: means(model, x)[:, 1:], "before the first block"),
+    (checks.means_of_layers, lambda model, x: means(model, x, front=0), "two tokens in front"),
 ]
 
 
