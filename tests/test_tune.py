@@ -149,7 +149,7 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
     plan = experiments.parse(["table1", "--methods", "lora", "--datasets", "esc50,gsc", "--setting", "both"])
     found = tune.Search(**entry(weights="audioset", dataset="esc50"))
     plan.tuned.update({Cell("esc50", "lora", 0, "audioset"): found})
-    with pytest.raises(UserError, match="searched for gsc/lora/seed0: `tune` in place of --setting does so"):
+    with pytest.raises(UserError, match="searched for gsc/lora/seed0: `tune` as the first word does so"):
         cells.cells_of(plan)
     gsc = tune.Search(**entry(weights="audioset", dataset="gsc", tried=[[0.001, 1.0], [0.005, 2.0]], best=0.005))
     plan.tuned.update({Cell("gsc", "lora", 0, "audioset"): gsc})

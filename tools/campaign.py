@@ -12,7 +12,7 @@ import signal
 import statistics
 import sys
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -258,11 +258,9 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     if cell.dataset in ("folder", "csv"):
         expected["data_dir"] = str(run.data_dir.resolve())
     compare_settings(folder, config, expected)
-    wanted, tested = (
-        set(run.folds or {int(row["fold"]) for row in split}),
-        [int(row["fold"]) for row in split if row["split"] == "test"],
-    )
-    results = [{**f, "tested": tested.count(f["fold"])} for f in result["folds"] if f["fold"] in wanted]
+    wanted = set(run.folds or {int(row["fold"]) for row in split})
+    tested = Counter(int(row["fold"]) for row in split if row["split"] == "test")
+    results = [{**fold, "tested": tested[fold["fold"]]} for fold in result["folds"] if fold["fold"] in wanted]
     if len(results) < len(wanted):
         return None
     accuracy = statistics.mean(fold["accuracy"] for fold in results)

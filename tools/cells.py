@@ -221,7 +221,7 @@ def rated(cell: Cell, setting: str, plan: Plan) -> Cell:
         return cell
     found = plan.tuned.get(replace(cell, seed=0))
     if found is None:
-        raise UserError(f"no learning rate has been searched for {cell.name}: `tune` in place of --setting does so")
+        raise UserError(f"no learning rate has been searched for {cell.name}: `tune` as the first word does so")
     if found.seed in plan.seeds:
         raise UserError(f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others")
     return replace(cell, lr=None if found.best == found.paper else found.best)

@@ -26,8 +26,8 @@ LEVEL = 0.95
 RESAMPLES = 5_000
 YES, NO, UNTOLD = "yes", "no", "cannot be told"
 
-# Of a run, or of a sum of runs: {(fold, path and label of a test clip): 1 if it was told, 0 if not}
-Scores = dict[tuple[str, str, str], float]
+# Of a run: {(fold, path and label of a test clip): 1 if it was told, 0 if not}; or sums and differences of these.
+Scores = dict[tuple[str, str, str], int]
 
 
 def stats():
@@ -92,12 +92,13 @@ def difference(seeds: list[Scores]) -> Difference:
     keys = list(dict.fromkeys(key for scores in seeds for key in scores))
     if len(keys) < 2:
         raise UserError(f"{len(keys)} test clip: nothing to compare")
-    table = np.array([[scores.get(key, np.nan) for key in keys] for scores in seeds])  # (seeds, clips)
-    tested, table = ~np.isnan(table), np.nan_to_num(table)  # where the seed draws the test clips, not all by all
+    table = np.array([[scores.get(key, 0) for key in keys] for scores in seeds], np.int8)  # (seeds, clips)
+    tested = np.array([[key in scores for key in keys] for scores in seeds], np.int8)  # each seed may draw its own
 
-    def mean(clips, seeds=None, axis=-1):  # (..., clips), (..., seeds)
-        drawn = 0 if seeds is None else seeds[..., :, None], clips[..., None, :]
-        return 100 * table[drawn].sum((-2, -1)) / tested[drawn].sum((-2, -1)).clip(1)
+    def mean(clips, drawn=None, axis=-1):  # (..., clips), (..., seeds)
+        sums = [np.moveaxis(np.take(one, clips, 1).sum(-1), 0, -1) for one in (table, tested)]  # (..., seeds)
+        points, count = sums if drawn is None else (np.take_along_axis(one, drawn, -1) for one in sums)
+        return 100 * points.sum(-1) / count.sum(-1).clip(1)
 
     places = [np.arange(n) for n in table.shape[::-1] if n > 1]
     bounds = stats().bootstrap(
@@ -121,7 +122,7 @@ def scores_of(run: Path, folds: Iterable[dict]) -> Scores:
     try:
         with open(run / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["part"] == "test" and row["fold"] in accuracies]
-        found = {(row["fold"], row["path"], row["label"]): float(row["label"] == row["prediction"]) for row in rows}
+        found = {(row["fold"], row["path"], row["label"]): int(row["label"] == row["prediction"]) for row in rows}
     except FileNotFoundError:
         raise UserError(f"{run} has no predictions.csv, it is of an earlier version: {again}") from None
     except (KeyError, csv.Error):

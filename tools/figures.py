@@ -67,8 +67,8 @@ def draw_curves(
                 title += f" ({name} trains {x[0]:,.0f} parameters)"
             else:
                 style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linestyle": LINES[i % 6]}
-                axis.errorbar(x, y, [y - low, high - y], label=name, markersize=5, linewidth=1.4, elinewidth=0.8,
-                              capsize=2, **style)  # fmt: skip
+                bars = np.clip([y - low, high - y], 0, None)  # equal runs have none, up to rounding
+                axis.errorbar(x, y, bars, label=name, markersize=5, linewidth=1.4, elinewidth=0.8, capsize=2, **style)
         axis.set(xscale="log", title=title, xmargin=0.06, ymargin=0.12, ylabel="test accuracy (%), 95 % interval",
                  xlabel="trained parameters (final LayerNorm and head apart)")  # fmt: skip
         axis.grid(which="major", **GRID)

@@ -87,14 +87,12 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
         ours = marked([m and f"{m.mean:.2f}" for m in column])
         key = f"{dataset} {shots}" if shots else dataset
         theirs = [table.numbers.get((name, key)) for name in names]
-        for j, m in enumerate(column):
+        for j, (m, (name, method, weights)) in enumerate(zip(column, lines, strict=True)):
             lr, (gap, p) = method_of(rows[j][0]).lr, apart.get(((setting, dataset, shots), j), (None, None))
             if m:
-                ours[j] += f" [{m.low:.2f}, {m.high:.2f}]"
-                ours[j] += " ~" * bool(gap and gap.holds(p) != evidence.YES)
+                ours[j] += f" [{m.low:.2f}, {m.high:.2f}]" + " ~" * bool(gap and gap.holds(p) != evidence.YES)
                 ours[j] += f" at {lr:g}" * (setting == "tuned")
                 ours[j] += f", {m.seeds} of {len(plan.seeds)} seeds" * (m.seeds < len(plan.seeds))
-            name, method, weights = lines[j]
             records.append({
                 "table": target, "row": name, "method": method, "dataset": dataset, "shots": shots,
                 "weights": weights[dataset], "setting": setting, "lr": lr,
@@ -107,17 +105,16 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
     datasets = tuple(dict.fromkeys(dataset for dataset, _ in columns))
     if len(datasets) > 1 and not table.few_shot:
         for setting in plan.settings:
-            lines_ = zip(*(means[setting, dataset, shots] for dataset, shots in columns), strict=True)
-            ours = marked([None if None in line else f"{statistics.mean(line):.2f}" for line in lines_])
+            each = zip(*(means[setting, dataset, shots] for dataset, shots in columns), strict=True)
+            ours = marked([None if None in line else f"{statistics.mean(line):.2f}" for line in each])
             same = datasets == table.datasets and setting == plan.settings[0]
             text[heading("Avg", None, setting)] = beside(ours, theirs) if same else ours
     if any(theirs) and not set(datasets) & set(table.datasets):  # other sounds: at least the order can be compared
         text["Avg in the paper"] = [mark if n else "-" for mark, n in zip(marked(theirs), theirs, strict=True)]
     text["seconds"] = [f"{sum(m.seconds for m in line):.0f}" if line else "-" for line in found]
-    everything = [m for line in found for m in line]
-    notes = notes_of(target, datasets, everything, plan)
+    notes = notes_of(target, datasets, [m for line in found for m in line], plan)
     if "tuned" in plan.settings:
-        notes += tune.notes_of([replace(same[0], lr=None) for rows in grid.values() for same in rows], plan)
+        notes.append(tune.note_of([replace(same[0], lr=None) for rows in grid.values() for same in rows], plan))
     notes += [f"No ~ in a column: {reason}." for reason in dict.fromkeys(why)]
     return f"### {table.title}\n\n{markdown(text)}\n\n{listed(notes)}\n", records
 
@@ -153,8 +150,8 @@ def notes_of(target: str, datasets: tuple[str, ...], found: list[Measured], plan
     theirs = ", in parentheses the paper's" if set(datasets) & set(table.datasets) else ""
     notes = [
         f"Test accuracy in percent, {in_seeds(plan)}{theirs}. Best **bold**, second best in _italics_. In brackets the "
-        f"95 % interval, {' or '.join(over)}. ~: cannot be told apart from the best of its column on the same clips "
-        "(tools/evidence.py), by Holm's correction for all of the table."
+        f"95 % interval, {' or '.join(over)}. ~: cannot be told apart from the best of its column on the same clips, "
+        "by Holm's correction for all of the table (tools/evidence.py)."
     ]
     for dataset in datasets:
         cell = Cell(dataset, "linear", 0, plan.weights or DATASETS[dataset].weights, 1 if table.few_shot else None)

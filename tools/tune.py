@@ -151,13 +151,14 @@ def judged(result: dict) -> float:
     return round(statistics.mean(accuracies), 4)
 
 
-def notes_of(cells: list[Cell], plan: Plan) -> list[str]:
+def note_of(cells: list[Cell], plan: Plan) -> str:
     """What a reader must know of tuned numbers; `cells` are those of a table, with the paper's rates."""
     found = {cell: plan.tuned[replace(cell, seed=0)] for cell in cells}
     seeds = ", ".join(sorted({str(one.seed) for one in found.values()}))
     edge = sorted({f"{cell.method} on {cell.dataset}" for cell, one in found.items() if one.at_the_edge()})
-    return [
+    return (
         f"Tuned: of {', '.join(f'{f:g}' for f in FACTORS)} times the paper's learning rate the one with the best "
-        f"validation accuracy, by seed {seeds}: the same search for every method."
+        f"validation accuracy, by seed {seeds}: the same search for every method. In cross-validation the validation "
+        "clips of a fold are test clips of another."
         + (f" Best at its edge, so that another may be better: {', '.join(edge)}." if edge else "")
-    ]  # fmt: skip
+    )
