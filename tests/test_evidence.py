@@ -175,7 +175,7 @@ def test_marks_of_what_cannot_be_told_apart(tmp_path):
     assert lines["Seq, residual"] == "**90.00** [90.00, 90.00]"
     assert lines["Seq, no residual"] == "_82.50_ [82.50, 82.50] ~"
     assert lines["Par, no residual"] == "50.00 [50.00, 50.00]" and lines["Par, residual"] == "missing"
-    assert "Student's t over 2 runs" in text and "Wilson" not in text and "No ~" not in text
+    assert "Student's t over 2 runs" in text and "Wilson" not in text and "Columns without ~" not in text
     told = {record["method"]: (record["behind the best"], record["p"]) for record in records}
     # 3 discordant clips: 2 / 2**3; 16: 2 / 2**16, twice, for there are two comparisons
     assert told["adapter_ffn_seq_no_residual"] == (7.5, 0.25)
@@ -183,7 +183,7 @@ def test_marks_of_what_cannot_be_told_apart(tmp_path):
 
     (tmp_path / "demo" / "pfeiffer_seq" / "seed1" / "predictions.csv").unlink()
     text, _ = tables.render("table7", done, plan)  # a run of an earlier version
-    assert "_82.50_ [82.50, 82.50] |" in text and "No ~ in a column: " in text and "has no predictions.csv" in text
+    assert "_82.50_ [82.50, 82.50] |" in text and "Columns without ~: 1. " in text and "has no predictions.csv" in text
 
 
 def test_a_single_run_has_wilsons_interval(tmp_path):

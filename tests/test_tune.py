@@ -37,7 +37,7 @@ def test_the_rates():
     ],
 )
 def test_the_best(tried, best):
-    assert tune.best_of(tried, paper=0.01) == best
+    assert tune.best_of(tried, usual=0.01) == best
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_search(here, made_up, capsys):
     made_up["linear", 0.03] = 60.0  # of bitfit all are equal
     assert here("tune", *words) == 0
     printed = capsys.readouterr().out
-    tried = "0.001 50.00, 0.003 50.00, 0.01 50.00, 0.03 60.00, 0.1 50.00; best 0.03, the paper's 0.01"
+    tried = "0.001 50.00, 0.003 50.00, 0.01 50.00, 0.03 60.00, 0.1 50.00; best 0.03, without search 0.01"
     assert f"linear/seed1000: validation accuracy by learning rate {tried}\n" in printed
     variants = [Cell("esc10", "linear", 0, str(SMALL_AST), lr=lr).variant for lr in (0.001, 0.003, None, 0.03, 0.1)]
     linear = [str(run.relative_to(here.out)) for run in here.started if run.parent.name == "linear"]
@@ -70,7 +70,7 @@ def test_a_search(here, made_up, capsys):
     assert reported == [f"{variants[i]}/esc10/linear/seed{seed}" for seed in (0, 1) for i in (2, 3)]
     assert len(here.started) == 9 + 5 + 2  # of bitfit the paper's rate is the best
     searches = json.loads((here.out / "tuned.json").read_text())["searches"]
-    assert {s["method"]: (s["paper"], s["best"], s["seed"]) for s in searches} == {
+    assert {s["method"]: (s["usual"], s["best"], s["seed"]) for s in searches} == {
         "linear": (0.01, 0.03, 1000), "bitfit": (0.005, 0.005, 1000)}  # fmt: skip
     table = table_of(here.out, "table1")
     assert table["Linear"]["ESC-10"] == "90.00 [90.00, 90.00]"
@@ -95,7 +95,7 @@ def test_a_search(here, made_up, capsys):
 def test_train_py_gets_the_rate_that_was_found(here):
     here.out.mkdir()
     tried = [[0.001, 50.0], [0.01, 50.0], [0.03, 60.0]]
-    found = entry(method="linear", paper=0.01, best=0.03, tried=tried)
+    found = entry(method="linear", usual=0.01, best=0.03, tried=tried)
     (here.out / "tuned.json").write_text(json.dumps({"searches": [found]}))
     for _ in range(2):
         assert here("table1", "--methods", "linear", "--setting", "tuned") == 0
@@ -115,7 +115,7 @@ def test_no_validation_clips(here, monkeypatch, capsys):
 def entry(**changes) -> dict:
     tried = [[0.0005, 60.0], [0.0015, 61.0], [0.005, 62.0], [0.015, 63.0], [0.05, 63.5]]
     return {"dataset": "esc10", "method": "lora", "weights": str(SMALL_AST), "shots": None, "rr": None, "prompts": None,
-            "kernel": None, "seed": 1000, "epochs": 1, "options": ["--folds", "1", "--seconds", "0.5"], "paper": 0.005,
+            "kernel": None, "seed": 1000, "epochs": 1, "options": ["--folds", "1", "--seconds", "0.5"], "usual": 0.005,
             "tried": tried, "best": 0.05, **changes}  # fmt: skip
 
 

@@ -143,7 +143,7 @@ class Cell:
     rr: int | None = None
     prompts: int | None = None
     kernel: int | None = None
-    lr: float | None = None  # None: the paper's
+    lr: float | None = None  # None: the paper's, see support/variants.py
 
     @property
     def variant(self) -> str:
@@ -224,7 +224,7 @@ def rated(cell: Cell, setting: str, plan: Plan) -> Cell:
         raise UserError(f"no learning rate has been searched for {cell.name}: `tune` as the first word does so")
     if found.seed in plan.seeds:
         raise UserError(f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others")
-    return replace(cell, lr=None if found.best == found.paper else found.best)
+    return replace(cell, lr=None if found.best == found.usual else found.best)
 
 
 def cell_of(dataset: str, words: str, seed: int, weights: str, shots: int | None = None) -> Cell:

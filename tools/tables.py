@@ -115,7 +115,7 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
     notes = notes_of(target, datasets, [m for line in found for m in line], plan)
     if "tuned" in plan.settings:
         notes.append(tune.note_of([replace(same[0], lr=None) for rows in grid.values() for same in rows], plan))
-    notes += [f"No ~ in a column: {reason}." for reason in dict.fromkeys(why)]
+    notes += [f"Columns without ~: {len(why)}. {why[0]}."] if why else []
     return f"### {table.title}\n\n{markdown(text)}\n\n{listed(notes)}\n", records
 
 

@@ -25,7 +25,7 @@ from support.processes import say
 from tools.campaign import method_of, train_cells
 from tools.cells import Cell, Plan, cells_of, columns_of, epochs_of
 
-FACTORS = (0.1, 0.3, 1, 3, 10)  # of the paper's rate
+FACTORS = (0.1, 0.3, 1, 3, 10)  # of the paper's rate, or on a narrow backbone of that in support/variants.py
 DIVERGED = "the loss is "  # what train.py says where a rate is too high
 
 
@@ -42,12 +42,12 @@ class Search(Struct):
     seed: Seed
     epochs: Count
     options: list[Name]  # of train.py
-    paper: LearningRate
+    usual: LearningRate  # the paper's, but on narrow backbones
     tried: list[tuple[LearningRate, Percent | None]]
     best: LearningRate
 
     def __post_init__(self):
-        if self.best != best_of(self.tried, self.paper):
+        if self.best != best_of(self.tried, self.usual):
             raise ValueError(f"best: Expected the best of those tried, got {self.best:g}")
 
     def at_the_edge(self) -> bool:
@@ -65,9 +65,9 @@ class Searches(Struct):
         return {Cell(seed=0, **{key: entry[key] for key in keys}): search for search, entry in told}
 
 
-def best_of(tried: list[tuple[float, float | None]], paper: float) -> float | None:
-    """The rate with the highest accuracy; of equals the one nearest the paper's, by their ratio. None: all diverged."""
-    told = [(accuracy, -abs(math.log(lr / paper)), lr) for lr, accuracy in tried if accuracy is not None]
+def best_of(tried: list[tuple[float, float | None]], usual: float) -> float | None:
+    """The rate with the highest accuracy; of equals the one nearest the usual, by their ratio. None: all diverged."""
+    told = [(accuracy, -abs(math.log(lr / usual)), lr) for lr, accuracy in tried if accuracy is not None]
     return max(told)[2] if told else None
 
 
@@ -85,9 +85,9 @@ def read_tuned(plan: Plan) -> dict[Cell, Search]:
 
 
 def rates_of(cell: Cell) -> dict[float, Cell]:
-    """The cells of a search by their learning rates. That with the paper's is the `cell` itself."""
-    paper = method_of(cell).lr
-    rates = {paper if factor == 1 else float(f"{factor * paper:.3g}"): factor for factor in FACTORS}
+    """The cells of a search by their learning rates. That with the usual one is the `cell` itself."""
+    usual = method_of(cell).lr
+    rates = {usual if factor == 1 else float(f"{factor * usual:.3g}"): factor for factor in FACTORS}
     return {lr: replace(cell, lr=None if factor == 1 else lr) for lr, factor in rates.items() if lr <= 1}
 
 
@@ -127,15 +127,15 @@ def search(plan: Plan) -> dict[Cell, str]:
         if failed.keys() & {*rates.values()}:
             continue
         tried = [(lr, judged(done[one]) if one in done else None) for lr, one in rates.items()]
-        paper = method_of(cell).lr
-        if (best := best_of(tried, paper)) is None:
+        usual = method_of(cell).lr
+        if (best := best_of(tried, usual)) is None:
             failed[cell] = "the loss is not finite at any learning rate"
             continue
         entry = {key: value for key, value in asdict(cell).items() if key != "lr"}
         entry |= {"epochs": epochs_of(cell, plan), "options": plan.passed}
-        found.append(Search(**entry, paper=paper, tried=tried, best=best))
+        found.append(Search(**entry, usual=usual, tried=tried, best=best))
         shown = ", ".join(f"{lr:g} {'-' if accuracy is None else f'{accuracy:.2f}'}" for lr, accuracy in tried)
-        say(f"{cell.name}: validation accuracy by learning rate {shown}; best {best:g}, the paper's {paper:g}")
+        say(f"{cell.name}: validation accuracy by learning rate {shown}; best {best:g}, without search {usual:g}")
     plan.out.mkdir(parents=True, exist_ok=True)
     with FileLock(plan.out / ".tuned.lock"):  # another search may have ended meanwhile
         known = read_tuned(plan) | Searches(found).by_cell()
@@ -157,7 +157,7 @@ def note_of(cells: list[Cell], plan: Plan) -> str:
     seeds = ", ".join(sorted({str(one.seed) for one in found.values()}))
     edge = sorted({f"{cell.method} on {cell.dataset}" for cell, one in found.items() if one.at_the_edge()})
     return (
-        f"Tuned: of {', '.join(f'{f:g}' for f in FACTORS)} times the paper's learning rate the one with the best "
+        f"Tuned: of {', '.join(f'{f:g}' for f in FACTORS)} times the method's learning rate the one with the best "
         f"validation accuracy, by seed {seeds}: the same search for every method. In cross-validation the validation "
         "clips of a fold are test clips of another."
         + (f" Best at its edge, so that another may be better: {', '.join(edge)}." if edge else "")
