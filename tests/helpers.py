@@ -220,6 +220,7 @@ def make_run(run: Path, words: list[str], *folds: str, validation: float | None 
     write_json(run / "config.json", asdict(settings))
     write_json(run / "result.json", result)
     rows = [[fold, "test", "bell", f"{i}.wav"] for fold, letters in enumerate(folds, 1) for i in range(len(letters))]
+    rows += [[fold, part, "bell", "other.wav"] for fold, _ in enumerate(folds, 1) for part in ("train", "val")]
     write_csv(run / "split.csv", "fold,split,label,path", *rows)
     return ""
 

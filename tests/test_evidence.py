@@ -91,6 +91,12 @@ def finish(run, *folds: str) -> None:
     make_run(run, [str(word) for word in words], *folds)
 
 
+def test_only_the_folds_that_are_asked_for(tmp_path):
+    told = predict(tmp_path, "rw", "ww")
+    assert evidence.scores_of(tmp_path, told[:1]) == {("1", "0.wav", "bell"): 1, ("1", "1.wav", "bell"): 0}
+    assert len(evidence.scores_of(tmp_path, told)) == 4
+
+
 def compare(*runs) -> int:
     return experiments.main(["compare", *map(str, runs)])
 

@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 from helpers import SMALL_AST, make_run, table_of
 
+import petl
 import train
 from support.command import UserError
 from support.records import Progress
@@ -14,7 +16,7 @@ from tools import campaign, cells, experiments, tables, tune
 from tools.cells import Cell
 
 
-def test_the_rates():
+def test_the_rates(monkeypatch):
     """Five, a factor of about 3 apart, the same for every method; the paper's is the cell that all tables share."""
     for method, paper in (("lora", 0.005), ("dpt", 0.01)):
         cell = Cell("esc50", method, 1000, "audioset")
@@ -24,6 +26,8 @@ def test_the_rates():
         assert all(2.9 < ratio < 3.4 for ratio in ratios)
         assert rates.pop(paper) == cell and all(campaign.method_of(one).lr == lr for lr, one in rates.items())
     assert tune.rates_of(Cell("esc50", "lora", 1000, "audioset"))[0.0005].name == "lr0.0005/esc50/lora/seed1000"
+    monkeypatch.setattr(tune, "method_of", lambda cell: replace(petl.find("lora"), lr=0.2))
+    assert list(tune.rates_of(cell)) == [0.02, 0.06, 0.2, 0.6]  # train.py takes none above 1
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,9 @@ def test_a_search(here, made_up, capsys):
         shutil.rmtree(here.out / "tables")
         assert here(*words, "--setting", setting) == 0
         assert [head for head in table_of(here.out, "table1")["Linear"] if head.startswith("ESC")] == heads
+    shutil.rmtree(here.out / "tables")
+    assert here("table1", "--methods", "linear") == 0  # Wilson's of 9 in 10
+    assert table_of(here.out, "table1")["Linear"]["ESC-10"] == "90.00 [59.58, 98.21]"
     capsys.readouterr()
     assert here("tune", *words) == 0 and "0 cells, 0 finished, 0 to train" in capsys.readouterr().out
     (here.out / "tuned.json").unlink()

@@ -200,8 +200,10 @@ def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str,
         "not where in one the second is (tools/evidence.py), by Holm's correction for all pairs of this table. Points "
         f"of accuracy of the weakest pair, with the 95 % interval of a bootstrap over clips and {in_seeds(plan)}.",
         *(f"{claim.claim} ({claim.where}): '{claim.sentence}'." for claim in cells.CLAIMS),
-        *(f"Missing: {reason}." for reason in why),
+        *(f"Missing: {reason}." for reason in why[:1]),
     ]
+    if "tuned" in plan.settings:
+        notes.append(tune.note_of(cells.cells_of(replace(plan, targets=["claims"], setting="paper")), plan))
     return f"### {TARGETS[target].title}\n\n{markdown(claims.as_text(records))}\n\n{listed(notes)}\n", records
 
 
