@@ -199,7 +199,7 @@ def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str,
         "A claim is made of pairs. It holds where in all of them the first is better on the same test clips, and does "
         "not where in one the second is (tools/evidence.py), by Holm's correction for all pairs of this table. Points "
         f"of accuracy of the weakest pair, with the 95 % interval of a bootstrap over clips and {in_seeds(plan)}.",
-        *(f"{claim.claim} ({claim.where}): '{claim.sentence}'." for claim in cells.CLAIMS),
+        *(f"{claim.claim} ({claim.where}): '{claim.sentence}'." for claim in cells.CLAIMS if claim.pairs(plan)),
         *(f"Missing: {reason}." for reason in why[:1]),
     ]
     if "tuned" in plan.settings:
