@@ -178,6 +178,8 @@ def test_a_method_of_your_own(tmp_path, sounds, cache_dir):
         (["table1", "--device", "quantum"], "--device quantum"),
         (["table1", "--weights", "absent.bin", "--datasets", "demo"], "no weights at absent.bin"),
         (["table1", "--datasets", "folder", "--dry-run"], "--dataset folder: needs --data-dir"),
+        (["tune"], "tune what? Name a table or figure"),
+        (["table1", "--setting", "tuned", "--datasets", "demo"], "no learning rate has been searched for demo/full_ft"),
         (["plot"], "arguments are required: RUN"),
         (["plot", "absent"], "absent is no finished run of train.py"),
     ],

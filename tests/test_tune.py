@@ -149,6 +149,7 @@ def test_what_cannot_be_used_is_one_line(content, words, message, here, capsys):
     assert here(*start, "--methods", "lora", *[word for word in words if word != "tune"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line and not here.started
+    assert content != "{" or here("table1", "--methods", "lora", "--dry-run") == 0  # which does not ask for it
 
 
 def test_a_tuned_table_of_results_by_hand(tmp_path):
@@ -204,7 +205,14 @@ def test_a_rate_that_diverges_and_a_run_that_fails(here, made_up, monkeypatch, c
     assert "bitfit/seed1000: the loss is not finite at any learning rate" in capsys.readouterr().err
 
 
-def test_a_dry_run_lists_the_search(here, capsys):
-    assert here("tune", "table1", "--methods", "linear", "--dry-run") == 0
+def test_a_dry_run_lists_the_search(here, made_up, capsys):
+    """And then, once it has been made, what is to be reported."""
+    words = ["tune", "table1", "--methods", "linear", "--dry-run"]
+    assert here(*words) == 0
     printed = capsys.readouterr().out
     assert "5 cells, 0 finished" in printed and not here.started and not here.out.exists()
+    made_up["linear", 0.1] = 60.0
+    assert here(*words[:-1]) == 0
+    capsys.readouterr()
+    assert here(*words, "--seeds", "0,1") == 0
+    assert "4 cells, 2 finished" in capsys.readouterr().out

@@ -194,22 +194,20 @@ def start(argv: list[str]) -> int:
         evidence.compare(argv[1:])
         return 0
     plan = parse(argv)
-    evidence.stats()  # missing? now, not after the training
-    if plan.tune:
-        listed = [cell for rates in tune.cells_to_try(plan).values() for cell in rates.values()]
-    else:
+    if plan.tune or plan.setting != "paper":
         plan = replace(plan, tuned=tune.read_tuned(plan))
-        listed = cells.cells_of(plan)
+    left = tune.cells_to_try(plan) if plan.tune else {}
+    listed = [cell for rates in left.values() for cell in rates.values()] or cells.cells_of(plan)
     # Wrong options of train.py or a wrong checkpoint: now, not once for each cell. (This process needs no GPU.)
-    for cell in listed[:1]:
-        train.parse([*options(cell, plan), *(["--device", "cpu"] if plan.device == "auto" else [])])
+    train.parse([*options(listed[0], plan), *(["--device", "cpu"] if plan.device == "auto" else [])])
     if plan.weights:
         cells.shape_of(plan.weights)
     if plan.dry_run:
         dry_run(listed, plan)
         return 0
+    evidence.stats()  # missing? now, not after the training
     if any(target in FIGURES for target in plan.targets):
-        figures.pyplot()  # the same
+        figures.pyplot()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the campaign ends its workers
     try:
         failed = tune.search(plan) if plan.tune else {}

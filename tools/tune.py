@@ -104,10 +104,10 @@ def cells_to_try(plan: Plan) -> dict[Cell, dict[float, Cell]]:
                 raise UserError(
                     f"{dataset} has no validation clips to judge learning rates by: leave it out, --datasets"
                 )
-    left, known = {}, read_tuned(plan)
+    left = {}
     for cell in cells_of(replace(plan, seeds=[plan.search_seed], setting="paper")):
         now = {"seed": plan.search_seed, "epochs": epochs_of(cell, plan), "options": plan.passed}
-        if old := known.get(replace(cell, seed=0)):
+        if old := plan.tuned.get(replace(cell, seed=0)):
             for name, value in now.items():
                 if getattr(old, name) != value:
                     raise UserError(f"{file_of(plan)} has a search for {cell.method} on {cell.dataset} with {name} "
