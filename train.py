@@ -28,6 +28,7 @@ from load_weights import live_tensors, load_ast, load_tensors, read_header, save
 from support import command, records, speed
 from support.command import UserError
 from support.files import default_cache_dir
+from support.kept import probed
 from support.processes import average, is_first, mean_over_ranks, process_group, say, shares, wait_for_all
 from support.records import Settings
 from support.speed import Learner, Machine, autocast
@@ -39,7 +40,7 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW; the first two as 
 
 
 def make_learner(network: nn.Module, settings: Settings, machine: Machine) -> Learner:
-    """AdamW on all that trains in `network`, the model or, of a linear probe, its last layers alone."""
+    """AdamW on all that trains in `network`, the model or, of a probe, its last layers alone."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     fused = machine.device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, settings.lr, BETAS, EPS, WEIGHT_DECAY, fused=fused)
@@ -93,7 +94,7 @@ def train_fold(
     Raises UserError when the loss is not finite.
     """
     progress, state = records.read_progress(state_file, fold, machine.resume)
-    network, clips = speed.probed(model, clips, split, settings, machine)  # of a linear probe; else the two themselves
+    network, clips = probed(model, clips, split, settings, machine)  # of a probe; else the two themselves
     learner = make_learner(network, settings, machine)
     if state:
         load_tensors(model, state["tensors"], state_file)
@@ -148,8 +149,6 @@ def run(args: argparse.Namespace) -> dict:
     asked = args.rr, args.alpha, args.prompts, args.blocks, args.keep, args.kernel
     method = fitted(petl.find(args.method), backbone.config, lr, *asked)
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
-    if not (method.parts or mask or args.keep):  # a linear probe of clips that are the same in every epoch
-        clips = replace(clips, pooled=speed.nothing_pooled(clips, backbone, args.device))
     ahead = records.folds_left(args.out / args.dataset / method.name, args.seed, args.folds or known)
     machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, ahead)
 
