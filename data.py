@@ -267,7 +267,7 @@ def build_features(
 class Clips:
     """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU.
 
-    `file` holds the features, if one does; what support/kept.py keeps of them lies beside its folder.
+    `file` holds the features, if one does; what support/vectors.py keeps of them lies beside its folder.
     """
 
     features: torch.Tensor

@@ -438,6 +438,6 @@ METHODS: dict[str, Method] = {
         Method("ssf", (SSF(),), "-", "-"),
         Method("adaptformer", (AdaptFormer(),), "-", "-", lr=1e-3),
         Method("adapter_plus", (AdapterPlus(),), "-", "-", lr=1e-3),
-        Method("probe", (Statistics(),), "-", "-", lr=1e-3),
+        Method("probe", (Statistics(),), "-", "-", lr=2e-3),
     ]
 }  # fmt: skip

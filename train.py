@@ -28,11 +28,11 @@ from load_weights import live_tensors, load_ast, load_tensors, read_header, save
 from support import command, records, speed
 from support.command import UserError
 from support.files import default_cache_dir
-from support.kept import probed
 from support.processes import average, is_first, mean_over_ranks, process_group, say, shares, wait_for_all
 from support.records import Settings
 from support.speed import Learner, Machine, autocast
 from support.variants import fitted, override
+from support.vectors import probed
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW; the first two as in the authors' code
 

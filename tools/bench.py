@@ -35,9 +35,9 @@ from ast_model import AST, ASTConfig
 from load_weights import load_ast
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.files import write_json
-from support.kept import probed
 from support.records import Settings, forget_peak, peak_memory
 from support.speed import DTYPES, Machine, autocast, prepare
+from support.vectors import probed
 from tools.export import write_hf
 
 N_CLASSES = 50

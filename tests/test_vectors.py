@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from helpers import SMALL_AST
@@ -22,8 +23,11 @@ import ast_model
 import petl
 import train
 from data import Clips, Split, build_features, folds_of, load_dataset
-from load_weights import load_ast
-from support import kept
+from load_weights import load_ast, read_header
+from petl_more import SSF, Statistics
+from sounds.audio import read_audio
+from support import vectors
+from tools import export, predict
 
 
 def batches(monkeypatch) -> list[int]:
@@ -50,7 +54,7 @@ def same_bits(one: dict, other: dict) -> bool:
 def test_a_linear_probe_runs_the_backbone_once_per_clip(pool, train_main, tmp_path, monkeypatch, capsys):
     """The same weights and accuracies as when all clips go through it in every epoch, for all folds and seeds; and a
     later run finds what the first one kept."""
-    options = ["--method", "linear", "--no-mask", "--pool", pool, "--epochs", 3, "--lr", 1e-3]
+    options = ["--method", "linear", "--no-mask", "--pool", pool, "--lr", 1e-3]
     options += ["--folds", "1,2", "--seed", "0,1", "--cache-dir", tmp_path / "cache"]
     sizes = batches(monkeypatch)
     assert train_main(*options, "--out", tmp_path / "kept") == 0
@@ -61,7 +65,7 @@ def test_a_linear_probe_runs_the_backbone_once_per_clip(pool, train_main, tmp_pa
     monkeypatch.setattr(train, "probed", lambda model, clips, *_: (model, clips))  # the plain loop
     sizes.clear()
     assert train_main(*options, "--out", tmp_path / "plain") == 0
-    assert sum(sizes) == 2 * 2 * (3 * (30 + 10) + 10)
+    assert sum(sizes) == 2 * 2 * (2 * (30 + 10) + 10)
     for seed in (0, 1):
         runs = [tmp_path / out / f"esc10/linear/seed{seed}/result.json" for out in ("kept", "plain")]
         results = [json.loads(run.read_text())["folds"] for run in runs]
@@ -76,10 +80,9 @@ def test_a_linear_probe_runs_the_backbone_once_per_clip(pool, train_main, tmp_pa
 def test_a_masked_probe_says_that_it_takes_the_long_way(train_main, tmp_path, monkeypatch, capsys):
     """`probe` has to see its 30 training clips without masks as well."""
     sizes = batches(monkeypatch)
-    for method, more in (("linear", 0), ("probe", 30), ("probe", 0)):
+    for method, more in (("linear", 0), ("probe", 30)):
         sizes.clear()
-        words = ["--method", method, "--out", tmp_path / f"{method}{more}", "--cache-dir", tmp_path / "cache"]
-        assert train_main(*words, "--batch-size", 1) == 0
+        assert train_main("--method", method, "--cache-dir", tmp_path / "cache", "--batch-size", 1) == 0
         assert sum(sizes) == 2 * (30 + 10) + 10 + more
         printed = capsys.readouterr().out
         assert "every epoch masks the clips anew" in printed and "--no-mask" in printed
@@ -104,7 +107,7 @@ def test_a_linear_probe_by_hand():
     nn.init.normal_(model.norm.weight)
     nn.init.normal_(model.norm.bias)
     clips = Clips(torch.randn(5, 60, 128), torch.zeros(5, dtype=int))
-    network, pooled = kept.probed(model, clips, Split([0], [1], [4]), settings(2), CPU)
+    network, pooled = vectors.probed(model, clips, Split([0], [1], [4]), settings(2), CPU)
     logits = network(pooled.features[[0, 1, 4]])
     torch.testing.assert_close(logits, model.eval()(clips.features[[0, 1, 4]]), rtol=1e-4, atol=1e-4)
     assert not pooled.features[[2, 3]].any()
@@ -116,7 +119,7 @@ def test_a_probe_is_standardised_on_its_training_clips_alone(train_main, tmp_pat
     features, _ = build_features(dataset, 500, cache_dir)
     model = petl.apply(load_ast(SMALL_AST, 500, 10), "probe").eval()
     with torch.no_grad():
-        vectors = model.vector(torch.from_numpy(features).float()).double()
+        every = model.vector(torch.from_numpy(features).float()).double()
     words = ["--method", "probe", "--epochs", 1, "--folds", "1,2"]
     for name, more in (("all", ["--no-mask"]), ("few", ["--no-mask", "--shots", 2]), ("masked", [])):
         assert train_main(*words, *more, "--out", tmp_path / name) == 0
@@ -124,7 +127,7 @@ def test_a_probe_is_standardised_on_its_training_clips_alone(train_main, tmp_pat
         for number, split in list(folds_of(dataset, 0, (), shots).items())[:2]:
             tensors = fold(tmp_path / name, "probe", number)
             for clips, equal in ((split.train, True), (split.train + split.val, False), (split.train[1:], False)):
-                mean, std = vectors[clips].mean(0), vectors[clips].std(0, correction=0).clamp_min(1e-3)
+                mean, std = every[clips].mean(0), every[clips].std(0, correction=0).clamp_min(1e-3)
                 near = [
                     (tensors["head.mean"] - mean).abs().max() < 1e-3,
                     (tensors["head.std"] - std).abs().max() < 1e-3,
@@ -135,10 +138,29 @@ def test_a_probe_is_standardised_on_its_training_clips_alone(train_main, tmp_pat
     assert not torch.equal(masked["head.wrapped.weight"], plain["head.wrapped.weight"])
 
 
+def test_what_was_trained_on_kept_vectors_listens_as_well(train_main, tmp_path, esc50_dir, cache_dir):
+    """From sound files, by tools.predict and by onnxruntime: the accuracy that the run has printed."""
+    words = ["--method", "probe", "--no-mask", "--epochs", 30, "--lr", 5e-3, "--batch-size", 8]
+    assert train_main(*words) == 0
+    file = tmp_path / "runs/esc10/probe/seed0/fold1.safetensors"
+    dataset = load_dataset("esc10", esc50_dir, cache_dir)
+    clips = dataset.folds[1].train + dataset.folds[1].test
+    waves, labels = [read_audio(dataset.paths[i]) for i in clips], np.array(dataset.labels)[clips]
+    classifier = predict.load_classifier(file, None)
+    ours = predict.probabilities(classifier, waves, CPU.device, "float32")
+    right = ours.argmax(1) == labels
+    assert 100 * right[30:].mean() == pytest.approx(read_header(file)["result"]["accuracy"])
+    assert right[:30].mean() > 0.8
+    export.export_onnx(classifier.models[0], {}, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    theirs = [session.run(None, {"waveform": wave[None]})[0][0] for wave in waves]
+    assert np.abs(theirs - ours).max() < 1e-3
+
+
 def test_what_hardly_differs_is_not_blown_up():
     model = petl.apply(load_ast(SMALL_AST, 60, 4), "probe")
     clips = Clips(torch.randn(1, 60, 128).expand(3, -1, -1), torch.zeros(3, dtype=int))
-    network, seen = kept.probed(model, clips, Split([0, 1], [], [2]), settings(3), CPU)
+    network, seen = vectors.probed(model, clips, Split([0, 1], [], [2]), settings(3), CPU)
     assert network is model.head and (network.std == torch.tensor(1e-3)).all()
     assert (network.mean - model.eval().vector(clips.features[:1])[0]).abs().max() < 2e-3
     torch.testing.assert_close(network(seen.features.float()), network.wrapped.bias.expand(3, -1), rtol=0, atol=1e-4)
@@ -156,9 +178,9 @@ def test_a_later_run_computes_the_same_bits(method, train_main, tmp_path):
     assert same_bits(*(fold(tmp_path / folds, method, 2) for folds in ("1,2", "2")))
 
 
-@pytest.mark.parametrize("mask", [["--no-mask"], []])
-def test_an_interrupted_probe_goes_on_to_the_same_bits(mask, train_main, tmp_path, monkeypatch):
-    words = ["--method", "probe", "--epochs", 3, *mask]
+def test_an_interrupted_probe_goes_on_to_the_same_bits(train_main, tmp_path, monkeypatch):
+    """With masks, on another machine: nothing of what was computed first is there."""
+    words = ["--method", "probe", "--epochs", 3]
     assert train_main(*words, "--out", tmp_path / "whole") == 0
     save = train.records.save_progress
 
@@ -192,7 +214,7 @@ def test_two_processes_are_one(train_main, tmp_path, esc50_dir):
 # ---------------------------------------------------------------------------------------------------- what is kept
 
 
-def small(method: str = "probe", n_frames: int = 60, **changes) -> ast_model.AST:
+def small(method: str | petl.Method = "probe", n_frames: int = 60, **changes) -> ast_model.AST:
     return petl.apply(load_ast(SMALL_AST, n_frames, 4, **changes), method)
 
 
@@ -201,9 +223,8 @@ def sounds(file: Path | None, n_frames: int = 60, count: int = 10) -> Clips:
     return Clips(features, torch.zeros(count, dtype=int), file)
 
 
-def vectors(model, clips: Clips, needed=range(10), batch: int = 3, machine=CPU, **changes) -> torch.Tensor:
-    linear = model.norm.weight.requires_grad
-    return kept.kept_vectors(model, clips, list(needed), linear, replace(settings(batch), **changes), machine)
+def keep(model, clips: Clips, needed=range(10), batch: int = 3, machine=CPU, **changes) -> torch.Tensor:
+    return vectors.vectors_of(model, clips, list(needed), replace(settings(batch), **changes), machine)
 
 
 def test_vectors_are_those_of_the_network(tmp_path):
@@ -211,19 +232,19 @@ def test_vectors_are_those_of_the_network(tmp_path):
     clips = sounds(tmp_path / "features/x.npy")
     for method, kind in (("probe", torch.float16), ("linear", torch.float32)):
         model = small(method)
-        made = vectors(model, clips, [4, 9])
+        made = keep(model, clips, [4, 9])
         assert made.dtype == kind and made.shape == (10, {"probe": 4 * 64 * 3, "linear": 64}[method])
         expected = model.vector(clips.features.float()).detach()  # the LayerNorm of `linear` is as it was trained
         if method == "linear":
             made = made * model.norm.weight + model.norm.bias
         torch.testing.assert_close(made[[3, 4, 5, 9]].float(), expected[[3, 4, 5, 9]], rtol=1e-3, atol=1e-3)
-        assert [i for i in range(10) if not vectors(small(method), clips, [4, 9])[i].any()] == [0, 1, 2, 6, 7, 8]
+        assert [i for i in range(10) if not keep(small(method), clips, [4, 9])[i].any()] == [0, 1, 2, 6, 7, 8]
     assert len(list((tmp_path / "vectors").glob("x-*.npy"))) == 2
 
 
 def test_what_vectors_are_known_by(tmp_path, monkeypatch):
     """Each change alone has vectors of its own; and what changes nothing finds those that are there."""
-    sizes, file, other = batches(monkeypatch), tmp_path / "features/x.npy", torch.get_rng_state()
+    sizes, file = batches(monkeypatch), tmp_path / "features/x.npy"
     clips = sounds(file)
     moved = load_ast(SMALL_AST, 60, 4)
     moved.backbone = replace(moved.backbone, sha256="0" * 64)
@@ -235,23 +256,22 @@ def test_what_vectors_are_known_by(tmp_path, monkeypatch):
         (small(), clips, {}), (petl.apply(moved, "probe"), clips, {}), (petl.apply(scaled, "probe"), clips, {}),
         (small("linear"), clips, {}), (small("linear", pool="cls"), clips, {}), (small(), clips, {"dtype": "bfloat16"}),
         (small(), clips, {"batch": 4}), (small(n_frames=61), sounds(file, 61), {}), (small(), changed, {}),
-        (small(), sounds(file, count=9), {}),
+        (small(), sounds(file, count=9), {}), (small(petl.Method("own", (Statistics(), SSF()), "-", "-")), clips, {}),
     ]  # fmt: skip
     for model, heard, changes in cases:
         sizes.clear()
         needed = range(len(heard.labels))
-        first = vectors(model, heard, needed, **changes).clone()
+        first = keep(model, heard, needed, **changes).clone()
         assert sum(sizes) == len(heard.labels), changes
-        torch.set_rng_state(other)
         again = petl.apply(load_ast(SMALL_AST, heard.features.shape[1], 4, model.config.pool), model.method)
         again.backbone, again.config = model.backbone, model.config
         lr = {"lr": 0.5, "epochs": 9, "seed": 3, "shots": 2}  # of the rest nothing counts
-        assert torch.equal(vectors(again, heard, needed, **changes, **lr), first) and sum(sizes) == len(heard.labels)
+        assert torch.equal(keep(again, heard, needed, **changes, **lr), first) and sum(sizes) == len(heard.labels)
 
 
 def test_damage_is_noticed_and_mended(tmp_path, monkeypatch, capsys):
     sizes, clips, model = batches(monkeypatch), sounds(tmp_path / "features/x.npy"), small()
-    whole = vectors(model, clips).clone()
+    whole = keep(model, clips).clone()
     (file,) = (tmp_path / "vectors").glob("*.npy")
     content = file.read_bytes()
     rows = np.load(file, mmap_mode="r")
@@ -261,12 +281,12 @@ def test_damage_is_noticed_and_mended(tmp_path, monkeypatch, capsys):
         wrong[position] ^= 0x41
         file.write_bytes(wrong)
         sizes.clear()
-        assert torch.equal(vectors(model, clips), whole) and sum(sizes) == computed, position
+        assert torch.equal(keep(model, clips), whole) and sum(sizes) == computed, position
         said = capsys.readouterr().err
         assert computed == 10 or f"warning: {file}: 1 damaged rows" in said
     for length in (0, 100, len(content) - 1):
         file.write_bytes(content[:length])
-        assert torch.equal(vectors(model, clips), whole), length
+        assert torch.equal(keep(model, clips), whole), length
         assert "not a whole feature file" in capsys.readouterr().err
     assert file.read_bytes() == content
 
@@ -274,10 +294,10 @@ def test_damage_is_noticed_and_mended(tmp_path, monkeypatch, capsys):
 def test_whoever_has_mapped_other_vectors_keeps_them(tmp_path):
     """A run whose clips have changed meanwhile starts a file of its own under the name."""
     clips, model = sounds(tmp_path / "features/x.npy"), small()
-    mine = vectors(model, clips)
+    mine = keep(model, clips)
     before = mine.clone()
     other = replace(clips, features=clips.features + 1)
-    assert not torch.equal(vectors(model, other), before) and torch.equal(mine, before)
+    assert not torch.equal(keep(model, other), before) and torch.equal(mine, before)
     assert len(list((tmp_path / "vectors").glob("*.npy"))) == 1
 
 
@@ -292,7 +312,7 @@ def slowly(file: Path, log: Path, seconds: float) -> None:
         return original(self, x, *more)
 
     ast_model.AST.states = states
-    vectors(small(), sounds(file, count=60), range(60))
+    keep(small(), sounds(file, count=60), range(60))
 
 
 def start(*args) -> multiprocessing.Process:
@@ -321,14 +341,14 @@ def test_a_killed_process_loses_nothing_and_two_share_the_work(tmp_path):
         assert process.exitcode == 0
     assert 60 <= computed(log) <= 60 + 3  # the batch that the kill broke off
     fresh = sounds(tmp_path / "other/features/x.npy", count=60)
-    assert torch.equal(vectors(small(), sounds(file, count=60), range(60)), vectors(small(), fresh, range(60)))
+    assert torch.equal(keep(small(), sounds(file, count=60), range(60)), keep(small(), fresh, range(60)))
 
 
 def test_processes_that_share_no_disk(tmp_path, monkeypatch):
     """What another one has left on its own machine is computed here too."""
-    monkeypatch.setattr(kept, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(vectors, "ranks", lambda: (1, 2))
     sizes = batches(monkeypatch)
-    made = vectors(small(), sounds(tmp_path / "features/x.npy")).clone()
+    made = keep(small(), sounds(tmp_path / "features/x.npy")).clone()
     assert sizes == [3, 1, 3, 3]  # of four blocks the second and the fourth, then the others
     monkeypatch.undo()
-    assert torch.equal(made, vectors(small(), sounds(None)))
+    assert torch.equal(made, keep(small(), sounds(None)))
