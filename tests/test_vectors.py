@@ -23,10 +23,12 @@ import ast_model
 import petl
 import train
 from data import Clips, Split, build_features, folds_of, load_dataset
-from load_weights import load_ast, read_header
+from load_weights import load_ast, read_header, to_dict
 from petl_more import SSF, Statistics
 from sounds.audio import read_audio
 from support import vectors
+from support.records import describe
+from support.rows import start_rows
 from tools import export, predict
 
 
@@ -86,6 +88,12 @@ def test_a_masked_probe_says_that_it_takes_the_long_way(train_main, tmp_path, mo
         assert sum(sizes) == 2 * (30 + 10) + 10 + more
         printed = capsys.readouterr().out
         assert "every epoch masks the clips anew" in printed and "--no-mask" in printed
+
+
+def test_only_probes_call_themselves_so():
+    for name, method in petl.METHODS.items():
+        said = describe(replace(settings(4), method=to_dict(method)), 1.0, CPU.device)
+        assert ("linear probe" in said) == (name in ("linear", "probe"))
 
 
 def test_only_the_needed_clips_are_computed(train_main, tmp_path, monkeypatch):
@@ -237,7 +245,8 @@ def test_vectors_are_those_of_the_network(tmp_path):
         expected = model.vector(clips.features.float()).detach()  # the LayerNorm of `linear` is as it was trained
         if method == "linear":
             made = made * model.norm.weight + model.norm.bias
-        torch.testing.assert_close(made[[3, 4, 5, 9]].float(), expected[[3, 4, 5, 9]], rtol=1e-3, atol=1e-3)
+        near = {"probe": 1e-3, "linear": 1e-5}[method]
+        torch.testing.assert_close(made[[3, 4, 5, 9]].float(), expected[[3, 4, 5, 9]], rtol=near, atol=near)
         assert [i for i in range(10) if not keep(small(method), clips, [4, 9])[i].any()] == [0, 1, 2, 6, 7, 8]
     assert len(list((tmp_path / "vectors").glob("x-*.npy"))) == 2
 
@@ -253,10 +262,11 @@ def test_what_vectors_are_known_by(tmp_path, monkeypatch):
     changed = replace(clips, features=clips.features.clone())
     changed.features[7, 3, 2] += 0.01
     cases = [
-        (small(), clips, {}), (petl.apply(moved, "probe"), clips, {}), (petl.apply(scaled, "probe"), clips, {}),
+        (small(), clips, {}), (small(petl.Method("own", (Statistics(), SSF()), "-", "-")), clips, {}),
+        (petl.apply(moved, "probe"), clips, {}), (petl.apply(scaled, "probe"), clips, {}),
         (small("linear"), clips, {}), (small("linear", pool="cls"), clips, {}), (small(), clips, {"dtype": "bfloat16"}),
         (small(), clips, {"batch": 4}), (small(n_frames=61), sounds(file, 61), {}), (small(), changed, {}),
-        (small(), sounds(file, count=9), {}), (small(petl.Method("own", (Statistics(), SSF()), "-", "-")), clips, {}),
+        (small(), sounds(file, count=9), {}),
     ]  # fmt: skip
     for model, heard, changes in cases:
         sizes.clear()
@@ -288,6 +298,8 @@ def test_damage_is_noticed_and_mended(tmp_path, monkeypatch, capsys):
         file.write_bytes(content[:length])
         assert torch.equal(keep(model, clips), whole), length
         assert "not a whole feature file" in capsys.readouterr().err
+    start_rows(file, rows.dtype, 7)  # as a run on fewer clips leaves it that was killed at once
+    assert torch.equal(keep(model, clips), whole)
     assert file.read_bytes() == content
 
 
