@@ -339,7 +339,7 @@ class Everything:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS. Every method also trains the head and the final LayerNorm, but for the scale of BitFit's."""
+    """A row of METHODS. Each also trains the head and, but for the scale of BitFit's, the final LayerNorm."""
 
     name: str
     parts: tuple

@@ -3,7 +3,8 @@
 The conformer adapter of the paper's published version, its authors' mixtures of adapters, three relatives of LoRA,
 (IA)3, and three methods from vision. All start at the pretrained function. AdamW's weight decay pulls every trained
 number to zero: so a factor that starts elsewhere is trained as its distance from there, and decays to the pretrained
-function. `load_weights.py` puts the rows beside those of `petl.py`.
+function. The last one, `probe`, changes nothing but what the head reads. `load_weights.py` puts the rows beside those
+of `petl.py`.
 """
 
 from dataclasses import dataclass
@@ -424,7 +425,8 @@ class Statistics:
 
 # ---------------------------------------------------------------------------------------------- the table of methods
 
-# Learning rates are those of the sources where these train with AdamW, else proposals that nobody has measured on AST.
+# Learning rates are those of the sources where these train with AdamW, else proposals that nobody has measured on AST;
+# that of `probe` did best on the validation clips of the demo.
 METHODS: dict[str, Method] = {
     method.name: method for method in [
         Method("conformer_pfeiffer_par", (Conformer("attn"),), "271K", "-"),

@@ -263,7 +263,7 @@ def list_methods() -> None:
         print(f"{name:<30}{count['petl'] or count['head']:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
     heads = " / ".join(f"{counted('linear', 500, n)['head']:,}" for n in (50, 10, 35, 31))
     print(
-        f"\nBase AST at 500 frames, without the final LayerNorm and head, which every method trains as well: {heads} "
+        f"\nBase AST at 500 frames, without the final LayerNorm and head, which all but probe train as well: {heads} "
         "for 50 / 10 / 35 / 31 classes.\nThese are what `linear` trains. full_ft at 100 frames: "
         f"{counted('full_ft', 100, 35)['petl']:,}."
     )
