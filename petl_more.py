@@ -384,9 +384,8 @@ class AllLayers(AST):
 
 def statistics(tokens, config: ASTConfig):  # (batch, tokens, dim) -> (batch, 4 dim)
     """Means of the normalised patches over each third of the time, and their standard deviation."""
-    bands, steps = config.grid
-    patches = F.layer_norm(tokens[:, -bands * steps :], (config.dim,), eps=config.eps)
-    grid = patches.unflatten(1, config.grid)  # (batch, F, T, dim)
+    patches = F.layer_norm(tokens[:, -config.n_patches :], (config.dim,), eps=config.eps)
+    grid, steps = patches.unflatten(1, config.grid), config.grid[1]  # (batch, F, T, dim), T
     ends = [(i * steps // 3, max(i * steps // 3 + 1, (i + 1) * steps // 3)) for i in range(3)]  # one step at least
     means = [grid[:, :, start:end].mean((1, 2)) for start, end in ends]
     return torch.cat([*means, patches.std(1, correction=0)], dim=1)
