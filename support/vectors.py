@@ -75,15 +75,14 @@ def vectors_of(model, clips, needed: list[int], settings, machine: Machine) -> t
     rows, key, file = open_rows(model, clips, batch, settings, machine)
     blocks = torch.arange(len(rows)).split(batch)
     model.eval()
-    for share in (slice(rank, None, world), slice(None)):  # then what the others have not left here, or not whole
+    for shares in (world, 1):  # one of them is mine; then what the others have not left here, or not whole
         # Of several runs at the same time one computes, and the others wait for it.
         with FileLock(f"{file}.{rank}of{world}.lock") if file else nullcontext():
             missing = [i for i in needed if rows["key"][i] != key or rows["crc"][i] != crc_of(rows[i])]
             if damaged := np.count_nonzero(rows["key"][missing]):
                 warn(f"{file}: {damaged} damaged rows, computing them again")
-            mine = np.unique(np.array(missing, int) // batch)[share]
-            shown = len(mine) and is_first()
-            for i in tqdm(mine, "backbone", unit="batch", disable=None if shown else True):
+            mine = [i for i in np.unique(np.array(missing, int) // batch) if i % shares == rank % shares]
+            for i in tqdm(mine, "backbone", unit="batch", disable=None if mine and is_first() else True):
                 new = np.zeros(len(blocks[i]), rows.dtype)
                 new["features"], new["key"] = compute(model, clips, blocks[i], settings, machine), key
                 new["crc"] = [crc_of(row) for row in new]  # so that the program may end at any moment

@@ -357,10 +357,11 @@ def test_a_killed_process_loses_nothing_and_two_share_the_work(tmp_path):
 
 
 def test_processes_that_share_no_disk(tmp_path, monkeypatch):
-    """What another one has left on its own machine is computed here too."""
+    """What another one has left on its own machine is computed here too. Whose a block is follows from its place."""
+    clips, sizes = sounds(tmp_path / "features/x.npy"), batches(monkeypatch)
+    keep(small(), clips, [0])
     monkeypatch.setattr(vectors, "ranks", lambda: (1, 2))
-    sizes = batches(monkeypatch)
-    made = keep(small(), sounds(tmp_path / "features/x.npy")).clone()
-    assert sizes == [3, 1, 3, 3]  # of four blocks the second and the fourth, then the others
+    made = keep(small(), clips).clone()
+    assert sizes == [3, 3, 1, 3]  # the first of four blocks is there; the second and the fourth are mine
     monkeypatch.undo()
     assert torch.equal(made, keep(small(), sounds(None)))
