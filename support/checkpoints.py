@@ -160,14 +160,18 @@ def read_metadata(path: Path) -> dict:
     known = to_builtins(checked(header, Whole if "config" in header else Trained, path))
     digest = known.pop("digest", None)
     header.pop("digest", None)
-    if digest is not None and digest != sha256_of([tensors, described(header)]):
+    record = known.get("record", {})
+    whole = digest is None or digest == sha256_of([tensors, described(header)])
+    if not whole or (record and record.pop("digest") != sha256_of(record)):
         raise UserError(no_whole_file(path, "it is damaged: its SHA-256 is another"))
     return {**header, **known}
 
 
 def described(header: dict) -> dict:
-    """What is read of a header, and what its digest is of, as JSON has it."""
-    return json.loads(json.dumps({name: value for name, value in header.items() if name in Whole.__struct_fields__}))
+    """What is read of a header, and what its digest is of, as JSON has it. Without the record, so that versions which
+    do not know it find the same digest."""
+    read = {*Whole.__struct_fields__} - {"record"}
+    return json.loads(json.dumps({name: value for name, value in header.items() if name in read}))
 
 
 def read_header(path: Path, *needed: str) -> dict:
@@ -190,6 +194,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **
     """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`, and a digest of
     both by which damage shows."""
     header = {**header, "digest": sha256_of([tensors, described(header)])}
+    if "record" in header:
+        header["record"] = {**header["record"], "digest": sha256_of(header["record"])}
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))
 

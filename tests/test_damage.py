@@ -34,7 +34,7 @@ from support import headers
 from support.checkpoints import read_json, sha256_of
 from support.command import UserError
 from support.processes import join
-from support.records import Progress, read_progress, save_progress, write_metrics
+from support.records import Progress, read_progress, save_progress
 from tools import export, predict
 from tools.predict import class_names, load_classifier
 
@@ -371,7 +371,7 @@ def progress_file(path, digest=True) -> bytes:
     progress.begin = time.perf_counter()
     progress.trained([1.0], [0.1], 8)
     tensors = {"head.weight": torch.arange(200.0)}
-    progress.validated(50.0, tensors)
+    progress.validated(50.0, torch.ones(3, 2), tensors)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(100))], betas=(0.9, 0.98))
     save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
     if not digest:
@@ -502,14 +502,6 @@ def test_archives_that_are_encrypted_or_of_unknown_compression(tmp_path, offsets
     content[content.index(b"PK\x01\x02") + offsets[1]] = value
     (tmp_path / "a.zip").write_bytes(content)
     assert says(lambda: unpack(tmp_path / "a.zip", tmp_path / "out"), "a.zip is not a whole zip or tar archive")
-
-
-def test_metrics_that_are_damaged_are_written_anew(tmp_path, capsys):
-    for text in ("fold,epoch\nx,1\n", "\0\0", "nothing\n1\n", "fold,epoch,loss\n1\n"):
-        (tmp_path / "metrics.csv").write_text(text)
-        write_metrics(tmp_path / "metrics.csv", 1, [{"fold": 1, "epoch": 1, "loss": 0.5}])
-        assert (tmp_path / "metrics.csv").read_text().splitlines() == ["fold,epoch,loss", "1,1,0.5"]
-    assert "is damaged: it is written anew" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):

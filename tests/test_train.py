@@ -21,7 +21,7 @@ from ast_model import AST, ASTConfig
 from data import build_features, load_dataset
 from load_weights import load_ast, load_trained, read_header
 from sounds import paper
-from support import records
+from support import ledger, records
 from support.variants import narrowed
 
 ROOT = Path(train.__file__).parent
@@ -42,7 +42,7 @@ def without_times(result: dict) -> dict:
 def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
     assert train_main("--method", "lora", "--folds", "1,2,3,4,5") == 0
     run = tmp_path / "runs" / "esc10" / "lora" / "seed0"
-    files = {f"fold{k}.safetensors" for k in range(1, 6)} | {"config.json", "metrics.csv", "result.json", "split.csv"}
+    files = {f"fold{k}.safetensors" for k in range(1, 6)} | {*ledger.FILES, "SHA256SUMS"}
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == files
     rows = rows_of(run)
     assert [(row["fold"], row["epoch"]) for row in rows] == [(str(k), str(e)) for k in range(1, 6) for e in (1, 2)]
@@ -316,9 +316,11 @@ def test_another_experiment_in_the_same_folder(fails, train_main):
     assert train_main("--epochs", 1, "--weights", relative) == 0  # the same backbone by another name
 
 
-def test_a_damaged_state_is_named(fails, tmp_path, monkeypatch):
+def test_a_damaged_state_is_named(fails, train_main, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "esc10" / "houlsby_par" / "seed0"
-    run.mkdir(parents=True)
+    monkeypatch.setattr(train, "train_epoch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_main()
     (run / "fold1.resume.pt").write_bytes(b"PK nothing")
     assert "fold1.resume.pt is damaged: delete it" in fails("--resume")
 

@@ -30,10 +30,10 @@ import train
 from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.checkpoints import read_json
-from support.command import UserError, warn
+from support.command import UserError
 from support.headers import RunConfig, RunResult
 from support.processes import say
-from support.records import compare_settings, forget_peak
+from support.records import compare_settings, forget_peak, mend
 from support.variants import fitted
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
 
@@ -235,12 +235,8 @@ def method_of(cell: Cell) -> petl.Method:
 def result_of(cell: Cell, plan: Plan) -> dict | None:
     """result.json of a cell whose folds are all finished, else None. UserError if another experiment lies there."""
     folder = plan.out / cell.name
+    mend(folder)
     if not (folder / "result.json").exists():
-        return None
-    try:
-        read_json(folder / "result.json", RunResult, mend="it is made again from the fold files")
-    except UserError as error:
-        warn(str(error))
         return None
     config, result, split = read_run(folder)
     run = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
@@ -267,7 +263,11 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
 
 
 def read_run(run: Path) -> tuple[dict, dict, list[dict[str, str]]]:
-    """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none."""
+    """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none.
+
+    What is damaged is made again from the fold files, where that can be.
+    """
+    mend(run)
     try:
         for name in ("config.json", "result.json"):
             (run / name).stat()

@@ -7,8 +7,6 @@
 cells.py says what is compared, campaign.py trains it, figures.py draws; here are the tables and the command.
 """
 
-import csv
-import io
 import math
 import signal
 import statistics
@@ -24,7 +22,7 @@ import train
 from data import DATASETS, Dataset, folds_of, load_dataset
 from sounds.paper import ESC50, FSC, GSC, US8K
 from support.command import Parser, UserError, choose_device, exit_code, in_words, nearest, numbers, positive
-from support.files import default_cache_dir, write_text
+from support.files import default_cache_dir, table_of, write_text
 from support.processes import say
 from tools import cells, figures
 from tools.campaign import options, take_results, train_cells
@@ -170,16 +168,8 @@ def write_table(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     content, records = render(target, done, plan)
     path = file_of(target, plan)
     write_text(Path(f"{path}.md"), content)
-    write_csv(Path(f"{path}.csv"), records)
+    write_text(Path(f"{path}.csv"), table_of(records[0], records))
     say(f"\n{content}\nwritten to {path}.md and .csv")
-
-
-def write_csv(path: Path, records: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, records[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_text(path, text.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------- the figures
@@ -214,7 +204,7 @@ def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     if not panels:
         return say(f"{FIGURES[target].title}: no cell is finished, nothing to draw")
     figures.draw_curves(panels, "Full FT", path)
-    return write_csv(Path(f"{path}.csv"), records)
+    return write_text(Path(f"{path}.csv"), table_of(records[0], records))
 
 
 # ---------------------------------------------------------------------------------------------- what would be trained
