@@ -197,7 +197,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **
     if "record" in header:
         header["record"] = {**header["record"], "digest": sha256_of(header["record"])}
     with whole_file(Path(path)) as temporary:
-        temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))
+        temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header, separators=(",", ":"))}))
 
 
 def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str, but: str | None = None) -> None:

@@ -84,12 +84,12 @@ class Record(Struct):
 
     history: Annotated[list[dict[str, int | float | str]], Meta(min_length=1)]
     predictions: list[Count]  # numbers of classes: of the clips that validate, then of those that test, as in split.csv
-    probabilities: list[Annotated[float, Meta(ge=0, le=1)]]  # of these classes
+    millionths: list[Annotated[int, Meta(ge=0, le=10**6)]]  # the probabilities of these classes
     digest: Name
 
     def __post_init__(self):
-        if len(self.predictions) != len(self.probabilities):
-            raise ValueError(f"Expected {len(self.predictions)} probabilities, got {len(self.probabilities)}")
+        if len(self.predictions) != len(self.millionths):
+            raise ValueError(f"Expected {len(self.predictions)} millionths, got {len(self.millionths)}")
 
 
 class Shape(Struct):

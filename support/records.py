@@ -144,7 +144,7 @@ class Progress:
             },
             "record": {
                 "history": self.history, "predictions": predicted[:, 0].int().tolist(),
-                "probabilities": [round(probability, 6) for probability in predicted[:, 1].tolist()],
+                "millionths": (1e6 * predicted[:, 1].double()).round().int().tolist(),
             },
         }  # fmt: skip
 
@@ -287,8 +287,8 @@ def predictions_of(folder: Path, headers: dict[int, dict]) -> list[dict]:
         ours = ours[-len(record["predictions"]) :]  # those that test, where an earlier version has begun the fold
         rows += [
             {"fold": fold, "part": clip["split"], "path": clip["path"], "label": clip["label"],
-             "prediction": classes[number], "probability": f"{probability:.6f}"}
-            for clip, number, probability in zip(ours, record["predictions"], record["probabilities"], strict=True)
+             "prediction": classes[number], "probability": f"{millionths / 1e6:.6f}"}
+            for clip, number, millionths in zip(ours, record["predictions"], record["millionths"], strict=True)
         ]  # fmt: skip
     return rows
 

@@ -123,11 +123,11 @@ def test_a_fold_file_holds_what_is_needed_and_stays_what_it_was(finished, capsys
     known = {name: value for name, value in header.items() if name not in ("record", "digest")}
     assert header["digest"] == sha256_of([load_file(file), known])
     export.show(file)
-    assert "probabilities" not in capsys.readouterr().out
+    assert "millionths" not in capsys.readouterr().out
 
 
 def test_a_model_in_another_format_leaves_the_record_behind(tmp_path):
-    record = {"history": [{"fold": 1, "epoch": 1}], "predictions": [3, 0], "probabilities": [0.5, 1.0]}
+    record = {"history": [{"fold": 1, "epoch": 1}], "predictions": [3, 0], "millionths": [500_000, 10**6]}
     save_random(tmp_path / "fold1.safetensors", "lora", "cls_dist", record=record)
     for to in ("merged", "hf", "peft"):
         assert export.main(["export", f"{tmp_path}/fold1.safetensors", "--to", to, "--out", f"{tmp_path}/{to}"]) == 0
@@ -233,7 +233,7 @@ def test_epochs_of_an_unfinished_fold_stay(again):
 def test_a_damaged_fold_file_is_not_averaged(again):
     folder, call = again
     content = bytearray((folder / "fold3.safetensors").read_bytes())
-    content[content.index(b"probabilities") + 20] ^= 1  # a digit
+    content[content.index(b"millionths") + 16] ^= 1  # a digit
     (folder / "fold3.safetensors").write_bytes(content)
     (line,) = call(code=2)
     assert line.startswith(f"error: {folder / 'fold3.safetensors'} is no whole file") and "its SHA-256" in line
