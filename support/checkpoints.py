@@ -158,18 +158,17 @@ def read_metadata(path: Path) -> dict:
     if not header:
         return header
     known = to_builtins(checked(header, Whole if "config" in header else Trained, path))
+    seal = header.pop("seal", None)
+    whole = seal is None or seal == sha256_of(header)
     digest = known.pop("digest", None)
     header.pop("digest", None)
-    record = known.get("record", {})
-    whole = digest is None or digest == sha256_of([tensors, described(header)])
-    if not whole or (record and record.pop("digest") != sha256_of(record)):
+    if not whole or (digest is not None and digest != sha256_of([tensors, described(header)])):
         raise UserError(no_whole_file(path, "it is damaged: its SHA-256 is another"))
     return {**header, **known}
 
 
 def described(header: dict) -> dict:
-    """What is read of a header, and what its digest is of, as JSON has it. Without the record, so that versions which
-    do not know it find the same digest."""
+    """What a digest is of besides tensors: what earlier versions read of a header, so that they find it right."""
     read = {*Whole.__struct_fields__} - {"record"}
     return json.loads(json.dumps({name: value for name, value in header.items() if name in read}))
 
@@ -191,11 +190,10 @@ def no_whole_file(path: Path, reason: str) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
-    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`, and a digest of
-    both by which damage shows."""
+    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`. Damage shows by
+    a digest of the tensors and what describes them, and by a seal, which is that of the whole description."""
     header = {**header, "digest": sha256_of([tensors, described(header)])}
-    if "record" in header:
-        header["record"] = {**header["record"], "digest": sha256_of(header["record"])}
+    header["seal"] = sha256_of(json.loads(json.dumps(header)))
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header, separators=(",", ":"))}))
 

@@ -85,7 +85,6 @@ class Record(Struct):
     history: Annotated[list[dict[str, int | float | str]], Meta(min_length=1)]
     predictions: list[Count]  # numbers of classes: of the clips that validate, then of those that test, as in split.csv
     millionths: list[Annotated[int, Meta(ge=0, le=10**6)]]  # the probabilities of these classes
-    digest: Name
 
     def __post_init__(self):
         if len(self.predictions) != len(self.millionths):
@@ -159,7 +158,7 @@ class Header(Struct, kw_only=True):
     settings: Told | UnsetType = UNSET
     parameters: Parameters | UnsetType = UNSET
     versions: dict[str, Name] | UnsetType = UNSET
-    digest: Name | UnsetType = UNSET  # of the tensors, and of all of this but the record, which has its own
+    digest: Name | UnsetType = UNSET  # of the tensors
     record: Record | UnsetType = UNSET
 
     def __post_init__(self):
