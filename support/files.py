@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -20,6 +21,8 @@ def default_cache_dir() -> Path:
 @contextmanager
 def whole_file(path: Path):
     """Yields a temporary path beside `path` that takes its place at the end: readers see all of the file or none."""
+    if path.exists() and not path.is_file():  # a folder, or /dev/full, whose place root could take
+        raise FileExistsError(errno.EEXIST, "is there and no file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat on other machines
     try:

@@ -481,18 +481,20 @@ def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
 
 
 def run_in_shell(command):
-    command = command.replace("predict", f"{sys.executable} -m tools.predict")
+    command = f"{sys.executable} -m tools.{command}"
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
 
 
 def test_streams(folder, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
     words = f"predict {folder / 'lora.safetensors'} {tmp_path / 'a.wav'}"
-    ways = [f"{words} > /dev/full", f"{words} 2>&-", f"{words} | true; exit ${{PIPESTATUS[0]}}"]
+    bench = f"bench --methods lora --weights random:demo --repeats 1 --json {tmp_path}/x.json"
+    ways = [f"{words} > /dev/full", f"{bench} > /dev/full", f"{words} 2>&-", f"{words} | true; exit ${{PIPESTATUS[0]}}"]
     with ThreadPoolExecutor() as pool:
-        full, closed, piped = pool.map(run_in_shell, ways)
-    assert full.returncode == 2 and full.stderr.startswith("error: the disk is full (the output)"), full
-    assert full.stderr.count("\n") == 1
+        *fulls, closed, piped = pool.map(run_in_shell, ways)
+    for full in fulls:
+        assert full.returncode == 2 and full.stderr.startswith("error: the disk is full (the output)"), full
+        assert full.stderr.count("\n") == 1
     assert closed.returncode == 0 and closed.stdout.count("\n") == 1
     assert piped.returncode in (0, 1) and not piped.stderr
 

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL_AST, save_random
+from helpers import SMALL_AST, make_folder, save_random, write_csv
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -134,6 +135,26 @@ def test_a_model_in_another_format_leaves_the_record_behind(tmp_path):
     for file in (tmp_path / "merged", tmp_path / "hf" / "model.safetensors"):
         with safe_open(file, "pt") as opened:
             assert "history" not in opened.metadata()["ast_petl"]
+
+
+def test_names_that_the_locale_cannot_show(tmp_path):
+    """A table with an emoji in a path and in a class: what is written is UTF-8, what is printed is ASCII."""
+    make_folder(tmp_path / "sounds", classes=("\N{DOG FACE}", "low"))
+    bad = tmp_path / "sounds" / "low" / "\N{CAT FACE}.wav"
+    bad.write_text("no sound")
+    names = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.wav"))
+    write_csv(tmp_path / "t.csv", "path,label", *(f"{name},{name.split('/')[1]}" for name in names))
+    words = ["--dataset", "csv", "--data-dir", tmp_path / "t.csv", "--weights", SMALL_AST, "--method", "linear",
+             "--epochs", 1, "--skip-bad", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "runs"]  # fmt: skip
+    locale = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, train.__file__, *map(str, words)]
+    done = subprocess.run(command, env={**os.environ, **locale}, capture_output=True, encoding="ascii", check=True)
+    assert "\\udcf0\\udc9f\\udc90\\udcb1.wav: is in no known sound format" in done.stderr
+    run = tmp_path / "runs" / "csv" / "linear" / "seed0"
+    split, rows = table(run / "split.csv"), table(run / "predictions.csv")
+    assert sorted(row["path"] for row in split) == names and {row["label"] for row in split} == {"\N{DOG FACE}", "low"}
+    assert {row["path"].split("/")[1] for row in rows} == {row["label"] for row in rows} == {"\N{DOG FACE}", "low"}
+    assert {(row["path"], row["label"]) for row in rows} <= {(row["path"], row["label"]) for row in split}
 
 
 # ---------------------------------------------------------------------------------------------------------- made again

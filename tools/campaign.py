@@ -30,7 +30,7 @@ import train
 from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.checkpoints import read_json
-from support.command import UserError
+from support.command import UserError, print_anything
 from support.headers import RunConfig, RunResult
 from support.processes import say
 from support.records import compare_settings, forget_peak, mend
@@ -49,6 +49,7 @@ def work(campaign: Connection) -> None:
     It ends with the campaign, once its cell is finished, and after a cell that failed: what such a one leaves behind, a
     full memory or a GPU in disorder, would harm the next.
     """
+    print_anything()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the campaign, which ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and lets them tidy up
     answer = ""
