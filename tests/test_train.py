@@ -174,6 +174,8 @@ def test_two_processes_train_like_one(method, tmp_path, esc50_dir, cache_dir):
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
     histories = [[(row["epoch"], row["accuracy"]) for row in rows_of(run)] for run in runs]
     assert histories[0] == histories[1]
+    for one, other in zip(*(csv.DictReader(open(run / "predictions.csv")) for run in runs), strict=True):  # noqa: SIM115
+        assert abs(float(one.pop("probability")) - float(other.pop("probability"))) < 1e-5 and one == other
 
 
 @pytest.mark.parametrize("victim", [0, 1])
