@@ -16,7 +16,7 @@ from torch import nn
 class ASTConfig:
     """The shape of an AST. The defaults are the base model that was trained on 10.24-second AudioSet clips."""
 
-    n_frames: int = 1024  # spectrogram frames of 10 ms
+    n_frames: int = 1024  # of the spectrogram, one every 10 ms
     n_mels: int = 128
     patch: int = 16
     stride: int = 10  # patches overlap by 6 in both directions
@@ -42,16 +42,19 @@ class ASTConfig:
         return (self.n_mels - self.patch) // self.stride + 1, (self.n_frames - self.patch) // self.stride + 1
 
     @property
+    def n_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
     def n_tokens(self) -> int:
-        """[CLS], [distillation] and the patches."""
-        return 2 + self.grid[0] * self.grid[1]
+        """N of section II-A: the patches, [CLS] and, one more than the paper counts, [distillation]."""
+        return 2 + self.n_patches
 
 
 POOL = {
     "mean": lambda tokens: tokens.mean(1),  # all tokens: "the entire output sequence" of section III-A
     "cls": lambda tokens: tokens[:, 0],
-    # The AudioSet head of the checkpoint.
-    "cls_dist": lambda tokens: (tokens[:, 0] + tokens[:, 1]) / 2,
+    "cls_dist": lambda tokens: (tokens[:, 0] + tokens[:, 1]) / 2,  # the checkpoint's AudioSet head
 }
 
 
@@ -90,10 +93,10 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
 
     def forward(self, x):  # (batch, tokens, dim)
-        # Each projection keeps its own length: wrapped, keys and values may be more than queries.
+        # Each keeps its own length: wrapped, k and v may return more rows than they read (the prefixes of petl.py).
         q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (batch, heads, tokens, dim / heads)
-        return self.o(mixed.transpose(1, 2).flatten(2))  # (batch, tokens, dim)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # eq. (2) in each head: (batch, heads, tokens, dim / heads)
+        return self.o(mixed.transpose(1, 2).flatten(2))  # eq. (3), Concat(heads) W_o: (batch, tokens, dim)
 
     def split(self, x):  # (batch, tokens, dim) -> (batch, heads, tokens, dim / heads)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -139,14 +142,14 @@ class AST(nn.Module):
         self.head = make_head(config)
 
     def encode(self, fbank, kept=None):
-        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation], patches; what a probe keeps.
+        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation] or prompts, patches.
 
-        kept: (batch, n), numbers of the patches that go through the blocks; without it all do.
+        kept: (batch, n), indices of the patches that go through the blocks (`data.patchout`); without it all do.
         """
         x = self.embed(fbank)
-        if kept is not None:
-            n_patches = self.config.grid[0] * self.config.grid[1]
-            x = torch.cat([x[:, :-n_patches], x[:, -n_patches:].take_along_dim(kept[:, :, None], dim=1)], dim=1)
+        if kept is not None:  # counted from the end, as prompts may stand in front
+            front, patches = x[:, : -self.config.n_patches], x[:, -self.config.n_patches :]
+            x = torch.cat([front, patches.take_along_dim(kept[:, :, None], dim=1)], dim=1)
         for block in self.blocks:
             x = block(x)
         return x

@@ -8,7 +8,7 @@ of `sounds/` that lists its clips, and how it is trained.
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from ast_model import ASTConfig
 from sounds import demo, own, paper
 from sounds.audio import RATE, read_audio, typical_seconds
 from sounds.cache import cached
-from sounds.clip import PARTS, Listing
+from sounds.clip import PARTS, Listing  # PARTS: ("train", "val", "test"), the fields of a Split
 from support.command import UserError, nearest
 
 WINDOW, HOP, N_FFT = 400, 160, 512  # samples at RATE: 25 ms, 10 ms, and the next power of two
@@ -37,7 +37,7 @@ FRONT_END = {  # the constants of the features; travel with every trained model
 
 @lru_cache(maxsize=8)
 def window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric Hann window (400,) and the triangular Mel filters (257, 128), made once per device."""
+    """The symmetric Hann window (400,) and the triangular Mel filters (257, 128); cached, as every batch needs both."""
     low, high = (1127 * math.log(1 + hz / 700) for hz in (20, RATE / 2))  # the Kaldi Mel scale
     width = (high - low) / (N_MELS + 1)
     number = torch.arange(N_MELS)
@@ -63,7 +63,7 @@ def fbank(waveforms: torch.Tensor) -> torch.Tensor:
 
 
 def spectrum(frames: torch.Tensor) -> torch.Tensor:
-    """The linear part of `fbank`: frames (..., 400) to their complex spectrum (..., 257)."""
+    """The linear part of `fbank`, which an exporter replaces: frames (..., 400) to complex spectrum (..., 257)."""
     hann, _ = window_and_filters(frames.device)
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
@@ -74,7 +74,8 @@ def spectrum(frames: torch.Tensor) -> torch.Tensor:
 def to_input(fb: torch.Tensor, n_frames: int) -> torch.Tensor:
     """Filterbank (..., frames, 128) to what the AST reads, (..., n_frames, 128): pad with zeros or cut, then normalise.
 
-    The order matters: the padding becomes (0 + 4.27) / 9.14, as in the extractor the checkpoint was trained with.
+    The order matters: the padding becomes (0 + 4.27) / 9.14, as in the extractor the checkpoint was trained with, and
+    the standard deviation 0.5.
     """
     fb = F.pad(fb, (0, 0, 0, n_frames - fb.shape[-2]))  # negative padding cuts
     return (fb - MEAN) / (2 * STD)
@@ -83,8 +84,8 @@ def to_input(fb: torch.Tensor, n_frames: int) -> torch.Tensor:
 def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_mels: int = 24, max_frames: int = 80) -> torch.Tensor:
     """Set one frequency band and one time band of each clip to 0 (SpecAugment; Park et al., 2019).
 
-    x: normalised features (batch, n_frames, n_mels). draws: (batch, 4) uniform in [0, 1), on the device of x. The band
-    is U(0, 24) filters wide and the other U(0, 80) frames, each at a uniform position.
+    x: normalised features (batch, n_frames, n_mels), so 0 is their mean. draws: (batch, 4) uniform in [0, 1), on the
+    device of x. The frequency band is U(0, 24) filters wide, the time band U(0, 80) frames, each at a uniform position.
     """
 
     def band(size, limit, draws):  # (batch, 2) -> (batch, size), True where masked
@@ -99,7 +100,7 @@ def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_mels: int = 24, max_f
 
 
 def patchout(draws: torch.Tensor, keep: float) -> torch.Tensor:
-    """Numbers of the patches that a clip keeps in training (PaSST; Koutini et al., 2022), in order.
+    """Indices of the patches that a clip keeps in training (PaSST; Koutini et al., 2022), in order.
 
     draws: (batch, patches) uniform in [0, 1). Returns (batch, n), n being the share `keep` of the patches.
     """
@@ -142,7 +143,7 @@ class Recipe:
     """A row of DATASETS: how its clips are listed, and how it is trained; for the paper's as the authors' code does."""
 
     load: Callable[[Path | None, Path], Listing]  # (data_dir, cache_dir)
-    n_frames: int | None  # of 10 ms; None: as many as the clips have, see typical_seconds
+    n_frames: int | None  # one every 10 ms; None: as many as the clips have, see typical_seconds
     batch_size: int
     epochs: int
     mask: bool  # SpecAugment
@@ -160,13 +161,13 @@ def load_dataset(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
     folds = splits_of([clip.part for clip in found.clips], recipe.validate)
     paths = [clip.path for clip in found.clips]
     dataset = Dataset(found.name or name, found.root, list(number), paths, labels, folds)
-    if found.name:  # the user's own sounds
+    if found.name:  # the user's own sounds: can these folds train and test?
         own.check_folds(dataset)
     return dataset
 
 
 def splits_of(parts: list[str | int], validate: bool) -> dict[int, Split]:
-    """The Split of every fold, clip i lying in `parts[i]`: train, val, test, the number of a fold, or "" for nowhere.
+    """The Split of every fold, clip i lying in `parts[i]`: train, val, test or a fold's number; "" for all if unsaid.
 
     Cross-validation: fold k tests the clips of fold k and trains on the others; with `validate`, and three folds or
     more, the fold before k (before the first: the last) chooses the epoch and does not train.
@@ -203,7 +204,7 @@ def random_split(dataset: Dataset, seed: int) -> Split:
     return split_of_parts(parts.tolist())
 
 
-def folds_of(dataset: Dataset, seed: int, bad: Iterable[int] = (), shots: int | None = None) -> dict[int, Split]:
+def folds_of(dataset: Dataset, seed: int, bad: Container[int] = (), shots: int | None = None) -> dict[int, Split]:
     """The dataset's folds, or one that the seed draws; without the clips `bad`, with `shots` clips per class.
 
     Raises UserError if nothing is left to train or test on.
@@ -241,13 +242,13 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
     if seconds is None:
         may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
         seconds = typical_seconds([dataset.paths[i] for i in sorted(may_train)])
-    return max(ASTConfig.patch, round(seconds * RATE / HOP))
+    return max(ASTConfig.patch, round(seconds * FPS))
 
 
 def build_features(
     dataset: Dataset, n_frames: int, cache_dir: Path, skip_bad: bool = False
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Features of all clips, float16 (clips, n_frames, 128), memory-mapped; and why clips have none, by their index.
+    """Features of all clips, float16 (clips, n_frames, 128), memory-mapped; and, by index, why a clip has none.
 
     Computed once, on all cores, and kept under `cache_dir`. Unreadable clips are listed, and a UserError is raised
     unless `skip_bad`.
@@ -258,7 +259,8 @@ def build_features(
         wave = torch.from_numpy(read_audio(path, seconds))
         return to_input(fbank(wave[None]), n_frames)[0].numpy()  # (n_frames, 128)
 
-    key = f"front end 2, {RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}, {n_frames} frames"  # 2: of the formulas
+    # Raise the 2 when a formula above changes: features kept before are then not found.
+    key = f"front end 2, {RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}, {n_frames} frames"
     return cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
 
 
@@ -266,7 +268,7 @@ def build_features(
 class Clips:
     """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU.
 
-    `pooled` (clips, dim) is for a linear probe: see `pool_clips`. It starts as nan.
+    `pooled` (clips, dim), of a linear probe: what its head reads, computed when a clip is first used; nan until then.
     """
 
     features: torch.Tensor

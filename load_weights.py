@@ -25,8 +25,9 @@ AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
 RANDOM = {"base": (768, 12, 12), "small": (384, 12, 6), "tiny": (192, 12, 3), "demo": (128, 4, 2)}  # dim, depth, heads
 
-# One tensor, many names: parts of them, between dots. Read from top to bottom: `.attention.output.dense.` goes first.
-NAMES = [  # ours, in Hugging Face's files; then inside its library or in the original, github.com/YuanGongND/ast
+# Parts of tensor names: ours, as Hugging Face's files have it, then inside its library or in the original,
+# github.com/YuanGongND/ast. Replaced from top to bottom: `.attention.output.dense.` must come before `.output.dense.`.
+NAMES = [
     (".embed.patches.", ".embeddings.patch_embeddings.projection.", ".v.patch_embed.proj."),
     (".embed.cls.", ".embeddings.cls_token.", ".v.cls_token."),
     (".embed.dist.", ".embeddings.distillation_token.", ".v.dist_token."),
@@ -45,7 +46,7 @@ NAMES = [  # ours, in Hugging Face's files; then inside its library or in the or
     (".norm.", ".layernorm.", ".v.norm."),
 ]
 
-petl.METHODS |= petl_more.METHODS  # the methods that came after the paper
+petl.METHODS |= petl_more.METHODS  # the later ones; here, as they import petl, and every program imports this file
 
 
 @dataclass(frozen=True)
@@ -169,21 +170,11 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     n_classes = next((state[name].numel() for name in ("head.1.bias", "head.bias") if name in state), 1)
     shown = {"dim": dim, "depth": depth, "hidden": hidden, "patch": patch, "n_classes": n_classes}  # by the tensors
-    names = None if "config" in header else read_names(config_path)
-    written = names if isinstance(names, HuggingFace) else HuggingFace()  # or some other program's config.json
-    if written.time_stride != written.frequency_stride or written.hidden_act != "gelu" or not written.qkv_bias:
-        raise UserError(f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported")
-    stride, n_mels = written.frequency_stride, written.num_mel_bins
     try:
         if "config" in header:  # of save_ast
             config = ASTConfig(**header["config"])
         else:
-            steps = (n_tokens - 2) // ((n_mels - patch) // stride + 1)
-            config = ASTConfig(
-                n_frames=written.max_length or (steps - 1) * stride + patch, n_mels=n_mels, stride=stride,
-                heads=written.num_attention_heads or dim // 64, eps=written.layer_norm_eps,
-                pool="cls_dist" if "head.1.bias" in state else "mean", **shown,
-            )  # fmt: skip
+            config = complete(shown, n_tokens, "cls_dist" if "head.1.bias" in state else "mean", config_path)
         config = replace(config, hidden=config.hidden or 4 * config.dim)
         for name, size in shown.items():
             if getattr(config, name) != size:
@@ -193,6 +184,20 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} and its config.json do not make an AST: {error}") from None
     return config
+
+
+def complete(shown: dict[str, int], n_tokens: int, pool: str, config_path: Path) -> ASTConfig:
+    """The shape that tensors show, with what only Hugging Face's config.json tells: heads, stride, bands, epsilon."""
+    names = read_names(config_path)
+    told = names if isinstance(names, HuggingFace) else HuggingFace()  # none, or another program's: the defaults
+    if told.time_stride != told.frequency_stride or told.hidden_act != "gelu" or not told.qkv_bias:
+        raise UserError(f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported")
+    stride, n_mels = told.frequency_stride, told.num_mel_bins
+    steps = (n_tokens - 2) // ((n_mels - shown["patch"]) // stride + 1)
+    return ASTConfig(
+        n_frames=told.max_length or (steps - 1) * stride + shown["patch"], n_mels=n_mels, stride=stride, pool=pool,
+        heads=told.num_attention_heads or shown["dim"] // 64, eps=told.layer_norm_eps, **shown,
+    )  # fmt: skip
 
 
 def resize_positions(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -238,7 +243,7 @@ def to_dict(method: petl.Method) -> dict:
 
 
 def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
-    """The way back. Raises UserError for a part that no row of METHODS has; `origin` says where the entry is from."""
+    """The Method of such a dict, `origin` being where it is from. UserError for a part that no row of METHODS has."""
     known = {type(part).__name__: type(part) for method in petl.METHODS.values() for part in method.parts}
     unknown = [part["part"] for part in entry["parts"] if part["part"] not in known]
     if unknown:
@@ -249,7 +254,7 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
 
 
 def live_tensors(model: AST) -> dict[str, torch.Tensor]:
-    """What training changes, itself: trained parameters, and float buffers such as the running means of a BatchNorm."""
+    """The model's own tensors that training changes: trained parameters, float buffers (BatchNorm, in petl_more.py)."""
     state = model.state_dict(keep_vars=True).items()
     return {n: t for n, t in state if (t.requires_grad if isinstance(t, torch.nn.Parameter) else t.is_floating_point())}
 

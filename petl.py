@@ -1,9 +1,9 @@
 """Parameter-efficient transfer learning: every method of the paper as small modules that wrap a part of the AST.
 
-A method is a row of METHODS (at the end): a tuple of *parts*. A part is a dataclass with one function, `insert(model)`,
-that puts its modules around something in an `ast_model.AST`: a sub-layer (adapters, Hydra), one projection (LoRA,
-prefixes), the embedding or a whole block (prompts). A wrapper keeps what it wraps under the name `wrapped`; the AST's
-own code is never changed. To add a method: write the module, write the part, add the row.
+A method is a row of METHODS (below; load_weights.py adds the later ones): a tuple of *parts*. A part is a dataclass
+with one function, `insert(model)`, that puts its modules around something in an `ast_model.AST`: a sub-layer (adapters,
+Hydra), one projection (LoRA, prefixes), the embedding or a whole block (prompts). A wrapper keeps what it wraps under
+the name `wrapped`; the AST's own code is never changed. To add a method: write the module, the part, the row.
 
     model = apply(load_ast("audioset", n_frames=500, n_classes=50), "houlsby_par")
     count(model)   # {'petl': 497952, 'head': 39986, 'total': 86207570}
@@ -30,16 +30,17 @@ def inner(module: nn.Module) -> nn.Module:
     return module
 
 
-def rank_of(dim: int, rr: int) -> int:
+def rank_of(dim: int, rr: float) -> int:
     """Bottleneck size r = dim / RR (section III-A), rounded, at least 1."""
     return max(1, round(dim / rr))
 
 
 def put_beneath(parent: nn.Module, name: str, layer) -> None:
-    """layer(module) in place of the module `name` itself, beneath whatever wraps it but what reads its weight."""
-    while hasattr(getattr(parent, name), "wrapped") and not hasattr(getattr(parent, name), "reads_weight"):
-        parent, name = getattr(parent, name), "wrapped"
-    setattr(parent, name, layer(getattr(parent, name)))
+    """Replace the module `name` by layer(module), inside what wraps it: LoRA adapts W even if a prefix is around it."""
+    # But around a wrapper that `reads_weight` of the bare Linear it holds (DoRA, in petl_more.py).
+    while hasattr(module := getattr(parent, name), "wrapped") and not hasattr(module, "reads_weight"):
+        parent, name = module, "wrapped"
+    setattr(parent, name, layer(module))
 
 
 def zeros(linear: nn.Linear) -> nn.Linear:
@@ -105,11 +106,10 @@ class Convpass(nn.Module):
 
 
 # Where an adapter A meets a sub-layer S whose input is u, the output of its LayerNorm. What comes out replaces S(u).
-
 INSERTIONS = {
     "par_before": lambda S, A, u: S(u) + A(u),  # eq. (7), where A reads the stream before the LayerNorm
-    "seq_after": lambda S, A, u: (h := S(u)) + A(h),  # eq. (6) and a residual path, which Table I's numbers have
-    "seq_before": lambda S, A, u: S(a := A(u)) + a,  # Table III; starts far from the pretrained function
+    "seq_after": lambda S, A, u: (h := S(u)) + A(h),  # eq. (6) plus S(u); Seq-After and Par-After of Table III alike
+    "seq_before": lambda S, A, u: S(a := A(u)) + a,  # Table III, as the authors' code: S(0) at first, not S(u)
     "par_before_residual": lambda S, A, u: S(u) + A(u) + u,  # Table VII: a parallel adapter needs no residual path
     "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII, eq. (6) as printed: a sequential one does
 }
@@ -128,12 +128,12 @@ class Adapted(nn.Module):
     def merged(self) -> FFN | None:
         """A Bottleneck parallel to the FFN is r more hidden units of it: same input, same GELU. No other one merges."""
         if (self.how, type(self.wrapped), type(self.adapter)) == ("par_before", FFN, Bottleneck):
-            layers = zip(self.wrapped.children(), self.adapter.children(), strict=True)  # fc1 and down, fc2 and up
-            return side_by_side(*([layer.parameters() for layer in pair] for pair in layers))
+            (fc1, fc2), (down, up) = self.wrapped.children(), self.adapter.children()
+            return side_by_side([fc1.parameters(), down.parameters()], [fc2.parameters(), up.parameters()])
 
 
-def side_by_side(into: list[tuple], out: list[tuple]) -> FFN:
-    """One FFN out of several (weight, bias) into the GELU and out of it: their hidden units together, outputs added."""
+def side_by_side(into: list, out: list) -> FFN:
+    """One FFN of all hidden units of several: `into` and `out` hold a (weight, bias) each, before and after GELU."""
     (weights, biases), (outs, out_biases) = zip(*into, strict=True), zip(*out, strict=True)
     tensors = torch.cat(weights), torch.cat(biases), torch.cat(outs, dim=1), sum(out_biases)
     ffn = FFN(tensors[0].shape[1], tensors[0].shape[0])
@@ -151,13 +151,10 @@ class Adapter:
     rr: Rate = 64
 
     def insert(self, model: AST) -> None:
-        rank = rank_of(model.config.dim, self.rr)
+        dim, rank = model.config.dim, rank_of(model.config.dim, self.rr)
+        conv = {"bottleneck": None, "convpass": nn.Conv1d, "convpass_2d": nn.Conv2d}[self.kind]
         for block in map(inner, model.blocks):
-            if self.kind == "bottleneck":
-                adapter = Bottleneck(model.config.dim, rank)
-            else:
-                conv = {"convpass": nn.Conv1d, "convpass_2d": nn.Conv2d}[self.kind]
-                adapter = Convpass(model.config.dim, rank, conv, model.config.grid)
+            adapter = Convpass(dim, rank, conv, model.config.grid) if conv else Bottleneck(dim, rank)
             setattr(block, self.at, Adapted(getattr(block, self.at), adapter, self.how))
             {"attn": block.norm1, "ffn": block.norm2}[self.at].requires_grad_(True)
 
@@ -210,20 +207,20 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.wrapped, self.scale = wrapped, scale
         self.a = nn.Linear(wrapped.in_features, rank, bias=False)
-        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # draws no numbers
+        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # zeros need no draws
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.wrapped(x) + self.b(self.scale * self.a(x))
 
     def merged(self) -> nn.Linear:
-        """One plain Linear with the weight W + s B A."""
+        """One plain Linear. A weight is stored as (out, in), so the A B of eq. (5) is `b.weight @ a.weight` here."""
         self.wrapped.weight = nn.Parameter(self.wrapped.weight + self.scale * self.b.weight @ self.a.weight)
         return self.wrapped
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """LoRA on the named projections of every attention. s = alpha / RR, as the paper has it (not alpha / r)."""
+    """LoRA on the named projections of every attention. s = alpha / RR as in III-A: 1/16, though II-B has s >= 1."""
 
     targets: Targets = "qv"  # any of q, k, v, o
     rr: Rate = 128
@@ -307,6 +304,8 @@ class Prompts:
     deep: bool = False
 
     def insert(self, model: AST) -> None:
+        if len(model.blocks) < model.config.depth:
+            raise UserError("prompts enter before the first block: they cannot be kept to some of the blocks")
         model.embed = PromptedEmbedding(model.embed, prompt_parameter(self.prompts, model.config))
         for i in range(1, model.config.depth if self.deep else 1):
             model.blocks[i] = PromptedBlock(model.blocks[i], prompt_parameter(self.prompts, model.config))
@@ -339,7 +338,7 @@ class Everything:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS. Every method also trains the head and the final LayerNorm, but for the scale of BitFit's."""
+    """A row of METHODS. All train the final LayerNorm too (Linear's 9-40K include its 1,536), BitFit only its bias."""
 
     name: str
     parts: tuple
@@ -382,7 +381,7 @@ METHODS: dict[str, Method] = {
         # The original, two-dimensional Convpass: not in the paper.
         Method("convpass2d_pfeiffer_par", adapters(MHSA_PAR, kind="convpass_2d"), "-", "-"),
         Method("convpass2d_houlsby_par", adapters(MHSA_PAR, FFN_PAR, kind="convpass_2d"), "-", "-"),
-        # Where an adapter goes. FFN-Seq-After is pfeiffer_seq and MHSA-Par-Before is pfeiffer_par.
+        # Where an adapter goes. FFN-Seq/Par-After is pfeiffer_seq, MHSA-Par-Before is pfeiffer_par.
         Method("adapter_ffn_seq_before", adapters(("ffn", "seq_before")), "249K", "Table III, FFN-Seq-Before"),
         Method("adapter_ffn_par_before", adapters(FFN_PAR), "249K", "Table III, FFN-Par-Before"),
         Method("adapter_mhsa_seq_after", adapters(MHSA_SEQ), "249K", "Table III, MHSA-Seq-After"),
@@ -426,14 +425,14 @@ def apply(model: AST, method: str | Method) -> AST:
     device = model.norm.weight.device
     first, last = method.blocks or (1, len(model.blocks))
     beneath, above = model.blocks[: first - 1], model.blocks[last:]
-    model.blocks = model.blocks[first - 1 : last]
+    model.blocks = model.blocks[first - 1 : last]  # the parts see these alone
     for part in method.parts:
         part.insert(model)
     model.blocks = nn.ModuleList([*beneath, *model.blocks, *above])
-    if method.blocks:  # `Everything` reaches further
+    if method.blocks:  # full fine-tuning has unfrozen the embedding too
         nn.ModuleList([model.embed, beneath, above]).requires_grad_(False)
     model.method = method
-    return model.to(device)
+    return model.to(device)  # the parts were made on the CPU
 
 
 def count(model: AST) -> dict[str, int]:

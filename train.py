@@ -39,7 +39,10 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW; the first two as 
 
 
 def make_learner(network: nn.Module, settings: Settings, machine: Machine) -> Learner:
-    """AdamW on all that trains in `network`, the model or, of a linear probe, its last layers alone."""
+    """AdamW on all that trains in `network`: the model or, of a linear probe, its last layers alone.
+
+    Of the Learner, `backward` adds to the gradients; `step` sets the learning rate, steps and clears them. No clipping.
+    """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     fused = machine.device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, settings.lr, BETAS, EPS, WEIGHT_DECAY, fused=fused)
@@ -61,8 +64,9 @@ def train_epoch(
 ) -> list[float]:
     """One pass over the clips `indices` in random order, one step for each of the learning rates. Returns the losses.
 
-    `shares` deals a batch out to micro-batches and processes; alone: one share, all of it, of weight 1. What is random
-    is drawn for the whole batch, so that neither changes it.
+    `shares` deals a batch out to micro-batches and processes; its weight undoes the mean over processes (alone: one
+    share, weight 1). Order, masks and kept patches are drawn for the whole batch, so neither changes those; dropout and
+    BatchNorm see the share alone.
     """
     learner.network.train()
     order = indices[torch.randperm(len(indices))].to(clips.features.device)
@@ -70,8 +74,8 @@ def train_epoch(
     for step, batch in enumerate(order.split(settings.batch_size)):
         draws, kept = torch.rand(len(batch), 4, device=machine.device), None
         if settings.keep:
-            grid = learner.network.config.grid
-            kept = patchout(torch.rand(len(batch), grid[0] * grid[1], device=machine.device), settings.keep)
+            n_patches = learner.network.config.n_patches
+            kept = patchout(torch.rand(len(batch), n_patches, device=machine.device), settings.keep)
         for share, weight in shares(len(batch), machine.micro_batch):
             x, y = clips.batch(batch[share], machine.device)
             if settings.mask:
@@ -98,13 +102,13 @@ def train_fold(
     if state:
         load_tensors(model, state["tensors"], state_file)
         learner.load_state(state)
-    console.forecast(learner, progress, split, settings, machine)
+    console.forecast(learner, progress, split, settings, machine)  # says once how long it will take
     steps = math.ceil(len(split.train) / settings.batch_size)  # in an epoch
     for epoch in console.epochs_left(progress, settings.epochs):
         seed_epoch(settings.seed, fold, epoch)
         rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
         losses = train_epoch(learner, clips, torch.tensor(split.train), rates, settings, machine)
-        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)
+        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # running means
         progress.trained(losses, rates, len(split.train))
         accuracy, predicted = evaluate(network, clips, split.val, settings, machine)
         tensors = trained_tensors(model)
@@ -115,9 +119,7 @@ def train_fold(
 
 
 @torch.inference_mode()
-def evaluate(
-    network: nn.Module, clips: Clips, indices: list[int], settings: Settings, machine: Machine
-) -> tuple[float | None, torch.Tensor]:
+def evaluate(network: nn.Module, clips: Clips, indices: list[int], settings: Settings, machine: Machine) -> tuple:
     """Accuracy in percent on the given clips, if any; and for each its predicted class and the probability, (clips, 2).
 
     Every process takes its share, in batches as large as memory allows.
@@ -144,41 +146,42 @@ def run(args: argparse.Namespace) -> dict:
     """Train and test every fold of every seed that is not finished yet. Returns what it writes to result.json."""
     started, recipe = time.perf_counter(), DATASETS[args.dataset]
     weights, mask = args.weights or recipe.weights, recipe.mask and not args.no_mask
-    override(petl.find(args.method), args.rr, args.alpha, args.prompts, args.kernel)  # errors now, not after a download
+    changes = {"rr": args.rr, "alpha": args.alpha, "prompts": args.prompts, "kernel": args.kernel}
+    override(petl.find(args.method), **changes)  # errors now, not after a download
     dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir)
     known = list(dataset.folds) or [1]
     unknown = set(args.folds or []) - set(known)
     if unknown:
         raise UserError(f"--folds {min(unknown)}: {args.dataset} has the folds {', '.join(map(str, known))}")
     n_frames = frames_for(recipe, dataset, args.seconds)
-    backbone = load_ast(weights, n_frames, len(dataset.classes), args.pool)
+    pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     lr = args.lr or recipe.lr.get(args.method)
     # Narrower than the paper's 768 dimensions? Then RR and prompts are smaller, see support/variants.py.
-    asked = args.rr, args.alpha, args.prompts, args.blocks, args.keep, args.kernel
-    method = fitted(petl.find(args.method), backbone.config, lr, *asked)
+    method = fitted(petl.find(args.method), pretrained.config, lr, **changes, blocks=args.blocks, keep=args.keep)
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
     if not (method.parts or mask or args.keep):  # a linear probe of clips that are the same in every epoch
-        clips = replace(clips, pooled=speed.nothing_pooled(clips, backbone, args.device))
-    ahead = console.folds_left(args.out / args.dataset / method.name, args.seed, args.folds or known)
-    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, ahead)
+        clips = replace(clips, pooled=speed.nothing_pooled(clips, pretrained, args.device))
+    home = args.out / args.dataset / method.name
+    ahead = console.folds_left(home, args.seed, args.folds or known)
+    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, forecast=ahead)
 
     results = {}
     for seed in args.seed:
         folds = folds_of(dataset, seed, bad, args.shots)
         table = records.split_table(dataset, folds, bad)
         settings = Settings(
-            dataset=args.dataset, weights=weights, backbone=backbone.backbone.sha256, method=to_dict(method),
+            dataset=args.dataset, weights=weights, backbone=pretrained.backbone.sha256, method=to_dict(method),
             pool=args.pool, seed=seed, shots=args.shots, clips=ledger.hash_of(table), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
             mask=mask, dtype=args.dtype, keep=args.keep,
         )  # fmt: skip
-        folder = args.out / args.dataset / method.name / f"seed{seed}"
+        folder = home / f"seed{seed}"
         records.start_run(folder, settings, table, dataset, bad, args.data_dir, args.cache_dir)
         say(console.describe(settings, n_frames / FPS, args.device))
         for fold in args.folds or folds:
             file = folder / f"fold{fold}.safetensors"
             if not file.exists():
-                model = adapted(backbone, method, fold, settings, machine)
+                model = adapted(pretrained, method, fold, settings, machine)
                 outcome = train_fold(model, clips, folds[fold], fold, settings, file.with_suffix(".resume.pt"), machine)
                 finish_fold(model, file, {**outcome, "classes": dataset.classes, "settings": asdict(settings)})
                 machine = replace(machine, forecast=0)  # once is enough
@@ -186,19 +189,19 @@ def run(args: argparse.Namespace) -> dict:
                 say(console.describe_fold(read_header(file, "result")["result"]))
         wait_for_all()
         results[seed] = console.summarise(folder, settings, started)
-    return results[args.seed[0]] if len(results) == 1 else console.summarise_seeds(folder.parent, results)
+    return results[args.seed[0]] if len(results) == 1 else console.summarise_seeds(home, results)
 
 
-def adapted(backbone: AST, method: petl.Method, fold: int, settings: Settings, machine: Machine) -> AST:
-    """A copy of the backbone with a new head and the method's parts, their random numbers those of seed and fold."""
+def adapted(pretrained: AST, method: petl.Method, fold: int, settings: Settings, machine: Machine) -> AST:
+    """A copy of the pretrained model with a new head and the method's parts, drawn by seed and fold."""
     seed_epoch(settings.seed, fold, epoch=0)
-    model = copy.deepcopy(backbone)
-    model.head = make_head(model.config)
+    model = copy.deepcopy(pretrained)
+    model.head = make_head(model.config)  # that of load_ast was drawn without the seed
     return speed.prepare(petl.apply(model, method), settings.dtype, machine)
 
 
 def finish_fold(model: AST, file: Path, header: dict) -> None:
-    """Write the trained tensors, from then on the fold counts as finished."""
+    """Write the trained tensors; with that file the fold counts as finished."""
     if is_first():
         save_trained(model, file, {**header, "parameters": petl.count(model), "versions": records.versions()})
         file.with_suffix(".resume.pt").unlink(missing_ok=True)
@@ -222,19 +225,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--shots", type=command.positive, metavar="K", help="train on K clips per class only")
     add("--epochs", type=command.positive, help="default: the dataset's")
     add("--batch-size", type=command.positive, help="over all processes; default: the dataset's")
-    add("--micro-batch", type=command.positive, help="clips at once on a device; the result stays that of --batch-size")
+    add("--micro-batch", type=command.positive, help="clips at once on a device; all but dropout and BatchNorm stays")
     add("--lr", type=float, help="first learning rate; default: the method's")
     add("--rr", type=command.positive, help="reduction rate: the bottleneck is dim / RR wide")
     add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
     add("--prompts", type=command.positive, help="number of prompts or prefixes")
     add("--kernel", type=command.positive, help="window of a conformer adapter, in tokens")
     add("--blocks", type=command.span, metavar="9-12", help="the method changes these blocks alone: faster")
-    add(
-        "--keep",
-        type=float,
-        metavar="0.4",
-        help="train on this random share of the patches: faster, see tools/README.md",
-    )
+    add("--keep", type=float, metavar="0.4", help="train on this random share of the patches only: faster")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", choices=["auto", *speed.DTYPES], help="of the arithmetic; trained tensors: float32")
     add("--compile", action="store_true", help="torch.compile the model for training")

@@ -128,6 +128,12 @@ def test_nothing_is_kept_of_what_lies_beneath():
     assert needs == [False, False, True, True]
 
 
+@pytest.mark.parametrize("method", ["spt", "dpt", "adapter_dpt"])
+def test_prompts_belong_to_no_block(method):
+    with pytest.raises(UserError, match="cannot be kept to some of the blocks"):
+        petl.apply(tiny_ast(depth=4), petl.replace(petl.METHODS[method], blocks=(2, 3)))
+
+
 def test_a_run_on_the_last_block_is_saved_and_loaded(train_main, tmp_path):
     assert train_main("--method", "houlsby_par", "--blocks", "2") == 0
     file = tmp_path / "runs/esc10/houlsby_par/seed0/fold1.safetensors"

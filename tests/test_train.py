@@ -174,7 +174,8 @@ def test_two_processes_train_like_one(method, tmp_path, esc50_dir, cache_dir):
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
     histories = [[(row["epoch"], row["accuracy"]) for row in rows_of(run)] for run in runs]
     assert histories[0] == histories[1]
-    for one, other in zip(*(csv.DictReader(open(run / "predictions.csv")) for run in runs), strict=True):  # noqa: SIM115
+    predicted = [csv.DictReader((run / "predictions.csv").read_text().splitlines()) for run in runs]
+    for one, other in zip(*predicted, strict=True):
         assert abs(float(one.pop("probability")) - float(other.pop("probability"))) < 1e-5 and one == other
 
 
@@ -359,6 +360,20 @@ def test_interruption_by_the_user(train_main, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------ the list, the repository
+
+
+def test_what_touches_no_sound_and_no_hub_starts_without_their_libraries():
+    """Their import costs as long as a quarter of torch's."""
+    code = (
+        "import contextlib, sys, train\n"
+        "for words in (['--help'], ['--wrong'], ['--method', 'unknown'], ['--list-methods']):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        train.main(words)\n"
+        "print({'huggingface_hub', 'soundfile', 'soxr', 'onnx', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr
+    assert "'unknown'" in done.stderr and "--wrong" in done.stderr
 
 
 def test_list_methods_prints_every_row(capsys):
