@@ -260,6 +260,15 @@ def test_a_damaged_fold_file_is_not_averaged(again):
     assert line.startswith(f"error: {folder / 'fold3.safetensors'} is no whole file") and "its SHA-256" in line
 
 
+@pytest.mark.parametrize("key", [b"record", b"digest", b"settings"])
+def test_a_key_that_is_damaged_is_not_a_missing_key(again, key):
+    folder, call = again
+    file = folder / "fold2.safetensors"
+    file.write_bytes(file.read_bytes().replace(key, key[:-1] + b"_"))
+    (line,) = call(code=2)
+    assert line.startswith(f"error: {file} is no whole file of trained parts (it is damaged")
+
+
 # ----------------------------------------------------------------------------------------------------------- SHA256SUMS
 
 
@@ -371,3 +380,18 @@ def test_damage_after_a_kill_is_damage(again, monkeypatch, capsys):
         assert ledger.wrong(folder) == ["result.json"]
         assert len(call()) == 1
         assert ledger.wrong(folder) == []
+
+
+def test_who_reads_while_another_writes_waits_for_the_list(again, monkeypatch, capsys):
+    """A file that is new while the list that was read is old looks damaged, until one holds the lock."""
+    folder, _ = again
+    wrong, asked = ledger.wrong, []
+
+    def first_too_early(folder):
+        asked.append(folder)
+        return ["config.json", *MADE_AGAIN] if len(asked) == 1 else wrong(folder)
+
+    monkeypatch.setattr(ledger, "wrong", first_too_early)
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert mend(folder) is None and len(asked) > 1 and said(capsys) == []
+    assert all(file.stat().st_mtime_ns == before[file] for file in folder.iterdir() if file.name in ledger.FILES)

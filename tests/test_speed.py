@@ -190,6 +190,14 @@ def test_evaluation_takes_what_memory_allows():
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
     with pytest.raises(torch.OutOfMemoryError):
         train.evaluate(model_with_room_for(0), clips, [3], settings(12), CPU)
+    assert train.evaluate(model_with_room_for(4), clips, [], settings(12), CPU)[0] is None
+
+
+def test_logits_that_are_no_numbers_have_no_probability():
+    """As float16 may give: a fold file with a nan in its header could not be read."""
+    clips = Clips(torch.tensor([[torch.nan, 0], [torch.inf, 0], [0, 1]]), torch.tensor([0, 0, 1]))
+    _, predicted = train.evaluate(nn.Identity(), clips, [0, 1, 2], settings(3), CPU)
+    torch.testing.assert_close(predicted[:, 1], torch.tensor([0.0, 0.0, math.e / (1 + math.e)]))
 
 
 # ------------------------------------------------------------------------------------------------- the linear probe
