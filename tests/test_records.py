@@ -317,7 +317,10 @@ def test_predictions_of_other_clips_are_never_written(again):
         mend(folder)
 
 
-@pytest.mark.parametrize("text", ["", "\n", "x", "# \n", f"{'0' * 63}  config.json\n", f"{'0' * 64}  other.json\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n", "x", "# \n", f"{'0' * 63}  config.json\n", f"{'0' * 64}  other.json\n", f"{'0' * 64}  split.csv\nx\n"],
+)
 def test_a_damaged_list_is_refused(again, text):
     folder, call = again
     (folder / "SHA256SUMS").write_text(text)
