@@ -185,7 +185,11 @@ def write_metrics(folder: Path, fold: int, history: list[dict]) -> None:
     """Put the epochs of one fold into metrics.csv, beside those of the others: folds may run in parallel."""
     with ledger.lock(folder):
         rows = [row for row in read_metrics(folder) if row["fold"] != fold]
-        ledger.write_files(folder, {"metrics.csv": table_of(METRICS, rows + history)})
+        ledger.write_files(folder, {"metrics.csv": metrics_of(rows + history)})
+
+
+def metrics_of(rows: list[dict]) -> str:
+    return table_of(METRICS, sorted(rows, key=lambda row: (row["fold"], row["epoch"])))
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -194,8 +198,11 @@ def read_metrics(folder: Path) -> list[dict]:
     try:
         if path.name in ledger.wrong(folder):
             raise ValueError
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        if any(tuple(row) != METRICS or None in row.values() for row in rows):
+        if not path.exists():
+            return []
+        reader = csv.DictReader(path.read_text().splitlines())
+        rows = list(reader)
+        if reader.fieldnames != [*METRICS] or any(None in row or None in row.values() for row in rows):
             raise ValueError
         return [{**row, "fold": int(row["fold"]), "epoch": int(row["epoch"])} for row in rows]
     except (ValueError, csv.Error):
@@ -256,7 +263,7 @@ def write_results(folder: Path) -> dict:
     epochs = [row for row in read_metrics(folder) if row["fold"] not in new]
     epochs += [row for history in new.values() for row in history]
     contents = {
-        "metrics.csv": table_of(METRICS, sorted(epochs, key=lambda row: (row["fold"], row["epoch"]))),
+        "metrics.csv": metrics_of(epochs),
         "predictions.csv": table_of(PREDICTIONS, predictions_of(folder, {fold: headers[fold] for fold in new})),
     }
     if old := [fold for fold in files if fold not in new]:

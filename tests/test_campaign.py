@@ -68,6 +68,9 @@ def test_a_campaign(here, capsys):
     before = times_of(here.out)
     assert here(*options) == 0 and len(here.started) == 4 and times_of(here.out) == before
     assert "4 cells, 4 finished, 0 to train" in capsys.readouterr().out
+    (here.started[0] / "result.json").unlink()
+    assert here(*options) == 0 and len(here.started) == 4 and times_of(here.out) == before
+    assert f"{here.started[0] / 'result.json'} is missing: it is made again" in capsys.readouterr().err
     assert here(*options, "--epochs", "2") == 1  # these are other experiments
     assert "holds a run with epochs 1, not 2: give another --out" in capsys.readouterr().err
     assert len(here.started) == 4 and times_of(here.out) == before

@@ -154,6 +154,8 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
         ("lora", ("method", "parts", 0, "rr"), 0, "rr: Expected int >= 1"),
         ("lora", ("method", "parts", 0, "targets"), "qx", "targets"),
         ("lora", ("result", "accuracy"), float("nan"), "result.accuracy: Expected float >= 0"),
+        ("lora", ("record", "predictions", 0), 4, "record.predictions: Expected numbers below 4"),
+        ("lora", ("record", "millionths"), [1], "record: Expected 2 millionths, got 1"),
         ("dpt", ("method", "parts", 0, "prompts"), 10**9, "prompts: Expected int <= 4096"),
         ("houlsby_par", ("method", "parts", 0, "how"), "none", "how: Invalid enum value 'none'"),
         ("whole", ("config", "depth"), 10**9, "config.depth: Expected int <="),
