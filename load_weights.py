@@ -66,7 +66,8 @@ def load_ast(
     Face folder, or "random:base|small|tiny|demo" (always the same random numbers, so that an adapter finds its backbone
     again). `n_frames=None` keeps the length of the checkpoint; `n_classes=None` keeps its head, which needs the pool it
     was trained with ("cls_dist"; "mean" for demo). The result knows its origin as `model.backbone`.
-    Raises UserError for whatever is missing, damaged or not an AST.
+    Raises UserError for whatever is missing, damaged or not an AST: names, shapes and finite numbers are checked, not
+    their meaning. A square matrix that somebody transposed has the right shape.
     """
     weights, keep_head = str(weights), n_classes is None
     state, config = read_checkpoint(weights)

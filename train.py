@@ -25,7 +25,7 @@ import petl
 from ast_model import AST, POOL, ASTConfig, make_head
 from data import DATASETS, FPS, Clips, Split, folds_of, frames_for, load_clips, load_dataset, patchout, spec_augment
 from load_weights import live_tensors, load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
-from support import command, records, speed
+from support import command, console, ledger, records, speed
 from support.command import UserError
 from support.files import default_cache_dir
 from support.processes import average, is_first, mean_over_ranks, process_group, say, shares, wait_for_all
@@ -92,7 +92,7 @@ def train_epoch(
 def train_fold(
     model: AST, clips: Clips, split: Split, fold: int, settings: Settings, state_file: Path, machine: Machine
 ) -> dict:
-    """Train one fold and test it; `model` ends with the tested weights. Returns its accuracy and how it went.
+    """Train one fold and test it; `model` ends with the tested weights. Returns what the header of its file says of it.
 
     `state_file` holds the state after the last finished epoch; with `machine.resume` training goes on from there.
     Raises UserError when the loss is not finite.
@@ -103,34 +103,41 @@ def train_fold(
     if state:
         load_tensors(model, state["tensors"], state_file)
         learner.load_state(state)
-    records.forecast(learner, progress, split, settings, machine)  # says once how long it will take
+    console.forecast(learner, progress, split, settings, machine)  # says once how long it will take
     steps = math.ceil(len(split.train) / settings.batch_size)  # in an epoch
-    for epoch in records.epochs_left(progress, settings.epochs):
+    for epoch in console.epochs_left(progress, settings.epochs):
         seed_epoch(settings.seed, fold, epoch)
         rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
         losses = train_epoch(learner, clips, torch.tensor(split.train), rates, settings, machine)
         average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # running means
         progress.trained(losses, rates, len(split.train))
-        accuracy = evaluate(network, clips, split.val, settings, machine) if split.val else None
+        accuracy, predicted = evaluate(network, clips, split.val, settings, machine)
         tensors = trained_tensors(model)
-        progress.validated(accuracy, tensors)  # remembers the best epoch, or the last
+        progress.validated(accuracy, predicted, tensors)  # remembers the best epoch, or the last
         records.save_progress(state_file, progress, {"tensors": tensors, **learner.state()})
     load_tensors(model, progress.best["tensors"], state_file)
-    return progress.result(evaluate(network, clips, split.test, settings, machine))
+    return progress.outcome(*evaluate(network, clips, split.test, settings, machine))
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, clips: Clips, indices: list[int], settings: Settings, machine: Machine) -> float:
-    """Accuracy in percent on the given clips; every process takes its share, in batches as large as memory allows."""
+def evaluate(network: nn.Module, clips: Clips, indices: list[int], settings: Settings, machine: Machine) -> tuple:
+    """Accuracy in percent on the given clips, if any; and for each its predicted class and the probability, (clips, 2).
+
+    Every process takes its share, in batches as large as memory allows.
+    """
     network.eval()
 
-    def correct(index):
-        x, y = clips.batch(index, machine.device)
+    def predict(index):
+        x, _ = clips.batch(index, machine.device)
         with autocast(machine.device, settings.dtype):
-            return (network(x).argmax(1) == y).sum()
+            logits = network(x)
+        probability = logits.float().softmax(1).amax(1).nan_to_num()  # float16 may overflow
+        return torch.stack([logits.argmax(1), probability], dim=1)  # (batch, 2)
 
-    index = torch.tensor(indices, device=clips.features.device)
-    return 100 * speed.sum_in_batches(correct, index, settings.batch_size, machine) / len(indices)
+    index = torch.tensor(indices, dtype=torch.long, device=clips.features.device)
+    predicted = speed.pairs_in_batches(predict, index, settings.batch_size, machine).cpu()
+    right = (predicted[:, 0] == clips.labels[index].cpu()).sum().item()
+    return 100 * right / len(indices) if indices else None, predicted
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -154,7 +161,7 @@ def run(args: argparse.Namespace) -> dict:
     method = fitted(petl.find(args.method), pretrained.config, lr, **changes, blocks=args.blocks, keep=args.keep)
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
     home = args.out / args.dataset / method.name
-    ahead = records.folds_left(home, args.seed, args.folds or known)
+    ahead = console.folds_left(home, args.seed, args.folds or known)
     machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, forecast=ahead)
 
     results = {}
@@ -163,25 +170,25 @@ def run(args: argparse.Namespace) -> dict:
         table = records.split_table(dataset, folds, bad)
         settings = Settings(
             dataset=args.dataset, weights=weights, backbone=pretrained.backbone.sha256, method=to_dict(method),
-            pool=args.pool, seed=seed, shots=args.shots, clips=records.hash_of(table), n_frames=n_frames,
+            pool=args.pool, seed=seed, shots=args.shots, clips=ledger.hash_of(table), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
             mask=mask, dtype=args.dtype, keep=args.keep,
         )  # fmt: skip
         folder = home / f"seed{seed}"
         records.start_run(folder, settings, table, dataset, bad, args.data_dir, args.cache_dir)
-        say(records.describe(settings, n_frames / FPS, args.device))
+        say(console.describe(settings, n_frames / FPS, args.device))
         for fold in args.folds or folds:
             file = folder / f"fold{fold}.safetensors"
             if not file.exists():
                 model = adapted(pretrained, method, fold, settings, machine)
-                result = train_fold(model, clips, folds[fold], fold, settings, file.with_suffix(".resume.pt"), machine)
-                finish_fold(model, file, {"result": result, "classes": dataset.classes, "settings": asdict(settings)})
+                outcome = train_fold(model, clips, folds[fold], fold, settings, file.with_suffix(".resume.pt"), machine)
+                finish_fold(model, file, {**outcome, "classes": dataset.classes, "settings": asdict(settings)})
                 machine = replace(machine, forecast=0)  # once is enough
             if is_first():
-                say(records.describe_fold(read_header(file, "result")["result"]))
+                say(console.describe_fold(read_header(file, "result")["result"]))
         wait_for_all()
-        results[seed] = records.summarise(folder, folds, settings, started)
-    return results[args.seed[0]] if len(results) == 1 else records.summarise_seeds(home, results)
+        results[seed] = console.summarise(folder, settings, started)
+    return results[args.seed[0]] if len(results) == 1 else console.summarise_seeds(home, results)
 
 
 def adapted(pretrained: AST, method: petl.Method, fold: int, settings: Settings, machine: Machine) -> AST:

@@ -57,15 +57,19 @@ def table(data_dir: Path | None, cache_dir: Path) -> Listing:
         if column == "fold" and not is_number(row["fold"]):
             raise UserError(f"{data_dir}, line {line}: fold is {row['fold'][:100]!r}; it must be a whole number")
     part = int if column == "fold" else str
-    clips = [Clip(data_dir.parent / row["path"], row["label"], part(row[column]) if column else "") for row in rows]
+    names = [os.fsdecode(row["path"].encode()) for row in rows]  # where the locale has no UTF-8, too
+    clips = [
+        Clip(data_dir.parent / name, row["label"], part(row[column]) if column else "")
+        for name, row in zip(names, rows, strict=True)
+    ]
     first = {}
     for clip in clips:
-        if clip.path in first:
-            other = first[clip.path]
-            where = f"in {column} {other} and {clip.part}" if other != clip.part else "twice"
-            raise UserError(f"{data_dir}: {clip.path} is listed {where}: every clip must be listed once")
-        first[clip.path] = clip.part
-    require_files(data_dir.parent, [*first])
+        other = first.setdefault(os.path.realpath(clip.path), clip)  # a.wav is x/../a.wav
+        if other is not clip:
+            name = f"{clip.path}" if other.path == clip.path else f"{other.path} = {clip.path}"
+            where = f"in {column} {other.part} and {clip.part}" if other.part != clip.part else "twice"
+            raise UserError(f"{data_dir}: {name} is listed {where}: every clip must be listed once")
+    require_files(data_dir.parent, [clip.path for clip in clips])
     return own_sounds(data_dir.parent, data_dir.stem, clips)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sounds.clip import PARTS, Clip, Listing
 from sounds.fetch import Source, locate
-from sounds.tables import read_table, require_files
+from sounds.tables import read_table, require_files, warn_of_recordings
 from support.command import UserError, warn
 
 ESC50 = Source(
@@ -33,8 +33,8 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> L
     """ESC-50 (Piczak, 2015): 2,000 clips of 5 s, 50 classes, 5 folds; ESC-10 is 10 of its classes.
 
     Fold k tests fold k, validates on fold k-1 (fold 1 on fold 5) and trains on the other three. Clips cut from one
-    recording are meant to be in one fold; those of 4 recordings (column `src_file`) are not. `data_dir` is the
-    unpacked release or its zip; without it the release is downloaded.
+    recording are meant to be in one fold; those of 4 recordings (column `src_file`) are not, and are counted aloud.
+    `data_dir` is the unpacked release or its zip; without it the release is downloaded.
     """
     root = locate(ESC50, data_dir, cache_dir)
     table = root / "meta" / "esc50.csv"
@@ -46,6 +46,7 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> L
     clips = [Clip(root / "audio" / row["filename"], row["category"], int(row["fold"])) for row in rows]
     classes = _in_order(table, rows, "target", "category")
     require_files(root, [clip.path for clip in clips])
+    warn_of_recordings(root, rows, "src_file")
     expected = (10, 400) if only_esc10 else (50, 2000)
     if (len(classes), len(rows)) != expected:
         warn(f"{root}: {len(rows)} clips of {len(classes)} classes, where the release has %d of %d" % expected[::-1])
@@ -61,7 +62,7 @@ def us8k(data_dir: Path | None, cache_dir: Path) -> Listing:
     """UrbanSound8K (Salamon, Jacoby and Bello, 2014): 8,732 clips of up to 4 s, 10 classes, 10 folds.
 
     Fold k tests fold k and trains on the other nine, so there are no validation clips. Clips cut from one recording
-    are meant to be in one fold; those of 5 recordings (column `fsID`) are not.
+    are meant to be in one fold; those of 5 recordings (column `fsID`) are not, and are counted aloud.
     """
     root = locate(US8K, data_dir, cache_dir)
     table = root / "metadata" / "UrbanSound8K.csv"
@@ -71,6 +72,7 @@ def us8k(data_dir: Path | None, cache_dir: Path) -> Listing:
         Clip(folder / f"fold{row['fold']}" / row["slice_file_name"], row["class"], int(row["fold"])) for row in rows
     ]
     require_files(root, [clip.path for clip in clips])
+    warn_of_recordings(root, rows, "fsID")
     return Listing(root, clips, _in_order(table, rows, "classID", "class"))
 
 

@@ -2,10 +2,11 @@
 
 import csv
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.command import UserError, first_of, is_number
+from support.command import UserError, first_of, is_number, warn
 
 
 def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -38,6 +39,17 @@ def require_files(root: Path, paths: list[Path]) -> None:
     missing = [os.path.relpath(path, root) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({first_of(missing)}): complete it")
+
+
+def warn_of_recordings(root: Path, rows: list[dict[str, str]], recording: str) -> None:
+    """Say how many clips are cut from recordings, named in this column, that have clips in more than one fold."""
+    folds = defaultdict(set)
+    for row in rows if recording in rows[0] else ():
+        folds[row[recording]].add(row["fold"])
+    crossing = sum(len(folds[row[recording]]) > 1 for row in rows) if folds else 0
+    if crossing:
+        which = f"{crossing} of {len(rows)} clips are of recordings ({recording}) that have clips in several folds"
+        warn(f"{root}: {which}: what is tested was in part heard in training")
 
 
 def folders_in(root: Path) -> list[Path]:

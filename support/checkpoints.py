@@ -158,16 +158,19 @@ def read_metadata(path: Path) -> dict:
     if not header:
         return header
     known = to_builtins(checked(header, Whole if "config" in header else Trained, path))
+    seal = header.pop("seal", None)
+    whole = seal is None or seal == sha256_of(header)
     digest = known.pop("digest", None)
     header.pop("digest", None)
-    if digest is not None and digest != sha256_of([tensors, described(header)]):
+    if not whole or (digest is not None and digest != sha256_of([tensors, described(header)])):
         raise UserError(no_whole_file(path, "it is damaged: its SHA-256 is another"))
     return {**header, **known}
 
 
 def described(header: dict) -> dict:
-    """What is read of a header, and what its digest is of, as JSON has it."""
-    return json.loads(json.dumps({name: value for name, value in header.items() if name in Whole.__struct_fields__}))
+    """What a digest is of besides tensors: what earlier versions read of a header, so that they find it right."""
+    read = {*Whole.__struct_fields__} - {"record"}
+    return json.loads(json.dumps({name: value for name, value in header.items() if name in read}))
 
 
 def read_header(path: Path, *needed: str) -> dict:
@@ -187,11 +190,12 @@ def no_whole_file(path: Path, reason: str) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:
-    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`, and a digest of
-    both by which damage shows."""
+    """A .safetensors file, whole or not at all, whose description under the key `ast_petl` is `header`. Damage shows by
+    a digest of the tensors and what describes them, and by a seal, which is that of the whole description."""
     header = {**header, "digest": sha256_of([tensors, described(header)])}
+    header["seal"] = sha256_of(json.loads(json.dumps(header)))
     with whole_file(Path(path)) as temporary:
-        temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header)}))
+        temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header, separators=(",", ":"))}))
 
 
 def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str, but: str | None = None) -> None:

@@ -23,8 +23,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def numbers(text: str) -> list[int]:
-    if not all(map(is_number, text.split(","))):
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} is no list of whole numbers like 0,1,2")
+    for word in text.split(","):
+        if not is_number(word):
+            what = "too large" if word.isdecimal() else "no list of whole numbers like 0,1,2"
+            raise argparse.ArgumentTypeError(f"{text[:100]!r} is {what}")
     return list(dict.fromkeys(int(word) for word in text.split(",")))  # each of them once
 
 
@@ -72,9 +74,7 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2, here and in the other commands."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed before the start
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    print_anything()
     try:
         code = command() or 0
         sys.stdout.flush()  # an error of what is still to be written shows now
@@ -92,6 +92,15 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return 130
+
+
+def print_anything() -> None:
+    """Let nothing that is printed be an error: names of files hold what the locale cannot show."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with suppress(AttributeError):  # a test's output is no file
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def in_words(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:

@@ -1,9 +1,13 @@
 """Files and folders that are whole or not there."""
 
+import csv
+import errno
+import io
 import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +21,8 @@ def default_cache_dir() -> Path:
 @contextmanager
 def whole_file(path: Path):
     """Yields a temporary path beside `path` that takes its place at the end: readers see all of the file or none."""
+    if path.exists() and not path.is_file():  # a folder, or /dev/full, whose place root could take
+        raise FileExistsError(errno.EEXIST, "is there and no file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat on other machines
     try:
@@ -48,10 +54,28 @@ def whole_folder(path: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def json_of(content: dict) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def table_of(columns: Iterable[str], rows: Iterable[dict]) -> str:
+    """A table as CSV, with a header line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8, and as they were the bytes that a name of a file may have besides."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json_of(content))
 
 
 def write_text(path: Path, content: str) -> None:
     with whole_file(path) as temporary:
-        temporary.write_bytes(os.fsencode(content))  # UTF-8, and whatever else names of files hold
+        temporary.write_bytes(to_bytes(content))

@@ -79,6 +79,18 @@ class Parameters(Struct):
     total: Annotated[int, Meta(ge=1, le=10**12)]
 
 
+class Record(Struct):
+    """How a fold was trained and what it answered: its rows of metrics.csv and predictions.csv."""
+
+    history: Annotated[list[dict[str, int | float | str]], Meta(min_length=1)]
+    predictions: list[Count]  # numbers of classes: of the clips that validate, then of those that test, as in split.csv
+    millionths: list[Annotated[int, Meta(ge=0, le=10**6)]]  # the probabilities of these classes
+
+    def __post_init__(self):
+        if len(self.predictions) != len(self.millionths):
+            raise ValueError(f"Expected {len(self.predictions)} millionths, got {len(self.millionths)}")
+
+
 class Shape(Struct):
     """An `ast_model.ASTConfig`; `load_weights` compares it with the tensors."""
 
@@ -147,11 +159,14 @@ class Header(Struct, kw_only=True):
     parameters: Parameters | UnsetType = UNSET
     versions: dict[str, Name] | UnsetType = UNSET
     digest: Name | UnsetType = UNSET  # of the tensors
+    record: Record | UnsetType = UNSET
 
     def __post_init__(self):
         n_classes = self.shape_of_head()
         if self.classes is not UNSET and len(self.classes) != n_classes:
             raise ValueError(f"classes: Expected {n_classes} names, got {len(self.classes)}")
+        if self.record is not UNSET and max(self.record.predictions, default=0) >= n_classes:
+            raise ValueError(f"record.predictions: Expected numbers below {n_classes}")
 
     def shape_of_head(self) -> int:
         return self.n_classes
@@ -192,6 +207,7 @@ class Best(Struct):
     accuracy: Annotated[float, Meta(ge=-1, le=100)] | None
     epoch: Count
     tensors: dict[str, Any]
+    predicted: Any = None
 
 
 class RunResult(Struct):

@@ -1,32 +1,36 @@
-"""What a run leaves on disk: config.json, split.csv, metrics.csv, foldK.resume.pt, result.json; and what it prints."""
+"""What a run leaves on disk, but for the tensors.
+
+At its start config.json and split.csv, after every epoch metrics.csv and foldK.resume.pt, at its end predictions.csv
+and result.json. These two, and metrics.csv for a finished fold, are made from the fold files, at any time again.
+"""
 
 import csv
 import ctypes
 import gc
-import hashlib
 import io
 import json
 import math
-import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from msgspec import to_builtins
-from tqdm import tqdm
 
+from support import ledger
 from support.checkpoints import read_header, read_json, sha256_of, unpickled
-from support.command import UserError, warn
-from support.files import whole_file, write_json, write_text
-from support.headers import ResumeState, RunConfig, Settings, checked
+from support.command import UserError, is_number, warn
+from support.files import json_of, table_of, whole_file
+from support.headers import ResumeState, RunConfig, RunResult, Settings, checked
 from support.processes import is_first, say
+
+INPUTS = ("config.json", "split.csv")  # what no fold file holds
+METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # the columns of metrics.csv
+PREDICTIONS = ("fold", "part", "path", "label", "prediction", "probability")  # and of predictions.csv
 
 # ----------------------------------------------------------------------------------------------- the start of a run
 
@@ -43,27 +47,39 @@ def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
     return text.getvalue()
 
 
-def hash_of(table: str) -> str:
-    return hashlib.sha256(os.fsencode(table)).hexdigest()
-
-
 def start_run(
     folder: Path, settings: Settings, table: str, dataset, bad: dict[int, str], data_dir: Path | None, cache_dir: Path
 ) -> None:
     """Write config.json and split.csv. UserError if `folder` holds another experiment: its finished folds must not be
     mixed with these."""
-    file = folder / "config.json"
-    if file.exists():
-        old = to_builtins(read_json(file, RunConfig, mend="delete the folder, or give another --out"))
+    check(folder)
+    for old in settings_in(folder):
         # `weights` is a name; `backbone` is what counts.
         compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
         names = dataset.names()
-        write_json(file, {
+        config = {
             **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
             "data_dir": data_dir and str(data_dir.resolve()), "cache_dir": str(cache_dir.resolve()),
-        })  # fmt: skip
-        write_text(folder / "split.csv", table)
+        }  # fmt: skip
+        with ledger.lock(folder):
+            ledger.write_files(folder, {"config.json": json_of(config), "split.csv": table})
+
+
+def settings_in(folder: Path) -> list[dict]:
+    """The settings of the run there: those of config.json, or where that is missing those of the finished folds."""
+    file = folder / "config.json"
+    if file.exists():
+        return [to_builtins(read_json(file, RunConfig, mend="delete the folder, or give another --out"))]
+    if states := [*folder.glob("fold*.resume.pt")]:
+        raise UserError(f"{states[0]}: nothing says of which settings it is, as config.json is missing: delete it")
+    return [read_header(file, "settings")["settings"] for file in fold_files(folder).values()]
+
+
+def fold_files(folder: Path) -> dict[int, Path]:
+    """Those of the finished folds, by their numbers."""
+    files = {file.stem.removeprefix("fold"): file for file in folder.glob("fold*.safetensors")}
+    return {int(number): files[number] for number in sorted(filter(is_number, files), key=int)}
 
 
 def compare_settings(folder: Path, old: dict, new: dict) -> None:
@@ -78,24 +94,6 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
         if before != value:
             what = in_words.get(name, f"{name} {before}, not {value}")
             raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
-
-
-def describe(settings: Settings, seconds: float, device: torch.device) -> str:
-    """What is about to be trained, on clips that last `seconds`."""
-    shots = f"{settings.shots} clips per class, " if settings.shots else ""
-    masked = "masked" if settings.mask else "unmasked"
-    masked += f", {settings.keep:.0%} of the patches" if settings.keep else ""
-    line = (
-        f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, "
-        f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
-        f"{settings.seed}, {settings.dtype}, {device}"
-    )
-    probe = "linear probe: each clip goes through the backbone once, the epochs train on what is kept of it"
-    if settings.mask:
-        probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
-                 "epoch; with --no-mask it does so once")  # fmt: skip
-    probing = {part["part"] for part in settings.method["parts"]} <= {"Statistics"}  # or nothing at all
-    return f"{line}\n{probe}" if probing else line
 
 
 # ---------------------------------------------------------------------------------------------------- epoch by epoch
@@ -124,107 +122,37 @@ class Progress:
             "accuracy": "", "lr": f"{rates[-1]:.4g}", "clips/s": round(clips / (time.perf_counter() - self.begin), 1),
         })  # fmt: skip
 
-    def validated(self, accuracy: float | None, tensors: dict[str, torch.Tensor]) -> None:
-        """The end of the epoch. The best has the highest accuracy, the first of equals; without validation clips
-        (None) it is the last."""
+    def validated(self, accuracy: float | None, predicted: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        """The end of the epoch, with what train.evaluate returned. The best has the highest accuracy, the first of
+        equals; without validation clips (None) it is the last."""
         if accuracy is None or accuracy > self.best["accuracy"]:
-            self.best = {"accuracy": accuracy, "epoch": len(self.history), "tensors": tensors}
+            epoch = len(self.history)
+            self.best = {"accuracy": accuracy, "epoch": epoch, "tensors": tensors, "predicted": predicted}
         if accuracy is not None:
             self.history[-1]["accuracy"] = round(accuracy, 4)
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
-    def result(self, accuracy: float) -> dict:
-        """What result.json says of the fold, `accuracy` being that on the test clips."""
+    def outcome(self, accuracy: float, predicted: torch.Tensor) -> dict:
+        """What the header of the fold file says, given what train.evaluate makes of the test clips."""
         peak = peak_memory()
+        predicted = torch.cat([self.best.get("predicted", predicted[:0]), predicted])  # an earlier version kept none
         return {
-            "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
-            "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak and peak >> 20,
+            "result": {
+                "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
+                "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak and peak >> 20,
+            },
+            "record": {
+                "history": self.history, "predictions": predicted[:, 0].int().tolist(),
+                "millionths": (1e6 * predicted[:, 1].double()).round().int().tolist(),
+            },
         }  # fmt: skip
-
-
-def epochs_left(progress: Progress, epochs: int) -> Iterator[int]:
-    """The epochs still to train, with a progress bar that shows the last loss and accuracy."""
-    done = len(progress.history)
-    hidden = None if is_first() else True  # None leaves it to tqdm: no bar where the output is no terminal
-    numbers = range(done + 1, epochs + 1)
-    bar = tqdm(numbers, f"fold {progress.fold}", epochs, initial=done, unit="epoch", disable=hidden)
-    for epoch in bar:
-        progress.begin = time.perf_counter()
-        yield epoch
-        bar.set_postfix(loss=progress.history[-1]["loss"], accuracy=progress.history[-1]["accuracy"])
-
-
-def folds_left(folder: Path, seeds: Iterable[int], folds: Iterable[int]) -> int:
-    """How many folds of these seeds have no file yet, `folder` being that above the seeds' own."""
-    return sum(not (folder / f"seed{seed}" / f"fold{fold}.safetensors").exists() for seed in seeds for fold in folds)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done all it was told to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def forecast(learner, progress: Progress, split, settings: Settings, machine) -> None:
-    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first.
-
-    The steps after the first one are timed, which is slower than the others. The clock is read twice, and only then is
-    the device waited for. Nothing is said where it is less than a minute.
-    """
-    if machine.forecast == 0 or not is_first():
-        return
-    batch, done = settings.batch_size, 0
-    last = min(3, math.ceil(len(split.train) / batch))
-    first = min(1, last - 1)  # an epoch of one step is timed from here on
-    start = now(machine.device)
-
-    def after_step(*_):
-        nonlocal start, done
-        done += 1
-        if done == first:
-            start = now(machine.device)
-        elif done == last:
-            clips = min(last * batch, len(split.train)) - first * batch
-            seconds = (now(machine.device) - start) / clips * clips_left(progress, split, settings, machine.forecast)
-            with tqdm.external_write_mode():  # not into the progress bar
-                for line in forecast_lines(seconds, machine.forecast, settings, machine.device):
-                    say(line)
-
-    learner.optimizer.register_step_post_hook(after_step)
-
-
-def clips_left(progress: Progress, split, settings: Settings, folds: int) -> float:
-    """Clips still to train in `folds` folds like this one; one to validate or test counts half, as it takes half."""
-    epoch, test = len(split.train) + len(split.val) / 2, len(split.test) / 2
-    return folds * (settings.epochs * epoch + test) - len(progress.history) * epoch
-
-
-def forecast_lines(seconds: float, folds: int, settings: Settings, device: torch.device) -> list[str]:
-    """What a person should know of a run that takes so long; nothing of a short one."""
-    if seconds < 60:
-        return []
-    lines = [f"this will take about {in_words(seconds)}{f', {folds} folds' if folds > 1 else ''}"]
-    if device.type == "cpu" and seconds > 600:
-        ways = {"--shots 8": not settings.shots, "--folds 1": folds > 1, "fewer --epochs": settings.epochs > 5}
-        ways = [way for way, helps in ways.items() if helps]
-        lines.append(f"on a CPU; what makes it bearable: {', '.join([*ways, 'a GPU'])}")
-    return lines
-
-
-def in_words(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            number = seconds / length
-            return f"{number:.{1 if number < 10 else 0}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def save_progress(file: Path, progress: Progress, state: dict) -> None:
     """metrics.csv, and in `file` the state that --resume goes on from."""
     if is_first():
-        write_metrics(file.parent / "metrics.csv", progress.fold, progress.history)
+        write_metrics(file.parent, progress.fold, progress.history)
         known = {"history": progress.history, "best": progress.best, "seconds": progress.seconds}
         state = {**state, **known}
         buffer = io.BytesIO()  # torch would call a full disk something else
@@ -253,22 +181,27 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
     return progress, state
 
 
-def write_metrics(path: Path, fold: int, history: list[dict]) -> None:
+def write_metrics(folder: Path, fold: int, history: list[dict]) -> None:
     """Put the epochs of one fold into metrics.csv, beside those of the others: folds may run in parallel."""
-    with FileLock(path.with_name(".metrics.lock")):
-        try:
-            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-            rows = [row for row in rows if int(row["fold"]) != fold and None not in {*row, *row.values()}] + history
-            rows.sort(key=lambda row: (int(row["fold"]), int(row["epoch"])))
-            if any(row.keys() != history[0].keys() for row in rows):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, csv.Error):
-            warn(f"{path} is damaged: it is written anew, without the epochs of other folds")
-            rows = history
-        with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, history[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    with ledger.lock(folder):
+        rows = [row for row in read_metrics(folder) if row["fold"] != fold]
+        ledger.write_files(folder, {"metrics.csv": table_of(METRICS, rows + history)})
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.csv. If it is damaged, those that the files of the finished folds hold."""
+    path = folder / "metrics.csv"
+    try:
+        if path.name in ledger.wrong(folder):
+            raise ValueError
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        if any(tuple(row) != METRICS or None in row.values() for row in rows):
+            raise ValueError
+        return [{**row, "fold": int(row["fold"]), "epoch": int(row["epoch"])} for row in rows]
+    except (ValueError, csv.Error):
+        warn(f"{path} is damaged or missing: it is made again from the fold files")
+        records = [read_header(file).get("record", {}) for file in fold_files(folder).values()]
+        return [row for record in records for row in record.get("history", [])]
 
 
 def peak_memory() -> int | None:
@@ -298,17 +231,11 @@ def forget_peak() -> bool:
     return True
 
 
-# --------------------------------------------------------------------------------------------------------- the results
+# ------------------------------------------------------------------------------------------------- made of fold files
 
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
-def describe_fold(result: dict) -> str:
-    best = result["validation_accuracy"]
-    chosen = "last epoch" if best is None else f"best of validation {best:.2f} % in epoch {result['epoch']}"
-    return f"fold {result['fold']}: test accuracy {result['accuracy']:.2f} % ({chosen}), {result['seconds']:.0f} s"
 
 
 def mean_and_std(results: list[dict]) -> dict:
@@ -318,49 +245,90 @@ def mean_and_std(results: list[dict]) -> dict:
     return {"accuracy": round(statistics.mean(accuracies), 4), "std": std}
 
 
-def summarise(folder: Path, folds: Iterable[int], settings: Settings, started: float) -> dict:
-    """Collect the finished ones of a run's folds into result.json, and print what a person wants to know at its end.
+def write_results(folder: Path) -> dict:
+    """Write metrics.csv, predictions.csv and result.json from the files of the finished folds; returns the last one.
 
-    `started`: when the command began, on the performance counter.
+    The caller holds the lock. UserError if a fold file is damaged, or split.csv not that of the fold.
     """
-    if not is_first():
-        return {}
-    with FileLock(folder / ".result.lock"):  # folds may end at the same time on several machines
-        files = [folder / f"fold{fold}.safetensors" for fold in folds]
-        headers = [read_header(file, "result", "parameters", "versions") for file in files if file.exists()]
-        results = [header["result"] for header in headers]
+    files = fold_files(folder)
+    headers = {fold: read_header(file, "result", "parameters", "versions") for fold, file in files.items()}
+    new = {fold: header["record"]["history"] for fold, header in headers.items() if "record" in header}
+    epochs = [row for row in read_metrics(folder) if row["fold"] not in new]
+    epochs += [row for history in new.values() for row in history]
+    contents = {
+        "metrics.csv": table_of(METRICS, sorted(epochs, key=lambda row: (row["fold"], row["epoch"]))),
+        "predictions.csv": table_of(PREDICTIONS, predictions_of(folder, {fold: headers[fold] for fold in new})),
+    }
+    if old := [fold for fold in files if fold not in new]:
+        warn(f"{folder}: of an earlier version, without predictions: fold {', '.join(map(str, old))}")
+    if results := [header["result"] for header in headers.values()]:
+        first = headers[results[0]["fold"]]
         summary = {
-            **mean_and_std(results), "folds": results, "parameters": headers[0]["parameters"],
+            **mean_and_std(results), "folds": results, "parameters": first["parameters"],
             "seconds": round(sum(result["seconds"] for result in results), 1),
             "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
-            "versions": headers[0]["versions"],
+            "versions": first["versions"],
         }  # fmt: skip
-        write_json(folder / "result.json", summary)
-    name, count, n = settings.method["name"], summary["parameters"], len(results)
-    trained = count["petl"] + count["head"]
-    spread = "" if summary["std"] is None else f" +- {summary['std']:.2f}"
-    file = folder / f"fold{results[0]['fold']}.safetensors"
-    baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
-    say(
-        f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
-        f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
-        f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
-        f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
-        f"\n  time            {summary['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
-        f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
-        f"\n  to compare      the same command with --method {baseline}\n"
-    )
-    return summary
+        contents["result.json"] = json_of(summary)
+    ledger.write_files(folder, contents)
+    return summary if results else {}
 
 
-def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:
-    """Mean and standard deviation over all folds of all seeds, into the result.json above their folders."""
-    if not is_first():
-        return {}
-    folds = [{"seed": seed, **fold} for seed, result in results.items() for fold in result["folds"]]
-    seeds = {seed: result["accuracy"] for seed, result in results.items()}
-    result = {**mean_and_std(folds), "seeds": seeds, "folds": folds}
-    write_json(folder / "result.json", result)
-    say(f"accuracy {result['accuracy']:.2f} +- {result['std']:.2f} % over {len(results)} seeds, {len(folds)} runs in "
-        f"all; written to {folder}")  # fmt: skip
-    return result
+def predictions_of(folder: Path, headers: dict[int, dict]) -> list[dict]:
+    """The rows of predictions.csv for these folds."""
+    split, rows = (folder / "split.csv").read_bytes(), []
+    clips = list(csv.DictReader(io.StringIO(split.decode("utf-8", "surrogateescape"), newline="")))
+    for fold, header in headers.items():
+        if header["settings"]["clips"] != ledger.hash_of(split):
+            raise UserError(f"{folder / 'split.csv'} is not what fold {fold} was trained on: delete it, and the same "
+                            "command of train.py writes it again")  # fmt: skip
+        ours = [clip for clip in clips if clip["fold"] == str(fold) and clip["split"] in ("val", "test")]
+        record, classes = header["record"], header["classes"]
+        ours = ours[-len(record["predictions"]) :]  # those that test, where an earlier version has begun the fold
+        rows += [
+            {"fold": fold, "part": clip["split"], "path": clip["path"], "label": clip["label"],
+             "prediction": classes[number], "probability": f"{millionths / 1e6:.6f}"}
+            for clip, number, millionths in zip(ours, record["predictions"], record["millionths"], strict=True)
+        ]  # fmt: skip
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- damage
+
+
+def damaged(folder: Path) -> list[str]:
+    """The files of a run that are missing or not what was written; in one of an earlier version as far as it shows."""
+    wrong, result = ledger.wrong(folder), folder / "result.json"
+    try:
+        if result.exists() and result.name not in wrong:
+            read_json(result, RunResult)
+        return wrong
+    except UserError:
+        return [*wrong, result.name]
+
+
+def check(folder: Path) -> list[str]:
+    """Say which files of a run are damaged or missing and made again from the fold files; returns their names.
+
+    UserError for config.json and split.csv. `read_metrics` says it of metrics.csv.
+    """
+    if not damaged(folder):
+        return []
+    with ledger.lock(folder):  # now nobody is between writing a file and listing it
+        wrong = damaged(folder)
+    for name in wrong:
+        path = folder / name
+        if name in INPUTS:
+            if path.exists():
+                raise UserError(f"{path} is damaged, SHA256SUMS lists another: delete it, and the same command of "
+                                "train.py writes it again")  # fmt: skip
+        elif name != "metrics.csv" and is_first():
+            warn(f"{path} is {'damaged' if path.exists() else 'missing'}: it is made again from the fold files")
+    return [name for name in wrong if name not in INPUTS]
+
+
+def mend(folder: Path) -> None:
+    """Make again what is damaged or missing of a run. UserError for config.json and split.csv."""
+    if check(folder) and (folder / "split.csv").exists():
+        with ledger.lock(folder):
+            write_results(folder)

@@ -115,18 +115,19 @@ def evaluation_batch(batch_size: int, machine: Machine) -> int:
     return share * (4 if machine.device.type == "cuda" else 1)
 
 
-def sum_in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine: Machine) -> float:
-    """The sum over all processes of `function` on pieces of `index`, each half as large where memory is too small."""
+def pairs_in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine: Machine) -> torch.Tensor:
+    """Two numbers for each of `index`, (n, 2): `function` on pieces of it, half as large where memory is too small.
+    Every process takes its share and gets all."""
     rank, world = ranks()
-    index = index[rank::world]
-    total = torch.zeros((), device=machine.device)
+    pairs = torch.zeros(len(index), 2, device=machine.device)
+    index, mine = index[rank::world], pairs[rank::world]
     batch, start = evaluation_batch(batch_size, machine), 0
     while start < len(index):
         try:
-            total += function(index[start : start + batch])
+            mine[start : start + batch] = function(index[start : start + batch])
             start += batch
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
             batch //= 2
-    return sum_over_ranks(total).item()
+    return sum_over_ranks(pairs)

@@ -159,7 +159,7 @@ def make_esc50(root: Path, takes: int = 1, seconds: float = 0.5) -> Path:
                 tone = np.sin(2 * np.pi * (200 + 100 * target) * time)
                 wave = 0.3 * tone + 0.03 * rng.standard_normal(len(time))
                 soundfile.write(root / "audio" / name, wave, 44_100, subtype="PCM_16")
-                rows.append([name, fold, target, f"sound {target}", target < 40, 100_000 + target, chr(65 + take)])
+                rows.append([name, fold, target, f"sound {target}", target < 40, f"{fold}{target}", chr(65 + take)])
     write_csv(root / "meta" / "esc50.csv", "filename,fold,target,category,esc10,src_file,take", *rows)
     return root
 

@@ -17,6 +17,7 @@ from helpers import SMALL_AST, campaign_words, table_of
 from safetensors.torch import load_file
 
 import train
+from support.ledger import write_files
 from tools import campaign
 from tools.cells import Cell
 
@@ -25,6 +26,11 @@ ROOT = Path(train.__file__).parent
 
 def times_of(out: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in out.rglob("fold*.safetensors")}
+
+
+def rewrite(run: Path, old: str, new: str) -> None:
+    """The config.json of another run, and listed as such."""
+    write_files(run, {"config.json": (run / "config.json").read_text().replace(old, new)})
 
 
 @pytest.fixture
@@ -79,8 +85,7 @@ def test_other_options_of_train_are_other_experiments(here, capsys):
     assert "holds a run with n_frames 50, not 100" in capsys.readouterr().err
     assert here("table1", "--methods", "linear", "--dtype", "bfloat16") == 1
     assert "holds a run with dtype float32, not bfloat16" in capsys.readouterr().err
-    config = here.started[0] / "config.json"  # as train.py --no-mask would leave it there
-    config.write_text(config.read_text().replace('"mask": true', '"mask": false'))
+    rewrite(here.started[0], '"mask": true', '"mask": false')  # as train.py --no-mask would leave it there
     assert here("table1", "--methods", "linear") == 1
     assert "holds a run with mask False, not True" in capsys.readouterr().err
     assert len(here.started) == 2
@@ -96,8 +101,7 @@ def test_results_of_other_weights_or_sounds_are_not_read_back(here, sounds, caps
     assert here(*options, tables[0]) == 0
     assert here(*options, tables[1]) == 1
     assert f"holds a run with data_dir {tables[0]}, not {tables[1]}" in capsys.readouterr().err
-    config = here.started[0] / "config.json"
-    config.write_text(config.read_text().replace('"backbone": "', '"backbone": "other'))
+    rewrite(here.started[0], '"backbone": "', '"backbone": "other')
     assert here(*options, tables[0]) == 1
     assert f"holds a run with the backbone {SMALL_AST} as it was then" in capsys.readouterr().err
     assert len(here.started) == 1

@@ -30,12 +30,13 @@ from ast_model import POOL
 from load_weights import from_dict, load_ast, load_trained, read_header, save_ast, to_dict
 from sounds.audio import read_audio
 from sounds.fetch import unpack
-from support import headers
+from support import headers, ledger
 from support.checkpoints import read_json, sha256_of
 from support.command import UserError
 from support.processes import join
-from support.records import Progress, read_progress, save_progress, write_metrics
+from support.records import Progress, read_progress, save_progress
 from tools import export, predict
+from tools.campaign import read_run
 from tools.predict import class_names, load_classifier
 
 ROOT = Path(train.__file__).parent
@@ -80,9 +81,13 @@ def metadata_of(file) -> dict:
         return json.loads(opened.metadata()["ast_petl"])
 
 
+def unsealed(header: dict) -> dict:
+    return {name: value for name, value in header.items() if name not in ("digest", "seal")}
+
+
 def with_header(file, header, out):
-    """The same tensors under another header; without a digest, as earlier versions wrote it."""
-    text = header if isinstance(header, str) else json.dumps({k: v for k, v in header.items() if k != "digest"})
+    """The same tensors under another header; without digest and seal, as earlier versions wrote it."""
+    text = header if isinstance(header, str) else json.dumps(unsealed(header))
     save_file(load_file(file), out, {"ast_petl": text})
     return out
 
@@ -106,7 +111,8 @@ def says(action, *words) -> bool:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}}
+    record = {"history": [{"fold": 1, "epoch": 1, "loss": 0.5}], "predictions": [0, 3], "millionths": [10**6, 300_000]}
+    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}, "record": record}
     for method in ("lora", "houlsby_par", "dpt"):
         save_random(folder / f"{method}.safetensors", method, pool="cls_dist", **more)
     model = load_trained(folder / "lora.safetensors")
@@ -128,7 +134,8 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
     remove = data.draw(st.booleans()) if isinstance(place[-1], str) else False
     value = None if remove else data.draw(odd)
     new = with_header(file, changed(header, place, value, remove), tmp_path / "new.safetensors")
-    named = {"result", "parameters", "versions", "classes", "n_classes", "n_frames", "backbone", "method", "config"}
+    named = {"result", "parameters", "versions", "classes", "n_classes", "n_frames", "backbone", "method", "config",
+             "record"}  # fmt: skip
     if not says(lambda: load_classifier(new, None), *([new] if place[0] in named else [])):
         classifier = load_classifier(new, None)
         assert len(classifier.classes) == classifier.models[0].config.n_classes
@@ -254,9 +261,7 @@ def test_what_a_run_says_of_itself(tmp_path, name, kind, data):
 
 def test_headers_are_read_as_they_were_written(folder):
     for file in folder.glob("*.safetensors"):
-        header = {name: value for name, value in metadata_of(file).items() if name != "digest"}
-        read = read_header(file)
-        assert read == header
+        assert read_header(file) == unsealed(metadata_of(file))
 
 
 # --------------------------------------------------------------------------------------------------------- tensors
@@ -322,8 +327,7 @@ def test_a_spoilt_tensor_in_a_file_of_ours(folder, tmp_path, name, data, how):
     tensors = load_file(file)
     spoilt = data.draw(st.sampled_from(sorted(tensors)))
     tensors[spoilt] = spoil(tensors[spoilt], how).contiguous()
-    header = {key: value for key, value in metadata_of(file).items() if key != "digest"}
-    save_file(tensors, new, {"ast_petl": json.dumps(header)})
+    save_file(tensors, new, {"ast_petl": json.dumps(unsealed(metadata_of(file)))})
     assert says(lambda: load_trained(new), new)
 
 
@@ -371,7 +375,7 @@ def progress_file(path, digest=True) -> bytes:
     progress.begin = time.perf_counter()
     progress.trained([1.0], [0.1], 8)
     tensors = {"head.weight": torch.arange(200.0)}
-    progress.validated(50.0, tensors)
+    progress.validated(50.0, torch.ones(3, 2), tensors)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(100))], betas=(0.9, 0.98))
     save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
     if not digest:
@@ -394,6 +398,35 @@ def test_a_damaged_state_is_never_resumed(tmp_path, data, digest):
     if not says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it"):
         new, read = read_progress(file, 1, resume=True)
         assert sha256_of([read, new.history, new.best]) == sha256_of([state, progress.history, progress.best])
+
+
+LEFT = (*ledger.FILES, "SHA256SUMS", "fold1.safetensors", "fold2.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(esc50_dir, cache_dir, tmp_path_factory):
+    """A finished run with two folds."""
+    out = tmp_path_factory.mktemp("runs")
+    words = ["--dataset", "esc10", "--data-dir", esc50_dir, "--weights", SMALL_AST, "--epochs", 1, "--folds", "1,2",
+             "--seconds", 0.5, "--method", "linear", "--cache-dir", cache_dir, "--out", out]  # fmt: skip
+    assert train.main([str(word) for word in words]) == 0
+    return out / "esc10" / "linear" / "seed0"
+
+
+@few
+@given(data=st.data(), name=st.sampled_from(LEFT))
+def test_what_a_run_left_is_never_used_damaged(run, tmp_path, data, name):
+    """A bit that is flipped or an end that is missing: refused, naming a file, or all is again as it was. A fold file
+    is read only where something is to be made of it."""
+    folder = shutil.copytree(run, tmp_path / "copy", dirs_exist_ok=True)
+    content = (run / name).read_bytes()
+    at = data.draw(st.integers(0, 8 * len(content) - 1))
+    (folder / name).write_bytes(content[: at // 8] if data.draw(st.booleans()) else flipped(content, at))
+    if name.startswith("fold"):
+        (folder / "result.json").unlink()
+    if not says(lambda: read_run(folder), folder):
+        assert read_run(folder) == read_run(run)
+        assert all((folder / file).read_bytes() == (run / file).read_bytes() for file in ledger.FILES)
 
 
 # ------------------------------------------------------------------------------- numbers, streams, places, archives
@@ -448,18 +481,20 @@ def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
 
 
 def run_in_shell(command):
-    command = command.replace("predict", f"{sys.executable} -m tools.predict")
+    command = f"{sys.executable} -m tools.{command}"
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
 
 
 def test_streams(folder, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
     words = f"predict {folder / 'lora.safetensors'} {tmp_path / 'a.wav'}"
-    ways = [f"{words} > /dev/full", f"{words} 2>&-", f"{words} | true; exit ${{PIPESTATUS[0]}}"]
+    bench = f"bench --methods lora --weights random:demo --repeats 1 --json {tmp_path}/x.json"
+    ways = [f"{words} > /dev/full", f"{bench} > /dev/full", f"{words} 2>&-", f"{words} | true; exit ${{PIPESTATUS[0]}}"]
     with ThreadPoolExecutor() as pool:
-        full, closed, piped = pool.map(run_in_shell, ways)
-    assert full.returncode == 2 and full.stderr.startswith("error: the disk is full (the output)"), full
-    assert full.stderr.count("\n") == 1
+        *fulls, closed, piped = pool.map(run_in_shell, ways)
+    for full in fulls:
+        assert full.returncode == 2 and full.stderr.startswith("error: the disk is full (the output)"), full
+        assert full.stderr.count("\n") == 1
     assert closed.returncode == 0 and closed.stdout.count("\n") == 1
     assert piped.returncode in (0, 1) and not piped.stderr
 
@@ -502,14 +537,6 @@ def test_archives_that_are_encrypted_or_of_unknown_compression(tmp_path, offsets
     content[content.index(b"PK\x01\x02") + offsets[1]] = value
     (tmp_path / "a.zip").write_bytes(content)
     assert says(lambda: unpack(tmp_path / "a.zip", tmp_path / "out"), "a.zip is not a whole zip or tar archive")
-
-
-def test_metrics_that_are_damaged_are_written_anew(tmp_path, capsys):
-    for text in ("fold,epoch\nx,1\n", "\0\0", "nothing\n1\n", "fold,epoch,loss\n1\n"):
-        (tmp_path / "metrics.csv").write_text(text)
-        write_metrics(tmp_path / "metrics.csv", 1, [{"fold": 1, "epoch": 1, "loss": 0.5}])
-        assert (tmp_path / "metrics.csv").read_text().splitlines() == ["fold,epoch,loss", "1,1,0.5"]
-    assert "is damaged: it is written anew" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):

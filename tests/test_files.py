@@ -1,5 +1,8 @@
 """Files that are whole or not there, and where they are kept."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from support.files import default_cache_dir, whole_file
@@ -25,3 +28,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert path.read_text() == "one"
+
+
+def test_only_files_are_replaced(tmp_path):
+    """Root could put a file in the place of a device."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/full")):
+        with pytest.raises(FileExistsError, match="is there and no file"), whole_file(path):
+            pass

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
-from support import records
+from support import console, records
 from support.speed import Machine
 from tools.bench import Bench
 
@@ -25,9 +25,9 @@ class Optimizer:
 def said(monkeypatch, capsys, steps: int, seconds_a_step: float, split=SPLIT, machine=None, progress=None) -> list[str]:
     """What is printed within so many steps that all take as long, but for the first one, which takes a minute more."""
     learner, clock = type("Learner", (), {"optimizer": Optimizer()}), [0.0]
-    monkeypatch.setattr(records, "now", lambda device: clock[0])
+    monkeypatch.setattr(console, "now", lambda device: clock[0])
     progress, machine = progress or records.Progress(1), machine or Machine(CPU, forecast=2)
-    records.forecast(learner, progress, split, SETTINGS, machine)
+    console.forecast(learner, progress, split, SETTINGS, machine)
     for step in range(steps):
         clock[0] += seconds_a_step + (60 if step == 0 else 0)
         learner.optimizer.hook(learner.optimizer, (), {})
@@ -57,28 +57,28 @@ def test_no_forecast_of_a_short_run_or_twice_or_by_another_process(monkeypatch, 
     assert said(monkeypatch, capsys, 4, 0.5) == []  # 41 s
     assert said(monkeypatch, capsys, 4, 1.0) == ["this will take about 82 s, 2 folds"]
     learner = type("Learner", (), {"optimizer": Optimizer()})
-    records.forecast(learner, records.Progress(1), SPLIT, SETTINGS, Machine(CPU))
-    monkeypatch.setattr(records, "is_first", lambda: False)
-    records.forecast(learner, records.Progress(1), SPLIT, SETTINGS, Machine(CPU, forecast=2))
+    console.forecast(learner, records.Progress(1), SPLIT, SETTINGS, Machine(CPU))
+    monkeypatch.setattr(console, "is_first", lambda: False)
+    console.forecast(learner, records.Progress(1), SPLIT, SETTINGS, Machine(CPU, forecast=2))
     assert not hasattr(learner.optimizer, "hook")
 
 
 def test_what_makes_a_run_bearable(monkeypatch):
     cpu, gpu = CPU, torch.device("cuda")
-    lines = records.forecast_lines
+    lines = console.forecast_lines
     assert lines(59.9, 1, SETTINGS, cpu) == [] and len(lines(600, 1, SETTINGS, cpu)) == 1
     assert lines(1e6, 5, SETTINGS, gpu) == ["this will take about 12 days, 5 folds"]
     few = replace(SETTINGS, shots=8, epochs=5)
     assert lines(7000, 1, few, cpu) == ["this will take about 117 minutes", "on a CPU; what makes it bearable: a GPU"]
-    assert [records.in_words(s) for s in (119, 120, 7200, 172_799, 172_800)] == [
+    assert [console.in_words(s) for s in (119, 120, 7200, 172_799, 172_800)] == [
         "119 s", "2.0 minutes", "2.0 hours", "48 hours", "2.0 days"]  # fmt: skip
 
 
 def test_the_clock_waits_for_the_device(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    records.now(torch.device("cpu"))
-    assert records.now(torch.device("cuda:1")) > 0 and waited == [torch.device("cuda:1")]
+    console.now(torch.device("cpu"))
+    assert console.now(torch.device("cuda:1")) > 0 and waited == [torch.device("cuda:1")]
 
 
 def test_a_run_says_it_once_and_reads_the_clock_thrice(train_main, monkeypatch, capsys, tmp_path):
@@ -86,9 +86,9 @@ def test_a_run_says_it_once_and_reads_the_clock_thrice(train_main, monkeypatch, 
     options = ["--seconds", 0.5, "--batch-size", 8, "--epochs", 1]
     assert train_main(*options, "--out", tmp_path / "silent") == train_main(*options, "--folds", 2) == 0
     assert "this will take" not in capsys.readouterr().out  # quick runs need no such line
-    times, folds, left = [], [], records.clips_left
-    monkeypatch.setattr(records, "now", lambda device: times.append(device) or 1000.0 * len(times))
-    monkeypatch.setattr(records, "clips_left", lambda *args: folds.append(args[-1]) or left(*args))
+    times, folds, left = [], [], console.clips_left
+    monkeypatch.setattr(console, "now", lambda device: times.append(device) or 1000.0 * len(times))
+    monkeypatch.setattr(console, "clips_left", lambda *args: folds.append(args[-1]) or left(*args))
     assert train_main(*options, "--seed", "0,1", "--folds", "1,2") == 0
     out = capsys.readouterr().out
     assert out.count("this will take about") == out.count("what makes it bearable: --shots 8, --folds 1, a GPU") == 1

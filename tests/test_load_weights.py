@@ -505,7 +505,7 @@ def test_a_file_of_trained_parts_says_all_about_itself(tmp_path):
         header = json.loads(opened.metadata()["ast_petl"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     read = read_header(file)
-    assert len(header.pop("digest")) == 64
+    assert len(header.pop("digest")) == len(header.pop("seal")) == 64
     read.pop("digest", None)
     assert header == read == {
         "classes": ["ä", "b", "c"],
@@ -624,7 +624,7 @@ def test_a_whole_model_says_all_about_itself(tmp_path):
     with safe_open(tmp_path / "ast.safetensors", "pt") as opened:
         metadata, names = opened.metadata(), set(opened.keys())
     header = json.loads(metadata["ast_petl"])
-    assert len(header.pop("digest")) == 64 and metadata["format"] == "pt"
+    assert len(header.pop("digest")) == len(header.pop("seal")) == 64 and metadata["format"] == "pt"
     assert header == {
         "classes": ["a", "b", "c"],
         "pool": "cls",

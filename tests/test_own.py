@@ -152,6 +152,12 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label,split", ["a1.wav,a,train", "a2.wav,a,dev"], "line 3: split is 'dev'"),
         ("path,label,fold", ["a1.wav,a,first"], "line 2: fold is 'first'"),
         ("path,label,split", ["a1.wav,a,train", "./a1.wav,a,test"], "listed in split train and test"),
+        (
+            "path,label,split",
+            ["a1.wav,a,train", "x/../a1.wav,a,test"],
+            "/a1.wav = .*/x/../a1.wav is listed in split",
+        ),
+        ("path,label,fold", ["link.wav,a,1", "a1.wav,a,2"], "/link.wav = .*/a1.wav is listed in fold 1 and 2"),
         ("path,label", ["a1.wav,a", "a1.wav,b"], "listed twice"),
         ("path,label", ["a1.wav,a", "no.wav,a"], r"1 of 2 files are missing \(no\.wav\)"),
         ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,2"], "class 'a' has no training clips in fold 1"),
@@ -171,6 +177,7 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
 def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
     for name in ("a1", "a2", "b1"):
         write_sound(tmp_path / f"{name}.wav")
+    (tmp_path / "link.wav").symlink_to("a1.wav")
     with pytest.raises(UserError, match=message) as error:
         load_dataset("csv", write_csv(tmp_path / "t.csv", header, *rows), tmp_path)
     assert str(tmp_path) in str(error.value)

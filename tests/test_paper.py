@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import SMALL_AST, result_of, split_of, train_on, write_csv, write_sound
+from helpers import SMALL_AST, make_esc50, result_of, split_of, train_on, write_csv, write_sound
 
 import train
 from data import Split, load_dataset
@@ -356,3 +356,24 @@ def test_a_missing_table_is_named(tmp_path):
     write_csv(tmp_path / "data" / "train_data.csv", "path,action,object,location", "a.wav,x,y,z")
     with pytest.raises(UserError, match=r"data/valid_data\.csv: there is no such table"):
         load_dataset("fsc", tmp_path, tmp_path)
+
+
+def test_recordings_that_cross_folds_are_counted(tmp_path, capsys):
+    root = make_esc50(tmp_path / "ESC-50")
+    load_dataset("esc50", root, tmp_path)
+    assert "several folds" not in capsys.readouterr().err
+    table = root / "meta" / "esc50.csv"  # the recording of class 0 in fold 1 is also in fold 2, and twice in fold 3
+    table.write_text(table.read_text().replace(",20,A", ",10,A").replace(",30,A", ",10,A").replace(",34,A", ",10,A"))
+    load_dataset("esc50", root, tmp_path)
+    said = capsys.readouterr().err
+    assert f"warning: {root}: 4 of 60 clips are of recordings (src_file) that have clips in several folds" in said
+    load_dataset("esc10", root, tmp_path)
+    assert ": 4 of 50 clips are of recordings" in capsys.readouterr().err
+
+    rows = [["a.wav", 7, 1, 0, "a"], ["b.wav", 7, 1, 1, "b"], ["c.wav", 8, 1, 0, "a"], ["d.wav", 8, 2, 1, "b"]]
+    for name, _, fold, *_ in rows:
+        write_sound(tmp_path / "U" / "audio" / f"fold{fold}" / name)
+    write_csv(tmp_path / "U/metadata/UrbanSound8K.csv", "slice_file_name,fsID,fold,classID,class", *rows)
+    load_dataset("us8k", tmp_path / "U", tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 of 4 clips are of recordings (fsID)" in line

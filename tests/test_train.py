@@ -21,7 +21,7 @@ from ast_model import AST, ASTConfig
 from data import build_features, load_dataset
 from load_weights import load_ast, load_trained, read_header
 from sounds import paper
-from support import records
+from support import ledger, records
 from support.variants import narrowed
 
 ROOT = Path(train.__file__).parent
@@ -42,7 +42,7 @@ def without_times(result: dict) -> dict:
 def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
     assert train_main("--method", "lora", "--folds", "1,2,3,4,5") == 0
     run = tmp_path / "runs" / "esc10" / "lora" / "seed0"
-    files = {f"fold{k}.safetensors" for k in range(1, 6)} | {"config.json", "metrics.csv", "result.json", "split.csv"}
+    files = {f"fold{k}.safetensors" for k in range(1, 6)} | {*ledger.FILES, "SHA256SUMS"}
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == files
     rows = rows_of(run)
     assert [(row["fold"], row["epoch"]) for row in rows] == [(str(k), str(e)) for k in range(1, 6) for e in (1, 2)]
@@ -174,6 +174,9 @@ def test_two_processes_train_like_one(method, tmp_path, esc50_dir, cache_dir):
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
     histories = [[(row["epoch"], row["accuracy"]) for row in rows_of(run)] for run in runs]
     assert histories[0] == histories[1]
+    predicted = [csv.DictReader((run / "predictions.csv").read_text().splitlines()) for run in runs]
+    for one, other in zip(*predicted, strict=True):
+        assert abs(float(one.pop("probability")) - float(other.pop("probability"))) < 1e-5 and one == other
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -230,7 +233,7 @@ def test_unknown_names_and_numbers(fails, tmp_path):
     assert "has no setting 'alpha'" in fails("--method", "dpt", "--alpha", "3")
     assert "--lr is -1.0" in fails("--lr", "-1")
     assert "--alpha is nan" in fails("--method", "lora", "--alpha", "nan")
-    assert "is too large" in fails("--seed", 10**11)
+    assert "is too large" in fails("--seed", 10**11) and "'1000000000000000000' is too large" in fails("--seed", 10**18)
     assert "0.16 s (one patch) to 60 s" in fails("--seconds", "100000")
     assert "--device meta" in fails("--device", "meta")
     assert "--device quantum" in fails("--device", "quantum")
@@ -316,9 +319,11 @@ def test_another_experiment_in_the_same_folder(fails, train_main):
     assert train_main("--epochs", 1, "--weights", relative) == 0  # the same backbone by another name
 
 
-def test_a_damaged_state_is_named(fails, tmp_path, monkeypatch):
+def test_a_damaged_state_is_named(fails, train_main, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "esc10" / "houlsby_par" / "seed0"
-    run.mkdir(parents=True)
+    monkeypatch.setattr(train, "train_epoch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_main()
     (run / "fold1.resume.pt").write_bytes(b"PK nothing")
     assert "fold1.resume.pt is damaged: delete it" in fails("--resume")
 

@@ -30,10 +30,10 @@ import train
 from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.checkpoints import read_json
-from support.command import UserError, warn
+from support.command import UserError, print_anything
 from support.headers import RunConfig, RunResult
 from support.processes import say
-from support.records import compare_settings, forget_peak
+from support.records import compare_settings, forget_peak, mend
 from support.variants import fitted
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
 
@@ -49,6 +49,7 @@ def work(campaign: Connection) -> None:
     It ends with the campaign, once its cell is finished, and after a cell that failed: what such a one leaves behind, a
     full memory or a GPU in disorder, would harm the next.
     """
+    print_anything()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the campaign, which ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and lets them tidy up
     answer = ""
@@ -235,12 +236,8 @@ def method_of(cell: Cell) -> petl.Method:
 def result_of(cell: Cell, plan: Plan) -> dict | None:
     """result.json of a cell whose folds are all finished, else None. UserError if another experiment lies there."""
     folder = plan.out / cell.name
+    mend(folder)
     if not (folder / "result.json").exists():
-        return None
-    try:
-        read_json(folder / "result.json", RunResult, mend="it is made again from the fold files")
-    except UserError as error:
-        warn(str(error))
         return None
     config, result, split = read_run(folder)
     run = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
@@ -268,7 +265,11 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
 
 
 def read_run(run: Path) -> tuple[dict, dict, list[dict[str, str]]]:
-    """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none."""
+    """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none.
+
+    What is damaged is made again from the fold files, where that can be.
+    """
+    mend(run)
     try:
         for name in ("config.json", "result.json"):
             (run / name).stat()

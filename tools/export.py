@@ -364,6 +364,7 @@ def export(args: argparse.Namespace) -> None:
     if args.to in ("merged", "onnx") and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; --to {args.to} writes a file")
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
+    header.pop("record", None)  # says how it was trained, which belongs to the fold
     method = getattr(model, "method", petl.Method("this model", (), "-", "-"))
     if args.to == "peft" and [kind_of(part) in ALIKE for part in method.parts] != [True]:
         raise UserError(f"--to peft takes one of {', '.join(ALIKE)} alone, not {method.name!r}; --to onnx takes all")

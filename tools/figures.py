@@ -5,7 +5,6 @@ Okabe and Ito, which colour-blind eyes tell apart, without their yellow, which v
 differ as well, so that nothing depends on colour.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from data import Dataset, build_features, load_dataset
 from load_weights import load_trained
 from support.command import Parser, UserError, choose_device, choose_dtype
 from support.files import whole_file
+from support.records import read_metrics
 from support.speed import autocast
 from tools.campaign import read_run
 from tools.evidence import wilson
@@ -127,7 +127,7 @@ def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
     save(figure, path)
 
 
-def draw_history(rows: list[dict[str, str]], title: str, path: Path) -> None:
+def draw_history(rows: list[dict], title: str, path: Path) -> None:
     """The rows of metrics.csv: training loss and validation accuracy, if there is one, after every epoch."""
     labels = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
     labels = {column: label for column, label in labels.items() if any(row[column] for row in rows)}
@@ -231,4 +231,4 @@ def plot(argv: list[str]) -> None:
     low, high = wilson(counts.trace(), counts.sum())
     score = f"{100 * counts.trace() / counts.sum():.2f} % [{low:.2f}, {high:.2f}] of {counts.sum():,} test clips"
     draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
-    draw_history(list(csv.DictReader((args.run / "metrics.csv").read_text().splitlines())), title, args.run / "curves")
+    draw_history(read_metrics(args.run), title, args.run / "curves")

@@ -3,8 +3,6 @@
 An accuracy stands with its interval, and with a mark where it cannot be told apart from the best of its column.
 """
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from data import DATASETS
-from support.files import write_text
+from support.files import table_of, write_text
 from support.processes import say
 from tools import cells, claims, evidence, tune
 from tools.campaign import method_of
@@ -208,8 +206,4 @@ def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str,
 
 
 def write_csv(path: Path, records: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, records[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_text(path, text.getvalue())
+    write_text(path, table_of(records[0], records))

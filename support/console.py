@@ -1,0 +1,157 @@
+"""What a run prints: what it is going to do, how far it is, how long it takes, what came out."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support import ledger
+from support.files import write_json
+from support.headers import Settings
+from support.processes import is_first, say
+from support.records import Progress, mean_and_std, write_results
+
+
+def describe(settings: Settings, seconds: float, device: torch.device) -> str:
+    """What is about to be trained, on clips that last `seconds`."""
+    shots = f"{settings.shots} clips per class, " if settings.shots else ""
+    masked = "masked" if settings.mask else "unmasked"
+    masked += f", {settings.keep:.0%} of the patches" if settings.keep else ""
+    line = (
+        f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, "
+        f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
+        f"{settings.seed}, {settings.dtype}, {device}"
+    )
+    probe = "linear probe: each clip goes through the backbone once, the epochs train on what is kept of it"
+    if settings.mask:
+        probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
+                 "epoch; with --no-mask it does so once")  # fmt: skip
+    probing = {part["part"] for part in settings.method["parts"]} <= {"Statistics"}  # or nothing at all
+    return f"{line}\n{probe}" if probing else line
+
+
+def epochs_left(progress: Progress, epochs: int) -> Iterator[int]:
+    """The epochs still to train, with a progress bar that shows the last loss and accuracy."""
+    done = len(progress.history)
+    hidden = None if is_first() else True  # None leaves it to tqdm: no bar where the output is no terminal
+    numbers = range(done + 1, epochs + 1)
+    bar = tqdm(numbers, f"fold {progress.fold}", epochs, initial=done, unit="epoch", disable=hidden)
+    for epoch in bar:
+        progress.begin = time.perf_counter()
+        yield epoch
+        bar.set_postfix(loss=progress.history[-1]["loss"], accuracy=progress.history[-1]["accuracy"])
+
+
+def folds_left(folder: Path, seeds: Iterable[int], folds: Iterable[int]) -> int:
+    """How many folds of these seeds have no file yet, `folder` being that above the seeds' own."""
+    return sum(not (folder / f"seed{seed}" / f"fold{fold}.safetensors").exists() for seed in seeds for fold in folds)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def forecast(learner, progress: Progress, split, settings: Settings, machine) -> None:
+    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first.
+
+    The steps after the first one are timed, which is slower than the others. The clock is read twice, and only then is
+    the device waited for. Nothing is said where it is less than a minute.
+    """
+    if machine.forecast == 0 or not is_first():
+        return
+    batch, done = settings.batch_size, 0
+    last = min(3, math.ceil(len(split.train) / batch))
+    first = min(1, last - 1)  # an epoch of one step is timed from here on
+    start = now(machine.device)
+
+    def after_step(*_):
+        nonlocal start, done
+        done += 1
+        if done == first:
+            start = now(machine.device)
+        elif done == last:
+            clips = min(last * batch, len(split.train)) - first * batch
+            seconds = (now(machine.device) - start) / clips * clips_left(progress, split, settings, machine.forecast)
+            with tqdm.external_write_mode():  # not into the progress bar
+                for line in forecast_lines(seconds, machine.forecast, settings, machine.device):
+                    say(line)
+
+    learner.optimizer.register_step_post_hook(after_step)
+
+
+def clips_left(progress: Progress, split, settings: Settings, folds: int) -> float:
+    """Clips still to train in `folds` folds like this one; one to validate or test counts half, as it takes half."""
+    epoch, test = len(split.train) + len(split.val) / 2, len(split.test) / 2
+    return folds * (settings.epochs * epoch + test) - len(progress.history) * epoch
+
+
+def forecast_lines(seconds: float, folds: int, settings: Settings, device: torch.device) -> list[str]:
+    """What a person should know of a run that takes so long; nothing of a short one."""
+    if seconds < 60:
+        return []
+    lines = [f"this will take about {in_words(seconds)}{f', {folds} folds' if folds > 1 else ''}"]
+    if device.type == "cpu" and seconds > 600:
+        ways = {"--shots 8": not settings.shots, "--folds 1": folds > 1, "fewer --epochs": settings.epochs > 5}
+        ways = [way for way, helps in ways.items() if helps]
+        lines.append(f"on a CPU; what makes it bearable: {', '.join([*ways, 'a GPU'])}")
+    return lines
+
+
+def in_words(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            number = seconds / length
+            return f"{number:.{1 if number < 10 else 0}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def describe_fold(result: dict) -> str:
+    best = result["validation_accuracy"]
+    chosen = "last epoch" if best is None else f"best of validation {best:.2f} % in epoch {result['epoch']}"
+    return f"fold {result['fold']}: test accuracy {result['accuracy']:.2f} % ({chosen}), {result['seconds']:.0f} s"
+
+
+def summarise(folder: Path, settings: Settings, started: float) -> dict:
+    """Collect the finished folds of a run into result.json, and print what a person wants to know at its end.
+
+    `started`: when the command began, on the performance counter.
+    """
+    if not is_first():
+        return {}
+    with ledger.lock(folder):  # folds may end at the same time on several machines
+        summary = write_results(folder)
+    results = summary["folds"]
+    name, count, n = settings.method["name"], summary["parameters"], len(results)
+    trained = count["petl"] + count["head"]
+    spread = "" if summary["std"] is None else f" +- {summary['std']:.2f}"
+    file = folder / f"fold{results[0]['fold']}.safetensors"
+    baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
+    say(
+        f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
+        f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
+        f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
+        f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
+        f"\n  time            {summary['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
+        f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
+        f"\n  to compare      the same command with --method {baseline}\n"
+    )
+    return summary
+
+
+def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:
+    """Mean and standard deviation over all folds of all seeds, into the result.json above their folders."""
+    if not is_first():
+        return {}
+    folds = [{"seed": seed, **fold} for seed, result in results.items() for fold in result["folds"]]
+    seeds = {seed: result["accuracy"] for seed, result in results.items()}
+    result = {**mean_and_std(folds), "seeds": seeds, "folds": folds}
+    write_json(folder / "result.json", result)
+    say(f"accuracy {result['accuracy']:.2f} +- {result['std']:.2f} % over {len(results)} seeds, {len(folds)} runs in "
+        f"all; written to {folder}")  # fmt: skip
+    return result
