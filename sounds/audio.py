@@ -1,4 +1,4 @@
-"""Any sound file to mono samples at 16 kHz."""
+"""Any sound file to mono samples at 16 kHz. The libraries for it are imported where a file is read."""
 
 import math
 import os
@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 
 RATE = 16_000  # Hz
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
@@ -40,6 +38,9 @@ def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
     ValueError with the reason for a file that is no audio, holds no samples, ends before the header says (within the
     first `seconds`), or holds values that are not finite.
     """
+    import soundfile
+    import soxr
+
     try:
         if never_ends(path):
             raise ValueError("is no file")
@@ -70,8 +71,11 @@ def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # what the filter still holds back
 
 
-def _length_in_header(file: soundfile.SoundFile) -> float:
-    """Samples per channel that the header promises; for WAV and AIFF `file.frames` counts what is there instead."""
+def _length_in_header(file) -> float:
+    """Samples per channel that the header promises; for WAV and AIFF `file.frames` counts what is there instead.
+
+    file: an open soundfile.SoundFile.
+    """
     claim = _TOO_SHORT.search(file.extra_info)
     if claim and int(claim[1]) < _UNKNOWN_LENGTH:
         return file.frames * int(claim[1]) / int(claim[2])
@@ -89,6 +93,8 @@ def never_ends(path: Path) -> bool:
 
 def length_of(path: Path) -> float:
     """Seconds of sound in a file, from its header; nan where there is no readable one."""
+    import soundfile
+
     if never_ends(path):
         return math.nan
     try:

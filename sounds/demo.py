@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-import soundfile
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -32,6 +31,8 @@ def rendered(
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{root}.lock"):  # two runs that start together render once
         if not all(clip.path.is_file() for clip in clips):
+            import soundfile  # here: what renders nothing starts without it
+
             with whole_folder(root) as temporary:
                 for clip in tqdm(clips, desc=f"rendering {name}", unit="clip", disable=None):
                     file = temporary / clip.path.relative_to(root)

@@ -8,10 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import huggingface_hub
-import huggingface_hub.utils
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 from msgspec import to_builtins
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -27,6 +24,9 @@ PLAIN = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64
 
 def fetch(repository: str) -> tuple[Path, Path]:
     """The weights and config.json of a model on the Hugging Face hub, through the user's own cache."""
+    import huggingface_hub.utils  # here: it takes long, and few commands fetch anything
+    from huggingface_hub.errors import EntryNotFoundError
+
     huggingface_hub.utils.logging.set_verbosity_error()  # no line for each of its five retries
     try:
         config = huggingface_hub.hf_hub_download(repository, "config.json")

@@ -233,6 +233,7 @@ class Plugin:
 def fork(folder: Path, plugin: Plugin, *words: str) -> int:
     """Start pytest in folder/tree in a process of its own. Returns the number of the process."""
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={folder / 'temporary'}", *words]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported already
     if pid := os.fork():
         return pid
     code = 99

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import petl
 from data import DATASETS
-from tools import cells, experiments
+from tools import cells, experiments, tables
 from tools.cells import TABLES, Cell
 
 PAPER = json.loads(Path(cells.__file__).with_name("paper_results.json").read_text())
@@ -106,7 +106,7 @@ def test_few_shot_cells():
     plan = experiments.parse(["table2", "--datasets", "demo"])
     assert {cells.epochs_of(c, plan) for c in cells.cells_of(plan)} == {cells.FEW_SHOT_EPOCHS}
     expected = f"30 epochs instead of {DATASETS['demo'].epochs}: few clips make few steps"
-    assert expected in experiments.render("table2", {}, plan)[0]
+    assert expected in tables.render("table2", {}, plan)[0]
 
 
 def test_random_weights_are_more_cells():
@@ -137,5 +137,5 @@ def test_windows_and_sizes_of_the_published_version():
         Cell("demo", "lora_x2", 0, "demo") in scaling and Cell("demo", "conformer_pfeiffer_par", 0, "demo") in scaling
     )
     assert cells.cells_of(experiments.parse(["kernels", "--methods", "conformer_pfeiffer_par"])) == cells.cells_of(plan)
-    text = experiments.render("newer", {}, experiments.parse(["newer"]))[0]
+    text = tables.render("newer", {}, experiments.parse(["newer"]))[0]
     assert "missing (91.16)" in text and "| AdaptFormer" in text

@@ -21,6 +21,19 @@ def test_figures_of_a_campaign(here):
     assert len(dpt) >= 3 and dpt == sorted(set(dpt)) and records[-1]["curve"] == "Full FT"
 
 
+def test_error_bars_are_intervals(monkeypatch, tmp_path):
+    """Also where all runs are equal and rounding puts the mean beside its interval."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure.axes[0]))
+    curve = [(200, 80.0, 79.0, 82.0), (100, 70.0, 70.0 + 1e-12, 70.0)]
+    figures.draw_curves({"demo": {"LoRA": curve, "Full FT": [(9000, 90.0, 85.0, 95.0)]}}, "Full FT", tmp_path / "fig")
+    ((_, _, (bars,)),) = drawn[0].containers
+    segments = [segment.tolist() for segment in bars.get_segments()]
+    assert segments == [[[100, 70], [100, 70]], [[200, 79], [200, 82]]]
+    (band,) = drawn[0].patches
+    assert (band.get_y(), band.get_height()) == (85, 10)
+
+
 def test_plot_of_a_run(here, cache_dir, monkeypatch, capsys):
     """All folds in one matrix, whose diagonal is the accuracy that train.py reported."""
     assert here("table1", "--methods", "full_ft", "--epochs", "3", "--", "--folds", "1,3") == 0

@@ -357,6 +357,20 @@ def test_interruption_by_the_user(train_main, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------ the list, the repository
 
 
+def test_what_touches_no_sound_and_no_hub_starts_without_their_libraries():
+    """Their import costs as long as a quarter of torch's."""
+    code = (
+        "import contextlib, sys, train\n"
+        "for words in (['--help'], ['--wrong'], ['--method', 'unknown'], ['--list-methods']):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        train.main(words)\n"
+        "print({'huggingface_hub', 'soundfile', 'soxr', 'onnx', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr
+    assert "'unknown'" in done.stderr and "--wrong" in done.stderr
+
+
 def test_list_methods_prints_every_row(capsys):
     assert train.main(["--list-methods"]) == 0
     printed = capsys.readouterr().out

@@ -12,7 +12,7 @@ import signal
 import statistics
 import sys
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -218,7 +218,7 @@ def options(cell: Cell, plan: Plan) -> list[str]:
     """The command line of train.py that is this cell."""
     words = {
         "--dataset": cell.dataset, "--method": cell.method, "--seed": cell.seed, "--weights": cell.weights,
-        "--shots": cell.shots, "--rr": cell.rr, "--prompts": cell.prompts, "--kernel": cell.kernel,
+        "--shots": cell.shots, "--rr": cell.rr, "--prompts": cell.prompts, "--kernel": cell.kernel, "--lr": cell.lr,
         "--epochs": epochs_of(cell, plan),
         "--data-dir": plan.data_dir.get(cell.dataset), "--cache-dir": plan.cache_dir, "--device": plan.device,
         "--dtype": plan.dtype, "--out": plan.out / cell.variant,
@@ -228,7 +228,7 @@ def options(cell: Cell, plan: Plan) -> list[str]:
 
 def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
-    lr = DATASETS[cell.dataset].lr.get(cell.method)
+    lr = cell.lr or DATASETS[cell.dataset].lr.get(cell.method)
     return fitted(petl.find(cell.method), shape_of(cell.weights), lr, cell.rr, prompts=cell.prompts, kernel=cell.kernel)
 
 
@@ -259,7 +259,8 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
         expected["data_dir"] = str(run.data_dir.resolve())
     compare_settings(folder, config, expected)
     wanted = set(run.folds or {int(row["fold"]) for row in split})
-    results = [fold for fold in result["folds"] if fold["fold"] in wanted]
+    tested = Counter(int(row["fold"]) for row in split if row["split"] == "test")
+    results = [{**fold, "tested": tested[fold["fold"]]} for fold in result["folds"] if fold["fold"] in wanted]
     if len(results) < len(wanted):
         return None
     accuracy = statistics.mean(fold["accuracy"] for fold in results)

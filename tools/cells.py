@@ -1,12 +1,12 @@
 """What the paper's tables and figures compare, and which runs they are made of.
 
-paper_results.json has the paper's tables, their methods and numbers. A *cell* is one run of train.py: `cells_of` lists
-those that a Plan asks for.
+paper_results.json has the paper's tables, their methods and numbers, paper_claims.json what it concludes from them. A
+*cell* is one run of train.py: `cells_of` lists those that a Plan asks for.
 """
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -55,13 +55,50 @@ FIGURES = {
     "fig3": Table("Figure 3. Accuracy against trained parameters", ("gsc", "fsc"), CURVES),
     "fig4": Table("Figure 4. Accuracy against trained parameters", ("esc50",), CURVES),
 }  # fmt: skip
-TARGETS = {**TABLES, **FIGURES}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of its methods: each of `better` has a higher accuracy than each of `than`.
+
+    These are words of `cell_of`, or two of them with a minus between: "lora rr=32 - lora rr=512" is what LoRA gains.
+    """
+
+    claim: str
+    where: str
+    sentence: str  # of the paper
+    targets: list[str]  # whose datasets, and clips per class, it is about
+    better: list[str]
+    than: list[str]
+
+    def pairs(self, plan: "Plan") -> list[tuple[str, str]]:
+        """Those of which --methods leaves both."""
+        methods = {pair: {term.split()[0] for side in pair for term in side.split(" - ")}
+                   for pair in product(self.better, self.than)}  # fmt: skip
+        return [pair for pair, names in methods.items() if not plan.methods or names <= {*plan.methods}]
+
+    def columns(self, plan: "Plan") -> list[tuple[str, int | None]]:
+        return list(dict.fromkeys(column for target in self.targets for column in columns_of(target, plan)))
+
+
+CLAIMS = json.loads(Path(__file__).with_name("paper_claims.json").read_text(encoding="utf-8"))["claims"]
+CLAIMS = [Claim(**claim) for claim in CLAIMS]
+TERMS = dict.fromkeys(term for claim in CLAIMS for side in claim.better + claim.than for term in side.split(" - "))
+TARGETS = {
+    **TABLES, **FIGURES,
+    "claims": Table("What the paper concludes", ("esc50", "us8k", "gsc", "fsc"), {term: term for term in TERMS}),
+}  # fmt: skip
 BUDGETS = (0.25, 0.5, 1, 2, 4)  # Figures 3 and 4: RR divided, or the number of prompts multiplied, by each of these
 
 SHOTS = {"gsc": (2, 8, 32, 64)}
 OTHER_SHOTS = (1, 2, 4, 8)  # of ESC-50, and of every dataset that is not in Table II
 KERNELS = {"esc50": 8, "us8k": 8}  # of conformer adapters with all clips; elsewhere 31, as in METHODS
 FEW_SHOT_EPOCHS = 30  # at least: with few clips an epoch is a step or two
+
+
+def heading(dataset: str, shots: int | None, setting: str) -> str:
+    """A column's name."""
+    return PRINTED.get(dataset, dataset) + (f", {shots}" if shots else "") + ", tuned" * (setting == "tuned")
 
 
 @dataclass(frozen=True)
@@ -83,7 +120,15 @@ class Plan:
     jobs: int
     dry_run: bool
     out: Path
+    search_seed: int
+    setting: str
     passed: list[str]  # options of train.py
+    tune: bool = False  # search for learning rates first
+    tuned: dict = field(default_factory=dict)  # what tune.py has found for each cell, the seed apart
+
+    @property
+    def settings(self) -> list[str]:
+        return ["paper", "tuned"] if self.setting == "both" else [self.setting]
 
 
 @dataclass(frozen=True)
@@ -98,12 +143,14 @@ class Cell:
     rr: int | None = None
     prompts: int | None = None
     kernel: int | None = None
+    lr: float | None = None  # None: the paper's, see support/variants.py
 
     @property
     def variant(self) -> str:
         """The folder of everything that differs from Table I in the same way; empty for Table I itself."""
         weights = None if self.weights == DATASETS[self.dataset].weights else slug(self.weights)
-        settings = {"weights-": weights} | {key: getattr(self, key) for key in ("shots", "rr", "prompts", "kernel")}
+        names = ("shots", "rr", "prompts", "kernel", "lr")
+        settings = {"weights-": weights} | {name: getattr(self, name) for name in names}
         return "-".join(f"{name}{value}" for name, value in settings.items() if value is not None)
 
     @property
@@ -145,12 +192,39 @@ def cells_of(plan: Plan) -> list[Cell]:
     """All cells of the targets, each once, though several tables may show it; one seed after the other."""
     cells = []
     for seed, target in product(plan.seeds, plan.targets):
+        if target == "claims":
+            cells += [cell for claim in CLAIMS for pair in claim.pairs(plan) for column in claim.columns(plan)
+                      for part in terms_of(pair, column, seed, plan) for cell in part]  # fmt: skip
+            continue
         for (dataset, shots), (_, method, weights) in product(columns_of(target, plan), lines_of(target, plan)):
             if target in ("fig3", "fig4"):
                 cells += budgets(dataset, method, seed, weights[dataset])
             else:
                 cells.append(cell_of(dataset, method, seed, weights[dataset], shots))
-    return list(dict.fromkeys(cells))
+    return list(dict.fromkeys(rated(cell, setting, plan) for cell in cells for setting in plan.settings))
+
+
+def terms_of(pair: tuple[str, str], column: tuple[str, int | None], seed: int, plan: Plan) -> list[list[Cell]]:
+    """The cells of a claim's difference, first - second: those that count in its favour and those against it."""
+    dataset, shots = column
+    weights = plan.weights or DATASETS[dataset].weights
+    (for_it, *less), (against, *more) = (
+        [cell_of(dataset, term, seed, weights, shots) for term in side.split(" - ")] for side in pair
+    )
+    return [[for_it, *more], [against, *less]]
+
+
+def rated(cell: Cell, setting: str, plan: Plan) -> Cell:
+    """The cell with the paper's learning rate, or with the one that was found. UserError if none was, or not by a seed
+    of its own."""
+    if setting == "paper":
+        return cell
+    found = plan.tuned.get(replace(cell, seed=0))
+    if found is None:
+        raise UserError(f"no learning rate has been searched for {cell.name}: `tune` as the first word does so")
+    if found.seed in plan.seeds:
+        raise UserError(f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others")
+    return replace(cell, lr=None if found.best == found.usual else found.best)
 
 
 def cell_of(dataset: str, words: str, seed: int, weights: str, shots: int | None = None) -> Cell:

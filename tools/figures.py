@@ -17,6 +17,7 @@ from support.command import Parser, UserError, choose_device, choose_dtype
 from support.files import whole_file
 from support.speed import autocast
 from tools.campaign import read_run
+from tools.evidence import wilson
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
@@ -49,23 +50,26 @@ def save(figure, path: Path) -> None:
     print(f"written to {path}.png and .svg", flush=True)
 
 
-def draw_curves(panels: dict[str, dict[str, list[tuple[int, float, float]]]], reference: str, path: Path) -> None:
-    """Accuracy against trained parameters: {panel: {curve: [(parameters, accuracy in %, its standard deviation)]}}.
+def draw_curves(
+    panels: dict[str, dict[str, list[tuple[int, float, float, float]]]], reference: str, path: Path
+) -> None:
+    """Accuracy against trained parameters: {panel: {curve: [(parameters, accuracy in %, its interval's ends)]}}.
 
-    The curve `reference` is one point far to the right: a dashed line at its height.
+    The curve `reference` is one point far to the right: a dashed line at its height, its interval a band.
     """
     figure, axes = pyplot().subplots(1, len(panels), figsize=(1.6 + 3.4 * len(panels), 3.4), squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for i, (name, points) in enumerate(curves.items()):
-            x, y, errors = zip(*sorted(points), strict=True)
+            x, y, low, high = np.array(sorted(points)).T
             if name == reference:
+                axis.axhspan(low[0], high[0], color="#666666", alpha=0.12, linewidth=0)
                 axis.axhline(y[0], color="#666666", linestyle=(0, (6, 3)), linewidth=1.2, label=name)
-                title += f" ({name} trains {x[0]:,} parameters)"
+                title += f" ({name} trains {x[0]:,.0f} parameters)"
             else:
                 style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linestyle": LINES[i % 6]}
-                axis.errorbar(x, y, errors if any(errors) else None, label=name, markersize=5, linewidth=1.4,
-                              capsize=2, **style)  # fmt: skip
-        axis.set(xscale="log", title=title, xmargin=0.06, ymargin=0.12, ylabel="test accuracy (%)",
+                bars = np.clip([y - low, high - y], 0, None)  # equal runs have none, up to rounding
+                axis.errorbar(x, y, bars, label=name, markersize=5, linewidth=1.4, elinewidth=0.8, capsize=2, **style)
+        axis.set(xscale="log", title=title, xmargin=0.06, ymargin=0.12, ylabel="test accuracy (%), 95 % interval",
                  xlabel="trained parameters (final LayerNorm and head apart)")  # fmt: skip
         axis.grid(which="major", **GRID)
     legend_below(figure, axes[0], ncol=5)
@@ -224,6 +228,7 @@ def plot(argv: list[str]) -> None:
         predicted = batched(model, features, clips, device).argmax(1).numpy()
         np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
-    score = f"{100 * counts.trace() / counts.sum():.2f} % of {counts.sum():,} test clips"
+    low, high = wilson(counts.trace(), counts.sum())
+    score = f"{100 * counts.trace() / counts.sum():.2f} % [{low:.2f}, {high:.2f}] of {counts.sum():,} test clips"
     draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
     draw_history(list(csv.DictReader((args.run / "metrics.csv").read_text().splitlines())), title, args.run / "curves")

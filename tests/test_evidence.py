@@ -1,0 +1,303 @@
+"""Intervals, paired tests and claims: against published examples, counts by hand, and predictions made up here."""
+
+import csv
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+from helpers import SMALL_AST, make_run, predict, table_of
+
+from tools import campaign, cells, claims, evidence, experiments, tables
+from tools.cells import Cell
+
+# ---------------------------------------------------------------------------------------- intervals and tests
+
+
+def test_students_interval_over_runs():
+    """The hours of sleep in Student (1908), Biometrika 6: R's t.test gives 1.58, 0.7001142 to 2.4598858."""
+    hours = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert evidence.interval(hours, 5) == pytest.approx((0.7001142, 2.4598858), abs=1e-7)
+    assert evidence.interval([80.0, 80.0], 5) == (80, 80)
+    assert evidence.interval([0.0, 1.0], 5)[0] == 0 and evidence.interval([99.0, 100.0], 5)[1] == 100
+
+
+@pytest.mark.parametrize(
+    ("right", "clips", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilsons_interval_of_one_run(right, clips, low, high):
+    """Newcombe (1998), Statistics in Medicine 17, Table I, method 3."""
+    assert np.round(np.array(evidence.wilson(right, clips)) / 100, 4).tolist() == [low, high]
+    assert evidence.interval([100 * right / clips], clips) == evidence.wilson(right, clips)
+
+
+def test_holms_correction():
+    """The example of Wikipedia's 'Holm-Bonferroni method', and the steps of Holm (1979) by hand: 3 x 0.01 = 0.03, then
+    2 x 0.012 = 0.024, which may not be less; equals; and never above 1."""
+    assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evidence.holm([0.012, 0.01, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
+    assert evidence.holm([0.6, 0.7]) == [1, 1] and evidence.holm([0.2]) == [0.2] and evidence.holm([]) == []
+
+
+def scores(*values: float, first=0) -> evidence.Scores:
+    return {("1", f"{i}.wav", "a"): value for i, value in enumerate(values, first)}
+
+
+def test_a_sign_test_counts_clips():
+    """9 against 3: twice (220 + 66 + 12 + 1) / 2**12. Clips that both tell, or that seeds even out, have no say."""
+    one = evidence.difference([scores(*[1] * 9, *[-1] * 3, *[0] * 8)])
+    assert (one.more, one.less, one.clips, one.seeds) == (9, 3, 20, 1)
+    assert one.p == pytest.approx(598 / 4096) and one.points == pytest.approx(30)
+    assert one.holds(one.p) == evidence.UNTOLD
+    two = evidence.difference([scores(1, 1, 1, 0), scores(-1, 1, 0, 0)])
+    assert (two.more, two.less, two.seeds) == (2, 0, 2) and two.p == pytest.approx(0.5)
+    assert evidence.difference([scores(0, 0, 0)]).p == 1
+
+
+def test_the_bootstrap_draws_clips():
+    """200 clips for it and 100 against of 1,000: 10 points, +- 1.96 sqrt((0.3 - 0.1**2) / 1000)."""
+    one = evidence.difference([scores(*[1] * 200, *[-1] * 100, *[0] * 700)])
+    assert one.points == pytest.approx(10)
+    assert (one.low, one.high) == pytest.approx((10 - 3.338, 10 + 3.338), abs=0.25)
+    assert one.holds(one.p) == evidence.YES and one.holds(0.051) == evidence.UNTOLD
+    other = evidence.difference([scores(*[-1] * 200, *[1] * 100, *[0] * 700)])
+    assert other.holds(other.p) == evidence.NO and other.points == pytest.approx(-10)
+
+
+def test_the_bootstrap_draws_seeds_too():
+    """All 4 x 4 draws of two seeds and two clips by hand; and seeds that differ on all clips: no clip's interval."""
+    values = np.array([[3.0, 1.0], [0.0, 0.0]])  # (seeds, clips)
+    draws = [values[np.ix_(s, c)].mean() for s, c in product(product((0, 1), repeat=2), repeat=2)]
+    one = evidence.difference([scores(3, 1), scores(0, 0)])
+    assert (one.low, one.high) == pytest.approx((100 * min(draws), 100 * max(draws)))
+    seeds = evidence.difference([scores(*[1] * 50), scores(*[0] * 50)])
+    assert (seeds.points, seeds.low, seeds.high) == (50, 0, 100) and seeds.p < 1e-9
+    assert seeds.holds(seeds.p) == evidence.UNTOLD  # the seed may have made it
+
+
+def test_seeds_may_test_different_clips():
+    """As they do where the seed draws them: the mean is over those that were tested."""
+    one = evidence.difference([scores(*[1] * 10), scores(*[0] * 30, first=5)])
+    assert one.clips == 35 and one.points == pytest.approx(100 * 10 / 40) and (one.more, one.less) == (10, 0)
+
+
+# ----------------------------------------------------------------------------------------------- what runs leave
+
+
+def finish(run, *folds: str) -> None:
+    """A finished run of no matter what."""
+    words = ["--dataset", "esc10", "--method", "lora", "--weights", SMALL_AST, "--seconds", 0.5]
+    make_run(run, [str(word) for word in words], *folds)
+
+
+def test_only_the_folds_that_are_asked_for(tmp_path):
+    told = predict(tmp_path, "rw", "ww")
+    assert evidence.scores_of(tmp_path, told[:1]) == {("1", "0.wav", "bell"): 1, ("1", "1.wav", "bell"): 0}
+    assert len(evidence.scores_of(tmp_path, told)) == 4
+
+
+def compare(*runs) -> int:
+    return experiments.main(["compare", *map(str, runs)])
+
+
+def test_compare_two_runs(tmp_path, capsys):
+    finish(tmp_path / "a", "r" * 16, "rrrrw" * 4)
+    finish(tmp_path / "b", "w" * 16, "wrrrr" * 4)
+    finish(tmp_path / "c", "r" * 16, "rrrrr" * 4)
+    assert compare(tmp_path / "a", tmp_path / "b") == 0
+    printed = capsys.readouterr().out
+    assert "+44.44 [" in printed and "36 clips, seeds: 1; right more often on 20, less often on 4" in printed
+    assert "p = 0.0015: the first is better\n" in printed and "one seed says nothing of others" in printed
+    assert compare(tmp_path / "b", tmp_path / "a") == 0 and "-44.44 [" in (printed := capsys.readouterr().out)
+    assert ": the second is better\n" in printed
+    assert compare(tmp_path / "a", tmp_path / "c", tmp_path / "b") == 0
+    to_c, to_b, _ = capsys.readouterr().out.splitlines()
+    assert "p = 0.12, for 2 comparisons 0.12: they cannot be told apart" in to_c
+    assert "p = 0.0015, for 2 comparisons 0.0031: the first is better" in to_b
+
+
+def test_compare_all_seeds_of_two_methods(tmp_path, capsys):
+    for seed, (a, b) in enumerate([("r" * 20, "w" * 20), ("rrrw" * 5, "wwwr" * 5), ("w" * 20, "r" * 20)]):
+        finish(tmp_path / "a" / f"seed{seed}", a)
+        if seed < 2:
+            finish(tmp_path / "b" / f"seed{seed}", b)
+    assert compare(tmp_path / "a", tmp_path / "b") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "+75.00 [" in line and "20 clips, seeds: 2; right more often on 15, less often on 0" in line
+    finish(tmp_path / "c" / "seed7", "r" * 20)
+    assert compare(tmp_path / "a", tmp_path / "c") == 2
+    assert "have no seed in common" in capsys.readouterr().err
+    assert compare(tmp_path / "a" / "seed1", tmp_path / "c") == 0  # one of each: that is what is asked for
+
+
+def test_runs_that_cannot_be_compared(tmp_path, capsys):
+    for name in ("a", "b"):
+        finish(tmp_path / name, "rrrw")
+    file, original = tmp_path / "b" / "predictions.csv", (tmp_path / "b" / "predictions.csv").read_text()
+
+    def error() -> str:
+        assert compare(tmp_path / "a", tmp_path / "b") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    file.write_text(original.replace("3.wav", "9.wav"))
+    assert "these runs tested different clips, or by different labels" in error()
+    file.write_text(original.replace("0.wav,bell,bell", "0.wav,drum,drum"))
+    assert "these runs tested different clips, or by different labels" in error()
+    file.write_text(original.replace("3.wav,bell,drum", "3.wav,bell,bell"))
+    assert "predictions.csv is not of fold 1 as result.json has it: make the run again" in error()
+    file.write_text(original.replace("label", "class"))
+    assert "predictions.csv is damaged: make the run again" in error()
+    file.unlink()
+    assert f"{tmp_path / 'b'} has no predictions.csv, it is of an earlier version: make the run again" in error()
+    finish(tmp_path / "a", "r")
+    finish(tmp_path / "b", "w")
+    assert "1 test clip: nothing to compare" in error()
+    assert compare(tmp_path / "a") == 2 and "two runs" in capsys.readouterr().err
+    assert compare(tmp_path / "a", tmp_path / "no") == 2 and "is no finished run" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- tables and claims
+
+
+def result(cell: Cell, plan, *folds: str) -> dict:
+    """What `result_of` gives for a cell with these predictions."""
+    return {
+        "folds": predict(plan.out / cell.name, *folds),
+        "seconds": 9.0,
+        "parameters": {"petl": 10, "head": 5, "total": 99},
+    }
+
+
+def test_marks_of_what_cannot_be_told_apart(tmp_path):
+    plan = experiments.parse(["table7", "--datasets", "demo", "--seeds", "0,1", "--out", str(tmp_path)])
+    rows = {"pfeiffer_seq": "r" * 36 + "w" * 4, "adapter_ffn_seq_no_residual": "r" * 33 + "w" * 7,
+            "adapter_ffn_par_before": "r" * 20 + "w" * 20}  # fmt: skip
+    done = {cell: result(cell, plan, letters) for method, letters in rows.items()
+            for cell in (Cell("demo", method, seed, "demo") for seed in (0, 1))}  # fmt: skip
+    text, records = tables.render("table7", done, plan)
+    lines = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in text.splitlines() if "|" in line}
+    assert lines["Seq, residual"] == "**90.00** [90.00, 90.00]"
+    assert lines["Seq, no residual"] == "_82.50_ [82.50, 82.50] ~"
+    assert lines["Par, no residual"] == "50.00 [50.00, 50.00]" and lines["Par, residual"] == "missing"
+    assert "Student's t over 2 runs" in text and "Wilson" not in text and "Columns without ~" not in text
+    told = {record["method"]: (record["behind the best"], record["p"]) for record in records}
+    # 3 discordant clips: 2 / 2**3; 16: 2 / 2**16, twice, for there are two comparisons
+    assert told["adapter_ffn_seq_no_residual"] == (7.5, 0.25)
+    assert told["adapter_ffn_par_before"] == (40, pytest.approx(4 / 2**16)) and told["pfeiffer_seq"] == (None, None)
+
+    (tmp_path / "demo" / "pfeiffer_seq" / "seed1" / "predictions.csv").unlink()
+    text, _ = tables.render("table7", done, plan)  # a run of an earlier version
+    assert "_82.50_ [82.50, 82.50] |" in text and "Columns without ~: 1. " in text and "has no predictions.csv" in text
+
+
+def test_a_single_run_has_wilsons_interval(tmp_path):
+    plan = experiments.parse(["table7", "--datasets", "demo", "--out", str(tmp_path)])
+    cell = Cell("demo", "pfeiffer_seq", 0, "demo")
+    text, _ = tables.render("table7", {cell: result(cell, plan, "r" * 81 + "w" * 182)}, plan)
+    assert "30.80 [25.53, 36.62]" in text and "Wilson's over the test clips." in text and "Student" not in text
+
+
+def test_claims_are_of_cells_that_tables_and_figures_train():
+    """And say in words of the paper what they stand for."""
+    others = cells.cells_of(experiments.parse(["all"]))
+    of_claims = cells.cells_of(experiments.parse(["claims"]))
+    tables_alone = [name for name in cells.TARGETS if name != "claims"]
+    assert set(of_claims) <= set(cells.cells_of(experiments.parse(tables_alone))) and set(of_claims) <= set(others)
+    assert {target for claim in cells.CLAIMS for target in claim.targets} <= cells.TARGETS.keys()
+    demo = experiments.parse(["claims", "--datasets", "demo"])
+    rows = {claim.claim: (len(claim.pairs(demo)), claim.columns(demo)) for claim in cells.CLAIMS}
+    assert rows["Adapters and LoRA beat prompts and biases"] == (9 * 4, [("demo", None)])
+    assert rows["Adapters win with few clips"] == (4, [("demo", k) for k in (1, 2, 4, 8)])
+    gains = next(claim for claim in cells.CLAIMS if claim.targets == ["fig3", "fig4"])
+    assert gains.columns(experiments.parse(["claims"])) == [("gsc", None), ("fsc", None), ("esc50", None)]
+    (plus, minus) = cells.terms_of(gains.pairs(demo)[1], ("demo", None), 3, demo)
+    curve = {method: cells.budgets("demo", method, 3, "demo") for method in ("lora", "pfeiffer_par")}
+    assert plus == [curve["lora"][-1], curve["pfeiffer_par"][0]]
+    assert minus == [curve["pfeiffer_par"][-1], curve["lora"][0]]
+
+
+CLAIM = {"claim": "a claim", "where": "Table I", "sentence": "it is", "targets": ["table1"]}
+RIGHT = {"lora": "r" * 40, "dpt": "r" * 20 + "w" * 20, "spt": "r" * 38 + "w" * 2, "bitfit": "w" * 40}
+
+
+@pytest.mark.parametrize(
+    ("better", "than", "holds", "counts", "weakest"),
+    [
+        (["lora"], ["dpt", "bitfit"], "yes", "2, 0, 0", "lora over dpt"),
+        (["lora"], ["dpt", "spt"], "cannot be told", "1, 0, 1", "lora over spt"),
+        (["spt"], ["lora", "dpt"], "cannot be told", "1, 0, 1", "spt over lora"),
+        (["dpt"], ["lora", "bitfit"], "no", "1, 1, 0", "dpt over lora"),
+        (["lora"], ["dpt", "prefix"], "missing", "1, 0, 0", "lora over dpt"),
+        (["dpt"], ["lora", "prefix"], "no", "0, 1, 0", "dpt over lora"),
+        (["lora - bitfit"], ["dpt - bitfit"], "yes", "1, 0, 0", "lora - bitfit over dpt - bitfit"),
+        (["lora - lora"], ["lora - dpt"], "no", "0, 1, 0", "lora - lora over lora - dpt"),
+        (["prefix"], ["lora"], "missing", "0, 0, 0", "-"),
+    ],
+)
+def test_claims(better, than, holds, counts, weakest, tmp_path, monkeypatch):
+    """Yes, no, cannot be told: from predictions that leave no doubt, or little; and what has not been trained."""
+    claim = cells.Claim(**CLAIM, better=better, than=than)
+    for module in (cells, claims):
+        monkeypatch.setattr(module, "CLAIMS", [claim])
+    plan = experiments.parse(["claims", "--datasets", "demo", "--out", str(tmp_path)])
+    done = {cell: result(cell, plan, letters) for cell, letters in
+            ((Cell("demo", method, 0, "demo"), letters) for method, letters in RIGHT.items())}  # fmt: skip
+    records, why = claims.judge(done, plan)
+    text = claims.as_text(records)
+    assert text["holds"] == [holds] and text["the weakest"] == [weakest] and not why
+    assert text["pairs: yes, no, untold"] == [counts] and text["dataset"] == ["demo"]
+    assert (text["points"] == ["-"]) == (weakest == "-")
+
+
+def test_all_pairs_of_all_claims_are_corrected_together(tmp_path, monkeypatch):
+    """6 clips of 40 that differ, 2 / 2**6 = 0.031: alone yes, beside another such pair no longer."""
+    plan = experiments.parse(["claims", "--datasets", "demo", "--out", str(tmp_path)])
+    letters = {"lora": "r" * 40, "dpt": "r" * 34 + "w" * 6, "spt": "w" * 6 + "r" * 34}
+    done = {(cell := Cell("demo", method, 0, "demo")): result(cell, plan, row) for method, row in letters.items()}
+    one, two = (cells.Claim(**CLAIM, better=["lora"], than=[method]) for method in ("dpt", "spt"))
+    for listed, expected in (([one], ["yes"]), ([one, two], ["cannot be told"] * 2)):
+        monkeypatch.setattr(claims, "CLAIMS", listed)
+        records, _ = claims.judge(done, plan)
+        assert [record["holds"] for record in records] == expected
+        assert records[0]["corrected"] == pytest.approx(len(listed) * 2 / 2**6)
+
+
+def test_the_command_claims(here, monkeypatch, capsys):
+    """Trains what the claims need, once; a run without predictions is told."""
+    kept = [claim for claim in cells.CLAIMS if claim.where == "Table VII"]
+    for module in (cells, claims):
+        monkeypatch.setattr(module, "CLAIMS", kept)
+    right = {"pfeiffer_seq": "r" * 18 + "ww", "adapter_ffn_par_residual": "r" * 20}
+
+    def train(folder, words):
+        return make_run(folder, words, right.get(folder.parent.name, "w" * 20))
+
+    monkeypatch.setattr(campaign, "train_cell", train)
+    assert here("claims") == 0 and len(here.started) == 4
+    table = table_of(here.out, "claims")
+    assert table["Sequential adapters need a residual path"]["holds"] == "yes"
+    assert table["Parallel adapters must not have one"]["holds"] == "no"
+    assert "'they must be avoided for parallel adapters'" in capsys.readouterr().out
+    (file,) = (here.out / "tables").glob("claims-*.csv")
+    records = list(csv.DictReader(file.read_text().splitlines()))
+    assert [(r["better"], r["than"], r["points"]) for r in records] == [
+        ("pfeiffer_seq", "adapter_ffn_seq_no_residual", "90.0"),
+        ("adapter_ffn_par_before", "adapter_ffn_par_residual", "-100.0"),
+    ]
+    next(here.out.rglob("pfeiffer_seq/seed0/predictions.csv")).unlink()
+    assert here("claims") == 0 and len(here.started) == 4
+    assert table_of(here.out, "claims")["Sequential adapters need a residual path"]["holds"] == "missing"
+    assert "- Missing: " in capsys.readouterr().out
+    assert here("claims", "--methods", "adapter_ffn_par_before,adapter_ffn_par_residual", out="other") == 0
+    assert len(here.started) == 6 and "'residuals are necessary" not in capsys.readouterr().out  # of a claim left out
+    assert here("claims", "--methods", "pfeiffer_seq,adapter_ffn_par_residual") == 2
+    assert "--methods: no claim compares these with one another" in capsys.readouterr().err
+
+
+def test_scipy_is_asked_for_before_anything_is_trained(here, monkeypatch, capsys):
+    for module in ("scipy", "scipy.stats"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert here("table1", "--methods", "linear") == 2 and not here.started
+    assert capsys.readouterr().err == "error: intervals need scipy: pip install -r requirements-figures.txt\n"

@@ -1,0 +1,213 @@
+"""Is one method better than another? Intervals and paired tests, from the accuracies and the predictions of runs.
+
+    python -m tools.experiments compare experiments/demo/houlsby_par experiments/demo/lora
+    python -m tools.experiments compare experiments/demo/houlsby_par/seed0 experiments/demo/lora/seed0  # of one seed
+
+Two methods are compared on the same clips, with the same seeds. They differ by so many points, with an interval from
+a bootstrap that draws clips and seeds; and a sign test asks whether the clips on which one of them is right more often
+are too many for chance. With one seed that is McNemar's exact test. One is better where the interval leaves out zero
+and p, by Holm's correction for all the comparisons beside it, is below 5 %.
+"""
+
+import csv
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from support.command import Parser, UserError
+from support.processes import say
+from tools.campaign import read_run
+from tools.cells import Cell, Plan
+
+LEVEL = 0.95
+RESAMPLES = 5_000
+YES, NO, UNTOLD = "yes", "no", "cannot be told"
+
+# Of a run: {(fold, path and label of a test clip): 1 if it was told, 0 if not}; or sums and differences of these.
+Scores = dict[tuple[str, str, str], int]
+
+
+def stats():
+    """scipy.stats. UserError if scipy is not installed."""
+    try:
+        import scipy.stats
+    except ImportError:
+        raise UserError("intervals need scipy: pip install -r requirements-figures.txt") from None
+    return scipy.stats
+
+
+# ------------------------------------------------------------------------------------------------ intervals and tests
+
+
+def interval(accuracies: list[float], clips: int) -> tuple[float, float]:
+    """The 95 % interval of a mean accuracy in percent: Student's t over runs; of one run Wilson's over its `clips`."""
+    mean, n = np.mean(accuracies), len(accuracies)
+    if n == 1:
+        return wilson(round(mean / 100 * clips), clips)
+    half = stats().t.ppf((1 + LEVEL) / 2, n - 1) * np.std(accuracies, ddof=1) / n**0.5
+    return float(max(mean - half, 0)), float(min(mean + half, 100))
+
+
+def wilson(right: int, clips: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy in percent."""
+    low, high = stats().binomtest(right, clips).proportion_ci(LEVEL, method="wilson")
+    return 100 * low, 100 * high
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values corrected for being this many (Holm, 1979): the k-th smallest of n times n - k + 1, never falling."""
+    order, n = np.argsort(p), len(p)
+    corrected = np.maximum.accumulate(np.sort(p) * np.arange(n, 0, -1)).clip(max=1)
+    return corrected[np.argsort(order)].tolist()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods: first - second, in points of accuracy."""
+
+    points: float
+    low: float  # of the 95 % interval
+    high: float
+    more: int  # clips on which the first is right more often, over the seeds
+    less: int
+    p: float  # that these two numbers differ so much by chance
+    clips: int
+    seeds: int
+
+    def holds(self, p: float) -> str:
+        """Whether the first is better, `p` being corrected: YES, NO if the second is, or UNTOLD."""
+        if p >= 1 - LEVEL or self.low <= 0 <= self.high:
+            return UNTOLD
+        return YES if self.low > 0 else NO
+
+    def __str__(self):
+        return f"{self.points:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def difference(seeds: list[Scores]) -> Difference:
+    """What the `minus` of two methods says, over the seeds. UserError if they tested a single clip."""
+    keys = list(dict.fromkeys(key for scores in seeds for key in scores))
+    if len(keys) < 2:
+        raise UserError(f"{len(keys)} test clip: nothing to compare")
+    table = np.array([[scores.get(key, 0) for key in keys] for scores in seeds], np.int8)  # (seeds, clips)
+    tested = np.array([[key in scores for key in keys] for scores in seeds], np.int8)  # each seed may draw its own
+
+    def mean(clips, drawn=None, axis=-1):  # (..., clips), (..., seeds)
+        sums = [np.moveaxis(np.take(one, clips, 1).sum(-1), 0, -1) for one in (table, tested)]  # (..., seeds)
+        points, count = sums if drawn is None else (np.take_along_axis(one, drawn, -1) for one in sums)
+        return 100 * points.sum(-1) / count.sum(-1).clip(1)
+
+    places = [np.arange(n) for n in table.shape[::-1] if n > 1]
+    bounds = stats().bootstrap(
+        places, mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", batch=100,
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    of_clip = table.sum(0)
+    more, less = int((of_clip > 0).sum()), int((of_clip < 0).sum())
+    p = stats().binomtest(more, more + less).pvalue if more + less else 1.0
+    return Difference(float(mean(*places)), float(bounds.low), float(bounds.high), more, less, float(p), len(keys),
+                      len(seeds))  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- what runs leave
+
+
+def scores_of(run: Path, folds: Iterable[dict]) -> Scores:
+    """What the run made of the test clips of these folds of result.json. UserError if it has not left that."""
+    again = "make the run again: delete its folder, or give another --out"
+    accuracies, found = {str(fold["fold"]): fold["accuracy"] for fold in folds}, {}
+    try:
+        with open(run / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["part"] == "test" and row["fold"] in accuracies]
+        found = {(row["fold"], row["path"], row["label"]): int(row["label"] == row["prediction"]) for row in rows}
+    except FileNotFoundError:
+        raise UserError(f"{run} has no predictions.csv, it is of an earlier version: {again}") from None
+    except (KeyError, csv.Error):
+        raise UserError(f"{run / 'predictions.csv'} is damaged: {again}") from None
+    for fold, accuracy in accuracies.items():
+        right = [score for (its_fold, *_), score in found.items() if its_fold == fold]
+        if not right or abs(100 * np.mean(right) - accuracy) > 0.01:
+            raise UserError(f"{run / 'predictions.csv'} is not of fold {fold} as result.json has it: {again}")
+    return found
+
+
+def minus(first: list[Scores], second: list[Scores]) -> Scores:
+    """The sum of the `first` minus that of the `second`, clip by clip. UserError if they tested different clips."""
+    if any(scores.keys() != first[0].keys() for scores in first + second):
+        raise UserError("these runs tested different clips, or by different labels: nothing to compare")
+    return {key: sum(s[key] for s in first) - sum(s[key] for s in second) for key in first[0]}
+
+
+def reader(done: dict[Cell, dict], plan: Plan) -> Callable[[list[list[list[Cell]]]], Difference | None]:
+    """Gives the difference of cells: for each seed those for, and those against. None where no seed has them all."""
+
+    @cache
+    def scores(cell: Cell) -> Scores:
+        return scores_of(plan.out / cell.name, done[cell]["folds"])
+
+    def compared(seeds: list[list[list[Cell]]]) -> Difference | None:
+        whole = [sides for sides in seeds if all(cell in done for side in sides for cell in side)]
+        return difference([minus(*([scores(cell) for cell in side] for side in s)) for s in whole]) if whole else None
+
+    return compared
+
+
+# ---------------------------------------------------------------------------------------------------- tables and runs
+
+
+def beside_best(
+    grid: dict[tuple, list[list[Cell]]], means: dict[tuple, list[float | None]], done: dict[Cell, dict], plan: Plan
+) -> tuple[dict[tuple, tuple[Difference, float]], list[str]]:
+    """The best of each column against the others: {(column, row): difference, corrected p}; why columns have none.
+
+    grid: for each column the rows, each a cell for each seed; means: their accuracies.
+    """
+    compared, found, why = reader(done, plan), {}, []
+    for column, rows in grid.items():
+        measured = {row: mean for row, mean in enumerate(means[column]) if mean is not None}
+        best = max(measured, key=measured.get, default=None)
+        try:
+            others = {row: compared([[[a], [b]] for a, b in zip(rows[best], rows[row], strict=True)])
+                      for row in measured if row != best}  # fmt: skip
+            found |= {(column, row): one for row, one in others.items() if one}
+        except UserError as error:
+            why.append(str(error))
+    corrected = holm([one.p for one in found.values()])
+    return {key: (one, p) for (key, one), p in zip(found.items(), corrected, strict=True)}, why
+
+
+def runs_in(folder: Path) -> dict[str, Path]:
+    """All runs of a method by the names of their seeds, or the one run that the folder is."""
+    return {run.parent.name: run.parent for run in sorted(folder.glob("seed*/result.json"))} or {folder.name: folder}
+
+
+def compare(argv: list[str]) -> None:
+    """The command `compare`: is the first method better than the others?"""
+    parser = Parser(
+        prog="python -m tools.experiments compare",
+        description="Say whether the first of these is better than each of the others, on the same clips.",
+    )
+    help_ = "finished runs, .../METHOD/seedS, or .../METHOD with all its seeds"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help_)
+    folders = parser.parse_args(argv).runs
+    if len(folders) < 2:
+        raise UserError("compare needs two runs, or more")
+    first, *others = [{seed: (run, read_run(run)[1]["folds"]) for seed, run in runs_in(f).items()} for f in folders]
+    found = []
+    for folder, other in zip(folders[1:], others, strict=True):
+        seeds = [(first[seed], other[seed]) for seed in first if seed in other]
+        if len(first) == len(other) == 1:
+            seeds = [(*first.values(), *other.values())]
+        if not seeds:
+            raise UserError(f"{folders[0]} and {folder} have no seed in common: give a run of each, .../seedS")
+        found.append(difference([minus([scores_of(*a)], [scores_of(*b)]) for a, b in seeds]))
+    for folder, one, p in zip(folders[1:], found, holm([one.p for one in found]), strict=True):
+        words = {YES: "the first is better", NO: "the second is better", UNTOLD: "they cannot be told apart"}
+        corrected = f", for {len(found)} comparisons {p:.2g}" if len(found) > 1 else ""
+        say(f"{folders[0]} - {folder}: {one} points; {one.clips:,} clips, seeds: {one.seeds}; right more often on "
+            f"{one.more}, less often on {one.less}, p = {one.p:.2g}{corrected}: {words[one.holds(p)]}")  # fmt: skip
+    if len(first) == 1:
+        say("The intervals are over the clips alone: one seed says nothing of others.")
