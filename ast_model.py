@@ -141,8 +141,9 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.eps)
         self.head = make_head(config)
 
-    def encode(self, fbank, kept=None):
-        """Tokens after the last block, (batch, tokens, dim): [CLS], [distillation] or prompts, patches.
+    def states(self, fbank, kept=None):
+        """Tokens of the embedding and then after each block, one by one, (batch, tokens, dim): [CLS], [distillation] or
+        prompts, patches.
 
         kept: (batch, n), indices of the patches that go through the blocks (`data.patchout`); without it all do.
         """
@@ -150,20 +151,31 @@ class AST(nn.Module):
         if kept is not None:  # counted from the end, as prompts may stand in front
             front, patches = x[:, : -self.config.n_patches], x[:, -self.config.n_patches :]
             x = torch.cat([front, patches.take_along_dim(kept[:, :, None], dim=1)], dim=1)
+        yield x
         for block in self.blocks:
             x = block(x)
-        return x
+            yield x
+
+    def encode(self, fbank, kept=None):
+        """Tokens after the last block, the last of `states`."""
+        for x in self.states(fbank, kept):
+            last = x
+        return last
 
     def features(self, fbank, kept=None):
         """Tokens after the final LayerNorm, (batch, tokens, dim)."""
         return self.norm(self.encode(fbank, kept))
 
     def pool(self, tokens):
-        """Tokens (batch, tokens, dim) to the one vector (batch, dim) that the head reads."""
+        """Tokens (batch, tokens, dim) to one vector (batch, dim)."""
         return POOL[self.config.pool](tokens)
 
+    def vector(self, fbank, kept=None):
+        """What the head reads of each clip, (batch, dim)."""
+        return self.pool(self.features(fbank, kept))
+
     def forward(self, fbank, kept=None):
-        return self.head(self.pool(self.features(fbank, kept)))  # (batch, n_classes)
+        return self.head(self.vector(fbank, kept))  # (batch, n_classes)
 
 
 def make_head(config: ASTConfig) -> nn.Module:

@@ -23,6 +23,7 @@ from sounds.audio import RATE, read_audio, typical_seconds
 from sounds.cache import cached
 from sounds.clip import PARTS, Listing  # PARTS: ("train", "val", "test"), the fields of a Split
 from support.command import UserError, nearest
+from support.speed import near
 
 WINDOW, HOP, N_FFT = 400, 160, 512  # samples at RATE: 25 ms, 10 ms, and the next power of two
 FPS = RATE / HOP  # frames per second
@@ -268,12 +269,12 @@ def build_features(
 class Clips:
     """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU.
 
-    `pooled` (clips, dim), of a linear probe: what its head reads, computed when a clip is first used; nan until then.
+    `file` has the features, if one does: what a probe reads of each clip is kept near it, by support/vectors.py.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
-    pooled: torch.Tensor | None = None
+    file: Path | None = None
 
     def batch(self, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips `index`, which lies where the features lie, on `device` in float32.
@@ -292,13 +293,11 @@ def load_clips(
 ) -> tuple[Clips, dict[int, str]]:
     """All clips of a dataset, and what `build_features` says of the bad ones.
 
-    On a GPU the features lie in its memory if they take at most half of what is free; else they stay on disk.
+    On a GPU the features lie in its memory if they fit; else they stay on disk.
     """
     rows, bad = build_features(dataset, n_frames, cache_dir, skip_bad)
-    features = torch.from_numpy(rows)
-    if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0]:
-        features = features.to(device)
-    return Clips(features, torch.tensor(dataset.labels, device=features.device)), bad
+    features = near(torch.from_numpy(rows), device)
+    return Clips(features, torch.tensor(dataset.labels, device=features.device), Path(rows.filename)), bad
 
 
 # ---------------------------------------------------------------------------------------------- the table of datasets

@@ -338,7 +338,7 @@ class Everything:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS. All train the final LayerNorm too (Linear's 9-40K include its 1,536), BitFit only its bias."""
+    """A row of METHODS. All but `probe` train the final LayerNorm (1,536 of Linear's 9-40K), BitFit only its bias."""
 
     name: str
     parts: tuple

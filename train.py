@@ -32,6 +32,7 @@ from support.processes import average, is_first, mean_over_ranks, process_group,
 from support.records import Settings
 from support.speed import Learner, Machine, autocast
 from support.variants import fitted, override
+from support.vectors import probed
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW; the first two as in the authors' code
 
@@ -39,7 +40,7 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1  # of AdamW; the first two as 
 
 
 def make_learner(network: nn.Module, settings: Settings, machine: Machine) -> Learner:
-    """AdamW on all that trains in `network`: the model or, of a linear probe, its last layers alone.
+    """AdamW on all that trains in `network`: the model or, of a probe, its last layers alone.
 
     Of the Learner, `backward` adds to the gradients; `step` sets the learning rate, steps and clears them. No clipping.
     """
@@ -97,7 +98,7 @@ def train_fold(
     Raises UserError when the loss is not finite.
     """
     progress, state = records.read_progress(state_file, fold, machine.resume)
-    network, clips = speed.probed(model, clips, split, settings, machine)  # of a linear probe; else the two themselves
+    network, clips = probed(model, clips, split, settings, machine)  # of a probe; else the two themselves
     learner = make_learner(network, settings, machine)
     if state:
         load_tensors(model, state["tensors"], state_file)
@@ -152,8 +153,6 @@ def run(args: argparse.Namespace) -> dict:
     # Narrower than the paper's 768 dimensions? Then RR and prompts are smaller, see support/variants.py.
     method = fitted(petl.find(args.method), pretrained.config, lr, **changes, blocks=args.blocks, keep=args.keep)
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
-    if not (method.parts or mask or args.keep):  # a linear probe of clips that are the same in every epoch
-        clips = replace(clips, pooled=speed.nothing_pooled(clips, pretrained, args.device))
     home = args.out / args.dataset / method.name
     ahead = records.folds_left(home, args.seed, args.folds or known)
     machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, forecast=ahead)
@@ -264,7 +263,7 @@ def list_methods() -> None:
         print(f"{name:<30}{count['petl'] or count['head']:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
     heads = " / ".join(f"{counted('linear', 500, n)['head']:,}" for n in (50, 10, 35, 31))
     print(
-        f"\nBase AST at 500 frames, without the final LayerNorm and head, which every method trains as well: {heads} "
+        f"\nBase AST at 500 frames, without the final LayerNorm and head, which all but probe train as well: {heads} "
         "for 50 / 10 / 35 / 31 classes.\nThese are what `linear` trains. full_ft at 100 frames: "
         f"{counted('full_ft', 100, 35)['petl']:,}."
     )

@@ -4,8 +4,6 @@ import hashlib
 import os
 import sys
 import time
-import tokenize
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +14,10 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from support.command import UserError
+from support.rows import crc_of, map_rows, row_type, start_rows
 
 _BLOCK = 64  # clips in memory at once while features are built or checked
 Compute = Callable[[Path], np.ndarray]  # raises ValueError, with the reason, for a file that cannot be read
-
-
-def _row_type(shape: tuple[int, int]) -> np.dtype:
-    """One clip in the cache. `key` says what it was built from, `crc` that it is intact; key 0 is an empty row."""
-    return np.dtype([("key", "<u8"), ("crc", "<u4"), ("bad", "<u4"), ("features", "<f2", shape)])
 
 
 def _row_key(path: Path, name: str, front_end: str) -> int:
@@ -35,17 +29,13 @@ def _row_key(path: Path, name: str, front_end: str) -> int:
 
 def _make_row(path: Path, key: int, shape: tuple[int, int], compute: Compute) -> tuple[np.ndarray, str]:
     """The row of a clip, (1,), and why it has no features; "" if it has."""
-    row, reason = np.zeros(1, _row_type(shape)), ""
+    row, reason = np.zeros(1, row_type(shape)), ""
     try:
         row["features"] = compute(path)
     except ValueError as error:
         row["bad"], reason = 1, str(error)
-    row["key"], row["crc"] = key, _crc(row[0])
+    row["key"], row["crc"] = key, crc_of(row[0])
     return row, reason
-
-
-def _crc(row: np.void) -> int:
-    return zlib.crc32(row["features"], int(row["bad"]))
 
 
 def _read_index(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -53,14 +43,8 @@ def _read_index(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
     Reads the file block by block: mapped into memory, all of it would count as memory of this process.
     """
-    if not path.exists():
-        return None
-    try:
-        rows = np.load(path, mmap_mode="r")
-        if rows.dtype != _row_type(shape) or rows.ndim != 1:
-            raise ValueError("holds something else")
-    except (ValueError, OSError, EOFError, OverflowError, tokenize.TokenError):  # what NumPy raises for a bad header
-        print(f"{path}: not a whole feature file, building it again", file=sys.stderr)
+    rows = map_rows(path, row_type(shape))
+    if rows is None:
         return None
     index = np.zeros(len(rows), [("key", "<u8"), ("bad", "?")])
     damaged = 0
@@ -68,7 +52,7 @@ def _read_index(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
         file.seek(rows.offset)
         for start in range(0, len(rows), _BLOCK):
             block = np.fromfile(file, rows.dtype, min(_BLOCK, len(rows) - start))
-            broken = [bool(row["key"]) and _crc(row) != row["crc"] for row in block]
+            broken = [bool(row["key"]) and crc_of(row) != row["crc"] for row in block]
             damaged += sum(broken)
             index["key"][start : start + _BLOCK] = np.where(broken, 0, block["key"])
             index["bad"][start : start + _BLOCK] = block["bad"]
@@ -156,17 +140,14 @@ def _start_partial(
     partial: Path, path: Path, index: np.ndarray | None, keys: np.ndarray, shape: tuple[int, int]
 ) -> None:
     """An empty feature file for `keys`, with the rows that `path` (whose index is `index`) already has."""
-    rows = np.lib.format.open_memmap(partial, mode="w+", dtype=_row_type(shape), shape=(len(keys),))
-    with open(partial, "r+b") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an OSError now; later it would end a build of hours
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-        if index is None:
-            return
-        row_of = {key: row for row, key in enumerate(index["key"].tolist()) if key}
-        with open(path, "rb") as old:
-            old_offset = np.load(path, mmap_mode="r").offset
-            for i, key in enumerate(keys.tolist()):
-                if key in row_of:
-                    old.seek(old_offset + row_of[key] * rows.itemsize)
-                    file.seek(rows.offset + i * rows.itemsize)
-                    file.write(old.read(rows.itemsize))
+    rows = start_rows(partial, row_type(shape), len(keys))
+    if index is None:
+        return
+    row_of = {key: row for row, key in enumerate(index["key"].tolist()) if key}
+    with open(path, "rb") as old, open(partial, "r+b") as file:
+        old_offset = np.load(path, mmap_mode="r").offset
+        for i, key in enumerate(keys.tolist()):
+            if key in row_of:
+                old.seek(old_offset + row_of[key] * rows.itemsize)
+                file.seek(rows.offset + i * rows.itemsize)
+                file.write(old.read(rows.itemsize))

@@ -90,11 +90,12 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
         f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
         f"{settings.seed}, {settings.dtype}, {device}"
     )
-    probe = "linear probe: each clip goes through the backbone once, the epochs train on its pooled tokens"
+    probe = "linear probe: each clip goes through the backbone once, the epochs train on what is kept of it"
     if settings.mask:
         probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
                  "epoch; with --no-mask it does so once")  # fmt: skip
-    return line if settings.method["parts"] else f"{line}\n{probe}"
+    probing = {part["part"] for part in settings.method["parts"]} <= {"Statistics"}  # or nothing at all
+    return f"{line}\n{probe}" if probing else line
 
 
 # ---------------------------------------------------------------------------------------------------- epoch by epoch

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +31,12 @@ class Machine:
 
 def autocast(device: torch.device, dtype: str):
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+def near(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in the memory of a GPU if it takes at most half of what is free there; else where it is."""
+    fits = device.type == "cuda" and 2 * tensor.nbytes < torch.cuda.mem_get_info(device)[0]
+    return tensor.to(device) if fits else tensor
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -125,58 +130,3 @@ def sum_in_batches(function: Callable, index: torch.Tensor, batch_size: int, mac
                 raise
             batch //= 2
     return sum_over_ranks(total).item()
-
-
-# ------------------------------------------------------------------------------------------------------ linear probes
-
-
-class Probe(nn.Module):
-    """Final LayerNorm and head of a model, the parameters themselves, on what `pool_clips` has kept of each clip.
-
-    The scale and shift of the LayerNorm are the same for all tokens, so they may as well come after the pooling.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.norm, self.head = model.norm, model.head
-
-    def forward(self, pooled):  # (batch, dim)
-        return self.head(pooled * self.norm.weight + self.norm.bias)  # (batch, n_classes)
-
-
-def probed(model, clips, split, settings, machine: Machine):
-    """What learns and from what: of a linear probe its last layers, from pooled tokens; else `model` and `clips`."""
-    if clips.pooled is None:
-        return model, clips
-    return Probe(model), pool_clips(model, clips, split, settings, machine)
-
-
-def nothing_pooled(clips, model, device: torch.device) -> torch.Tensor:
-    """What `pool_clips` fills: (clips, dim), nan where a clip has not been through the backbone."""
-    return torch.full((len(clips.labels), model.config.dim), math.nan, device=device)
-
-
-@torch.inference_mode()
-def pool_clips(model, clips, split, settings, machine: Machine):
-    """What a linear probe trains on, in place of the features: `data.Clips` of pooled tokens, (clips, dim).
-
-    The backbone is the same in all folds and seeds, so only what is not there yet goes through it; each process takes
-    its share. A batch is a block of neighbouring clips, whatever the split: rounding may depend on the company, and a
-    resumed run must get the bits of an unbroken one.
-    """
-    device, rank, world = machine.device, *ranks()
-    model.eval()
-    needed = torch.tensor(split.train + split.val + split.test)
-    needed = needed[clips.pooled[needed.to(device), 0].isnan().cpu()]
-    blocks = torch.arange(len(clips.labels)).split(evaluation_batch(settings.batch_size, machine))
-    blocks = [blocks[i] for i in (needed // len(blocks[0])).unique().tolist()]
-    new = torch.zeros_like(clips.pooled)
-    for index in blocks[rank::world]:
-        x, _ = clips.batch(index.to(clips.features.device), device)
-        with autocast(device, settings.dtype):
-            tokens = F.layer_norm(model.encode(x), (model.config.dim,), eps=model.norm.eps)
-            new[index.to(device)] = model.pool(tokens).float()
-    if blocks:
-        rows = torch.cat(blocks).to(device)
-        clips.pooled[rows] = sum_over_ranks(new[rows])
-    return replace(clips, features=clips.pooled, labels=clips.labels.to(device), pooled=None)

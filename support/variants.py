@@ -61,10 +61,13 @@ def fitted(method, config, lr=None, rr=None, alpha=None, prompts=None, blocks=No
     """
     method = narrowed(method, config.dim)
     method = override(replace(method, lr=lr or method.lr, blocks=blocks), rr, alpha, prompts, kernel)
-    if keep and any(getattr(part, "kind", "") == "convpass_2d" for part in method.parts):
+    kinds = {getattr(part, "kind", "") for part in method.parts}
+    if keep and kinds & {"convpass_2d", "statistics"}:
         raise UserError(f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method")
     if blocks and not 1 <= blocks[0] <= blocks[1] <= config.depth:
         raise UserError(f"--blocks {blocks[0]}-{blocks[1]}: this backbone has the blocks 1 to {config.depth}")
-    if blocks and (not method.parts or any(hasattr(part, "deep") for part in method.parts)):
+    if blocks and (not method.parts or any(hasattr(part, "deep") for part in method.parts) or "statistics" in kinds):
         raise UserError(f"--blocks: {method.name!r} changes what comes before or after the blocks; leave it out")
+    if "statistics" in kinds and config.pool != "mean":
+        raise UserError(f"--pool {config.pool}: {method.name!r} pools in its own way; leave it out")
     return method

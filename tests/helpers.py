@@ -45,7 +45,8 @@ def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60,
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        model.get_submodule("head.1" if pool == "cls_dist" else "head").weight.mul_(5)  # answers far from one another
+        last = [module for module in model.head.modules() if isinstance(module, torch.nn.Linear)][-1]
+        last.weight.mul_(5)  # answers far from one another
     save_trained(model, path, {"classes": ["rain", "sea, waves", "dog", "wind"], **header})
     return model.eval()
 

@@ -87,6 +87,18 @@ def test_pooling(pool):
     torch.testing.assert_close(model(fbank), model.head(pooled))
 
 
+def test_states_are_the_embedding_and_what_each_block_makes_of_it():
+    """All of them alive at once are those that come one by one; the last is `encode`, and the head reads `vector`."""
+    model, fbank = tiny_ast(depth=3).eval(), torch.randn(2, 36, 36)
+    states = list(model.states(fbank))
+    assert len(states) == 4 and torch.equal(states[0], model.embed(fbank))
+    for block, before, after in zip(model.blocks, states, states[1:], strict=False):
+        assert torch.equal(block(before), after)
+    assert torch.equal(model.encode(fbank), states[-1])
+    assert torch.equal(model.vector(fbank), model.norm(states[-1]).mean(1))
+    assert torch.equal(model.head(model.vector(fbank)), model(fbank))
+
+
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"reads \(batch, 36, 36\), not \(1, 40, 36\)"):
         tiny_ast()(torch.randn(1, 40, 36))

@@ -16,7 +16,7 @@ def test_the_numbers_are_complete():
     assert sizes == {
         "table1": (15, 6), "table2": (4, 8), "table3": (6, 5), "table4": (4, 6), "table5": (8, 4), "table6": (6, 4),
         "table7": (4, 2), "published1": (11, 6), "published2": (4, 8), "kernels": (5, 4), "scaling": (20, 2),
-        "newer": (11, 5),
+        "newer": (12, 5),
     }  # fmt: skip
     for name, table in TABLES.items():
         assert table.rows.keys() == PAPER[name]["rows"].keys()

@@ -118,6 +118,18 @@ def test_other_heads_have_no_place_in_transformers(to, pool, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("to", "message"), [
+    ("merged", "'probe' cannot be merged: Standardised is no linear change of a weight"),
+    ("hf", "'probe' cannot be merged: Standardised is no linear change of a weight"),
+    ("peft", "--to peft takes one of LoRA, DoRA, RsLoRA, IA3, VeRA alone, not 'probe'; --to onnx takes all"),
+])  # fmt: skip
+def test_a_head_that_reads_all_layers_has_no_place_elsewhere(to, message, tmp_path, command):
+    save_random(tmp_path / "fold1.safetensors", "probe")
+    out = tmp_path / "out"
+    assert command("export", tmp_path / "fold1.safetensors", "--to", to, "--out", out, code=2) == f"error: {message}\n"
+    assert not out.exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- peft
 
 
@@ -236,7 +248,7 @@ def test_only_lora_goes_to_peft(tmp_path, command):
 @pytest.mark.parametrize(
     "method",
     ["linear", "spt", "dpt", "prefix", "houlsby_mixed", "convpass_pfeiffer_seq", "convpass2d_pfeiffer_par", "hydra",
-     "adapter_dpt_lora"],
+     "adapter_dpt_lora", "probe"],
 )  # fmt: skip
 def test_onnxruntime_runs_every_kind_of_method(method, tmp_path, command):
     pool = {"dpt": "cls_dist", "prefix": "cls"}.get(method, "mean")

@@ -42,7 +42,7 @@ def test_the_chosen_patches_and_the_tokens_in_front_go_through_the_blocks():
     torch.testing.assert_close(model(x, torch.arange(9).expand(2, 9)), model(x))
 
 
-@pytest.mark.parametrize("method", [name for name in petl.METHODS if "2d" not in name])
+@pytest.mark.parametrize("method", [name for name in petl.METHODS if "2d" not in name and name != "probe"])
 def test_every_method_trains_on_a_share_of_the_patches(method):
     model = petl.apply(tiny_ast(), method).train()
     out = model(torch.randn(2, 36, 36), torch.tensor([[0, 4, 8], [1, 2, 7]]))
@@ -103,6 +103,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train_main, tmp_path, monke
 
 
 PLACED = [n for n, m in petl.METHODS.items() if m.parts and not any(hasattr(part, "deep") for part in m.parts)]
+PLACED.remove("probe")  # which puts nothing into a block
 
 
 @pytest.mark.parametrize("method", PLACED)
@@ -156,6 +157,9 @@ def test_a_run_on_the_last_block_is_saved_and_loaded(train_main, tmp_path):
         (["--keep", "nan"], "it must be a share between 0 and 1"),
         (["--keep", "1"], "it must be a share between 0 and 1"),
         (["--keep", "0.5", "--method", "convpass2d_pfeiffer_par"], "needs the whole grid of patches"),
+        (["--keep", "0.5", "--method", "probe"], "'probe' needs the whole grid of patches"),
+        (["--blocks", "2", "--method", "probe"], "'probe' changes what comes before or after the blocks"),
+        (["--pool", "cls", "--method", "probe"], "--pool cls: 'probe' pools in its own way"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(train_main, capsys, words, message):

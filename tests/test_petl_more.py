@@ -27,7 +27,19 @@ import train
 from ast_model import AST, ASTConfig
 from load_weights import live_tensors, load_ast, load_tensors, load_trained, save_trained, trained_tensors
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count, merge
-from petl_more import IA3, SSF, AdapterPlus, AdaptFormer, Conformer, DenseMixture, DoRA, RsLoRA, SoftMixture, VeRA
+from petl_more import (
+    IA3,
+    SSF,
+    AdapterPlus,
+    AdaptFormer,
+    Conformer,
+    DenseMixture,
+    DoRA,
+    RsLoRA,
+    SoftMixture,
+    Statistics,
+    VeRA,
+)
 from support.speed import Learner, Machine, prepare
 from support.variants import narrowed
 from tools import export
@@ -40,7 +52,8 @@ class Row(NamedTuple):
     lr: float
     parts: tuple
     paper: str = "-"
-    frozen: int = 0  # inserted and not trained
+    frozen: int = 0  # inserted and not trained; of `probe` the final LayerNorm
+    head: int = 39_986  # final LayerNorm and head, 50 classes
 
 
 ROWS = {
@@ -55,6 +68,7 @@ ROWS = {
     "ssf": Row(204_288, 5e-3, (SSF(),)),
     "adaptformer": Row(1_189_632, 1e-3, (AdaptFormer(12),)),
     "adapter_plus": Row(165_984, 1e-3, (AdapterPlus(96),)),
+    "probe": Row(0, 2e-3, (Statistics(),), frozen=1_536, head=4 * 768 * 13 * 50 + 50),
 }
 each = pytest.mark.parametrize("name", ROWS)
 
@@ -73,7 +87,8 @@ def test_what_the_table_says_of_a_method(name):
     method, row = METHODS[name], ROWS[name]
     assert (method.name, method.parts, method.lr, method.paper) == (name, row.parts, row.lr, row.paper)
     model = apply(base_ast(), name)
-    assert count(model) == {"petl": row.count, "head": 39_986, "total": 85_746_482 + row.frozen + row.count - (
+    both = row.count + row.head - 39_986
+    assert count(model) == {"petl": row.count, "head": row.head, "total": 85_746_482 + row.frozen + both - (
         12 * 1536 * {"conformer_houlsby_par": 2}.get(name, name.startswith(("conformer", "soft", "dense")))
     )}  # fmt: skip
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
@@ -103,7 +118,9 @@ def test_counts_of_other_settings(part, expected):
 def test_what_fits_a_narrow_backbone():
     """A quarter of RR at 128 dimensions, so that conformer keeps 5 channels, a mixture 4, VeRA everything."""
     ranks = {
-        name: petl.rank_of(128, narrowed(METHODS[name], 128).parts[0].rr) for name in ROWS if name not in ("ia3", "ssf")
+        name: petl.rank_of(128, narrowed(METHODS[name], 128).parts[0].rr)
+        for name in ROWS
+        if name not in ("ia3", "ssf", "probe")
     }
     assert ranks == {
         "conformer_pfeiffer_par": 5, "conformer_houlsby_par": 5, "soft_moa": 4, "dense_moa": 4, "dora": 4, "vera": 128,
@@ -217,8 +234,20 @@ def sublayer(t, name, u, x, method, training, masks):
     return y
 
 
+def four_of_each(tokens):
+    """Of the 3 x 4 patches behind two tokens, each without its mean and over its spread: the means of column 0, of
+    column 1, of columns 2 and 3, and how far the 12 are spread."""
+    patches = tokens[:, 2:] - tokens[:, 2:].mean(-1, keepdim=True)
+    patches = patches / torch.sqrt(patches.square().mean(-1, keepdim=True) + 1e-12)
+    columns = [(patches[:, t] + patches[:, 4 + t] + patches[:, 8 + t]) / 3 for t in range(4)]
+    mean = sum(columns) / 4
+    spread = torch.sqrt(sum((patches[:, i] - mean) ** 2 for i in range(12)) / 12)
+    return [columns[0], columns[1], (columns[2] + columns[3]) / 2, spread]
+
+
 def logits_by_hand(t, method, fbank, training, masks):
     tokens = embedding(t, fbank, GRID)
+    seen = four_of_each(tokens)
     if method == "ssf":
         plain = tokens[:, 2:] - t["embed.position"][:, 2:]
         tokens = torch.cat(
@@ -232,6 +261,9 @@ def logits_by_hand(t, method, fbank, training, masks):
         if method == "adapter_plus":
             h = affine(t, f"blocks.{i}.adapter.up", gelu(affine(t, f"blocks.{i}.adapter.down", tokens)))
             tokens = tokens + masks.get(f"blocks.{i}", 1) * (1 + t[f"blocks.{i}.scale"]) * h
+        seen += four_of_each(tokens)
+    if method == "probe":
+        return affine(t, "head", (torch.cat(seen, dim=1) - t["head.mean"]) / t["head.std"])
     return affine(t, "head", layer_norm(t, "norm", tokens).mean(1))
 
 
@@ -248,6 +280,9 @@ def random_model(method: str | Method, shape: dict = SHAPE) -> AST:
             if isinstance(module, nn.BatchNorm1d):
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.01, 0.1)
+            if isinstance(module, petl_more.Standardised):
+                module.mean.normal_(std=0.3)
+                module.std.uniform_(0.2, 0.5)
             if hasattr(module, "square"):
                 module.square = module.wrapped.weight.square().sum(1)
     return model
@@ -299,6 +334,31 @@ def test_two_slots_each():
     fbank = torch.randn(2, 49, 38, dtype=torch.float64)
     expected = logits_by_hand(by_plain_name(model), "soft_moa", fbank, False, {})
     assert (model(fbank) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("steps", "thirds"),
+    [
+        (1, [{0}, {0}, {0}]),
+        (2, [{0}, {0}, {1}]),
+        (3, [{0}, {1}, {2}]),
+        (5, [{0}, {1, 2}, {3, 4}]),
+        (9, [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}]),
+        (49, [set(range(16)), set(range(16, 32)), set(range(32, 49))]),
+    ],
+)
+def test_thirds_of_the_time(steps, thirds):
+    """Which patches a mean is over: those whose change alone changes it. One band, with a prompt in front."""
+    config = ASTConfig(n_frames=16 + 10 * (steps - 1), n_mels=16, dim=4, heads=1)
+    tokens = torch.randn(1, 3 + steps, 4)
+    before, seen = petl_more.statistics(tokens, config)[0].chunk(4), [set(), set(), set(), set()]
+    for step in range(-3, steps):
+        other = tokens.clone()
+        other[0, 3 + step] += torch.tensor([1.0, -2.0, 0.5, 0.0])
+        for i, numbers in enumerate(petl_more.statistics(other, config)[0].chunk(4)):
+            if not torch.allclose(numbers, before[i]):
+                seen[i].add(step)
+    assert seen == [*thirds, set(range(steps)) if steps > 1 else set()]
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 5, 8, 31])
@@ -366,7 +426,7 @@ ZERO = {
     "conformer": ("up.weight", "up.bias", "norm.bias", "batch_norm.bias"), "soft": ("up.weight", "up_bias"),
     "dense": ("up.weight", "up_bias"), "dora": ("b.weight", "magnitude"), "ia3": ("scale",), "rslora": ("b.weight",),
     "vera": ("scale_d", "scale_b"), "ssf": ("scale", "shift"), "adaptformer": ("up.weight", "up.bias", "down.bias"),
-    "adapter": ("up.weight", "up.bias", "down.bias", "scale"),
+    "adapter": ("up.weight", "up.bias", "down.bias", "scale"), "probe": (),
 }  # fmt: skip
 
 
@@ -643,7 +703,8 @@ def statistics(tensors: dict) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_training_changes(name):
-    """Trained parameters, and of BatchNorm both running statistics; not how many batches it has seen."""
+    """Trained parameters, and of BatchNorm both running statistics; not how many batches it has seen. Of `probe`, what
+    its numbers are standardised by."""
     model = apply(tiny_ast(depth=3), name)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     places = {"conformer_pfeiffer_par": ["attn"], "conformer_houlsby_par": ["attn", "ffn"]}.get(name, [])
@@ -652,7 +713,7 @@ def test_what_training_changes(name):
         for i in range(3)
         for at in places
         for kind in ("mean", "var")
-    }
+    } | ({"head.mean", "head.std"} if name == "probe" else set())
     assert live_tensors(model).keys() == trained_tensors(model).keys() == trained | running
 
 

@@ -32,7 +32,8 @@ EXAMPLES = {
 }
 # These replace part of the pretrained function from the first step on, or cut a path: Tables III and VII show the harm.
 NOT_IDENTITY = {"adapter_ffn_seq_before", "adapter_mhsa_seq_before", "adapter_ffn_seq_no_residual",
-                "adapter_ffn_par_residual", "spt", "dpt", "prefix", "adapter_dpt", "adapter_dpt_lora"}  # fmt: skip
+                "adapter_ffn_par_residual", "spt", "dpt", "prefix", "adapter_dpt", "adapter_dpt_lora",
+                "probe"}  # fmt: skip
 
 
 def is_uniform(values: torch.Tensor, bound: float) -> None:

@@ -1,20 +1,17 @@
 """What makes training fast must not change what it computes."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import SMALL_AST, tiny_ast
+from helpers import tiny_ast
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import ast_model
 import petl
 import train
-from data import Clips, Split
-from load_weights import load_ast
+from data import Clips
 from support import speed
 from support.onednn_linear import OneDNNLinear, use_onednn
 from support.records import Settings
@@ -187,78 +184,3 @@ def test_evaluation_takes_what_memory_allows():
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
     with pytest.raises(torch.OutOfMemoryError):
         train.evaluate(model_with_room_for(0), clips, [3], settings(12), CPU)
-
-
-# ------------------------------------------------------------------------------------------------- the linear probe
-
-
-def encodings(monkeypatch) -> list[int]:
-    """The sizes of the batches that go through a backbone from now on."""
-    sizes, original = [], ast_model.AST.encode
-    monkeypatch.setattr(
-        ast_model.AST, "encode", lambda self, x, *more: sizes.append(len(x)) or original(self, x, *more)
-    )
-    return sizes
-
-
-@pytest.mark.parametrize("pool", ["mean", "cls", "cls_dist"])
-def test_a_linear_probe_runs_the_backbone_once_per_clip(pool, train_main, tmp_path, monkeypatch, capsys):
-    """The same weights and accuracies as when all clips go through it in every epoch, for all folds and seeds."""
-    options = ["--method", "linear", "--no-mask", "--pool", pool, "--epochs", 3, "--lr", 1e-3]
-    options += ["--folds", "1,2", "--seed", "0,1"]
-    sizes = encodings(monkeypatch)
-    assert train_main(*options, "--out", tmp_path / "pooled") == 0
-    assert sum(sizes) == 50  # fold 1 takes all clips: 30 train, 10 validate, 10 test
-    assert "each clip goes through the backbone once" in capsys.readouterr().out
-
-    monkeypatch.setattr(speed, "Probe", lambda model: model)  # the plain loop
-    monkeypatch.setattr(speed, "pool_clips", lambda model, clips, *_: clips)
-    sizes.clear()
-    assert train_main(*options, "--out", tmp_path / "plain") == 0
-    assert sum(sizes) == 2 * 2 * (3 * (30 + 10) + 10)
-    for seed in (0, 1):
-        runs = [tmp_path / out / f"esc10/linear/seed{seed}" for out in ("pooled", "plain")]
-        for fold in (1, 2):
-            one, other = (load_file(run / f"fold{fold}.safetensors") for run in runs)
-            assert one.keys() == other.keys()
-            for name in one:
-                assert (one[name] - other[name]).abs().max() <= 1e-5, name
-        results = [json.loads((run / "result.json").read_text())["folds"] for run in runs]
-        assert [fold["accuracy"] for fold in results[0]] == [fold["accuracy"] for fold in results[1]]
-
-
-def test_a_masked_probe_says_that_it_takes_the_long_way(train_main, monkeypatch, capsys):
-    sizes = encodings(monkeypatch)
-    assert train_main("--method", "linear") == 0
-    assert sum(sizes) == 2 * (30 + 10) + 10
-    printed = capsys.readouterr().out
-    assert "every epoch masks the clips anew" in printed and "--no-mask" in printed
-
-
-def test_only_the_needed_clips_are_pooled(train_main, monkeypatch):
-    sizes = encodings(monkeypatch)
-    assert train_main("--method", "linear", "--no-mask", "--shots", 1, "--batch-size", 1) == 0
-    assert sum(sizes) == 10 + 10 + 10  # one of each class trains
-
-
-def test_pooling_from_features_at_the_start(monkeypatch):
-    """Against the formula, by hand: mean of the normalised tokens, then scale and shift, then the head."""
-    torch.manual_seed(0)
-    model = petl.apply(load_ast(SMALL_AST, 60, 4), "linear")
-    nn.init.normal_(model.norm.weight)
-    nn.init.normal_(model.norm.bias)
-    clips = Clips(torch.randn(5, 60, 128), torch.zeros(5, dtype=int))
-    clips = replace(clips, pooled=speed.nothing_pooled(clips, model, CPU.device))
-    pooled = speed.pool_clips(model, clips, Split([0], [1], [4]), settings(2), CPU)
-    logits = speed.Probe(model)(pooled.features[[0, 1, 4]])
-    torch.testing.assert_close(logits, model.eval()(clips.features[[0, 1, 4]]), rtol=1e-4, atol=1e-4)
-    assert pooled.features[[2, 3]].isnan().all()
-
-
-def test_a_later_run_pools_to_the_same_bits(train_main, tmp_path):
-    """Fold 2 after fold 1, and in a run of its own, which has pooled none of the clips yet."""
-    options = ["--method", "linear", "--no-mask", "--shots", 1, "--batch-size", 3, "--dtype", "bfloat16"]
-    assert train_main(*options, "--folds", "1,2", "--out", tmp_path / "whole") == 0
-    assert train_main(*options, "--folds", "2", "--out", tmp_path / "later") == 0
-    one, other = (load_file(tmp_path / out / "esc10/linear/seed0/fold2.safetensors") for out in ("whole", "later"))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.linalg import svd
 
 import data
 
@@ -218,6 +219,20 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.means_of_layers, lambda model, x: means(model, x, from_first=True), "not the first tokens"),
     (checks.means_of_layers, lambda model, x: means(model, x)[:, 1:], "before the first block"),
     (checks.means_of_layers, lambda model, x: means(model, x, front=0), "two tokens in front"),
+    (checks.rate_at_a_quarter, 0.75, "straight line"),
+    (checks.rate_at_a_quarter, 0.7071, "halved"),
+    (checks.best_weights, lambda model: model.state_dict(), "live tensors"),
+    (checks.best_weights, lambda model: dict(model.state_dict()), "live tensors"),
+    (checks.best_weights, lambda model: list(model.parameters()), "names"),
+    (checks.masked_batch, lambda x, draws, training: data.spec_augment(x, draws), "masks on test clips"),
+    (checks.masked_batch, lambda x, draws, training: x, "should be masked"),
+    (checks.parameters_of_lora, 110_592, "both count"),
+    (checks.parameters_of_lora, 18_432, "every block"),
+    (checks.merged_weight, lambda weight, a, b, scale: weight + b @ a, "scale is missing"),
+    (checks.merged_weight, lambda weight, a, b, scale: weight + scale * (a.T @ b.T), "transposed"),
+    (checks.merged_weight, lambda weight, a, b, scale: scale * b @ a, "replace"),
+    (checks.low_rank, lambda update, r: svd(update)[0][:, :r] @ svd(update)[2][:r], "singular values are missing"),
+    (checks.low_rank, lambda update, r: update, "whole update"),
     (checks.parameters_of_adapters, 12 * (2 * 768 * 12 + 12 + 768), "LayerNorm"),
     (checks.parameters_of_adapters, 20_748, "one block"),
     (checks.adapter_in_sequence, lambda S, A, u: A(S(u)), "residual path is missing"),

@@ -36,7 +36,8 @@ from load_weights import load_ast
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.files import write_json
 from support.records import Settings, forget_peak, peak_memory
-from support.speed import DTYPES, Machine, Probe, autocast, nothing_pooled, pool_clips, prepare
+from support.speed import DTYPES, Machine, autocast, prepare
+from support.vectors import probed
 from tools.export import write_hf
 
 N_CLASSES = 50
@@ -248,9 +249,8 @@ def measure_probe(n_frames: int, bench: Bench) -> list[dict]:
     """The second epoch of a linear probe: ours on pooled tokens, ours without them, and transformers."""
     n, models = 4 * bench.batch, contestants("linear", n_frames, bench)
     clips = random_clips(n, n_frames, bench)
-    fresh = replace(clips, pooled=nothing_pooled(clips, models["ours"], bench.device))
-    pooled = pool_clips(models["ours"], fresh, data.Split(list(range(n)), [], []), bench.settings(), bench)
-    entries = {"ours": (Probe(models["ours"]), pooled), "ours, plain": (models["ours"], clips)}
+    kept = probed(models["ours"], clips, data.Split(list(range(n)), [], []), bench.settings(), bench)
+    entries = {"ours": kept, "ours, plain": (models["ours"], clips)}
     entries |= {name: (models[name], clips) for name in ("sdpa", "eager")}
     ways = {name: pass_of("linear", *entry, bench)[0] for name, entry in entries.items()}
     return results_of("linear probe, epoch 2", n_frames, in_turn(ways, bench.repeats), n)

@@ -367,6 +367,8 @@ def export(args: argparse.Namespace) -> None:
     method = getattr(model, "method", petl.Method("this model", (), "-", "-"))
     if args.to == "peft" and [kind_of(part) in ALIKE for part in method.parts] != [True]:
         raise UserError(f"--to peft takes one of {', '.join(ALIKE)} alone, not {method.name!r}; --to onnx takes all")
+    if args.to == "hf":
+        petl.merge(model)  # what cannot be merged is not helped by another pool
     if args.to in ("hf", "peft") and model.config.pool != "cls_dist":
         pooled = {"mean": "the mean of all tokens", "cls": "[CLS] alone"}[model.config.pool]
         raise UserError(

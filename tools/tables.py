@@ -168,8 +168,8 @@ def notes_of(target: str, datasets: tuple[str, ...], found: list[Measured], plan
     return [
         *notes,
         *([table.note] if table.note else []),
-        f"Trained: parameters besides the final LayerNorm and head{heads}, which every method trains and `linear` "
-        "alone. Seconds: training of one seed, all folds and datasets.",
+        f"Trained: parameters besides the final LayerNorm and head{heads}, which every method trains, and `linear` "
+        "and `probe` alone. Seconds: training of one seed, all folds and datasets.",
         *([f"Options of train.py: `{' '.join(plan.passed)}`."] if plan.passed else []),
     ]
 

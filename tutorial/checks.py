@@ -201,6 +201,84 @@ def means_of_layers(answer):
         })  # fmt: skip
 
 
+# ----------------------------------------------------------------------------------------------- 5: the training loop
+
+
+def rate_at_a_quarter(answer):
+    quarter = torch.tensor(torch.pi / 4)
+    return compare(answer, (1 + quarter.cos()) / 2, {
+        "that would be a straight line; the cosine falls slowly at first.": 0.75,
+        "all steps are half a wave, from the top to the bottom, not a quarter of one.": (quarter / 2).cos(),
+        "the wave runs from 1 to -1; lifted and halved it runs from 1 to 0.": quarter.cos(),
+        "all steps are half a wave, not a whole one.": 0.5,
+    })  # fmt: skip
+
+
+def best_weights(answer):
+    with torch.random.fork_rng(devices=[]):
+        model = torch.nn.Linear(3, 2)
+    before = torch.cat([tensor.detach().flatten() for tensor in model.parameters()])
+    kept = given(answer(model))
+    if set(kept) != {"weight", "bias"}:
+        return "it should have the names and tensors of the model's state_dict()."
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)  # training goes on
+    return compare(torch.cat([kept[name].flatten() for name in ("weight", "bias")]), before, {
+        "these are the live tensors: training on has changed them. Copy each one (clone).": before + 1,
+    })  # fmt: skip
+
+
+def masked_batch(answer):
+    x, draws = torch.rand(3, 98, 128, generator=torch.Generator().manual_seed(7)) + 1, torch.full((3, 4), 0.5)
+    draws[1:] *= torch.tensor([[0.5], [0.8]])
+    masked = data.spec_augment(x, draws)
+    wrong = compare(answer(x, draws, False), x, {
+        "masks on test clips: the model would be tested on what it cannot hear.": masked,
+    })  # fmt: skip
+    return wrong or compare(answer(x, draws, True), masked, {
+        "training clips should be masked.": x,
+        "each clip has masks of its own: give all rows of `draws`.":
+            data.spec_augment(x, draws[:1].expand(3, 4)),
+    })  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ 6: LoRA
+
+
+def parameters_of_lora(answer):
+    return compare(answer, 221_184, {
+        "A and B both count.": 221_184 // 2,
+        "every block has its own.": 221_184 // 12,
+        "those are the parameters of whole matrices: r is 6.": 2 * 768 * 768 * 12,
+        "queries, keys, values and the output would be twice as many: here are two projections.": 2 * 221_184,
+    })  # fmt: skip
+
+
+def merged_weight(answer):
+    generator = torch.Generator().manual_seed(8)
+    weight, a, b = (torch.randn(size, generator=generator) for size in ((6, 6), (2, 6), (6, 2)))
+    return compare(answer(weight, a, b, 0.25), weight + 0.25 * b @ a, {
+        "the scale is missing: s belongs to the product.": weight + b @ a,
+        "transposed: a weight is stored as (out, in), so the A B of eq. (5) is b @ a.": weight + 0.25 * (b @ a).T,
+        "add the product to the weight, it does not replace it.": 0.25 * b @ a,
+        "the scale belongs to the product alone, not to the weight.": 0.25 * (weight + b @ a),
+        "the scale counts once, not for a and b each.": weight + 0.0625 * b @ a,
+    })  # fmt: skip
+
+
+def low_rank(answer):
+    update = torch.randn(6, 6, generator=torch.Generator().manual_seed(9))
+    u, sigma, v = torch.linalg.svd(update)
+    return compare(answer(update, 2), u[:, :2] * sigma[:2] @ v[:2], {
+        "the singular values are missing.": u[:, :2] @ v[:2],
+        "these are the smallest singular values; the first are the largest.": u[:, -2:] * sigma[-2:] @ v[-2:],
+        "svd returns v transposed already: the r-th term is a row of it.": u[:, :2] * sigma[:2] @ v[:, :2].T,
+        "that is the whole update: keep r terms of the sum.": update,
+        "the singular values count once, not squared.": u[:, :2] * sigma[:2] ** 2 @ v[:2],
+    })  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------- 7: bottleneck adapters
 
 

@@ -29,7 +29,7 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(path.parent)}}
     NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources=place, record_timing=False, coalesce_streams=True
+        notebook, timeout=1800, kernel_name="python3", resources=place, record_timing=False, coalesce_streams=True
     ).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
