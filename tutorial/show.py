@@ -7,7 +7,6 @@ import sys
 import tempfile
 import textwrap
 from contextlib import redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +94,6 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
     import train
     from load_weights import load_ast, to_dict
     from support.files import default_cache_dir
-    from support.speed import nothing_pooled
     from support.variants import fitted
 
     cpu, cache = torch.device("cpu"), default_cache_dir()
@@ -110,8 +108,6 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
         clips="", n_frames=98, epochs=epochs, batch_size=16, lr=method.lr, mask=False, dtype="float32",
     )  # fmt: skip
     machine = train.Machine(cpu)
-    if not method.parts:  # a linear probe: each clip goes through the backbone once
-        clips = replace(clips, pooled=nothing_pooled(clips, pretrained, cpu))
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         model = train.adapted(pretrained, method, 1, settings, machine)
         result = train.train_fold(model, clips, split, 1, settings, Path(folder) / "fold1.resume.pt", machine)
