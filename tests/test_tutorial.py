@@ -135,6 +135,59 @@ def means(model, x, from_first=False, front=2):
     return torch.stack(found, dim=1)
 
 
+def sides(down_zero: bool, up_zero: bool, bias_zero: bool = True):
+    """A writer of exercise 7.3: which of the two sides starts at zero."""
+
+    def make(dim, rank):
+        down, up = torch.nn.Linear(dim, rank), torch.nn.Linear(rank, dim)
+        for linear, zero in ((down, down_zero), (up, up_zero)):
+            if zero:
+                torch.nn.init.zeros_(linear.weight)
+                if bias_zero:
+                    torch.nn.init.zeros_(linear.bias)
+        return down, up
+
+    return make
+
+
+def gate(q, k, p, scale=True, n=None):
+    scores = q @ torch.cat([p, k], dim=2).mT / (q.shape[-1] ** 0.5 if scale else 1)
+    return scores.softmax(-1)[..., : n or p.shape[2]].sum(-1, keepdim=True)
+
+
+def laid_out(conv, h, grid):
+    image = h[:, 2:].transpose(1, 2).unflatten(2, grid)
+    return torch.cat([h[:, :2], conv(image).flatten(2).transpose(1, 2)], dim=1)
+
+
+def differences(u, grid, dim=2):
+    step = u[:, 2:].unflatten(1, grid)
+    step = step - step.roll(1, dim)
+    return torch.cat([torch.zeros_like(u[:, :2]), step.flatten(1, 2)], dim=1)
+
+
+class Volume(torch.nn.Module):
+    """A writer's wrapper of exercise 11.3."""
+
+    def __init__(self, wrapped, start=1.0, of_input=False):
+        super().__init__()
+        self.wrapped, self.factor, self.of_input = wrapped, torch.nn.Parameter(torch.tensor(start)), of_input
+
+    def forward(self, u):
+        return self.wrapped(self.factor * u) if self.of_input else self.factor * self.wrapped(u)
+
+
+def volumes(model, **options):
+    for block in model.blocks:
+        block.attn = Volume(block.attn, **options)
+    return model
+
+
+def t_interval(gains, t=3.18245):
+    half = t * gains.std() / len(gains) ** 0.5
+    return gains.mean() - half, gains.mean() + half
+
+
 WRONG = [  # judge, an answer, a word of what is said of it
     (checks.frames_of_a_second, 100, "reach over"),
     (checks.frames_of_a_second, 97, "first frame"),
@@ -180,6 +233,40 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.merged_weight, lambda weight, a, b, scale: scale * b @ a, "replace"),
     (checks.low_rank, lambda update, r: svd(update)[0][:, :r] @ svd(update)[2][:r], "singular values are missing"),
     (checks.low_rank, lambda update, r: update, "whole update"),
+    (checks.parameters_of_adapters, 12 * (2 * 768 * 12 + 12 + 768), "LayerNorm"),
+    (checks.parameters_of_adapters, 20_748, "one block"),
+    (checks.adapter_in_sequence, lambda S, A, u: A(S(u)), "residual path is missing"),
+    (checks.adapter_in_sequence, lambda S, A, u: S(u) + A(u), "parallel"),
+    (checks.sides_of_a_bottleneck, sides(True, True), "both sides"),
+    (checks.sides_of_a_bottleneck, sides(False, False), "no side"),
+    (checks.sides_of_a_bottleneck, sides(False, True, bias_zero=False), "bias is left"),
+    (checks.parameters_of_a_convolution, 12 * 12 * 9 + 12, "3 x 3"),
+    (checks.parameters_of_a_convolution, 48, "depthwise"),
+    (checks.gated, lambda z: z[..., 4:] * z[..., :4].sigmoid(), "second half"),
+    (checks.gated, lambda z: z[..., :4] * z[..., 4:].softmax(-1), "compete"),
+    (checks.convolution_over_the_grid, lambda conv, h, grid: laid_out(conv, h, grid[::-1]), "(F, T)"),
+    (checks.convolution_over_the_grid, lambda conv, h, grid: laid_out(conv, h, grid)[:, 2:], "missing"),
+    (checks.parameters_of_deep_prompts, 25 * 768, "each block"),
+    (checks.gate_of_equal_scores, 24 / (24 + 590), "one half are keys"),
+    (checks.gate_of_a_prefix, lambda q, k, p: gate(q, k, p, scale=False), "scale"),
+    (checks.gate_of_a_prefix, lambda q, k, p: 1 - gate(q, k, p), "1 - lambda"),
+    (checks.gate_of_a_prefix, lambda q, k, p: (q @ p.mT).softmax(-1).sum(-1, keepdim=True), "prefix alone"),
+    (checks.half_of_an_interval, 1.96 * 2 / 3**0.5, "1.96"),
+    (checks.interval_of_differences, lambda a, b: t_interval(a - b, t=1.96), "1.96"),
+    (checks.interval_of_differences, lambda a, b: t_interval(b - a), "first - second"),
+    (checks.few_shot_draw, lambda labels, shots, seed: [*range(shots)], "9, not 3"),
+    (checks.few_shot_draw, lambda labels, shots, seed: [*range(1, 10)], "each class by itself"),
+    (checks.few_shot_draw, lambda labels, *_: [*range(9)], "every seed"),
+    (checks.megabytes_of_a_file, (248_976 + 39_986) / 1e6, "four bytes"),
+    (checks.differences_in_time, lambda u, grid: differences(u, grid), "roll"),
+    (checks.differences_in_time, lambda u, grid: F.pad(u.diff(dim=1), (0, 0, 1, 0)), "along the sequence"),
+    (checks.learned_volume, lambda model: model, "nothing trains"),
+    (checks.learned_volume, lambda model: volumes(model, start=0.5), "pretrained function"),
+    (checks.learned_volume, lambda model: volumes(model, of_input=True), "its output"),
+    (checks.accuracy_of_the_largest, 33.33, "chance"),
+    (checks.folds_by_recording, lambda recordings, n: [i % n for i in range(len(recordings))], "leak"),
+    (checks.folds_by_recording, lambda recordings, n: [0] * len(recordings), "empty"),
+    (checks.balanced_accuracy, lambda truth, said: 100 * (truth == said).float().mean(), "plain accuracy"),
 ]
 
 

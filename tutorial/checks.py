@@ -3,6 +3,8 @@
 Each takes the reader's answer, a value or a function, and returns what is wrong with it, or None (`show.compare`).
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from show import compare, given
@@ -274,4 +276,306 @@ def low_rank(answer):
         "svd returns v transposed already: the r-th term is a row of it.": u[:, :2] * sigma[:2] @ v[:, :2].T,
         "that is the whole update: keep r terms of the sum.": update,
         "the singular values count once, not squared.": u[:, :2] * sigma[:2] ** 2 @ v[:2],
+    })  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- 7: bottleneck adapters
+
+
+def parameters_of_adapters(answer):
+    matrices = 2 * 768 * 12
+    return compare(answer, 12 * (matrices + 12 + 768 + 2 * 768), {
+        "that is one block, and there are twelve.": matrices + 12 + 768 + 2 * 768,
+        "the LayerNorm trains, too: a scale and a shift for each number.": 12 * (matrices + 12 + 768),
+        "both sides have a bias, and the LayerNorm trains, too.": 12 * matrices,
+        "both sides have a bias: r numbers below and d above.": 12 * (matrices + 2 * 768),
+        "these are Houlsby adapters, two in each block.": 24 * (matrices + 12 + 768 + 2 * 768),
+    })  # fmt: skip
+
+
+def adapter_in_sequence(answer):
+    generator = torch.Generator().manual_seed(7)
+    u, s, a = torch.randn(2, 3, 4, generator=generator), *torch.randn(2, 4, 4, generator=generator)
+
+    def S(u):
+        return (u @ s).tanh()
+
+    def A(u):
+        return (u @ a).sin()
+
+    h = S(u)
+    return compare(answer(S, A, u), h + A(h), {
+        "this is the parallel one: in sequence, A reads what S returns.": h + A(u),
+        "the residual path is missing: with A = 0 nothing of S would be left (eq. 6 as printed).": A(h),
+        "the residual path leads around A, not around S and A: the block adds its own to the stream.": u + A(h),
+        "A comes behind S, not before it.": S(A(u)),
+        "A comes behind S, not before it: so S(A(u)) is no part of it.": S(A(u)) + A(u),
+        "the stream is added by the block, not here.": u + h + A(h),
+    })  # fmt: skip
+
+
+def sides_of_a_bottleneck(answer):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        down, up = given(answer(16, 4))
+        x = torch.randn(5, 16)
+        if (down.in_features, down.out_features, up.in_features, up.out_features) != (16, 4, 4, 16):
+            return "down goes from dim to rank, up from rank to dim."
+        y = up(F.gelu(down(x)))
+        (y - 1).square().sum().backward()
+    if y.abs().max() > 0:
+        only_bias = not up.weight.any() or not down.weight.any()
+        return f"the bottleneck is not zero at the start: {'a bias is left' if only_bias else 'no side is'}."
+    if not (down.weight.grad.any() or up.weight.grad.any()):
+        return "both sides are at zero: neither weight gets a gradient, now or ever."
+    return None
+
+
+# ------------------------------------------------------------------------- 8: Convpass, Hydra and the conformer adapter
+
+
+def parameters_of_a_convolution(answer):
+    return compare(answer, 12 * 12 * 3 + 12, {
+        "there is a bias for each channel.": 12 * 12 * 3,
+        "that would be a depthwise one: here every channel reads every channel.": 12 * 3 + 12,
+        "the window is three along the sequence, not 3 x 3.": 12 * 12 * 9 + 12,
+        "one block, please, not all twelve.": 12 * (12 * 12 * 3 + 12),
+        "it works on the r channels of the bottleneck, not on d.": 768 * 768 * 3 + 768,
+    })  # fmt: skip
+
+
+def gated(answer):
+    z = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(10))
+    first, second = z.chunk(2, dim=-1)
+    return compare(answer(z), first * second.sigmoid(), {
+        "the second half is the gate.": second * first.sigmoid(),
+        "a sigmoid opens each channel by itself; a softmax makes them compete.": first * second.softmax(-1),
+        "the gate needs a sigmoid: it opens from 0 to 1.": first * second,
+        "only the gate goes through the sigmoid.": (first * second).sigmoid(),
+        "that is the gate without what it lets through.": second.sigmoid(),
+        "the halves are the first and the last channels, not every second one.": z[..., ::2] * z[..., 1::2].sigmoid(),
+        "without the halves a channel gates itself, and that is swish.": z * z.sigmoid(),
+    })  # fmt: skip
+
+
+def convolution_over_the_grid(answer):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(13)
+        conv, h, grid = torch.nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 2 + 12, 4), (3, 4)
+        front, patches = h[:, :2], h[:, 2:]
+
+        def result(image):
+            return torch.cat([front, conv(image).flatten(2).transpose(1, 2)], dim=1)
+
+        channels = patches.transpose(1, 2)
+        turned = conv(channels.unflatten(2, (4, 3)).mT)
+        right = result(channels.unflatten(2, grid))
+        return compare(answer(conv, h, grid), right, {
+            "the grid is (F, T), not (T, F).": result(channels.unflatten(2, (4, 3))),
+            "the grid is (F, T): tokens go by bands first.":
+                torch.cat([front, turned.mT.flatten(2).transpose(1, 2)], dim=1),
+            "transpose before you lay them out: a reshape alone mixes channels and places.":
+                result(patches.reshape(2, 4, *grid)),
+            "the tokens in front are missing.": right[:, 2:],
+            "the tokens in front stay as they are.": torch.cat([torch.zeros(2, 2, 4), right[:, 2:]], dim=1),
+            "that leaves out the convolution.": h,
+        })  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- 9: prompts and prefixes
+
+
+def parameters_of_deep_prompts(answer):
+    return compare(answer, 25 * 768 * 12, {
+        "each block has prompts of its own.": 25 * 768,
+        "a prompt is one vector: key and value are computed from it.": 2 * 25 * 768 * 12,
+        "the first block has prompts as well.": 25 * 768 * 11,
+        "each head reads its own part of a prompt; there are no more of them.": 25 * 768 * 12 * 12,
+    })  # fmt: skip
+
+
+def gate_of_equal_scores(answer):
+    return compare(answer, 12 / 602, {
+        "of the 24 rows one half are keys; values are not asked.": 24 / 614,
+        "the keys of the prefix count in the denominator, too.": 12 / 590,
+        "the keys of the prefix count in the denominator, too, and of the 24 rows one half are keys.": 24 / 590,
+        "that is what is left for the tokens, 1 - lambda.": 590 / 602,
+    })  # fmt: skip
+
+
+def gate_of_a_prefix(answer):
+    generator = torch.Generator().manual_seed(9)
+    q, k, p = (torch.randn(2, 2, n, 8, generator=generator) for n in (5, 5, 3))
+    scores = q @ torch.cat([p, k], dim=2).mT
+    scaled = (scores / 8**0.5).softmax(-1)
+    right = scaled[..., :3].sum(-1, keepdim=True)
+    return compare(answer(q, k, p), right, {
+        "the scale is missing: divide by the root of d_k.": scores.softmax(-1)[..., :3].sum(-1, keepdim=True),
+        "this is 1 - lambda, the share of the tokens.": 1 - right,
+        "a softmax over the prefix alone always adds up to one: prefix and tokens share one.": torch.ones_like(right),
+        "these are the weights of the single keys: add them up.": scaled[..., :3],
+        "that is their mean: add them up.": right / 3,
+        "keep the last dimension: (batch, heads, tokens, 1).": right[..., 0],
+    })  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- 10: few clips, many parameters
+
+
+def half_of_an_interval(answer):
+    return compare(answer, 4.303 * 2 / 3**0.5, {
+        "of three numbers s is uncertain itself: take t, not the 1.96 of the normal distribution.": 1.96 * 2 / 3**0.5,
+        "divide by n - 1 in s: the mean is estimated from the same numbers.": 4.303 * (8 / 3) ** 0.5 / 3**0.5,
+        "the mean of n scatters less than one: divide by the root of n.": 4.303 * 2,
+        "divide by the root of n, not by n.": 4.303 * 2 / 3,
+        "that is the whole width.": 2 * 4.303 * 2 / 3**0.5,
+    })  # fmt: skip
+
+
+def interval_of_differences(answer):
+    first, second = torch.tensor([61.0, 70, 52, 66]), torch.tensor([58.0, 66, 51, 60])
+    gains, t = first - second, 3.18245
+
+    def bounds(half):
+        return torch.stack([gains.mean() - half, gains.mean() + half])
+
+    both = (first.var() / 4 + second.var() / 4).sqrt()
+    low, high = given(answer(first, second))
+    return compare(torch.tensor([float(low), float(high)]), bounds(t * gains.std() / 2), {
+        "it takes the luck of the clips for a difference: subtract seed by seed before you take s.": bounds(t * both),
+        "take t for n - 1, not 1.96.": bounds(1.96 * gains.std() / 2),
+        "divide by the root of n.": bounds(t * gains.std()),
+        "divide by n - 1 in s.": bounds(t * gains.std(correction=0) / 2),
+        "it is first - second.": -bounds(t * gains.std() / 2).flip(0),
+    })  # fmt: skip
+
+
+def few_shot_draw(answer):
+    labels = [0, 1, 2, 1, 0, 2, 2, 1] * 6
+
+    def drawn(seed):
+        return sorted(torch.as_tensor(given(answer(list(labels), 3, seed))).tolist())
+
+    draws = [drawn(seed) for seed in (0, 1, 2)]
+    for indices in draws:
+        if len(set(indices)) < len(indices):
+            return "a clip is drawn twice: do not put back."
+        counts = [sum(labels[i] == kind for i in indices) for kind in range(3)]
+        if len(indices) != 9:
+            return f"3 clips of each of 3 classes are 9, not {len(indices)}."
+        if counts != [3, 3, 3]:
+            return f"the classes have {counts} clips: draw from each class by itself."
+    if draws[0] == draws[1] == draws[2]:
+        return "every seed draws the same clips."
+    return None if drawn(0) == draws[0] else "the same seed should draw the same clips."
+
+
+# --------------------------------------------------------------------------------------------- 11: a method of your own
+
+
+def megabytes_of_a_file(answer):
+    return compare(answer, 4 * (248_976 + 39_986) / 1e6, {
+        "the head and the LayerNorm are trained, so they have to be kept.": 4 * 248_976 / 1e6,
+        "a float32 has four bytes.": (248_976 + 39_986) / 1e6,
+        "a float32 has four bytes, 32 bits.": 32 * (248_976 + 39_986) / 1e6,
+        "in megabytes, please.": 4 * (248_976 + 39_986),
+    })  # fmt: skip
+
+
+def differences_in_time(answer):
+    u = torch.randn(2, 2 + 12, 5, generator=torch.Generator().manual_seed(11))
+    front, grid = u[:, :2], u[:, 2:].unflatten(1, (3, 4))
+    other = u[:, 2:].unflatten(1, (4, 3))
+
+    def result(patches, front=None):
+        return torch.cat([torch.zeros(2, 2, 5) if front is None else front, patches.flatten(1, 2)], dim=1)
+
+    step = F.pad(grid.diff(dim=2), (0, 0, 1, 0))
+    flat = F.pad(u[:, 2:].diff(dim=1), (0, 0, 1, 0))
+    return compare(answer(u, (3, 4)), result(step), {
+        "the first step of a band has been compared with the last step of the band below.": result(flat[:, :, None]),
+        "it has been compared along the sequence: cut off what is in front, and mind the ends of the bands.":
+            F.pad(u.diff(dim=1), (0, 0, 1, 0)),
+        "these are differences between bands, not in time.": result(F.pad(grid.diff(dim=1), (0, 0, 0, 0, 1, 0))),
+        "the grid is (F, T): tokens go by bands first.": result(F.pad(other.diff(dim=1), (0, 0, 0, 0, 1, 0))),
+        "the grid is (F, T), not (T, F).": result(F.pad(other.diff(dim=2), (0, 0, 1, 0))),
+        "roll wraps around: nothing comes before the first step.": result(grid - grid.roll(1, dims=2)),
+        "it is later minus earlier.": result(-step),
+        "that is the difference to the next step, which an adapter could read as well, but not this one.":
+            result(F.pad(grid.diff(dim=2), (0, 0, 0, 1))),
+        "the tokens in front have no earlier one: zero.": result(step, front),
+        "the first steps have no earlier one: zero, not the token itself.":
+            result(torch.cat([grid[:, :, :1], grid.diff(dim=2)], dim=2)),
+        "the tokens in front are missing.": step.flatten(1, 2),
+    })  # fmt: skip
+
+
+def learned_volume(answer):
+    before = load_weights.load_ast("random:demo", n_frames=40, n_classes=2).eval().requires_grad_(False)
+    x = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(12))
+    model = given(answer(copy.deepcopy(before)))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if not learned:
+        return "nothing trains: a learned number is an nn.Parameter of a module in the model."
+    for number, block in enumerate(model.blocks, start=1):
+        if not isinstance(getattr(block.attn, "wrapped", None), ast_model.Attention):
+            return f"block {number}: block.attn should be a wrapper that keeps the attention as `wrapped`."
+    count = sum(p.numel() for p in learned)
+    if count != len(model.blocks):
+        return f"one number for each of the {len(model.blocks)} blocks, please: {count} train."
+    with torch.no_grad():
+        if not torch.allclose(model(x), before(x), atol=1e-5):
+            return "it does not start at the pretrained function: the factor has to be one, or 1 + s with s = 0."
+        for p in learned:
+            p.add_(1)
+        for block in before.blocks:
+            block.attn.o.weight *= 2
+            block.attn.o.bias *= 2
+        if not torch.allclose(model(x), before(x), atol=1e-4):
+            return "with the factor 2 the attention should write twice as much: multiply its output."
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- 12: your own sounds
+
+
+def accuracy_of_the_largest(answer):
+    return compare(answer, 60, {
+        "that is chance among equally frequent classes; whoever always says the largest does better.": 100 / 3,
+        "whoever guesses as often as each class is there does worse than who always says the largest.": 46,
+        "in percent, please.": 0.6,
+    })  # fmt: skip
+
+
+def folds_by_recording(answer):
+    recordings = ["b", "a", "c", "a", "b", "d", "c", "a", "e", "b", "f", "d", "e", "f", "a"]
+    folds = torch.as_tensor(given(answer(list(recordings), 3))).tolist()
+    if len(folds) != len(recordings):
+        return f"a fold for each of the {len(recordings)} clips, please: there are {len(folds)}."
+    if not set(folds) <= {0, 1, 2}:
+        return "folds are numbered from 0 to n - 1."
+    parted = len(set(zip(recordings, folds, strict=True))) - len(set(recordings))
+    if parted:
+        return "a recording has clips in several folds: that is the leak."
+    if set(folds) != {0, 1, 2}:
+        return "a fold is empty: there are recordings enough for each."
+    return None
+
+
+def balanced_accuracy(answer):
+    truth = torch.tensor([0] * 6 + [1] * 3 + [2])
+    said = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 1, 0])
+
+    def share(where, right):
+        return (truth == said)[where == right].float().mean()
+
+    kinds = range(3)
+    return compare(answer(truth, said), 100 * sum(share(truth, kind) for kind in kinds) / 3, {
+        "that is the plain accuracy, in which large classes count most.": 100 * (truth == said).float().mean(),
+        "divide by the clips that are of the class, not by those that are said to be (that is precision).":
+            100 * sum(share(said, kind).nan_to_num() for kind in kinds) / 3,
+        "in percent, please.": sum(share(truth, kind) for kind in kinds) / 3,
+        "the class that is never said counts as well, with nothing told.":
+            100 * sum(share(truth, kind) for kind in (0, 1)) / 2,
+        "it is the mean over the classes, not their sum.": 100 * sum(share(truth, kind) for kind in kinds),
     })  # fmt: skip
