@@ -110,12 +110,10 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
     machine = train.Machine(cpu)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         model = train.adapted(pretrained, method, 1, settings, machine)
-        result = train.train_fold(model, clips, split, 1, settings, Path(folder) / "fold1.resume.pt", machine)
-    with torch.inference_mode():
-        parts = [clips.batch(part, cpu) for part in torch.tensor(split.test).split(100)]
-        right = torch.cat([model.eval()(x).argmax(1) == y for x, y in parts])
-    trained = petl.count(model)["petl"]
-    return SimpleNamespace(accuracy=result["accuracy"], right=right, trained=trained, model=model)
+        outcome = train.train_fold(model, clips, split, 1, settings, Path(folder) / "fold1.resume.pt", machine)
+    right = torch.tensor(outcome["record"]["predictions"][-len(split.test) :]) == clips.labels[split.test]
+    accuracy, trained = outcome["result"]["accuracy"], petl.count(model)["petl"]
+    return SimpleNamespace(accuracy=accuracy, right=right, trained=trained, model=model.eval())
 
 
 # ---------------------------------------------------------------------------------------------------------- exercises
