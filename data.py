@@ -1,13 +1,12 @@
 """Sounds to features, and datasets to clips, folds and draws.
 
 Top to bottom: `fbank` and `to_input` turn a waveform into what the AST reads; `spec_augment` and `patchout` thin it out
-in training; `Dataset` and `Split` say which clips train and which test; `build_features` computes all features of a
+in training; `Dataset` and `Split` say which clips train and which test; `load_clips` computes all features of a
 dataset once and `Clips` hands them out batch by batch. DATASETS, at the end, has one row for each dataset: a function
 of `sounds/` that lists its clips, and how it is trained.
 """
 
 import math
-import os
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +20,7 @@ from ast_model import ASTConfig
 from sounds import demo, own, paper
 from sounds.audio import RATE, read_audio, typical_seconds
 from sounds.cache import cached
-from sounds.clip import PARTS, Listing  # PARTS: ("train", "val", "test"), the fields of a Split
+from sounds.clip import PARTS, Listing, name_of  # PARTS: ("train", "val", "test"), the fields of a Split
 from support.command import UserError, nearest
 from support.speed import near
 
@@ -136,7 +135,7 @@ class Dataset:
 
     def names(self) -> list[str]:
         """Paths relative to `root`, with forward slashes: the same wherever the dataset lies."""
-        return [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
+        return [name_of(path, self.root) for path in self.paths]
 
 
 @dataclass(frozen=True)
@@ -246,35 +245,18 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
     return max(ASTConfig.patch, round(seconds * FPS))
 
 
-def build_features(
-    dataset: Dataset, n_frames: int, cache_dir: Path, skip_bad: bool = False
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Features of all clips, float16 (clips, n_frames, 128), memory-mapped; and, by index, why a clip has none.
-
-    Computed once, on all cores, and kept under `cache_dir`. Unreadable clips are listed, and a UserError is raised
-    unless `skip_bad`.
-    """
-    seconds = (n_frames * HOP + WINDOW) / RATE + 0.1  # the rest would be cut
-
-    def compute(path: Path) -> np.ndarray:
-        wave = torch.from_numpy(read_audio(path, seconds))
-        return to_input(fbank(wave[None]), n_frames)[0].numpy()  # (n_frames, 128)
-
-    # Raise the 2 when a formula above changes: features kept before are then not found.
-    key = f"front end 2, {RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}, {n_frames} frames"
-    return cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
-
-
 @dataclass(frozen=True)
 class Clips:
     """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU.
 
     `file` has the features, if one does: what a probe reads of each clip is kept near it, by support/vectors.py.
+    `check` is called before features of these clips are read: of those in a file it mends the damaged ones.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
     file: Path | None = None
+    check: Callable[[torch.Tensor], None] = lambda index: None
 
     def batch(self, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips `index`, which lies where the features lie, on `device` in float32.
@@ -282,6 +264,7 @@ class Clips:
         From main memory to a GPU they go through pinned memory: such a copy lets the program run on, so that it gathers
         the next batch while the GPU still computes with this one.
         """
+        self.check(index)
         x, y = self.features[index], self.labels[index]
         if device.type == "cuda" and x.device.type == "cpu":
             x, y = x.pin_memory(), y.pin_memory()
@@ -291,13 +274,34 @@ class Clips:
 def load_clips(
     dataset: Dataset, n_frames: int, device: torch.device, cache_dir: Path, skip_bad: bool
 ) -> tuple[Clips, dict[int, str]]:
-    """All clips of a dataset, and what `build_features` says of the bad ones.
+    """All clips of a dataset; and, by index, why a clip has no features.
 
-    On a GPU the features lie in its memory if they fit; else they stay on disk.
+    They are computed once, on all cores, and kept under `cache_dir`. On a GPU they lie in its memory if they fit; else
+    they stay on disk. Unreadable clips are listed, and a UserError is raised unless `skip_bad`.
     """
-    rows, bad = build_features(dataset, n_frames, cache_dir, skip_bad)
+    seconds = (n_frames * HOP + WINDOW) / RATE + 0.1  # the rest would be cut
+
+    def compute(path: Path) -> np.ndarray:
+        wave = torch.from_numpy(read_audio(path, seconds))
+        return to_input(fbank(wave[None]), n_frames)[0].numpy()  # (n_frames, 128)
+
+    # Raise the 2 when a formula above changes: features kept before are then not found.
+    key = f"front end 2, {RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}, {n_frames} frames"
+    rows, bad, check = cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
+    if device.type == "cuda":  # reads them all now, if they fit
+        check(torch.arange(len(rows)))
+        check = Clips.check
     features = near(torch.from_numpy(rows), device)
-    return Clips(features, torch.tensor(dataset.labels, device=features.device), Path(rows.filename)), bad
+    return Clips(features, torch.tensor(dataset.labels, device=features.device), Path(rows.filename), check), bad
+
+
+def build_features(
+    dataset: Dataset, n_frames: int, cache_dir: Path, skip_bad: bool = False
+) -> tuple[np.ndarray, dict[int, str]]:
+    """What `load_clips` returns, as an array: float16 (clips, n_frames, 128), memory-mapped, all of it checked."""
+    clips, bad = load_clips(dataset, n_frames, torch.device("cpu"), cache_dir, skip_bad)
+    clips.check(torch.arange(len(clips.labels)))
+    return clips.features.numpy(), bad
 
 
 # ---------------------------------------------------------------------------------------------- the table of datasets

@@ -22,7 +22,7 @@ Compute = Callable[[Path], np.ndarray]  # raises ValueError, with the reason, fo
 
 def _row_key(path: Path, name: str, front_end: str) -> int:
     """Changes when the file, its `name` in the dataset or the front end changes."""
-    info = path.stat()
+    info = os.stat(path)
     source = f"{front_end}, {name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
     return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
 
@@ -38,15 +38,19 @@ def _make_row(path: Path, key: int, shape: tuple[int, int], compute: Compute) ->
     return row, reason
 
 
-def _read_index(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def _read_index(path: Path, shape: tuple[int, int], check: bool = True) -> np.ndarray | None:
     """`key` and `bad` of every row of a feature file, (clips,); a damaged row has key 0. None if there is no such file.
 
-    Reads the file block by block: mapped into memory, all of it would count as memory of this process.
+    Reads the file block by block: mapped into memory, all of it would count as memory of this process. Unless `check`,
+    damage to features is not looked for, and they are not read.
     """
     rows = map_rows(path, row_type(shape))
     if rows is None:
         return None
     index = np.zeros(len(rows), [("key", "<u8"), ("bad", "?")])
+    if not check:
+        index["key"], index["bad"] = rows["key"], rows["bad"]
+        return index
     damaged = 0
     with open(path, "rb") as file:
         file.seek(rows.offset)
@@ -63,7 +67,7 @@ def _read_index(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 def cached(
     dataset, shape: tuple[int, int], front_end: str, compute: Compute, cache_dir: Path, skip_bad: bool = False
-) -> tuple[np.ndarray, dict[int, str]]:
+) -> tuple[np.ndarray, dict[int, str], Callable[[torch.Tensor], None]]:
     """`compute` of every clip of a `data.Dataset`, float16 (clips, *shape), memory-mapped; and why clips have none, by
     their index. `front_end` is text that changes when `compute` computes something else.
 
@@ -71,23 +75,27 @@ def cached(
     goes on where it was; clips that changed on disk are built again, the others kept. The file lands by one rename
     under a lock, so any number of processes may ask for it at once. Unreadable clips are listed, and a UserError is
     raised unless `skip_bad`.
+
+    Checksums take longest: they are compared by what is returned last, a function to be called with the numbers of
+    clips, (n,), before their rows are read. It computes a damaged row again, or raises UserError.
     """
     where = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:8]
     path = cache_dir / "features" / f"{dataset.name}-{shape[0]}-{where}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    named = zip(dataset.paths, dataset.names(), strict=True)
+    names = dataset.names()
+    named = zip(dataset.paths, names, strict=True)
     keys = np.array([_row_key(clip, name, front_end) for clip, name in named], dtype="<u8")
 
     def reasons(index):  # read again for the reason: the file knows only that there was one
         return {i: _make_row(dataset.paths[i], 0, shape, compute)[1] for i in np.flatnonzero(index["bad"]).tolist()}
 
     with FileLock(f"{path}.lock"):
-        index = _read_index(path, shape)
+        index = _read_index(path, shape, check=False)
         whole = index is not None and np.array_equal(index["key"], keys)
         bad = reasons(index) if whole else {}
         if not whole or "" in bad.values():  # a file that can be read by now
-            _build_rows(path, index, keys, dataset, shape, compute)
-            bad = reasons(_read_index(path, shape))
+            _build_rows(path, None if index is None else _read_index(path, shape), keys, dataset, shape, compute)
+            bad = reasons(_read_index(path, shape, check=False))
         rows = np.load(path, mmap_mode="c")  # copy on write: nothing done to the array reaches the file
     if bad:
         for i, reason in bad.items():
@@ -98,7 +106,26 @@ def cached(
                 "train without them"
             )
         print(f"--skip-bad: going on without {len(bad)} of {len(rows)} clips", file=sys.stderr)
-    return rows["features"], bad
+    unread = np.ones(len(rows), bool)
+
+    def check(index):
+        index = index.numpy()
+        for i in index[unread[index]].tolist():
+            if crc_of(rows[i]) == rows["crc"][i]:
+                continue
+            print(f"{path}: a damaged row, building it again", file=sys.stderr)
+            row, reason = _make_row(dataset.paths[i], keys[i], shape, compute)
+            if not reason and _row_key(dataset.paths[i], names[i], front_end) != keys[i]:
+                raise UserError(f"{dataset.paths[i]} has changed since the start: start again")
+            rows[i] = row[0]
+            with open(path, "r+b") as file:
+                file.seek(rows.offset + i * rows.itemsize)
+                file.write(row.tobytes())
+            if reason:
+                raise UserError(f"{dataset.paths[i]} {reason}: mend it, or add --skip-bad to train without it")
+        unread[index] = False
+
+    return rows["features"], bad, check
 
 
 def _build_rows(

@@ -1,5 +1,6 @@
 """What a loader says of a dataset: where it lies, and for each clip its class and what it is used for."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,3 +20,11 @@ class Listing:
     clips: list[Clip]
     classes: list[str] | None = None  # in the order of their numbers; None: in that of the alphabet
     name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS
+
+
+def name_of(path: Path, root: Path) -> str:
+    """A clip's path relative to `root`, with forward slashes."""
+    text, start = str(path), str(root) + os.sep
+    if text.startswith(start) and ".." not in text:
+        return text[len(start) :].replace(os.sep, "/")
+    return Path(os.path.relpath(path, root)).as_posix()  # right for every path, and slow

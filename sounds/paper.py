@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sounds.clip import PARTS, Clip, Listing
 from sounds.fetch import Source, locate
-from sounds.tables import read_table, require_files, warn_of_recordings
+from sounds.tables import folders_in, read_table, require_files, warn_of_recordings
 from support.command import UserError, warn
 
 ESC50 = Source(
@@ -89,10 +89,16 @@ def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
         for name in file.read_text(encoding="utf-8").split():
             if part_of.setdefault(name, part) != part:
                 raise UserError(f"{root}: {name} is in validation_list.txt and in testing_list.txt: mend the lists")
-    require_files(root, [root / name for name in part_of])
-    clips = root.glob("[!._]*/[!.]*.wav")  # _background_noise_ is no word
-    names = sorted(f"{path.parent.name}/{path.name}" for path in clips)
-    return Listing(root, [Clip(root / name, name.split("/")[0], part_of.get(name, "train")) for name in names])
+    clips = {}
+    for folder in folders_in(root):
+        word = folder.name
+        for file in () if word.startswith("_") else folder.iterdir():  # _background_noise_ is no word
+            name = f"{word}/{file.name}"
+            if name.endswith(".wav") and "/." not in name:
+                clips[name] = Clip(file, word, part_of.get(name, "train"))
+    if not part_of.keys() <= clips.keys():
+        require_files(root, [root / name for name in part_of])
+    return Listing(root, [clips[name] for name in sorted(clips)])
 
 
 def fsc(data_dir: Path | None, cache_dir: Path) -> Listing:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import gc
 import os
 import re
 import sys
@@ -11,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+gc.freeze()  # a million objects of PyTorch, which stay: the collector need not look through them again and again
 
 
 class UserError(Exception):

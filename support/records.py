@@ -41,7 +41,7 @@ def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["fold", "split", "label", "path"])
     for fold, split in folds.items():
-        parts = {**asdict(split), "skipped": sorted(bad)}
+        parts = {**vars(split), "skipped": sorted(bad)}
         for part, clips in parts.items():
             writer.writerows([fold, part, dataset.classes[dataset.labels[i]], names[i]] for i in clips)
     return text.getvalue()
@@ -57,7 +57,7 @@ def start_run(
         # `weights` is a name; `backbone` is what counts.
         compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
-        names = dataset.names()
+        names = dataset.names() if bad else []
         config = {
             **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
             "data_dir": data_dir and str(data_dir.resolve()), "cache_dir": str(cache_dir.resolve()),

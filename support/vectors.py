@@ -116,6 +116,7 @@ def open_rows(model, clips, batch: int, settings, machine: Machine) -> tuple[np.
     what = f"vectors 1, {kind}, {model.backbone.sha256}, {model.config}, {model.method.parts}, {settings.dtype}"
     digest = hashlib.sha256(f"{what}, {machine.device.type}, {batch} at once".encode())
     file = clips.file.parents[1] / "vectors" / f"{clips.file.stem}-{digest.hexdigest()[:8]}.npy"
+    clips.check(torch.arange(len(clips.labels)))
     for block in clips.features.split(64):
         digest.update(block.cpu().contiguous().numpy())
     key = int.from_bytes(digest.digest()[:8], "little")

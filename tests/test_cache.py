@@ -21,9 +21,9 @@ import torch
 from helpers import Terminal, make_bad_files, make_clips, make_esc50, write_sound
 
 import data
-from data import Dataset, build_features, fbank, load_dataset, to_input
+from data import Dataset, build_features, fbank, load_clips, load_dataset, to_input
 from sounds.audio import read_audio
-from sounds.cache import _read_index
+from sounds.cache import _read_index, crc_of
 from support.command import UserError
 
 ROW = np.dtype([("key", "<u8"), ("crc", "<u4"), ("bad", "<u4"), ("features", "<f2", (30, 128))])
@@ -82,12 +82,11 @@ def test_only_what_the_frames_need_is_decoded(tmp_path):
 def test_features_are_shared_and_yet_ones_own(tmp_path):
     """Mapped into memory; what is written to the array does not reach the file."""
     dataset = make_clips(tmp_path / "sounds", "one.wav")
-    features, _ = build_features(dataset, 30, tmp_path)
-    assert isinstance(features, np.memmap) and features.dtype == np.float16
-    before = cache_of(dataset, tmp_path).read_bytes()
-    features[:] = 0
-    features.flush()
-    assert cache_of(dataset, tmp_path).read_bytes() == before
+    clips, _ = load_clips(dataset, 30, torch.device("cpu"), tmp_path, skip_bad=False)
+    assert clips.file == cache_of(dataset, tmp_path) and clips.features.dtype == torch.float16
+    before = clips.file.read_bytes()
+    clips.features.zero_()
+    assert clips.file.read_bytes() == before
     assert np.array(build_features(dataset, 30, tmp_path)[0]).any()
 
 
@@ -211,12 +210,73 @@ def test_damage_anywhere_in_the_cache_is_mended(tmp_path, capsys):
         capsys.readouterr()
         assert np.array_equal(build_features(dataset, 30, cache)[0], whole), position
         output = capsys.readouterr()
-        assert "built 1 of 3" in output.out or ("not a whole" in output.err and "built 3 of 3" in output.out), position
-        assert position <= 140 or "1 damaged" in output.err, position  # of what the checksum guards
+        assert (
+            "built 1 of 3" in output.out
+            or output.err == f"{file}: a damaged row, building it again\n"  # what the checksum guards
+            or ("not a whole" in output.err and "built 3 of 3" in output.out)
+        ), position
+        assert file.read_bytes() == content, position
     for length in (0, 100, 1000, len(content) - 1):
         file.write_bytes(content[:length])
         assert np.array_equal(build_features(dataset, 30, cache)[0], whole), length
         assert "not a whole feature file" in capsys.readouterr().err
+
+
+def damaged(tmp_path: Path) -> tuple[Dataset, Path, bytes]:
+    """Three clips, their features, in which a bit of the second is another, and what is right."""
+    dataset = make_clips(tmp_path / "clips", *numbered(3))
+    build_features(dataset, 30, tmp_path / "cache")
+    file = cache_of(dataset, tmp_path / "cache")
+    right = file.read_bytes()
+    position = 1000 - 2 * ROW.itemsize
+    file.write_bytes(right[:position] + bytes([right[position] ^ 4]) + right[position + 1 :])
+    return dataset, file, right
+
+
+def read(dataset: Dataset, cache: Path, device: str = "cpu") -> data.Clips:
+    return load_clips(dataset, 30, torch.device(device), cache, skip_bad=False)[0]
+
+
+def test_a_second_start_reads_no_features_and_a_damaged_row_is_mended_where_it_is_read(tmp_path, monkeypatch, capsys):
+    dataset, file, right = damaged(tmp_path)
+    whole = np.frombuffer(right[-3 * ROW.itemsize :], ROW)["features"].astype(np.float32)
+    compared = []
+    monkeypatch.setattr("sounds.cache.crc_of", lambda row: compared.append(1) or crc_of(row))
+    clips, cpu = read(dataset, tmp_path / "cache"), torch.device("cpu")
+    clips.batch(torch.tensor([2, 0]), cpu)
+    assert len(compared) == 2 and capsys.readouterr().err == "" and file.read_bytes() != right
+    x, _ = clips.batch(torch.tensor([0, 1]), cpu)
+    assert np.array_equal(x, whole[:2]) and file.read_bytes() == right
+    assert capsys.readouterr().err == f"{file}: a damaged row, building it again\n"
+    compared.clear()
+    assert np.array_equal(clips.batch(torch.arange(3), cpu)[0], whole) and not compared  # once is enough
+
+
+def test_a_damaged_row_whose_sound_is_another_by_now_is_not_used(tmp_path, capsys):
+    dataset, _, _ = damaged(tmp_path)
+    clips, sound = read(dataset, tmp_path / "cache"), dataset.paths[1]
+    write_sound(sound, seconds=0.2)
+    with pytest.raises(UserError, match=r"0001\.wav has changed since the start: start again"):
+        clips.batch(torch.tensor([1]), torch.device("cpu"))
+    assert "built 1 of 3" in (build_features(dataset, 30, tmp_path / "cache"), capsys.readouterr().out)[1]
+    dataset, _, _ = damaged(tmp_path)
+    clips, date = read(dataset, tmp_path / "cache"), sound.stat().st_mtime_ns
+    sound.write_bytes(bytes(sound.stat().st_size))  # as large and as old
+    os.utime(sound, ns=(date, date))
+    with pytest.raises(UserError, match=r"0001\.wav is in no known sound format: mend it, or add --skip-bad"):
+        clips.batch(torch.tensor([1]), torch.device("cpu"))
+    assert build_features(dataset, 30, tmp_path / "cache", skip_bad=True)[1] == {1: "is in no known sound format"}
+
+
+def test_what_goes_to_a_gpu_is_read_and_mended_before(tmp_path, monkeypatch):
+    dataset, file, right = damaged(tmp_path)
+    monkeypatch.setattr(data, "near", lambda tensor, device: tensor.clone())
+    clips = read(dataset, tmp_path / "cache", "cuda")
+    assert (
+        np.array_equal(clips.features, np.frombuffer(right[-3 * ROW.itemsize :], ROW)["features"])
+        and file.read_bytes() == right
+    )
+    clips.check("an index on a GPU, which nothing waits for")
 
 
 @pytest.mark.parametrize("other", [np.zeros(2), np.zeros((2, 1), ROW), np.zeros(2, "<u8")])

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import astuple, replace
 from functools import partial
@@ -29,7 +30,7 @@ from data import (
     spec_augment,
     to_input,
 )
-from sounds.clip import Clip, Listing
+from sounds.clip import Clip, Listing, name_of
 from support.command import UserError
 
 STORED = np.load(REFERENCE / "fbank_torchaudio.npz")
@@ -322,3 +323,12 @@ def test_of_two_folds_none_validates(tmp_path):
     assert folded(tmp_path, [1, 1, 2, 2]) == {
         1: Split(train=[2, 3], val=[], test=[0, 1]), 2: Split(train=[0, 1], val=[], test=[2, 3]),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "root"),
+    [("a/b/c.wav", "a"), ("a/b/../c.wav", "a"), ("a/c.wav", "a/b"), ("ab/c.wav", "a"), ("a/x..y.wav", "a"),
+     ("../d/e.wav", "../d"), ("/r/a.wav", "/r"), ("/a.wav", "/"), ("b/a.wav", ".")],
+)  # fmt: skip
+def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
+    assert name_of(Path(path), Path(root)) == os.path.relpath(path, root)

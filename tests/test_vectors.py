@@ -251,6 +251,13 @@ def test_vectors_are_those_of_the_network(tmp_path):
     assert len(list((tmp_path / "vectors").glob("x-*.npy"))) == 2
 
 
+def test_all_features_are_checked_before_the_file_is_named_by_them(tmp_path):
+    seen = []
+    clips = replace(sounds(tmp_path / "features/x.npy"), check=lambda index: seen.extend(index.tolist()))
+    keep(small("linear"), clips, [4])
+    assert seen == [*range(10), 3, 4, 5]
+
+
 def test_what_vectors_are_known_by(tmp_path, monkeypatch):
     """Each change alone has vectors of its own; and what changes nothing finds those that are there."""
     sizes, file = batches(monkeypatch), tmp_path / "features/x.npy"
