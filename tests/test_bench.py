@@ -5,14 +5,16 @@ import re
 import sys
 
 import pytest
+import soundfile
 import torch
-from helpers import tiny_ast
+from helpers import SMALL_AST, tiny_ast
 from torch.nn.functional import cross_entropy
 
+import data
 import petl
 from ast_model import ASTConfig
 from load_weights import load_ast
-from tools import bench, export
+from tools import bench, bench_fold, export
 
 METHODS = [None, "lora", "houlsby_par", "full_ft"]
 
@@ -175,3 +177,56 @@ def test_less_to_compute(capsys, tmp_path):
     steps = json.loads(file.read_text())["results"]
     assert [step["step"] for step in steps] == ["LoRA ", "LoRA --keep 0.4", "LoRA --blocks 3-4"]
     assert all(f"{step['seconds']:8.2f} s a step" in printed for step in steps)
+
+
+# ------------------------------------------------------------------------------------------------- a fold end to end
+
+
+def test_a_release_of_sounds_made_here(tmp_path):
+    root = bench_fold.make_sounds(tmp_path / "sounds", 50, None)
+    dataset = data.load_dataset("esc10", root, tmp_path)
+    assert len(dataset.paths) == 50 and len(dataset.classes) == 10
+    assert [len(part) for part in (dataset.folds[1].train, dataset.folds[1].val, dataset.folds[1].test)] == [30, 10, 10]
+    info = soundfile.info(dataset.paths[0])
+    assert (info.samplerate, info.frames) == (44_100, 5 * 44_100)
+    again = bench_fold.make_sounds(tmp_path / "again", 10, root)
+    part = data.load_dataset("esc10", again, tmp_path)
+    assert len(part.paths) == 10 and {path.read_bytes() for path in part.paths} < {
+        p.read_bytes() for p in dataset.paths
+    }
+
+
+def test_both_train_the_same_fold(monkeypatch):
+    """Equal seconds would be chance, equal steps and features are not; each second belongs to one stage."""
+    steps, heard, step = [], [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *x: steps.append(self.param_groups[0]["lr"]) or step(self)
+    )
+    extracted = bench_fold.Sounds.extracted
+    monkeypatch.setattr(bench_fold.Sounds, "extracted", lambda *x: heard.append(x[1]) or extracted(*x))
+    results = bench_fold.measure(bench_fold.Case(str(SMALL_AST), 10, 2), None, 2, 1)
+    assert [(result["run"], result["contestant"]) for result in results] == [
+        (run, name) for run in ("first", "second") for name in ("ours", "Trainer", "Trainer, kept")
+    ]
+    assert len(steps) == 6 * 6 and steps[:6] == pytest.approx(steps[12:18])  # 6 clips, by two, twice
+    assert len(heard) == 2 * (2 * (6 + 2) + 2) + 10  # again and again, or once
+    for result in results:
+        assert result["seconds"] == pytest.approx(sum(result[stage] for stage in bench_fold.STAGES))
+        assert min(result[stage] for stage in bench_fold.STAGES) > 0 and 0 <= result["accuracy"] <= 100
+
+
+def test_the_table_of_folds(monkeypatch, capsys):
+    def measure(case, data_dir, batch, repeats):
+        assert (data_dir, batch, repeats) == (None, 8, 1 if case == bench_fold.WARM else 3)
+        names = {"weights": case.weights, "clips": case.clips, "epochs": case.epochs, "run": "first"}
+        stages = dict.fromkeys(bench_fold.STAGES, 1.0)
+        return [{**names, "contestant": name, **stages, "seconds": seconds, "spread": 2.0, "accuracy": 50.0}
+                for name, seconds in (("ours", 4.0), ("Trainer", 6.0))]  # fmt: skip
+
+    monkeypatch.setattr(bench_fold, "measure", measure)
+    assert bench.main(["fold", "--quick"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| random")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["random:demo", "400", "5", "first", name, *["1.00"] * 4, seconds, "2 %", faster, "50.0 %"]
+        for name, seconds, faster in (("ours", "4.00", "1.00 x"), ("Trainer", "6.00", "1.50 x"))
+    ]

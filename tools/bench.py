@@ -1,6 +1,7 @@
 """How fast it is, beside transformers and peft in one process, and against its own arithmetic.
 
-    python -m tools.bench   # the table of tools/README.md; --quick for a short one, --json FILE for programs
+    python -m tools.bench        # the table of tools/README.md; --quick for a short one, --json FILE for programs
+    python -m tools.bench fold   # a fold end to end, see bench_fold.py
 
 The contestants run in turn, so that a busy machine slows all of them, and the median counts. They have the same random
 weights of the base AST with the head of 50 classes, the same batch, optimiser, type, and threads or GPU; before the
@@ -38,6 +39,7 @@ from support.files import write_json
 from support.records import Settings, forget_peak, peak_memory
 from support.speed import DTYPES, Machine, autocast, prepare
 from support.vectors import probed
+from tools import bench_fold
 from tools.export import write_hf
 
 N_CLASSES = 50
@@ -103,22 +105,11 @@ def large_product(tokens: int, bench: Bench) -> tuple[Callable, float]:
 
 def theirs(folder: Path, attention: str, method: str | None) -> nn.Module:
     """The same model with transformers and peft. UserError where they are not installed."""
-    try:
-        import transformers
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError(f"the comparison needs {error.name}: pip install -r requirements-dev.txt") from None
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForAudioClassification.from_pretrained(folder, attn_implementation=attention)
+    library = bench_fold.transformers()
+    model = library.AutoModelForAudioClassification.from_pretrained(folder, attn_implementation=attention)
     ast, dim = model.audio_spectrogram_transformer, model.config.hidden_size
     if method == "lora":
-        (lora,) = petl.METHODS["lora"].parts
-        rank = petl.rank_of(dim, lora.rr)
-        model = get_peft_model(model, LoraConfig(
-            r=rank, lora_alpha=lora.alpha / lora.rr * rank, target_modules=["q_proj", "v_proj"],
-            modules_to_save=["audio_spectrogram_transformer.layernorm", "classifier"],
-        ))  # fmt: skip
+        model = bench_fold.with_lora(model, *petl.METHODS["lora"].parts)
     elif method != "full_ft":
         trained = "classifier|layernorm" if method == "houlsby_par" else r"classifier|transformer\.layernorm"
         for name, parameter in model.named_parameters():
@@ -300,7 +291,8 @@ def methods(names: list[str], bench: Bench) -> list[dict]:
 
 
 def less(bench: Bench) -> list[dict]:
-    """A LoRA step on 500 frames as it is, with --keep 0.4, and with --blocks for the last third; the clock as above."""
+    """A LoRA step on 500 frames as it is, with --keep 0.4, and with --blocks for the last third: time and memory as
+    above."""
     clock = time.perf_counter if bench.device.type == "cuda" else time.process_time
     clips, passes = random_clips(bench.batch, 500, bench), {}
     for words in ("", "--keep 0.4", "--blocks"):
@@ -309,11 +301,14 @@ def less(bench: Bench) -> list[dict]:
             last = backbone.config.depth
             lora, words = replace(lora, blocks=(last * 2 // 3 + 1, last)), f"--blocks {last * 2 // 3 + 1}-{last}"
         model = prepare(petl.apply(backbone, lora), bench.dtype, bench)
-        passes[f"LoRA {words}"], _ = pass_of("lora", model, clips, bench, 0.4 if "keep" in words else None)
-    times = {name: min(seconds) for name, seconds in in_turn(passes, bench.repeats, clock).items()}
+        passes[f"LoRA {words}"] = pass_of("lora", model, clips, bench, 0.4 if "keep" in words else None)
+    times, results = in_turn({name: way for name, (way, _) in passes.items()}, bench.repeats, clock), []
     for name, seconds in times.items():
-        print(f"{name:<20}{seconds:8.2f} s a step{times['LoRA '] / seconds:8.2f} x as fast")
-    return [{"step": name, "seconds": seconds} for name, seconds in times.items()]
+        faster, mb = min(times["LoRA "]) / min(seconds), memory_mb(*passes[name])
+        memory = "" if mb is None else f"{mb:8,.0f} MB"
+        print(f"{name:<20}{min(seconds):8.2f} s a step{faster:8.2f} x as fast{memory}", flush=True)
+        results.append({"step": name, "seconds": min(seconds), "memory_mb": mb})
+    return results
 
 
 def describe(bench: Bench) -> str:
@@ -329,11 +324,13 @@ def describe(bench: Bench) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
+    add("what", nargs="?", choices=["fold"], help="time a fold end to end, on the CPU, beside transformers' Trainer")
+    add("--data-dir", type=Path, help="ESC-50 or its zip, for `fold`; without it the sounds are made here")
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--methods", metavar="M,M", help="time a training step of each of these instead, or of all")
     add("--less", action="store_true", help="time a LoRA step with fewer patches and in fewer blocks")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
-    add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick")
+    add("--batch", type=positive, help="clips at once; default: 32 on a GPU, 4 on a CPU, 2 with --quick, 8 for `fold`")
     add("--repeats", type=positive, help="default: 20 on a GPU, 3 on a CPU")
     add("--weights", default="random:base", help=argparse.SUPPRESS)  # a small model, for the tests
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -356,7 +353,9 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(bench))
         started = time.perf_counter()
         names = list(petl.METHODS) if args.methods == "all" else (args.methods or "").split(",")
-        if args.less:
+        if args.what:
+            results = bench_fold.table(args.data_dir, args.batch or 8, args.repeats or 3, args.quick)
+        elif args.less:
             results = less(bench)
         else:
             results = methods([petl.find(name).name for name in names], bench) if args.methods else table(bench)
