@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-gc.freeze()  # a million objects of PyTorch, which stay: the collector need not look through them again and again
+# What PyTorch brings stays, and loading more of it or 100,000 clips leaves no garbage: a tenth of the time of a start.
+gc.freeze()
+gc.set_threshold(50_000)
 
 
 class UserError(Exception):
