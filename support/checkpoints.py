@@ -110,7 +110,9 @@ def unusual(tensor: torch.Tensor) -> str | None:
         return f"is of type {tensor.dtype}"
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         return "is larger than what is stored of it"
-    if not tensor.float().isfinite().all():
+    if (
+        tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all()
+    ):  # asking each takes 15 times as long
         return "holds a number that is not finite"
     return None
 

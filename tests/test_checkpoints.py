@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
 from load_weights import load_ast, load_trained, read_header
+from support.checkpoints import unusual
 from support.command import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +124,14 @@ def test_the_hub_is_asked_for_safetensors_first(weights, repository, tmp_path, m
     model = load_ast(weights, n_classes=3)
     assert asked == [(repository, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")]
     assert model.backbone.name == weights and model.config.heads == 2  # which only the config.json knows
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_number_that_is_not_finite_is_found_anywhere(kind):
+    tensor = torch.linspace(-5, 5, 70, dtype=kind).reshape(7, 10)
+    assert unusual(tensor) is None and unusual(tensor[:0]) is None
+    for number in (torch.nan, torch.inf, -torch.inf):
+        for place in ((0, 0), (3, 4), (6, 9)):
+            wrong = tensor.clone()
+            wrong[place] = number
+            assert unusual(wrong) == "holds a number that is not finite"
