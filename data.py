@@ -20,7 +20,7 @@ from ast_model import ASTConfig
 from sounds import demo, own, paper
 from sounds.audio import RATE, read_audio, typical_seconds
 from sounds.cache import cached
-from sounds.clip import PARTS, Listing, name_of  # PARTS: ("train", "val", "test"), the fields of a Split
+from sounds.clip import PARTS, Listing, names_of  # PARTS: ("train", "val", "test"), the fields of a Split
 from support.command import UserError, nearest
 from support.speed import near
 
@@ -135,7 +135,7 @@ class Dataset:
 
     def names(self) -> list[str]:
         """Paths relative to `root`, with forward slashes: the same wherever the dataset lies."""
-        return [name_of(path, self.root) for path in self.paths]
+        return names_of(self.paths, self.root)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from data import (
     spec_augment,
     to_input,
 )
-from sounds.clip import Clip, Listing, name_of
+from sounds.clip import Clip, Listing, names_of
 from support.command import UserError
 
 STORED = np.load(REFERENCE / "fbank_torchaudio.npz")
@@ -331,4 +331,4 @@ def test_of_two_folds_none_validates(tmp_path):
      ("../d/e.wav", "../d"), ("/r/a.wav", "/r"), ("/a.wav", "/"), ("b/a.wav", ".")],
 )  # fmt: skip
 def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
-    assert name_of(Path(path), Path(root)) == os.path.relpath(path, root)
+    assert names_of([Path(path)], Path(root)) == [os.path.relpath(path, root)]
