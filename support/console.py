@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -134,6 +135,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
     baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
     say(
         f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
+        f"{describe_errors(results)}"
         f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
@@ -142,6 +144,16 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
         f"\n  to compare      the same command with --method {baseline}\n"
     )
     return summary
+
+
+def describe_errors(results: list[dict]) -> str:
+    """How far probabilities are from the truth, on average over the folds that have a temperature."""
+    told = [result for result in results if result.get("calibrated_error") is not None]
+    if not told:
+        return ""
+    before, after = (mean(result[f"{kind}_error"] for result in told) for kind in ("calibration", "calibrated"))
+    what = "expected calibration error"
+    return f"\n  probabilities   {before:.1f} % off ({what}), {after:.1f} % as tools.predict has them"
 
 
 def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:

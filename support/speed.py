@@ -115,19 +115,21 @@ def evaluation_batch(batch_size: int, machine: Machine) -> int:
     return share * (4 if machine.device.type == "cuda" else 1)
 
 
-def pairs_in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine: Machine) -> torch.Tensor:
-    """Two numbers for each of `index`, (n, 2): `function` on pieces of it, half as large where memory is too small.
-    Every process takes its share and gets all."""
+def in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine: Machine) -> torch.Tensor:
+    """Some numbers for each of `index`, float32 (n, numbers): `function` on pieces of it, half as large where memory is
+    too small; at least on one, if empty, which shows how many numbers there are. Every process takes its share and gets
+    all."""
     rank, world = ranks()
-    pairs = torch.zeros(len(index), 2, device=machine.device)
-    index, mine = index[rank::world], pairs[rank::world]
+    mine, found = index[rank::world], []
     batch, start = evaluation_batch(batch_size, machine), 0
-    while start < len(index):
+    while start < len(mine) or not found:
         try:
-            mine[start : start + batch] = function(index[start : start + batch])
+            found.append(function(mine[start : start + batch]).float())
             start += batch
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
             batch //= 2
-    return sum_over_ranks(pairs)
+    rows = found[0].new_zeros(len(index), found[0].shape[1])
+    rows[rank::world] = torch.cat(found)
+    return sum_over_ranks(rows)

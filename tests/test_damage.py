@@ -112,7 +112,9 @@ def says(action, *words) -> bool:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     record = {"history": [{"fold": 1, "epoch": 1, "loss": 0.5}], "predictions": [0, 3], "millionths": [10**6, 300_000]}
-    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}, "record": record}
+    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}, "record": record,
+            "calibration": {"temperature": 0.9, "min_confidence": 0.3, "whitening": [[1.0] * 4] * 4,
+                            "centres": [[0.5] * 4] * 2}}  # fmt: skip
     for method in ("lora", "houlsby_par", "dpt"):
         save_random(folder / f"{method}.safetensors", method, pool="cls_dist", **more)
     model = load_trained(folder / "lora.safetensors")
@@ -135,7 +137,7 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
     value = None if remove else data.draw(odd)
     new = with_header(file, changed(header, place, value, remove), tmp_path / "new.safetensors")
     named = {"result", "parameters", "versions", "classes", "n_classes", "n_frames", "backbone", "method", "config",
-             "record"}  # fmt: skip
+             "record", "calibration"}  # fmt: skip
     if not says(lambda: load_classifier(new, None), *([new] if place[0] in named else [])):
         classifier = load_classifier(new, None)
         assert len(classifier.classes) == classifier.models[0].config.n_classes
@@ -156,6 +158,10 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
         ("lora", ("result", "accuracy"), float("nan"), "result.accuracy: Expected float >= 0"),
         ("lora", ("record", "predictions", 0), 4, "record.predictions: Expected numbers below 4"),
         ("lora", ("record", "millionths"), [1], "record: Expected 2 millionths, got 1"),
+        ("lora", ("calibration", "temperature"), 0, "calibration.temperature: Expected float >= 0.01"),
+        ("lora", ("calibration", "whitening", 1), [1.0] * 3, "calibration: Expected 4 rows of whitening"),
+        ("lora", ("calibration", "whitening"), [[1.0] * 4], "calibration: Expected 4 rows of whitening"),
+        ("lora", ("calibration", "centres"), [[float("inf")] * 4], "calibration.centres[0][0]"),
         ("dpt", ("method", "parts", 0, "prompts"), 10**9, "prompts: Expected int <= 4096"),
         ("houlsby_par", ("method", "parts", 0, "how"), "none", "how: Invalid enum value 'none'"),
         ("whole", ("config", "depth"), 10**9, "config.depth: Expected int <="),
