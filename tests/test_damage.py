@@ -37,7 +37,7 @@ from support.processes import join
 from support.records import Progress, read_progress, save_progress
 from tools import export, predict
 from tools.campaign import read_run
-from tools.predict import class_names, load_classifier
+from tools.predict import class_names, load
 
 ROOT = Path(train.__file__).parent
 few = settings(
@@ -138,8 +138,8 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
     new = with_header(file, changed(header, place, value, remove), tmp_path / "new.safetensors")
     named = {"result", "parameters", "versions", "classes", "n_classes", "n_frames", "backbone", "method", "config",
              "record", "calibration"}  # fmt: skip
-    if not says(lambda: load_classifier(new, None), *([new] if place[0] in named else [])):
-        classifier = load_classifier(new, None)
+    if not says(lambda: load(new), *([new] if place[0] in named else [])):
+        classifier = load(new)
         assert len(classifier.classes) == classifier.models[0].config.n_classes
         x = torch.zeros(1, classifier.n_frames, 128)
         assert classifier.models[0](x).isfinite().all()
@@ -365,7 +365,7 @@ def test_a_flipped_bit_is_never_used(folder, tmp_path, name, data):
     content = (folder / f"{name}.safetensors").read_bytes()
     new = tmp_path / "new.safetensors"
     new.write_bytes(flipped(content, data.draw(st.integers(0, 8 * len(content) - 1))))
-    if not says(lambda: load_classifier(new, None), new):  # where nobody reads: nothing is changed
+    if not says(lambda: load(new), new):  # where nobody reads: nothing is changed
         assert read_header(new).items() >= read_header(folder / f"{name}.safetensors").items()
         assert sha256_of(load_file(new)) == sha256_of(load_file(folder / f"{name}.safetensors"))
 
@@ -482,7 +482,7 @@ def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
         read_audio(tmp_path / "x.wav")
     with pytest.raises(ValueError, match="null byte"):
         read_audio(Path(f"{tmp_path}/a\0.wav"))
-    assert says(lambda: load_classifier(tmp_path / "x.wav", None), "it is no file")
+    assert says(lambda: load(tmp_path / "x.wav", None), "it is no file")
     assert says(lambda: load_ast(tmp_path / "x.wav"), "no weights at")
     (tmp_path / "y.wav").mkdir()
     ends(lambda: predict.main([str(folder / "lora.safetensors"), str(tmp_path / "y.wav")]), "holds no sounds")(capsys)

@@ -21,6 +21,7 @@ import data
 import petl
 from load_weights import load_ast, save_trained
 from sounds.audio import read_audio
+from support.calibration import Calibration
 from support.checkpoints import read_header
 from tools import export, predict
 
@@ -451,10 +452,10 @@ def test_a_long_recording_is_listened_to_as_it_comes():
             yield predict.Window(Path("a"), start, np.zeros(880, np.float32))
 
     model = petl.apply(load_ast(SMALL_AST, 36, 2), "linear").eval()
-    classifier = predict.Classifier([model], ["a", "b"], lambda logits: logits.softmax(-1))
-    scored = predict.score(counted(), classifier, 5, torch.device("cpu"), "float32")
+    classifier = predict.Classifier([model], ["a", "b"], lambda logits: logits.softmax(-1), [Calibration()])
+    scored = predict.score(counted(), classifier, 5)
     assert [next(scored)[0].start for _ in range(5)] == [0, 1, 2, 3, 4] and len(cut) == 5
-    answers = predict.answers(scored, ["a", "b"], 1)
+    answers = predict.answers(scored, classifier, 1)
     assert next(answers).what == "window" and len(cut) == 10
 
 
