@@ -10,6 +10,7 @@ from scipy.spatial.distance import mahalanobis
 from support.calibration import Calibration, calibrated, error, fit, temperature_of
 from support.checkpoints import read_header
 from tools import export
+from tools.predict import load
 
 
 def clips(count: int, classes: int = 4, far: float = 3.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +95,7 @@ def test_too_few_clips_and_odd_ones():
 
 
 def test_a_run_fits_its_validation_clips(tmp_path, capsys):
-    """What is found is in the header, its errors in the summary, and `show` prints it."""
+    """What is found is in the header, its errors in the summary, `show` prints it, and other sounds are unsure."""
     folder = make_folder(tmp_path / "sounds", count=25)
     assert train_on("folder", folder, tmp_path, "--epochs", 10, "--lr", 1e-2) == 0
     file = tmp_path / "runs/folder/linear/seed0/fold1.safetensors"
@@ -106,3 +107,8 @@ def test_a_run_fits_its_validation_clips(tmp_path, capsys):
     export.main(["show", str(file)])
     least = calibration["min_confidence"]
     assert f"temperature {calibration['temperature']:.3g}, unsure below {least:.3g}" in capsys.readouterr().out
+    classify, rng = load(file.parent), np.random.default_rng(0)
+    noise = [10 ** -rng.uniform(0, 4) * rng.uniform(-1, 1, 4800) for _ in range(20)]
+    chirps = [0.3 * np.sin(np.linspace(0, rng.uniform(50, 90), 4800) ** 2) for _ in range(20)]
+    unknown = [classify(wave, 16_000).unsure for wave in [np.zeros(4800), *noise, *chirps]]
+    assert np.mean(unknown[:21]) >= 0.8 and np.mean(unknown[21:]) >= 0.8  # what it was not trained on

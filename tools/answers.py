@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support.command import UserError
 from support.files import to_bytes, whole_file
 
 COLUMNS = "file,what,start,end,rank,class,probability,error"  # of --csv
@@ -154,6 +155,8 @@ class Embeddings:
 
     def save(self, path: Path) -> None:
         """As .npz: vectors float32 (n, dim); names, start, end (seconds), classes and confidence, (n,) each."""
+        if not self.rows:
+            raise UserError("--embeddings: no sound could be read, so there are none")
         columns = zip(("names", "start", "end", "classes", "confidence"), zip(*self.rows, strict=True), strict=False)
         vectors = np.frombuffer(self.vectors, np.float32).reshape(len(self.rows), -1)
         with open(path, "wb") as file:
