@@ -26,9 +26,7 @@ class Calibration:
         """Logits (clips, classes) to factors (clips,): 1 for half of the known sounds, near 0 for what is none."""
         if not self.centres:
             return torch.ones(len(logits), device=logits.device)
-        whitening, centres = (
-            torch.tensor(each, dtype=torch.double, device="cpu") for each in (self.whitening, self.centres)
-        )
+        whitening, centres = (torch.tensor(each, dtype=torch.double) for each in (self.whitening, self.centres))
         return factor(distances(finite(logits), whitening, centres)).to(logits)
 
 
@@ -63,9 +61,10 @@ def fit(logits: torch.Tensor, labels: torch.Tensor) -> dict | None:
     whitening, centres = (each / usual.sqrt() for each in gaussians(logits, labels))
     confidence = (logits / temperature).softmax(1).amax(1) * factor(squares / usual)
     least = confidence[right].sort().values[right.sum() // 10].item()
-    rounded = [[[float(f"{x:.6g}") for x in row] for row in each.tolist()] for each in (whitening, centres)]
-    return {"temperature": round(temperature, 6), "min_confidence": int(1e6 * least) / 1e6,
-            "whitening": rounded[0], "centres": rounded[1]}  # fmt: skip
+    found = {"temperature": round(temperature, 6), "min_confidence": int(1e6 * least) / 1e6}
+    for name, rows in (("whitening", whitening), ("centres", centres)):
+        found[name] = [[float(f"{x:.6g}") for x in row] for row in rows.tolist()]
+    return found
 
 
 def temperature_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -106,13 +105,11 @@ def error(probabilities: torch.Tensor, right: torch.Tensor, bins: int = 15) -> f
 
 def calibrated(outcome: dict, validated: tuple, tested: tuple) -> dict:
     """What a fold's header says, with its calibration; each a pair of logits (clips, classes) and labels (clips,)."""
-    found, (logits, labels) = fit(*validated), tested
+    found = fit(*validated)
     if found is None:
         return outcome
-    logits = finite(logits)
-    before, after = (
-        error(*(logits / temperature).softmax(1).max(1)[:1], logits.argmax(1) == labels)
-        for temperature in (1, found["temperature"])
-    )
-    errors = {"calibration_error": round(before, 4), "calibrated_error": round(after, 4)}
+    (logits, labels), errors = tested, {}
+    for name, temperature in (("calibration_error", 1), ("calibrated_error", found["temperature"])):
+        probabilities, answers = (finite(logits) / temperature).softmax(1).max(1)
+        errors[name] = round(error(probabilities, answers == labels), 4)
     return {**outcome, "result": {**outcome["result"], **errors}, "calibration": found}

@@ -117,8 +117,7 @@ def evaluation_batch(batch_size: int, machine: Machine) -> int:
 
 def in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine: Machine) -> torch.Tensor:
     """Some numbers for each of `index`, float32 (n, numbers): `function` on pieces of it, half as large where memory is
-    too small; at least on one, if empty, which shows how many numbers there are. Every process takes its share and gets
-    all."""
+    too small. Every process takes its share, if empty for the number of numbers, and gets all."""
     rank, world = ranks()
     mine, found = index[rank::world], []
     batch, start = evaluation_batch(batch_size, machine), 0

@@ -134,7 +134,7 @@ def told(answers) -> list[tuple]:
 
 
 def test_events_by_hand():
-    """Windows of a second every half: a window speaks for the half second in its middle, the first and last for more."""
+    """Windows of a second every half: each speaks for the half second in its middle, the first and last for more."""
     found = [*events_of(windows("AABbB?CCa"), 0.5, 0.0)]
     assert told(found) == [
         ("A", 0.0, 1.25, 0.9), ("B", 1.25, 1.75, 0.9), ("B", 2.25, 2.75, 0.9), ("C", 3.25, 4.25, 0.9),

@@ -294,12 +294,9 @@ def answer_of(row: np.ndarray, classifier: Classifier, top: int, *where) -> Answ
 
 
 def share(text: str) -> float:
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:100]!r} is no number from 0 to 1")
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is no number from 0 to 1")
+    return float(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -376,11 +373,11 @@ def watched(told: Iterable[Answer], files: list[Path]) -> Iterator[Answer]:
     """The same answers, with a bar on a terminal that says how many seconds of sound have been heard."""
     seconds = float(np.nansum([*map(length_of, files)])) if sys.stderr.isatty() else None  # only the bar asks
     with tqdm(total=seconds, desc="listening", unit="s", unit_scale=True, disable=None) as progress:
-        heard = 0.0
+        so_far = 0.0
         for answer in told:
             if answer.what == "window":
-                progress.update(max(0.0, answer.end - heard))
-            heard = answer.end if answer.what == "window" else 0.0
+                progress.update(max(0.0, answer.end - so_far))
+            so_far = answer.end if answer.what == "window" else 0.0
             yield answer
 
 
