@@ -112,14 +112,13 @@ def train_fold(
         losses = train_epoch(learner, clips, torch.tensor(split.train), rates, settings, machine)
         average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # running means
         progress.trained(losses, rates, len(split.train))
-        accuracy, predicted, _ = evaluate(network, clips, split.val, settings, machine)
+        accuracy, predicted, answered = evaluate(network, clips, split.val, settings, machine)
         tensors = trained_tensors(model)
-        progress.validated(accuracy, predicted, tensors)  # remembers the best epoch, or the last
+        progress.validated(accuracy, predicted, tensors, answered)  # remembers the best epoch, or the last
         records.save_progress(state_file, progress, {"tensors": tensors, **learner.state()})
     load_tensors(model, progress.best["tensors"], state_file)
-    *_, validated = evaluate(network, clips, split.val, settings, machine)
-    accuracy, predicted, tested = evaluate(network, clips, split.test, settings, machine)
-    return calibrated(progress.outcome(accuracy, predicted), validated, tested)
+    accuracy, predicted, answered = evaluate(network, clips, split.test, settings, machine)
+    return calibrated(progress.outcome(accuracy, predicted), progress.best.get("answered"), answered)
 
 
 @torch.inference_mode()

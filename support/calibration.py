@@ -103,9 +103,10 @@ def error(probabilities: torch.Tensor, right: torch.Tensor, bins: int = 15) -> f
     return 100 * gaps.abs().sum().item() / len(right)
 
 
-def calibrated(outcome: dict, validated: tuple, tested: tuple) -> dict:
-    """What a fold's header says, with its calibration; each a pair of logits (clips, classes) and labels (clips,)."""
-    found = fit(*validated)
+def calibrated(outcome: dict, validated: tuple | None, tested: tuple) -> dict:
+    """What a fold's header says, with its calibration; each a pair of logits (clips, classes) and labels (clips,).
+    None: of an interrupted fold of an earlier version."""
+    found = fit(*validated) if validated else None
     if found is None:
         return outcome
     (logits, labels), errors = tested, {}

@@ -225,6 +225,7 @@ class Best(Struct):
     epoch: Count
     tensors: dict[str, Any]
     predicted: Any = None
+    answered: Any = None
 
 
 class RunResult(Struct):

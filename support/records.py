@@ -122,12 +122,14 @@ class Progress:
             "accuracy": "", "lr": f"{rates[-1]:.4g}", "clips/s": round(clips / (time.perf_counter() - self.begin), 1),
         })  # fmt: skip
 
-    def validated(self, accuracy: float | None, predicted: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    def validated(
+        self, accuracy: float | None, predicted: torch.Tensor, tensors: dict[str, torch.Tensor], answered: tuple
+    ) -> None:
         """The end of the epoch, with what train.evaluate returned. The best has the highest accuracy, the first of
         equals; without validation clips (None) it is the last."""
         if accuracy is None or accuracy > self.best["accuracy"]:
-            epoch = len(self.history)
-            self.best = {"accuracy": accuracy, "epoch": epoch, "tensors": tensors, "predicted": predicted}
+            self.best = {"accuracy": accuracy, "epoch": len(self.history), "tensors": tensors, "predicted": predicted,
+                         "answered": answered}  # fmt: skip
         if accuracy is not None:
             self.history[-1]["accuracy"] = round(accuracy, 4)
         now = time.perf_counter()

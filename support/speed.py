@@ -121,7 +121,7 @@ def in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine
     rank, world = ranks()
     mine, found = index[rank::world], []
     batch, start = evaluation_batch(batch_size, machine), 0
-    while start < len(mine) or not found:
+    while start < len(mine) or (len(index) and not found):
         try:
             found.append(function(mine[start : start + batch]).float())
             start += batch
@@ -129,6 +129,7 @@ def in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine
             if batch == 1:
                 raise
             batch //= 2
-    rows = found[0].new_zeros(len(index), found[0].shape[1])
-    rows[rank::world] = torch.cat(found)
+    found = torch.cat(found or [torch.zeros(0, 1, device=machine.device)])
+    rows = found.new_zeros(len(index), found.shape[1])
+    rows[rank::world] = found
     return sum_over_ranks(rows)
