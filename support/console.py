@@ -148,7 +148,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
 
 def describe_errors(results: list[dict]) -> str:
     """How far probabilities are from the truth, on average over the folds that have a temperature."""
-    told = [result for result in results if result.get("calibrated_error") is not None]
+    told = [result for result in results if "calibrated_error" in result]
     if not told:
         return ""
     before, after = (mean(result[f"{kind}_error"] for result in told) for kind in ("calibration", "calibrated"))

@@ -72,8 +72,8 @@ class FoldResult(Struct):
     epoch: Count
     seconds: Seconds
     peak_memory_mb: Count | None = None
-    calibration_error: Percent | None = None  # of the test clips, without the temperature and with it
-    calibrated_error: Percent | None = None
+    calibration_error: Percent | UnsetType = UNSET  # of the test clips, without the temperature and with it
+    calibrated_error: Percent | UnsetType = UNSET
 
 
 class Parameters(Struct):
