@@ -27,6 +27,7 @@ from load_weights import load_ast, read_header, to_dict
 from petl_more import SSF, Statistics
 from sounds.audio import read_audio
 from support import vectors
+from support.calibration import Calibration
 from support.console import describe
 from support.rows import start_rows
 from tools import export, predict
