@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import torch
 from tqdm import tqdm
 
 from support import ledger
+from support.command import first_of
 from support.files import write_json
 from support.headers import Settings
 from support.processes import is_first, say
 from support.records import Progress, mean_and_std, write_results
+from support.scores import mistakes
 
 
 def describe(settings: Settings, seconds: float, device: torch.device) -> str:
@@ -20,6 +23,7 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
     masked = "masked" if settings.mask else "unmasked"
     masked += f", {settings.keep:.0%} of the patches" if settings.keep else ""
+    masked += ", classes weighed alike" if settings.balance else ""
     line = (
         f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, "
         f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
@@ -111,9 +115,11 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def describe_fold(result: dict) -> str:
+def describe_fold(result: dict, by: str) -> str:
+    """`by`: what the best epoch was chosen by, settings.best."""
     best = result["validation_accuracy"]
     chosen = "last epoch" if best is None else f"best of validation {best:.2f} % in epoch {result['epoch']}"
+    chosen += ", by balanced accuracy" if best is not None and by == "balanced" else ""
     return f"fold {result['fold']}: test accuracy {result['accuracy']:.2f} % ({chosen}), {result['seconds']:.0f} s"
 
 
@@ -125,7 +131,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
     if not is_first():
         return {}
     with ledger.lock(folder):  # folds may end at the same time on several machines
-        summary = write_results(folder)
+        summary, tested = write_results(folder)
     results = summary["folds"]
     name, count, n = settings.method["name"], summary["parameters"], len(results)
     trained = count["petl"] + count["head"]
@@ -134,6 +140,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
     baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
     say(
         f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
+        f"{describe_scores(tested, summary['scores']) if tested else ''}"
         f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
@@ -141,7 +148,36 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
         f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
         f"\n  to compare      the same command with --method {baseline}\n"
     )
+    if tested:
+        say(describe_classes(tested, summary["scores"]["classes"]))
     return summary
+
+
+def describe_scores(tested: list[dict], scores: dict) -> str:
+    """What accuracy alone would hide of these rows of predictions.csv."""
+    clips = {name: of["support"] for name, of in scores["classes"].items()}
+    balanced, f1, majority = (scores[name] for name in ("balanced_accuracy", "macro_f1", "majority"))
+    lines = f"\n  in all classes  balanced accuracy {balanced:.2f} %, macro-F1 {f1:.2f} %"
+    lines += f"\n  to compare with {majority:.2f} % for always answering {max(clips, key=clips.get)!r}"
+    if never := [repr(name) for name in clips if clips[name] and name not in {row["prediction"] for row in tested}]:
+        lines += f"\n  never answered  {first_of(never)}: {len(never)} of {len(clips)} classes"
+    wrong = Counter((row["label"], row["prediction"]) for row in tested if row["label"] != row["prediction"])
+    for (label, prediction), count in wrong.most_common(1):
+        lines += f"\n  most confused   {count} of {clips[label]} clips of {label!r} were taken for {prediction!r}"
+    return lines
+
+
+def describe_classes(tested: list[dict], classes: dict[str, dict], rows: int = 10) -> str:
+    """The classes with the lowest F1, `rows` at most, and the most confident mistakes."""
+    which = f"the {rows} of {len(classes)} classes with the lowest F1" if len(classes) > rows else "class"
+    width = min(40, max(map(len, [which, *classes])))
+    lines = [f"  {which:<{width}}  clips  precision  recall     F1   in %"]
+    for name, of in sorted(classes.items(), key=lambda item: item[1]["f1"])[:rows]:
+        numbers = f"{of['support']:>7}{of['precision']:>11.2f}{of['recall']:>8.2f}{of['f1']:>7.2f}"
+        lines.append(f"  {name[:width]:<{width}}{numbers}")
+    wrong = [f"  {float(row['probability']):7.2%}  {row['path']}: {row['prediction']!r}, but it is {row['label']!r}"
+             for row in mistakes(tested)]  # fmt: skip
+    return "\n".join([*lines, *(["\n  the most confident mistakes", *wrong] if wrong else []), ""])
 
 
 def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:

@@ -14,7 +14,7 @@ import torch
 from helpers import make_bad_files, save_random, write_sound
 
 from data import Dataset, build_features, fbank
-from sounds.audio import read_audio, stream_audio, typical_seconds
+from sounds.audio import lengths_of, read_audio, stream_audio, typical_seconds
 from tools import predict
 
 SECONDS = 1.5
@@ -184,11 +184,11 @@ def test_a_sound_that_does_not_say_its_length_does_not_count(tmp_path):
     content = bytearray(paths[1].read_bytes())
     content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
     paths[1].write_bytes(content)
-    assert typical_seconds(paths) == pytest.approx(1.0)
+    assert typical_seconds(lengths_of(paths, {})) == pytest.approx(1.0)
 
 
 def test_the_typical_length(tmp_path):
     """The 95th percentile, which lies between the neighbours; 10.24 s where no file says how long it is."""
     paths = [write_sound(tmp_path / f"{i}.wav", seconds=seconds) for i, seconds in enumerate((0.1, 0.2))]
-    assert typical_seconds(paths) == pytest.approx(0.195)
-    assert typical_seconds([tmp_path / "absent.wav"]) == 10.24
+    assert typical_seconds(lengths_of(paths, {})) == pytest.approx(0.195)
+    assert typical_seconds(lengths_of([tmp_path / "absent.wav"], {})) == 10.24

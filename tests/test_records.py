@@ -25,7 +25,7 @@ from support.records import METRICS, mend, read_metrics, write_metrics
 from tools import export
 from tools.campaign import read_run
 
-MADE_AGAIN = ("metrics.csv", "predictions.csv", "result.json")
+MADE_AGAIN = ("metrics.csv", "predictions.csv", "confusion.csv", "result.json")
 
 
 def table(file: Path) -> list[dict[str, str]]:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Dataset, build_features, load_dataset
+from data import FPS, Dataset, build_features, load_dataset
 from load_weights import load_trained
 from support.command import Parser, UserError, choose_device, choose_dtype
 from support.files import whole_file
 from support.records import read_metrics
+from support.scores import confusion, mistakes
 from support.speed import autocast
 from tools.campaign import read_run
 from tools.evidence import wilson
@@ -127,6 +128,20 @@ def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
     save(figure, path)
 
 
+def draw_mistakes(rows: list[dict], features: np.ndarray, title: str, path: Path) -> None:
+    """The log-Mel features (clips, n_frames, 128) of these mistakes, with what was answered and what is right."""
+    figure, axes = pyplot().subplots(len(rows), 1, figsize=(6, 1.7 * len(rows) + 0.4), squeeze=False)
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        picture = features[row["clip"]].T  # (n_mels, n_frames)
+        axis.imshow(picture, aspect="auto", origin="lower", cmap="magma", extent=(0, picture.shape[1] / FPS, 0, 128))
+        axis.set_title(f"{row['path']}: {row['prediction']} ({row['probability']:.1%}), but it is {row['label']}")
+        axis.set(ylabel="Mel filter")
+    axes[-1, 0].set(xlabel="seconds")
+    figure.suptitle(f"the most confident mistakes of {title}")
+    figure.tight_layout()
+    save(figure, path)
+
+
 def draw_history(rows: list[dict], title: str, path: Path) -> None:
     """The rows of metrics.csv: training loss and validation accuracy, if there is one, after every epoch."""
     labels = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
@@ -159,7 +174,7 @@ def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
     config, result, rows = read_run(run)
     cache_dir = cache_dir or Path(config["cache_dir"])
     data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
-    dataset = load_dataset(config["dataset"], data_dir, cache_dir)
+    dataset = load_dataset(config["dataset"], data_dir, cache_dir, config["group"], config["windows"])
     index = {name: i for i, name in enumerate(dataset.names())}
     rows = [(int(row["fold"]), row["path"]) for row in rows if row["split"] == "test"]
     tests = {fold["fold"]: [path for k, path in rows if k == fold["fold"]] for fold in result["folds"]}
@@ -207,9 +222,10 @@ def draw_tokens(
 
 
 def plot(argv: list[str]) -> None:
-    """The command `plot`: confusion matrix and learning curves of a run, into its folder."""
+    """The command `plot`: confusion matrix, learning curves and most confident mistakes of a run, into its folder."""
     parser = Parser(
-        prog="python -m tools.experiments plot", description="Draw the confusion matrix and learning curves of a run."
+        prog="python -m tools.experiments plot",
+        description="Draw the confusion matrix, the learning curves and the most confident mistakes of a run.",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
@@ -222,13 +238,20 @@ def plot(argv: list[str]) -> None:
     device = choose_device(args.device)
     config, _, _ = read_run(args.run)
     dataset, features, tests = tested_clips(args.run, args.data_dir, args.cache_dir)
-    counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)  # by true (row) and predicted class, all folds
+    rows, names = [], dataset.names()
     for fold, clips in tests.items():
         model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)
-        predicted = batched(model, features, clips, device).argmax(1).numpy()
-        np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
+        best = batched(model, features, clips, device).softmax(1).max(1)
+        rows += [
+            {"clip": i, "path": names[i], "label": dataset.classes[dataset.labels[i]],
+             "prediction": dataset.classes[number], "probability": probability}
+            for i, number, probability in zip(clips, best.indices.tolist(), best.values.tolist(), strict=True)
+        ]  # fmt: skip
+    counts = confusion(rows, dataset.classes)  # of all folds
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
     low, high = wilson(counts.trace(), counts.sum())
     score = f"{100 * counts.trace() / counts.sum():.2f} % [{low:.2f}, {high:.2f}] of {counts.sum():,} test clips"
     draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
     draw_history(read_metrics(args.run), title, args.run / "curves")
+    if wrong := mistakes(rows):
+        draw_mistakes(wrong, features, title, args.run / "mistakes")
