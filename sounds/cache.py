@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 
 from sounds.clip import WHOLE, fragment
 from support.command import UserError
+from support.progress import Bar
 from support.rows import crc_of, map_rows, row_type, start_rows
 
 _BLOCK = 64  # clips in memory at once while features are built or checked
@@ -117,7 +117,7 @@ def _build_rows(
     missing = np.flatnonzero((started["key"] != keys) | started["bad"])
     if len(missing) < len(keys) or index is not None:
         print(f"features of {dataset.name}: {len(missing)} of {len(keys)} clips are new, changed or unfinished")
-    progress = tqdm(total=len(missing), desc=f"features of {dataset.name}", unit="clip", disable=None)
+    progress = Bar(total=len(missing), desc=f"features of {dataset.name}")
     start, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # one clip is too small to share between cores; each core takes its own
     try:

@@ -14,6 +14,7 @@ from support.command import first_of
 from support.files import write_json
 from support.headers import Settings
 from support.processes import is_first, say
+from support.progress import Signs, in_words
 from support.records import Progress, mean_and_std, write_results
 from support.scores import mistakes
 
@@ -62,21 +63,24 @@ def now(device: torch.device) -> float:
 
 
 def forecast(learner, progress: Progress, split, settings: Settings, machine) -> None:
-    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first.
+    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first; and
+    without a terminal every minute how far it is.
 
     The steps after the first one are timed, which is slower than the others. The clock is read twice, and only then is
     the device waited for. Nothing is said where it is less than a minute.
     """
-    if machine.forecast == 0 or not is_first():
-        return
     batch, done = settings.batch_size, 0
-    last = min(3, math.ceil(len(split.train) / batch))
+    steps = math.ceil(len(split.train) / batch)  # in an epoch
+    before = steps * len(progress.history)
+    signs = Signs(steps * settings.epochs, "steps", before)
+    last = min(3, steps) if machine.forecast and is_first() else 0
     first = min(1, last - 1)  # an epoch of one step is timed from here on
-    start = now(machine.device)
+    start = now(machine.device) if last else 0.0
 
     def after_step(*_):
         nonlocal start, done
         done += 1
+        signs(before + done, f"fold {progress.fold}, epoch {1 + (before + done - 1) // steps}")
         if done == first:
             start = now(machine.device)
         elif done == last:
@@ -105,14 +109,6 @@ def forecast_lines(seconds: float, folds: int, settings: Settings, device: torch
         ways = [way for way, helps in ways.items() if helps]
         lines.append(f"on a CPU; what makes it bearable: {', '.join([*ways, 'a GPU'])}")
     return lines
-
-
-def in_words(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            number = seconds / length
-            return f"{number:.{1 if number < 10 else 0}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def describe_fold(result: dict, by: str) -> str:
