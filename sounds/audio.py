@@ -52,12 +52,10 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
             first = round(start * rate)
             if 0 < file.frames <= first:
                 raise ValueError(f"ends after {file.frames / rate:.2f} s, and its clip starts at {start:g} s")
-            if first:
-                file.seek(first)
             wanted = min(_length_in_header(file) - first, seconds * rate)  # samples per channel
             there = math.ceil(min(wanted, file.frames - first))
             resampler, read = soxr.ResampleStream(rate, RATE, num_channels=1), 0
-            while len(samples := file.read(min(10 * rate, there - read), dtype="float32", always_2d=True)):
+            while len(samples := _samples(file, first + read, min(10 * rate, there - read))):
                 read += len(samples)
                 wave = samples.mean(axis=1)  # (samples,)
                 if not np.isfinite(wave).all():
@@ -74,6 +72,18 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     if read < wanted - _MAY_BE_MISSING * rate:
         raise ValueError(f"is truncated: it ends after {(first + read) / rate:.2f} s, before its header says")
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # what the filter still holds back
+
+
+def _samples(file, start: int, count: int) -> np.ndarray:
+    """(count, channels), less at the end of a file.
+
+    soundfile seeks after every read, and of an MP3 libsndfile then decodes wrongly the frames that need earlier ones:
+    half a second before `start` is read as well, and left out.
+    """
+    lead = min(start, file.samplerate // 2) if file.format == "MP3" else 0
+    if file.tell() != start - lead:
+        file.seek(start - lead)
+    return file.read(lead + count, dtype="float32", always_2d=True)[lead:]
 
 
 def _length_in_header(file) -> float:

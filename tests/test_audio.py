@@ -97,6 +97,28 @@ def test_read_audio_mixes_down_and_resamples(tmp_path):
     assert len(read_audio(tmp_path / "a.flac", seconds=0.25)) == 4000
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.aiff"])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_piece_is_what_is_there_in_the_whole(tmp_path, name, rate):
+    """But for its ends, where the resampling filter has heard no more."""
+    soundfile.write(tmp_path / name, sound(rate, 3), rate)
+    whole, piece = read_audio(tmp_path / name), read_audio(tmp_path / name, 0.75, 1.5)
+    assert len(piece) == 12_000
+    assert np.abs(piece - whole[24_000:36_000])[100:-100].max() < 2e-3
+    assert len(read_audio(tmp_path / name, start=2.5)) == pytest.approx(8000, abs=4000 if name == "a.mp3" else 1)
+    with pytest.raises(ValueError, match=r"ends after 3\.\d\d s, and its clip starts at 4 s"):
+        read_audio(tmp_path / name, 1, 4)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_blocks_of_an_mp3_join(tmp_path, rate):
+    """Ten seconds are read at a time."""
+    soundfile.write(tmp_path / "a.mp3", sound(rate, 21), rate)
+    expected = soundfile.read(tmp_path / "a.mp3", dtype="float32")[0]
+    expected = expected if rate == 16_000 else soxr.resample(expected, rate, 16_000)
+    assert np.abs(read_audio(tmp_path / "a.mp3") - expected).max() < 2e-3
+
+
 def test_five_formats(tmp_path, capsys):
     """The same sound in each, through `tools.predict`; lossy ones come close."""
     formats = {"wav": "PCM_16", "flac": "PCM_24", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III", "aiff": "FLOAT"}
