@@ -47,28 +47,36 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
     """The part of every clip, whole groups being drawn with the seed: of each class some fifth of the clips tests, some
     fifth validates, the rest trains.
 
-    The classes with the fewest groups come first. Of each, groups are taken in random order while they fit into the
-    fifth; where none fits, the smallest. None is taken that has the last training clips of a class.
+    Class after class, those with the fewest groups first, takes groups in random order while none of the classes in them
+    gets more than its fifth; if that leaves it with nothing, it takes one of the smaller half. The last training clips
+    of a class are never taken.
     """
     rng, part_of = np.random.default_rng(seed), dict.fromkeys(groups, "train")
     clips = defaultdict(Counter)  # of each class in each group
     for label, group in zip(labels, groups, strict=True):
         clips[group][label] += 1
-
-    def there(label, part):
-        return sum(count[label] for group, count in clips.items() if part_of[group] == part)
+    count = {"train": Counter(labels), "val": Counter(), "test": Counter()}  # of each class in each part
+    fifth = {label: max(1, round(n / 5)) for label, n in count["train"].items()}
+    of_class = {label: [group for group in clips if clips[group][label]] for label in sorted(fifth)}
 
     def spare(group):
-        return part_of[group] == "train" and all(there(label, "train") > n for label, n in clips[group].items())
+        return part_of[group] == "train" and all(count["train"][label] > n for label, n in clips[group].items())
 
-    of_class = {label: [group for group in clips if clips[group][label]] for label in sorted(set(labels))}
+    def fits(group, part):
+        return all(count[part][label] + n <= fifth[label] for label, n in clips[group].items())
+
+    def take(group, part):
+        part_of[group] = part
+        count["train"] -= clips[group]
+        count[part] += clips[group]
+
     for label, mine in sorted(of_class.items(), key=lambda item: len(item[1])):
-        fifth = max(1, round(labels.count(label) / 5))
         order = [mine[i] for i in rng.permutation(len(mine))]
         for part in ("test", "val"):
             for group in order:
-                if spare(group) and there(label, part) + clips[group][label] <= fifth:
-                    part_of[group] = part
-            if not there(label, part) and (left := [group for group in order if spare(group)]):
-                part_of[min(left, key=lambda group: clips[group][label])] = part
+                if spare(group) and fits(group, part):
+                    take(group, part)
+            if not count[part][label] and (left := [group for group in order if spare(group)]):
+                smaller = sorted(left, key=lambda group: clips[group][label])[: (len(left) + 1) // 2]
+                take(min(smaller, key=order.index), part)
     return [part_of[group] for group in groups]
