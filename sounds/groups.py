@@ -47,9 +47,9 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
     """The part of every clip, whole groups being drawn with the seed: of each class some fifth of the clips tests, some
     fifth validates, the rest trains.
 
-    Class after class, those with the fewest groups first, takes groups in random order while none of the classes in them
-    gets more than its fifth; if that leaves it with nothing, it takes one of the smaller half. The last training clips
-    of a class are never taken.
+    Class after class, those with the fewest groups first, takes groups in random order while no class in them gets more
+    than its fifth; where that leaves a class with nothing, it takes one of its smaller half. The last training clips of
+    a class are never taken.
     """
     rng, part_of = np.random.default_rng(seed), dict.fromkeys(groups, "train")
     clips = defaultdict(Counter)  # of each class in each group
