@@ -102,8 +102,12 @@ def test_states_are_the_embedding_and_what_each_block_makes_of_it():
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"reads \(batch, 36, 36\), not \(1, 40, 36\)"):
         tiny_ast()(torch.randn(1, 40, 36))
-    for wrong in ({"pool": "max"}, {"heads": 5}, {"n_frames": 10}):
-        with pytest.raises(ValueError):
+    for wrong, message in (
+        ({"pool": "max"}, "pool is 'max'; choose one of mean, cls, cls_dist"),
+        ({"dim": 32, "heads": 5}, "dim 32 is not a multiple of heads 5"),
+        ({"n_frames": 10, "n_mels": 36}, "10 frames x 36 bands do not hold one 16-wide patch"),
+    ):
+        with pytest.raises(ValueError, match=message):
             tiny_ast(**wrong)
 
 

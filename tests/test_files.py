@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from support.files import default_cache_dir, whole_file
+from support.files import default_cache_dir, table_of, whole_file
 
 
 def test_where_downloads_and_features_are_kept():
@@ -35,3 +35,7 @@ def test_only_files_are_replaced(tmp_path):
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(FileExistsError, match="is there and no file"), whole_file(path):
             pass
+
+
+def test_a_table_is_plain_lines():
+    assert table_of(["path", "label"], [{"path": "a, b.wav", "label": "dog"}]) == 'path,label\n"a, b.wav",dog\n'
