@@ -55,7 +55,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:
         raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
     for name in ("group", "windows"):
-        if getattr(args, name) and args.dataset not in ("folder", "csv"):
+        if getattr(args, name) not in (None, False) and args.dataset not in ("folder", "csv"):
             raise UserError(f"--{name} is for your own sounds, --dataset folder or csv, not for {args.dataset}")
     if args.windows and args.seconds is None:
         raise UserError("--windows: say by --seconds how long the windows are")
