@@ -155,7 +155,8 @@ def describe_scores(tested: list[dict], scores: dict) -> str:
     balanced, f1, majority = (scores[name] for name in ("balanced_accuracy", "macro_f1", "majority"))
     lines = f"\n  in all classes  balanced accuracy {balanced:.2f} %, macro-F1 {f1:.2f} %"
     lines += f"\n  to compare with {majority:.2f} % for always answering {max(clips, key=clips.get)!r}"
-    if never := [repr(name) for name in clips if clips[name] and name not in {row["prediction"] for row in tested}]:
+    answered = {row["prediction"] for row in tested}
+    if never := [repr(name) for name in clips if clips[name] and name not in answered]:
         lines += f"\n  never answered  {first_of(never)}: {len(never)} of {len(clips)} classes"
     wrong = Counter((row["label"], row["prediction"]) for row in tested if row["label"] != row["prediction"])
     for (label, prediction), count in wrong.most_common(1):
