@@ -17,12 +17,12 @@ import petl
 import petl_more
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
-from support.checkpoints import fetch, fill, read_header, read_metadata, read_names, read_tensors, write_tensors
+from support.checkpoints import fetch, fill, read_header, read_metadata, read_names, read_tensors, remedy, write_tensors
 from support.command import UserError, first_of
 from support.headers import HuggingFace, checked
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
-DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
+DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # weights/README.md: how it was made
 RANDOM = {"base": (768, 12, 12), "small": (384, 12, 6), "tiny": (192, 12, 3), "demo": (128, 4, 2)}  # dim, depth, heads
 
 # Parts of tensor names: ours, as Hugging Face's files have it, then inside its library or in the original,
@@ -298,7 +298,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
     if model.backbone.sha256 != wanted.sha256:
         raise UserError(
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), not on "
-            f"{model.backbone.name} ({model.backbone.sha256[:12]}): give the right one as weights"
+            f"{model.backbone.name} ({model.backbone.sha256[:12]}): {remedy(wanted.sha256)}"
         )
     petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)

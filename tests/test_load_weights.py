@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from load_weights import (
     trained_tensors,
 )
 from petl import METHODS, apply
+from support.checkpoints import FORMER
 from support.command import UserError
 
 PREFIX = "audio_spectrogram_transformer."
@@ -659,3 +661,12 @@ def test_save_ast_and_load_ast_are_inverse(tmp_path, pool):
     assert all(tensor.dtype == torch.float16 for tensor in load_file(file).values())
     again = load_ast(file, pool=pool).state_dict()
     assert all(torch.allclose(again[name], tensor, atol=1e-3) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_of_a_former_backbone_says_how_to_get_it(tmp_path):
+    (sha256,) = FORMER
+    model = adapted()
+    model.backbone = replace(model.backbone, sha256=sha256)
+    save_trained(model, tmp_path / "fold1.safetensors", {})
+    with pytest.raises(UserError, match=r": git show 138e3dd:weights/ast_demo\.safetensors > former\.safetensors gets"):
+        load_trained(tmp_path / "fold1.safetensors")

@@ -27,13 +27,13 @@ from sounds.audio import files_in, read_audio
 from support.checkpoints import sha256_of, unpickled
 from support.command import Parser, UserError, exit_code, positive, warn
 from support.files import whole_file
-from train import cosine
 
 N_FRAMES = data.DATASETS["demo"].n_frames
 LENGTH = (N_FRAMES - 1) * data.HOP + data.WINDOW  # samples of a crop
 LONGEST = 20  # seconds of a recording that are used
 KEEP = 0.5  # of the patches, in training: twice as fast
 LR, BETAS, EPS, WEIGHT_DECAY, SMOOTHING, CLIP = 1e-3, (0.9, 0.98), 1e-6, 0.05, 0.1, 1.0
+COOL = 0.25  # the share of the steps, the last ones, in which the learning rate falls to zero
 
 
 def read_all(folder: Path) -> list[np.ndarray]:
@@ -116,7 +116,9 @@ def batch(waves: list[np.ndarray], size: int, n_patches: int, seed: int, step: i
 def pretrain(
     waves: list[np.ndarray], weights: str, steps: int, out: Path, size: int = 64, seed: int = 0, save_every: int = 250
 ) -> None:
-    """Train `steps` steps from `weights`, with a warm-up and cosine annealing, and write the model without its head.
+    """Train `steps` steps from `weights`, and write the model without its head.
+
+    The learning rate rises for at most 200 steps, stays, and falls to zero in the last quarter.
 
     The state lies beside `out` every `save_every` steps; UserError if the one that is there is of another training.
     """
@@ -138,7 +140,7 @@ def pretrain(
         coming = pool.submit(draw, first)
         for step in progress:
             (x, labels, patches), coming = coming.result(), pool.submit(draw, step + 1)
-            optimizer.param_groups[0]["lr"] = cosine(LR, step, steps) * min(1, (step + 1) / warm)
+            optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / warm, (steps - step) / (COOL * steps))
             loss = F.cross_entropy(model(x, patches), labels, label_smoothing=SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
