@@ -1,5 +1,6 @@
 """What others wrote, and what is damaged: it opens as it should, or one line says which file and what is wrong."""
 
+import argparse
 import copy
 import errno
 import json
@@ -32,7 +33,7 @@ from sounds.audio import read_audio
 from sounds.fetch import unpack
 from support import headers, ledger
 from support.checkpoints import read_json, sha256_of
-from support.command import UserError
+from support.command import UserError, positive
 from support.processes import join
 from support.records import Progress, read_progress, save_progress
 from tools import export, predict
@@ -485,6 +486,13 @@ def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
 def run_in_shell(command):
     command = f"{sys.executable} -m tools.{command}"
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_whole_numbers_are_those_of_32_bits():
+    assert positive("2147483647") == 2147483647
+    for text in ("0", "2147483648"):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            positive(text)
 
 
 def test_streams(folder, tmp_path):
