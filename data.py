@@ -290,7 +290,7 @@ def load_clips(
     rows, bad, check = cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
     if device.type == "cuda":  # reads them all now, if they fit
         check(torch.arange(len(rows)))
-        check = Clips.check
+        check = Clips.check  # nothing is left to check
     features = near(torch.from_numpy(rows), device)
     return Clips(features, torch.tensor(dataset.labels, device=features.device), Path(rows.filename), check), bad
 

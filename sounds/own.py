@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from sounds.audio import SUFFIXES, files_in
-from sounds.clip import PARTS, Clip, Listing
+from sounds.clip import PARTS, Clip, Listing, names_of
 from sounds.tables import folders_in, read_table, require_files
 from support.command import UserError, first_of, is_number, warn
 
@@ -121,6 +121,6 @@ def warn_of_copies(root: Path, clips: list[Clip]) -> None:
     if any(clip.part != "" for clip in clips):
         where, groups = "in different splits", [group for group in groups if len({clip.part for clip in group}) > 1]
     if groups:
-        names = ([Path(os.path.relpath(clip.path, root)).as_posix() for clip in group] for group in groups)
+        names = (names_of([clip.path for clip in group], root) for group in groups)
         copies = first_of([" = ".join(same) for same in names])
         warn(f"{root}: {len(groups)} sounds are there more than once {where} ({copies})")

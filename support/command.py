@@ -13,10 +13,6 @@ from pathlib import Path
 
 import torch
 
-# What PyTorch brings stays, and loading more of it or 100,000 clips leaves no garbage: a tenth of the time of a start.
-gc.freeze()
-gc.set_threshold(50_000)
-
 
 class UserError(Exception):
     """A mistake the user can mend. The message says what, where and what to do; the commands print it and exit 2."""
@@ -80,6 +76,9 @@ def choose_dtype(name: str, device: torch.device) -> str:
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2, here and in the other commands."""
     print_anything()
+    # What PyTorch brings stays, and loading more of it or 100,000 clips leaves no garbage: a tenth of a start's time.
+    gc.freeze()
+    gc.set_threshold(50_000)
     try:
         code = command() or 0
         sys.stdout.flush()  # an error of what is still to be written shows now

@@ -57,7 +57,7 @@ def start_run(
         # `weights` is a name; `backbone` is what counts.
         compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
-        names = dataset.names() if bad else []
+        names = dataset.names()
         config = {
             **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
             "data_dir": data_dir and str(data_dir.resolve()), "cache_dir": str(cache_dir.resolve()),

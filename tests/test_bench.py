@@ -230,3 +230,8 @@ def test_the_table_of_folds(monkeypatch, capsys):
         ["random:demo", "400", "5", "first", name, *["1.00"] * 4, seconds, "2 %", faster, "50.0 %"]
         for name, seconds, faster in (("ours", "4.00", "1.00 x"), ("Trainer", "6.00", "1.50 x"))
     ]
+
+
+def test_sounds_are_for_the_fold_alone(capsys, tmp_path):
+    assert bench.main(["--less", "--data-dir", str(tmp_path)]) == 2
+    assert "only `fold` reads sounds" in capsys.readouterr().err

@@ -339,6 +339,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     args = parser.parse_args(argv)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.data_dir and not args.what:
+        raise UserError(f"--data-dir {args.data_dir}: only `fold` reads sounds; add it, or leave the option out")
     device = choose_device(args.device)
     gpu, dtype = device.type == "cuda", choose_dtype(args.dtype, device)
     batch, repeats = args.batch or (32 if gpu else 2 if args.quick else 4), args.repeats or (20 if gpu else 3)

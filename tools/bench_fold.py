@@ -101,7 +101,7 @@ def make_sounds(folder: Path, count: int, data_dir: Path | None) -> Path:
         rows = [dict(zip(COLUMNS, (f"{fold}-{kind}-{take}.wav", str(fold), target, kind, "True"), strict=True))
                 for target, kind in kinds for fold in range(1, 6) for take in range(8)]  # fmt: skip
     folds = [[row for row in rows if row["fold"] == str(fold)] for fold in range(1, 6)]
-    rows = [row for fold in folds for row in fold[:: 5 * len(fold) // count]]
+    rows = [row for fold in folds for row in fold[:: max(1, 5 * len(fold) // count)]]
     for i, row in enumerate(rows):
         file = folder / "audio" / row["filename"]
         if root:
