@@ -18,9 +18,16 @@ import torch.nn.functional as F
 
 from ast_model import ASTConfig
 from sounds import demo, own, paper
-from sounds.audio import RATE, read_audio, typical_seconds
+from sounds.audio import RATE, lengths_of, read_audio, typical_seconds
 from sounds.cache import cached
-from sounds.clip import PARTS, Listing, names_of  # PARTS: ("train", "val", "test"), the fields of a Split
+from sounds.clip import (  # PARTS: ("train", "val", "test"), the fields of a Split
+    PARTS,
+    WHOLE,
+    Listing,
+    fragment,
+    names_of,
+)
+from sounds.groups import parts_of
 from support.command import UserError, nearest
 from support.speed import near
 
@@ -132,10 +139,13 @@ class Dataset:
     paths: list[Path]
     labels: list[int]
     folds: dict[int, Split]
+    groups: list[str] = field(default_factory=list)  # of all clips: a random split does not divide them; or empty
+    spans: dict[int, tuple[float, float]] = field(default_factory=dict)  # of clips cut from a file: seconds
 
     def names(self) -> list[str]:
-        """Paths relative to `root`, with forward slashes: the same wherever the dataset lies."""
-        return names_of(self.paths, self.root)
+        """Paths relative to `root`, with forward slashes and spans: the same wherever the dataset lies."""
+        names = enumerate(names_of(self.paths, self.root))
+        return [name + fragment(self.spans.get(i, WHOLE)) for i, name in names]
 
 
 @dataclass(frozen=True)
@@ -150,18 +160,22 @@ class Recipe:
     validate: bool = True  # where there are folds: one of them chooses the epoch
     weights: str = "audioset"  # the backbone to start from
     lr: dict[str, float] = field(default_factory=dict)  # by method, where it is not that of METHODS
+    own: bool = False  # the user's own sounds: of any length, in classes of any size
+
+    def mask_frames(self, n_frames: int) -> int:  # the widest mask; of own sounds at most the paper's share of a clip
+        return min(80, n_frames * 80 // 500) if self.own else 80
 
 
-def load_dataset(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
-    """The dataset called `name` in DATASETS, found in `data_dir`, else in `cache_dir`, else fetched."""
+def load_dataset(name: str, data_dir: Path | None, cache_dir: Path, group=None, windows=None) -> Dataset:
+    """A dataset of DATASETS, in `data_dir`, else `cache_dir`, else fetched; the rest: see sounds/own.py."""
     recipe = DATASETS[nearest(name, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")]
-    found = recipe.load(data_dir, cache_dir)
+    found = recipe.load(data_dir, cache_dir, **({"group": group, "windows": windows} if recipe.own else {}))
     number = {label: i for i, label in enumerate(found.classes or sorted({clip.label for clip in found.clips}))}
     labels = [number[clip.label] for clip in found.clips]
     folds = splits_of([clip.part for clip in found.clips], recipe.validate)
     paths = [clip.path for clip in found.clips]
-    dataset = Dataset(found.name or name, found.root, list(number), paths, labels, folds)
-    if found.name:  # the user's own sounds: can these folds train and test?
+    dataset = Dataset(found.name or name, found.root, list(number), paths, labels, folds, found.groups(), found.spans())
+    if recipe.own:  # can these folds train and test?
         own.check_folds(dataset)
     return dataset
 
@@ -191,8 +205,10 @@ def split_of_parts(parts: list[str]) -> Split:
 def random_split(dataset: Dataset, seed: int) -> Split:
     """Of each class a fifth of the clips tests, a fifth validates, the rest trains, drawn with the seed.
 
-    At least one clip of each class tests and, in classes of three or more, one validates.
+    At least one clip of each class tests and, in classes of three or more, one validates. Groups stay whole.
     """
+    if dataset.groups:
+        return split_of_parts(parts_of(dataset.labels, dataset.groups, seed))
     rng = np.random.default_rng(seed)
     parts = np.full(len(dataset.labels), "train")
     for label in range(len(dataset.classes)):
@@ -241,7 +257,9 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
         return recipe.n_frames
     if seconds is None:
         may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
-        seconds = typical_seconds([dataset.paths[i] for i in sorted(may_train)])
+        seconds = typical_seconds(lengths_of(dataset.paths, dataset.spans)[sorted(may_train)])
+    if recipe.own and dataset:
+        own.tell_of_cuts(dataset, seconds)
     return max(ASTConfig.patch, round(seconds * FPS))
 
 
@@ -281,8 +299,9 @@ def load_clips(
     """
     seconds = (n_frames * HOP + WINDOW) / RATE + 0.1  # the rest would be cut
 
-    def compute(path: Path) -> np.ndarray:
-        wave = torch.from_numpy(read_audio(path, seconds))
+    def compute(i: int) -> np.ndarray:
+        start, end = dataset.spans.get(i, WHOLE)
+        wave = torch.from_numpy(read_audio(dataset.paths[i], min(seconds, end - start), start))
         return to_input(fbank(wave[None]), n_frames)[0].numpy()  # (n_frames, 128)
 
     # Raise the 2 when a formula above changes: features kept before are then not found.
@@ -295,15 +314,6 @@ def load_clips(
     return Clips(features, torch.tensor(dataset.labels, device=features.device), Path(rows.filename), check), bad
 
 
-def build_features(
-    dataset: Dataset, n_frames: int, cache_dir: Path, skip_bad: bool = False
-) -> tuple[np.ndarray, dict[int, str]]:
-    """What `load_clips` returns, as an array: float16 (clips, n_frames, 128), memory-mapped, all of it checked."""
-    clips, bad = load_clips(dataset, n_frames, torch.device("cpu"), cache_dir, skip_bad)
-    clips.check(torch.arange(len(clips.labels)))
-    return clips.features.numpy(), bad
-
-
 # ---------------------------------------------------------------------------------------------- the table of datasets
 
 
@@ -313,8 +323,8 @@ DATASETS = {
     "us8k": Recipe(paper.us8k, n_frames=400, batch_size=32, epochs=30, mask=True, validate=False),
     "gsc": Recipe(paper.gsc, n_frames=100, batch_size=128, epochs=75, mask=False),
     "fsc": Recipe(paper.fsc, n_frames=400, batch_size=32, epochs=75, mask=False),
-    "folder": Recipe(own.folder, n_frames=None, batch_size=32, epochs=50, mask=True),
-    "csv": Recipe(own.table, n_frames=None, batch_size=32, epochs=50, mask=True),
+    "folder": Recipe(own.folder, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
+    "csv": Recipe(own.table, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
     # One-second sounds. No masking: 80 of 98 frames would leave nothing to hear.
     "demo": Recipe(demo.target, n_frames=98, batch_size=16, epochs=4, mask=False, weights="demo"),
     "demo_source": Recipe(

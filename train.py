@@ -5,8 +5,7 @@
 
 `train_epoch` is the training loop, `train_fold` trains and tests a fold, `run` goes over seeds and folds, `parse` reads
 the command line. From section III-A: AdamW, weight decay, cosine annealing. From the authors' code: cross-entropy, no
-warm-up, and with validation clips the weights of the best validation epoch are tested, else those of the last epoch.
-The test clips are seen once.
+warm-up; the weights of the best epoch by the validation clips, else of the last, are tested. Test clips are seen once.
 """
 
 import argparse
@@ -26,10 +25,10 @@ from ast_model import AST, POOL, ASTConfig, make_head
 from data import DATASETS, FPS, Clips, Split, folds_of, frames_for, load_clips, load_dataset, patchout, spec_augment
 from load_weights import live_tensors, load_ast, load_tensors, read_header, save_trained, to_dict, trained_tensors
 from support import command, console, ledger, records, speed
-from support.command import UserError
 from support.files import default_cache_dir
 from support.processes import average, is_first, mean_over_ranks, process_group, say, shares, wait_for_all
 from support.records import Settings
+from support.scores import class_weights
 from support.speed import Learner, Machine, autocast
 from support.variants import fitted, override
 from support.vectors import probed
@@ -70,6 +69,7 @@ def train_epoch(
     BatchNorm see the share alone.
     """
     learner.network.train()
+    of_class = class_weights(clips.labels, indices, machine.device) if settings.balance else None
     order = indices[torch.randperm(len(indices))].to(clips.features.device)
     losses = torch.zeros(len(rates), device=machine.device)
     for step, batch in enumerate(order.split(settings.batch_size)):
@@ -80,9 +80,9 @@ def train_epoch(
         for share, weight in shares(len(batch), machine.micro_batch):
             x, y = clips.batch(batch[share], machine.device)
             if settings.mask:
-                x = spec_augment(x, draws[share])
+                x = spec_augment(x, draws[share], max_frames=settings.mask_frames)
             logits = learner.logits(x) if kept is None else learner.logits(x, kept[share])
-            loss = F.cross_entropy(logits, y, reduction="sum") / len(batch) * weight
+            loss = F.cross_entropy(logits, y, of_class, reduction="sum") / len(batch) * weight
             learner.backward(loss)
             losses[step] += loss.detach()
         learner.step(rates[step])
@@ -113,7 +113,7 @@ def train_fold(
         progress.trained(losses, rates, len(split.train))
         accuracy, predicted = evaluate(network, clips, split.val, settings, machine)
         tensors = trained_tensors(model)
-        progress.validated(accuracy, predicted, tensors)  # remembers the best epoch, or the last
+        progress.validated(accuracy, predicted, tensors, clips.labels[split.val], settings.best)  # remembers the best
         records.save_progress(state_file, progress, {"tensors": tensors, **learner.state()})
     load_tensors(model, progress.best["tensors"], state_file)
     return progress.outcome(*evaluate(network, clips, split.test, settings, machine))
@@ -149,11 +149,8 @@ def run(args: argparse.Namespace) -> dict:
     weights, mask = args.weights or recipe.weights, recipe.mask and not args.no_mask
     changes = {"rr": args.rr, "alpha": args.alpha, "prompts": args.prompts, "kernel": args.kernel}
     override(petl.find(args.method), **changes)  # errors now, not after a download
-    dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir)
-    known = list(dataset.folds) or [1]
-    unknown = set(args.folds or []) - set(known)
-    if unknown:
-        raise UserError(f"--folds {min(unknown)}: {args.dataset} has the folds {', '.join(map(str, known))}")
+    dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir, args.group, args.windows)
+    ahead = command.chosen_folds(args.folds, list(dataset.folds) or [1], args.dataset)
     n_frames = frames_for(recipe, dataset, args.seconds)
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     lr = args.lr or recipe.lr.get(args.method)
@@ -161,8 +158,8 @@ def run(args: argparse.Namespace) -> dict:
     method = fitted(petl.find(args.method), pretrained.config, lr, **changes, blocks=args.blocks, keep=args.keep)
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
     home = args.out / args.dataset / method.name
-    ahead = console.folds_left(home, args.seed, args.folds or known)
-    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, forecast=ahead)
+    left = console.folds_left(home, args.seed, ahead)
+    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute, args.resume, forecast=left)
 
     results = {}
     for seed in args.seed:
@@ -172,10 +169,11 @@ def run(args: argparse.Namespace) -> dict:
             dataset=args.dataset, weights=weights, backbone=pretrained.backbone.sha256, method=to_dict(method),
             pool=args.pool, seed=seed, shots=args.shots, clips=ledger.hash_of(table), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
-            mask=mask, dtype=args.dtype, keep=args.keep,
+            mask=mask, dtype=args.dtype, keep=args.keep, balance=args.balance,
+            mask_frames=recipe.mask_frames(n_frames) if mask else 80, best="balanced" if recipe.own else "accuracy",
         )  # fmt: skip
         folder = home / f"seed{seed}"
-        records.start_run(folder, settings, table, dataset, bad, args.data_dir, args.cache_dir)
+        records.start_run(folder, settings, table, dataset, bad, vars(args))
         say(console.describe(settings, n_frames / FPS, args.device))
         for fold in args.folds or folds:
             file = folder / f"fold{fold}.safetensors"
@@ -185,7 +183,7 @@ def run(args: argparse.Namespace) -> dict:
                 finish_fold(model, file, {**outcome, "classes": dataset.classes, "settings": asdict(settings)})
                 machine = replace(machine, forecast=0)  # once is enough
             if is_first():
-                say(console.describe_fold(read_header(file, "result")["result"]))
+                say(console.describe_fold(read_header(file, "result")["result"], settings.best))
         wait_for_all()
         results[seed] = console.summarise(folder, settings, started)
     return results[args.seed[0]] if len(results) == 1 else console.summarise_seeds(home, results)
@@ -215,12 +213,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default="demo", help=", ".join(DATASETS))
     add("--method", default="houlsby_par", help="a name that --list-methods prints")
     add("--data-dir", type=Path, help="the dataset or its archive, else it is downloaded; or your own sounds")
-    add("--weights", help="audioset, demo, hf:owner/name, a file or folder, random:base|small|tiny|demo; default: the "
-        "dataset's")  # fmt: skip
+    add("--weights", help="audioset, demo, hf:owner/name, a file or folder, random:base|small|tiny|demo")
     add("--pool", default="mean", choices=POOL, help="how tokens become one vector; the paper takes the mean")
     add("--folds", type=command.numbers, metavar="1,2", help="only these folds")
     add("--seed", type=command.numbers, default=[0], metavar="0,1,2", help="one run for each of these seeds")
     add("--seconds", type=float, help="cut or pad clips to this; default: the dataset's, or that of most of your clips")
+    add("--group", metavar="REGEX", help="of own sounds: its first parenthesis finds in a path what stays in one part")
+    add("--windows", action="store_true", help="cut the recordings of --dataset folder into windows of --seconds")
     add("--shots", type=command.positive, metavar="K", help="train on K clips per class only")
     add("--epochs", type=command.positive, help="default: the dataset's")
     add("--batch-size", type=command.positive, help="over all processes; default: the dataset's")
@@ -236,6 +235,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", *speed.DTYPES], help="of the arithmetic; trained tensors: float32")
     add("--compile", action="store_true", help="torch.compile the model for training")
     add("--recompute", action="store_true", help="keep less for the backward pass and compute it again: saves memory")
+    add("--balance", action="store_true", help="weigh the loss so that every class counts alike, however few its clips")
     add("--no-mask", action="store_true", help="leave SpecAugment out where the dataset's protocol has it")
     add("--skip-bad", action="store_true", help="go on without sound files that cannot be read")
     add("--resume", action="store_true", help="continue an interrupted fold after its last finished epoch")
@@ -244,14 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--list-methods", action="store_true", help="print all methods with their parameter counts")
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
-    if args.lr is not None and not 0 < args.lr <= 1:
-        raise UserError(f"--lr is {args.lr}; it must be positive and at most 1")
-    if args.keep is not None and not 0 < args.keep < 1:
-        raise UserError(f"--keep is {args.keep}; it must be a share between 0 and 1")
-    if args.seconds is not None and not 0.16 <= args.seconds <= 60:
-        raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
-    if max(args.seed) >= 2**31:
-        raise UserError(f"--seed {max(args.seed)} is too large; choose numbers below {2**31}")
+    command.check_options(args)
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)
     return args

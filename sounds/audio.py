@@ -26,17 +26,17 @@ def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     return sounds, [file for file in files if file.suffix.lower() not in SUFFIXES]
 
 
-def read_audio(path: Path, seconds: float = math.inf) -> np.ndarray:
-    """The first `seconds` of a sound file as mono float32 at 16 kHz, (samples,). Raises as `stream_audio` does."""
-    return np.concatenate(list(stream_audio(path, seconds)))
+def read_audio(path: Path, seconds: float = math.inf, start: float = 0) -> np.ndarray:
+    """`seconds` of a sound file from `start` on, mono float32 at 16 kHz, (samples,). Raises as `stream_audio` does."""
+    return np.concatenate(list(stream_audio(path, seconds, start)))
 
 
-def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
+def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Iterator[np.ndarray]:
     """What `read_audio` returns, in blocks of ten seconds: a long file takes no more memory than a short one.
 
     Reads what libsndfile reads: WAV of any kind, FLAC, OGG, MP3, at any rate, with any number of channels. Raises
-    ValueError with the reason for a file that is no audio, holds no samples, ends before the header says (within the
-    first `seconds`), or holds values that are not finite.
+    ValueError with the reason for a file that is no audio, holds no samples, ends before `start` or, within what is
+    asked for, before the header says, or holds values that are not finite.
     """
     import soundfile
     import soxr
@@ -49,10 +49,13 @@ def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
                 raise ValueError("is empty (0 bytes)")
         with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
             rate = file.samplerate
-            wanted = min(_length_in_header(file), seconds * rate)  # samples per channel
-            there = math.ceil(min(wanted, file.frames))
+            first = round(start * rate)
+            if 0 < file.frames <= first:
+                raise ValueError(f"ends after {file.frames / rate:.2f} s, and its clip starts at {start:g} s")
+            wanted = min(_length_in_header(file) - first, seconds * rate)  # samples per channel
+            there = math.ceil(min(wanted, file.frames - first))
             resampler, read = soxr.ResampleStream(rate, RATE, num_channels=1), 0
-            while len(samples := file.read(min(10 * rate, there - read), dtype="float32", always_2d=True)):
+            while len(samples := _samples(file, first + read, min(10 * rate, there - read))):
                 read += len(samples)
                 wave = samples.mean(axis=1)  # (samples,)
                 if not np.isfinite(wave).all():
@@ -67,8 +70,20 @@ def stream_audio(path: Path, seconds: float = math.inf) -> Iterator[np.ndarray]:
     if not read:
         raise ValueError("holds no samples")
     if read < wanted - _MAY_BE_MISSING * rate:
-        raise ValueError(f"is truncated: it ends after {read / rate:.2f} s, before its header says")
+        raise ValueError(f"is truncated: it ends after {(first + read) / rate:.2f} s, before its header says")
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # what the filter still holds back
+
+
+def _samples(file, start: int, count: int) -> np.ndarray:
+    """(count, channels), less at the end of a file.
+
+    soundfile seeks after every read, and of an MP3 libsndfile then decodes wrongly the frames that need earlier ones:
+    half a second before `start` is read as well, and left out.
+    """
+    lead = min(start, file.samplerate // 2) if file.format == "MP3" else 0
+    if file.tell() != start - lead:
+        file.seek(start - lead)
+    return file.read(lead + count, dtype="float32", always_2d=True)[lead:]
 
 
 def _length_in_header(file) -> float:
@@ -104,9 +119,16 @@ def length_of(path: Path) -> float:
         return math.nan
 
 
-def typical_seconds(paths: list[Path]) -> float:
-    """95th percentile of the lengths of sounds, at most 10.24 s: what the AST was pretrained on."""
+def lengths_of(paths: list[Path], spans: dict[int, tuple[float, float]]) -> np.ndarray:
+    """Seconds of each clip, (clips,): of the file or, by its number, of what lies in its span; nan if unreadable."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         seconds = np.array(list(pool.map(length_of, paths)))
+    for i, (start, end) in spans.items():
+        seconds[i] = np.clip(seconds[i], start, end) - start
+    return seconds
+
+
+def typical_seconds(seconds: np.ndarray) -> float:
+    """95th percentile of the lengths of sounds, at most 10.24 s: what the AST was pretrained on."""
     seconds = seconds[np.isfinite(seconds)]
     return min(10.24, float(np.percentile(seconds, 95))) if len(seconds) else 10.24

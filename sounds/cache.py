@@ -11,27 +11,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 
+from sounds.clip import WHOLE, fragment
 from support.command import UserError
+from support.progress import Bar
 from support.rows import crc_of, map_rows, row_type, start_rows
 
 _BLOCK = 64  # clips in memory at once while features are built or checked
-Compute = Callable[[Path], np.ndarray]  # raises ValueError, with the reason, for a file that cannot be read
+Compute = Callable[[int], np.ndarray]  # of a clip's number; ValueError, with the reason: it cannot be read
 
 
 def _row_key(path: Path, name: str, front_end: str) -> int:
-    """Changes when the file, its `name` in the dataset or the front end changes."""
+    """Changes when the file, the clip's `name` in the dataset, which has its span, or the front end changes."""
     info = os.stat(path)
     source = f"{front_end}, {name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
     return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
 
 
-def _make_row(path: Path, key: int, shape: tuple[int, int], compute: Compute) -> tuple[np.ndarray, str]:
-    """The row of a clip, (1,), and why it has no features; "" if it has."""
+def _make_row(i: int, key: int, shape: tuple[int, int], compute: Compute) -> tuple[np.ndarray, str]:
+    """The row of clip `i`, (1,), and why it has no features; "" if it has."""
     row, reason = np.zeros(1, row_type(shape)), ""
     try:
-        row["features"] = compute(path)
+        row["features"] = compute(i)
     except ValueError as error:
         row["bad"], reason = 1, str(error)
     row["key"], row["crc"] = key, crc_of(row[0])
@@ -68,8 +69,8 @@ def _read_index(path: Path, shape: tuple[int, int], check: bool = True) -> np.nd
 def cached(
     dataset, shape: tuple[int, int], front_end: str, compute: Compute, cache_dir: Path, skip_bad: bool = False
 ) -> tuple[np.ndarray, dict[int, str], Callable[[torch.Tensor], None]]:
-    """`compute` of every clip of a `data.Dataset`, float16 (clips, *shape), memory-mapped; and why clips have none, by
-    their index. `front_end` is text that changes when `compute` computes something else.
+    """`compute` of the number of every clip of a `data.Dataset`, float16 (clips, *shape), memory-mapped; and why clips
+    have none, by their number. `front_end` is text that changes when `compute` computes something else.
 
     Built once, with all cores, and kept under `cache_dir`: a second call only checks the file. A build that was killed
     goes on where it was; clips that changed on disk are built again, the others kept. The file lands by one rename
@@ -87,7 +88,7 @@ def cached(
     keys = np.array([_row_key(clip, name, front_end) for clip, name in named], dtype="<u8")
 
     def reasons(index):  # read again for the reason: the file knows only that there was one
-        return {i: _make_row(dataset.paths[i], 0, shape, compute)[1] for i in np.flatnonzero(index["bad"]).tolist()}
+        return {i: _make_row(i, 0, shape, compute)[1] for i in np.flatnonzero(index["bad"]).tolist()}
 
     with FileLock(f"{path}.lock"):
         index = _read_index(path, shape, check=False)
@@ -99,7 +100,7 @@ def cached(
         rows = np.load(path, mmap_mode="c")  # copy on write: nothing done to the array reaches the file
     if bad:
         for i, reason in bad.items():
-            print(f"  {dataset.paths[i]}: {reason}", file=sys.stderr)
+            print(f"  {dataset.paths[i]}{fragment(dataset.spans.get(i, WHOLE))}: {reason}", file=sys.stderr)
         if not skip_bad:
             raise UserError(
                 f"{len(bad)} of {len(rows)} sound files cannot be used (listed above): mend them, or add --skip-bad to "
@@ -114,7 +115,7 @@ def cached(
             if crc_of(rows[i]) == rows["crc"][i]:
                 continue
             print(f"{path}: a damaged row, building it again", file=sys.stderr)
-            row, reason = _make_row(dataset.paths[i], keys[i], shape, compute)
+            row, reason = _make_row(i, keys[i], shape, compute)
             if not reason and _row_key(dataset.paths[i], names[i], front_end) != keys[i]:
                 raise UserError(f"{dataset.paths[i]} has changed since the start: start again")
             rows[i] = row[0]
@@ -143,7 +144,7 @@ def _build_rows(
     missing = np.flatnonzero((started["key"] != keys) | started["bad"])
     if len(missing) < len(keys) or index is not None:
         print(f"features of {dataset.name}: {len(missing)} of {len(keys)} clips are new, changed or unfinished")
-    progress = tqdm(total=len(missing), desc=f"features of {dataset.name}", unit="clip", disable=None)
+    progress = Bar(total=len(missing), desc=f"features of {dataset.name}")
     start, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # one clip is too small to share between cores; each core takes its own
     try:
@@ -151,7 +152,7 @@ def _build_rows(
             offset = np.load(partial, mmap_mode="r").offset
             for first in range(0, len(missing), _BLOCK):
                 block = missing[first : first + _BLOCK]
-                made = pool.map(lambda i: _make_row(dataset.paths[i], keys[i], shape, compute), block)
+                made = pool.map(lambda i: _make_row(i, keys[i], shape, compute), block)
                 for i, (row, _) in zip(block.tolist(), made, strict=True):
                     file.seek(offset + i * row.nbytes)
                     file.write(row.tobytes())

@@ -1,17 +1,21 @@
 """What a loader says of a dataset: where it lies, and for each clip its class and what it is used for."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 PARTS = ("train", "val", "test")
+WHOLE = (0.0, math.inf)  # the span of a clip that is a file of its own
 
 
 class Clip(NamedTuple):
     path: Path
     label: str  # name of its class
     part: str | int = ""  # one of PARTS, the number of a fold, or "": nobody has said
+    span: tuple[float, float] = WHOLE  # seconds: where it starts and ends in its file
+    group: str = ""  # of clips that must stay in one part, as they are of one recording, speaker or site
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,24 @@ class Listing:
     classes: list[str] | None = None  # in the order of their numbers; None: in that of the alphabet
     name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS
 
+    def groups(self) -> list[str]:
+        """Those of all clips; empty where there are none."""
+        return [clip.group for clip in self.clips if clip.group]
 
-def name_of(path: Path, root: Path) -> str:
-    """A clip's path relative to `root`, with forward slashes."""
-    return Path(os.path.relpath(path, root)).as_posix()
+    def spans(self) -> dict[int, tuple[float, float]]:
+        """Those of the clips that are no whole files, by their number."""
+        return {i: clip.span for i, clip in enumerate(self.clips) if clip.span != WHOLE}
+
+
+def name_of(path: Path, root: Path, span: tuple[float, float] = WHOLE) -> str:
+    """A clip's path relative to `root`, with forward slashes; of a piece of a recording `rain.wav#12.5-17.5`."""
+    return Path(os.path.relpath(path, root)).as_posix() + fragment(span)
+
+
+def fragment(span: tuple[float, float]) -> str:
+    """`#12.5-17.5`, in seconds; nothing where it is a whole file."""
+    start, end = (f"{seconds:.6f}".rstrip("0").rstrip(".") if seconds < math.inf else "" for seconds in span)
+    return "" if span == WHOLE else f"#{start}-{end}"
 
 
 def names_of(paths: list[Path], root: Path) -> list[str]:

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from sounds import synth
 from sounds.audio import RATE
 from sounds.clip import PARTS, Clip, Listing
 from support.command import UserError
 from support.files import whole_folder
+from support.progress import Bar
 
 SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it hears
 # Folders in the cache: a recipe in `synth` that changes needs a new name here, else the old sounds are used on.
@@ -34,7 +34,7 @@ def rendered(
             import soundfile  # here: what renders nothing starts without it
 
             with whole_folder(root) as temporary:
-                for clip in tqdm(clips, desc=f"rendering {name}", unit="clip", disable=None):
+                for clip in Bar(clips, f"rendering {name}"):
                     file = temporary / clip.path.relative_to(root)
                     file.parent.mkdir(exist_ok=True)
                     wave = synth.render(clip.label, int(file.stem), SEED)

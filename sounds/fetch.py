@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from support.command import UserError
 from support.files import whole_file, whole_folder
+from support.progress import Bar
 
 # What zipfile and tarfile raise for an archive that is damaged, encrypted (RuntimeError) or of a kind they do not know.
 DAMAGE = (
@@ -76,7 +76,7 @@ def download(url: str, target: Path, by_hand: str, checksum: str | None = None) 
     try:
         with urllib.request.urlopen(url, timeout=30) as response, whole_file(target) as temporary:
             size = int(response.headers.get("Content-Length") or 0)
-            bar = tqdm(total=size or None, desc=target.name, unit="B", unit_scale=True, disable=None)
+            bar = Bar(total=size or None, desc=target.name, unit="B", unit_scale=True)
             with open(temporary, "wb") as file, bar:
                 while block := response.read(1 << 20):
                     file.write(block)
@@ -98,7 +98,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Raises UserError for a damaged archive and for members that would land outside the folder, links and devices.
     """
-    progress = partial(tqdm, desc=f"unpacking {archive.name}", unit="file", disable=None)
+    progress = partial(Bar, desc=f"unpacking {archive.name}", unit="file")
     try:
         with whole_folder(folder) as temporary:
 

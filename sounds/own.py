@@ -1,18 +1,27 @@
-"""The user's own sounds: a folder for each class, or a table."""
+"""The user's own sounds: a folder for each class, a table, or Audacity's label tracks.
+
+Both loaders take `group`, the regular expression of --group, see sounds/groups.py.
+"""
 
 import hashlib
+import math
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from sounds.audio import SUFFIXES, files_in
-from sounds.clip import PARTS, Clip, Listing, names_of
+import numpy as np
+
+from sounds.audio import SUFFIXES, files_in, lengths_of
+from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, names_of
+from sounds.groups import grouped
 from sounds.tables import folders_in, read_table, require_files
 from support.command import UserError, first_of, is_number, warn
+from support.processes import say
 
 
-def folder(data_dir: Path | None, cache_dir: Path) -> Listing:
-    """One sub-folder of `data_dir` for each class, with the sounds anywhere beneath it.
+def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None) -> Listing:
+    """One sub-folder of `data_dir` for each class, with the sounds anywhere beneath it, cut into `windows` of so many
+    seconds, if that is said.
 
     Above the classes there may be train/, test/ and perhaps val/; otherwise `random_split` draws them.
     """
@@ -34,24 +43,50 @@ def folder(data_dir: Path | None, cache_dir: Path) -> Listing:
             clips += [Clip(sound, class_folder.name, part) for sound in sounds]
     if ignored:
         warn(f"{data_dir}: {len(ignored)} files are no {', '.join(SUFFIXES)}, ignored ({first_of(ignored)})")
-    return own_sounds(data_dir, data_dir.resolve().name, clips)
+    if windows:
+        lengths = lengths_of([clip.path for clip in clips], {}).tolist()
+        clips = [
+            clip._replace(span=span, group=name_of(clip.path, data_dir))
+            for clip, length in zip(clips, lengths, strict=True)
+            for span in windows_of(length, windows)
+        ]
+    return own_sounds(data_dir, data_dir.resolve().name, clips, group)
 
 
-def table(data_dir: Path | None, cache_dir: Path) -> Listing:
-    """A CSV file with the columns path and label, and perhaps split (train, val, test) or fold (a number).
+def windows_of(length: float, seconds: float) -> list[tuple[float, float]]:
+    """Spans of so many seconds, one after the other; the last one ends with the recording, and overlaps if need be."""
+    if not length > seconds:  # or nobody knows how long it is
+        return [WHOLE]
+    starts = [min(i * seconds, length - seconds) for i in range(math.ceil(length / seconds - 1e-9))]
+    return [(round(start, 6), round(start + seconds, 6)) for start in starts]
+
+
+def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None) -> Listing:
+    """A CSV file with the columns path and label, and perhaps split (train, val, test) or fold (a number), group, and
+    start and end, in seconds, of a piece of a recording. Or a folder with label tracks.
 
     Paths are relative to the file. Fold k tests fold k and, of three or more, validates on the one before it.
     """
-    if data_dir is None or not data_dir.is_file():
-        problem = "needs --data-dir" if data_dir is None else f"--data-dir {data_dir} is no file"
+    if windows:
+        raise UserError("--windows cuts the recordings of --dataset folder; for csv the columns start and end do")
+    if data_dir is None or not data_dir.exists():
+        problem = "needs --data-dir" if data_dir is None else f"--data-dir {data_dir} is not there"
         raise UserError(f"--dataset csv: {problem}: give a CSV file with the columns path and label")
+    if data_dir.is_dir():
+        return own_sounds(data_dir, data_dir.resolve().name, label_tracks(data_dir), group)
     rows = read_table(data_dir, ["path", "label"])
     if "split" in rows[0] and "fold" in rows[0]:
         raise UserError(f"{data_dir}: has a column split and a column fold; only one of them can say what trains")
     column = next((column for column in ("split", "fold") if column in rows[0]), None)
+    needed = ["path", "label", *(name for name in (column, "group") if name in rows[0])]
+    if group and "group" in needed:
+        raise UserError(f"{data_dir}: has a column group, and there is --group: only one of them can say what belongs "
+                        "together")  # fmt: skip
+    spans = []
     for line, row in enumerate(rows, start=2):
-        if not row["path"] or not row["label"] or (column and not row[column]):
-            raise UserError(f"{data_dir}, line {line}: an empty path, label or {column or 'column'}")
+        if empty := [name for name in needed if not row[name]]:
+            raise UserError(f"{data_dir}, line {line}: an empty {empty[0]}")
+        spans.append(span_of(row.get("start"), row.get("end"), f"{data_dir}, line {line}"))
         if column == "split" and row["split"] not in PARTS:
             raise UserError(f"{data_dir}, line {line}: split is {row['split']!r}; it must be train, val or test")
         if column == "fold" and not is_number(row["fold"]):
@@ -59,28 +94,88 @@ def table(data_dir: Path | None, cache_dir: Path) -> Listing:
     part = int if column == "fold" else str
     names = [os.fsdecode(row["path"].encode()) for row in rows]  # where the locale has no UTF-8, too
     clips = [
-        Clip(data_dir.parent / name, row["label"], part(row[column]) if column else "")
-        for name, row in zip(names, rows, strict=True)
+        Clip(data_dir.parent / name, row["label"], part(row[column]) if column else "", span, row.get("group", ""))
+        for name, row, span in zip(names, rows, spans, strict=True)
     ]
+    require_each_once(data_dir, clips)
+    require_files(data_dir.parent, list(dict.fromkeys(clip.path for clip in clips)))
+    return own_sounds(data_dir.parent, data_dir.stem, clips, group)
+
+
+def require_each_once(origin: Path, clips: list[Clip]) -> None:
     first = {}
     for clip in clips:
-        other = first.setdefault(os.path.realpath(clip.path), clip)  # a.wav is x/../a.wav
+        other = first.setdefault((os.path.realpath(clip.path), clip.span), clip)  # a.wav is x/../a.wav
         if other is not clip:
             name = f"{clip.path}" if other.path == clip.path else f"{other.path} = {clip.path}"
-            where = f"in {column} {other.part} and {clip.part}" if other.part != clip.part else "twice"
-            raise UserError(f"{data_dir}: {name} is listed {where}: every clip must be listed once")
-    require_files(data_dir.parent, [clip.path for clip in clips])
-    return own_sounds(data_dir.parent, data_dir.stem, clips)
+            kind = "split" if isinstance(clip.part, str) else "fold"
+            where = f"in {kind} {other.part} and {clip.part}" if other.part != clip.part else "twice"
+            raise UserError(f"{origin}: {name}{fragment(clip.span)} is listed {where}: every clip must be listed once")
 
 
-def own_sounds(root: Path, name: str, clips: list[Clip]) -> Listing:
+def span_of(start: str | None, end: str | None, where: str) -> tuple[float, float]:
+    """The texts of two seconds, of which each may be empty, as numbers. UserError if they are no span."""
+    span = []
+    for name, text, otherwise in (("start", start, WHOLE[0]), ("end", end, WHOLE[1])):
+        try:
+            span.append(round(float(text), 6) if text else otherwise)
+        except ValueError:
+            span.append(math.nan)
+        if not 0 <= span[-1] <= (1e9 if text else math.inf):
+            raise UserError(f"{where}: {name} is {text[:100]!r}; it must be seconds like 12.5")
+    if span[1] <= span[0]:
+        raise UserError(f"{where}: it ends at {span[1]:g} s, which is not after its start at {span[0]:g} s")
+    return tuple(span)
+
+
+def label_tracks(root: Path) -> list[Clip]:
+    """What Audacity's label tracks beneath `root` say of the sounds beside them, rain.txt of rain.wav.
+
+    A line is a start and an end, in seconds, and a label, with tabs between them.
+    """
+    sounds, others = files_in(root)
+    tracks = [file for file in others if file.suffix.lower() == ".txt"]
+    beside, clips = defaultdict(list), []
+    for sound in sounds:
+        beside[sound.with_suffix("")].append(sound)
+    for track in tracks:
+        if len(found := beside.pop(track.with_suffix(""), [])) != 1:
+            what = "more than one sound" if found else "no sound"
+            raise UserError(f"{track}: a label track with {what} beside it ({track.stem}.wav or another of its name)")
+        try:
+            lines = track.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{track}: a label track must be text in UTF-8") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip() or line.startswith("\\"):  # the second line of a label that has frequencies
+                continue
+            where, fields = f"{track}, line {number}", line.split("\t")
+            if len(fields) < 3 or not fields[2].strip():
+                raise UserError(f"{where}: it must be a start, an end and a label, with tabs between them")
+            clips.append(Clip(found[0], fields[2].strip(), span=span_of(*fields[:2], where)))
+    if not clips:
+        raise UserError(f"{root}: no labels in {len(tracks)} label tracks (.txt beside the sounds): export some")
+    require_each_once(root, clips)
+    if beside:
+        names = [name_of(sound, root) for sounds in beside.values() for sound in sounds]
+        warn(f"{root}: {len(names)} sounds have no label track, ignored ({first_of(names)})")
+    return clips
+
+
+def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> Listing:
     """A Listing of the clips. Raises UserError for what cannot be trained or tested, warns of likely mistakes."""
+    clips = grouped(root, clips, group)
     counts = Counter(clip.label for clip in clips)
     if len(counts) < 2:
         raise UserError(f"{root}: {len(counts)} classes; there must be two or more to tell apart")
     if all(clip.part == "" for clip in clips) and 1 in counts.values():
         alone = next(label for label, count in counts.items() if count == 1)
         raise UserError(f"{root}: class {alone!r} has one clip; one to train and one to test are needed")
+    if all(clip.part == "" and clip.group for clip in clips):
+        groups = {label: {clip.group for clip in clips if clip.label == label} for label in counts}
+        if alone := [label for label in groups if len(groups[label]) == 1]:
+            where = f"{root}: class {alone[0]!r} has clips of one group only, {min(groups[alone[0]])!r}"
+            raise UserError(f"{where}; one to train and one to test are needed (--group '(.*)': every clip is one)")
     warn_of_copies(root, clips)
     return Listing(root, clips, name=name)
 
@@ -101,6 +196,16 @@ def check_folds(dataset) -> None:
                 warn(f"{where} no test clips in fold {fold}")
 
 
+def tell_of_cuts(dataset, seconds: float) -> None:
+    """Say how many clips of a dataset are longer than the model hears, and how much of them is left out."""
+    lengths = lengths_of(dataset.paths, dataset.spans)
+    over = np.nan_to_num(lengths - seconds).clip(0)
+    if count := int((over > 0.02).sum()):  # less is the end of the last frame
+        say(f"{count} of {len(lengths)} clips are longer than {seconds:g} s: {over.sum():.1f} s of "
+            f"{np.nansum(lengths):.1f} s ({over.sum() / np.nansum(lengths):.1%}) are not heard; --windows, a table "
+            "with start and end, or longer --seconds keep them")  # fmt: skip
+
+
 def warn_of_copies(root: Path, clips: list[Clip]) -> None:
     """Warn of files with the same content in different parts: what has been trained on would be tested."""
 
@@ -109,7 +214,7 @@ def warn_of_copies(root: Path, clips: list[Clip]) -> None:
             file.seek(path.stat().st_size // 2)
             return file.read(4096)
 
-    groups = [clips]
+    groups = [list({clip.path: clip for clip in clips}.values())]  # of the pieces of a recording one
     # From quick to slow: hardly any file is read as a whole.
     for key in (lambda path: path.stat().st_size, middle, lambda path: hashlib.sha256(path.read_bytes()).digest()):
         alike = defaultdict(list)
@@ -120,6 +225,7 @@ def warn_of_copies(root: Path, clips: list[Clip]) -> None:
     where = "and may come into different splits"
     if any(clip.part != "" for clip in clips):
         where, groups = "in different splits", [group for group in groups if len({clip.part for clip in group}) > 1]
+    groups = [group for group in groups if not group[0].group or len({clip.group for clip in group}) > 1]
     if groups:
         names = (names_of([clip.path for clip in group], root) for group in groups)
         copies = first_of([" = ".join(same) for same in names])

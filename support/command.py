@@ -47,6 +47,31 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for an option of train.py that is out of its bounds. `args.windows` becomes seconds, or None."""
+    if args.lr is not None and not 0 < args.lr <= 1:
+        raise UserError(f"--lr is {args.lr}; it must be positive and at most 1")
+    if args.keep is not None and not 0 < args.keep < 1:
+        raise UserError(f"--keep is {args.keep}; it must be a share between 0 and 1")
+    if args.seconds is not None and not 0.16 <= args.seconds <= 60:
+        raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
+    for name in ("group", "windows"):
+        if getattr(args, name) not in (None, False) and args.dataset not in ("folder", "csv"):
+            raise UserError(f"--{name} is for your own sounds, --dataset folder or csv, not for {args.dataset}")
+    if args.windows and args.seconds is None:
+        raise UserError("--windows: say by --seconds how long the windows are")
+    args.windows = args.seconds if args.windows else None
+    if max(args.seed) >= 2**31:
+        raise UserError(f"--seed {max(args.seed)} is too large; choose numbers below {2**31}")
+
+
+def chosen_folds(chosen: list[int] | None, known: list[int], dataset: str) -> list[int]:
+    """Those of --folds, or all. UserError for one that the dataset does not have."""
+    if unknown := set(chosen or []) - set(known):
+        raise UserError(f"--folds {min(unknown)}: {dataset} has the folds {', '.join(map(str, known))}")
+    return chosen or known
+
+
 def choose_device(name: str) -> torch.device:
     """The device of this process; under torchrun each has its own GPU. UserError if it is not there."""
     if name == "auto":

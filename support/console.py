@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import torch
 from tqdm import tqdm
 
 from support import ledger
+from support.command import first_of
 from support.files import write_json
 from support.headers import Settings
 from support.processes import is_first, say
+from support.progress import Signs, in_words
 from support.records import Progress, mean_and_std, write_results
+from support.scores import mistakes
 
 
 def describe(settings: Settings, seconds: float, device: torch.device) -> str:
@@ -20,6 +24,7 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
     masked = "masked" if settings.mask else "unmasked"
     masked += f", {settings.keep:.0%} of the patches" if settings.keep else ""
+    masked += ", classes weighed alike" if settings.balance else ""
     line = (
         f"{settings.method['name']} on {settings.dataset}: {shots}{seconds:g} s a clip, {settings.epochs} epochs, "
         f"batch {settings.batch_size}, learning rate {settings.lr:g}, {masked}, weights {settings.weights}, seed "
@@ -58,21 +63,24 @@ def now(device: torch.device) -> float:
 
 
 def forecast(learner, progress: Progress, split, settings: Settings, machine) -> None:
-    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first.
+    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first; and
+    without a terminal every minute how far it is.
 
     The steps after the first one are timed, which is slower than the others. The clock is read twice, and only then is
     the device waited for. Nothing is said where it is less than a minute.
     """
-    if machine.forecast == 0 or not is_first():
-        return
     batch, done = settings.batch_size, 0
-    last = min(3, math.ceil(len(split.train) / batch))
+    steps = math.ceil(len(split.train) / batch)  # in an epoch
+    before = steps * len(progress.history)
+    signs = Signs(steps * settings.epochs, "steps", before)
+    last = min(3, steps) if machine.forecast and is_first() else 0
     first = min(1, last - 1)  # an epoch of one step is timed from here on
-    start = now(machine.device)
+    start = now(machine.device) if last else 0.0
 
     def after_step(*_):
         nonlocal start, done
         done += 1
+        signs(before + done, f"fold {progress.fold}, epoch {1 + (before + done - 1) // steps}")
         if done == first:
             start = now(machine.device)
         elif done == last:
@@ -103,17 +111,11 @@ def forecast_lines(seconds: float, folds: int, settings: Settings, device: torch
     return lines
 
 
-def in_words(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            number = seconds / length
-            return f"{number:.{1 if number < 10 else 0}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def describe_fold(result: dict) -> str:
+def describe_fold(result: dict, by: str) -> str:
+    """`by`: what the best epoch was chosen by, settings.best."""
     best = result["validation_accuracy"]
     chosen = "last epoch" if best is None else f"best of validation {best:.2f} % in epoch {result['epoch']}"
+    chosen += ", by balanced accuracy" if best is not None and by == "balanced" else ""
     return f"fold {result['fold']}: test accuracy {result['accuracy']:.2f} % ({chosen}), {result['seconds']:.0f} s"
 
 
@@ -125,7 +127,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
     if not is_first():
         return {}
     with ledger.lock(folder):  # folds may end at the same time on several machines
-        summary = write_results(folder)
+        summary, tested = write_results(folder)
     results = summary["folds"]
     name, count, n = settings.method["name"], summary["parameters"], len(results)
     trained = count["petl"] + count["head"]
@@ -134,6 +136,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
     baseline = "houlsby_par" if name == "linear" else "linear"  # the comparison that says what a method adds
     say(
         f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
+        f"{describe_scores(tested, summary['scores']) if tested else ''}"
         f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
@@ -141,7 +144,37 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
         f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
         f"\n  to compare      the same command with --method {baseline}\n"
     )
+    if tested:
+        say(describe_classes(tested, summary["scores"]["classes"]))
     return summary
+
+
+def describe_scores(tested: list[dict], scores: dict) -> str:
+    """What accuracy alone would hide of these rows of predictions.csv."""
+    clips = {name: of["support"] for name, of in scores["classes"].items()}
+    balanced, f1, majority = (scores[name] for name in ("balanced_accuracy", "macro_f1", "majority"))
+    lines = f"\n  in all classes  balanced accuracy {balanced:.2f} %, macro-F1 {f1:.2f} %"
+    lines += f"\n  to compare with {majority:.2f} % for always answering {max(clips, key=clips.get)!r}"
+    answered = {row["prediction"] for row in tested}
+    if never := [repr(name) for name in clips if clips[name] and name not in answered]:
+        lines += f"\n  never answered  {first_of(never)}: {len(never)} of {len(clips)} classes"
+    wrong = Counter((row["label"], row["prediction"]) for row in tested if row["label"] != row["prediction"])
+    for (label, prediction), count in wrong.most_common(1):
+        lines += f"\n  most confused   {count} of {clips[label]} clips of {label!r} were taken for {prediction!r}"
+    return lines
+
+
+def describe_classes(tested: list[dict], classes: dict[str, dict], rows: int = 10) -> str:
+    """The classes with the lowest F1, `rows` at most, and the most confident mistakes."""
+    which = f"the {rows} of {len(classes)} classes with the lowest F1" if len(classes) > rows else "class"
+    width = min(40, max(map(len, [which, *classes])))
+    lines = [f"  {which:<{width}}  clips  precision  recall     F1   in %"]
+    for name, of in sorted(classes.items(), key=lambda item: item[1]["f1"])[:rows]:
+        numbers = f"{of['support']:>7}{of['precision']:>11.2f}{of['recall']:>8.2f}{of['f1']:>7.2f}"
+        lines.append(f"  {name[:width]:<{width}}{numbers}")
+    wrong = [f"  {float(row['probability']):7.2%}  {row['path']}: {row['prediction']!r}, but it is {row['label']!r}"
+             for row in mistakes(tested)]  # fmt: skip
+    return "\n".join([*lines, *(["\n  the most confident mistakes", *wrong] if wrong else []), ""])
 
 
 def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:

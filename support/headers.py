@@ -129,6 +129,9 @@ class Settings:
     mask: bool
     dtype: Name
     keep: Annotated[float, Meta(gt=0, lt=1)] | None = None  # share of the patches in training
+    mask_frames: Count = 80  # widest time mask, where there are masks
+    balance: bool = False  # the loss weighs all classes alike
+    best: Literal["accuracy", "balanced"] = "accuracy"  # by which the best epoch on the validation clips is chosen
 
 
 # In the header of a file they are only told.
@@ -142,6 +145,8 @@ class RunConfig(Settings):
     method: Method
     cache_dir: Text = "."
     data_dir: Text | None = None
+    group: Text | None = None  # of own sounds: --group, and how many seconds the windows of --windows have
+    windows: Seconds | None = None
 
 
 class Header(Struct, kw_only=True):
@@ -208,6 +213,24 @@ class Best(Struct):
     epoch: Count
     tensors: dict[str, Any]
     predicted: Any = None
+    score: Annotated[float, Meta(ge=-1, le=100)] | None = None  # the accuracy or balanced accuracy that was compared
+
+
+class ClassScores(Struct):
+    support: Count
+    precision: Percent
+    recall: Percent
+    f1: Percent
+
+
+class Scores(Struct):
+    """What support/scores.py says of all test clips together."""
+
+    accuracy: Percent
+    balanced_accuracy: Percent
+    macro_f1: Percent
+    majority: Percent
+    classes: dict[Name, ClassScores]
 
 
 class RunResult(Struct):
@@ -220,6 +243,7 @@ class RunResult(Struct):
     seconds: Seconds
     peak_memory_mb: Count | None = None
     versions: dict[str, Name] = {}
+    scores: Scores | None = None  # earlier versions had none
 
 
 # --------------------------------------------------------------------------------------------- files of other programs

@@ -9,7 +9,7 @@ from filelock import FileLock
 from support.command import UserError
 from support.files import to_bytes, write_text
 
-FILES = ("config.json", "split.csv", "metrics.csv", "predictions.csv", "result.json")
+FILES = ("config.json", "split.csv", "metrics.csv", "predictions.csv", "confusion.csv", "result.json")
 LINE = re.compile(f"(# )?([0-9a-f]{{64}})  ({'|'.join(map(re.escape, FILES))})")
 
 

@@ -1,7 +1,8 @@
 """What a run leaves on disk, but for the tensors.
 
-At its start config.json and split.csv, after every epoch metrics.csv and foldK.resume.pt, at its end predictions.csv
-and result.json. These two, and metrics.csv for a finished fold, are made from the fold files, at any time again.
+At its start config.json and split.csv, after every epoch metrics.csv and foldK.resume.pt, at its end predictions.csv,
+confusion.csv and result.json. These, and metrics.csv for a finished fold, are made from the fold files, at any time
+again.
 """
 
 import csv
@@ -27,7 +28,9 @@ from support.command import UserError, is_number, warn
 from support.files import json_of, table_of, whole_file
 from support.headers import ResumeState, RunConfig, RunResult, Settings, checked
 from support.processes import is_first, say
+from support.scores import balanced_accuracy, confusion, confusion_table, scores
 
+SOURCE = ("data_dir", "cache_dir", "group", "windows")  # options of train.py: where and how the clips are found
 INPUTS = ("config.json", "split.csv")  # what no fold file holds
 METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # the columns of metrics.csv
 PREDICTIONS = ("fold", "part", "path", "label", "prediction", "probability")  # and of predictions.csv
@@ -47,20 +50,22 @@ def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
     return text.getvalue()
 
 
-def start_run(
-    folder: Path, settings: Settings, table: str, dataset, bad: dict[int, str], data_dir: Path | None, cache_dir: Path
-) -> None:
-    """Write config.json and split.csv. UserError if `folder` holds another experiment: its finished folds must not be
-    mixed with these."""
+def start_run(folder: Path, settings: Settings, table: str, dataset, bad: dict[int, str], options: dict) -> None:
+    """Write config.json and split.csv; `options`: those of train.py, of which SOURCE are kept.
+
+    UserError if `folder` holds another experiment: its finished folds must not be mixed with these.
+    """
     check(folder)
     for old in settings_in(folder):
         # `weights` is a name; `backbone` is what counts.
         compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
         names = dataset.names()
+        source = {name: options[name] for name in SOURCE}
+        places = {name: str(path.resolve()) for name, path in source.items() if isinstance(path, Path)}
         config = {
             **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
-            "data_dir": data_dir and str(data_dir.resolve()), "cache_dir": str(cache_dir.resolve()),
+            **source, **places,
         }  # fmt: skip
         with ledger.lock(folder):
             ledger.write_files(folder, {"config.json": json_of(config), "split.csv": table})
@@ -122,12 +127,15 @@ class Progress:
             "accuracy": "", "lr": f"{rates[-1]:.4g}", "clips/s": round(clips / (time.perf_counter() - self.begin), 1),
         })  # fmt: skip
 
-    def validated(self, accuracy: float | None, predicted: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        """The end of the epoch, with what train.evaluate returned. The best has the highest accuracy, the first of
-        equals; without validation clips (None) it is the last."""
-        if accuracy is None or accuracy > self.best["accuracy"]:
-            epoch = len(self.history)
-            self.best = {"accuracy": accuracy, "epoch": epoch, "tensors": tensors, "predicted": predicted}
+    def validated(
+        self, accuracy: float | None, predicted: torch.Tensor, tensors: dict, labels: torch.Tensor, by: str
+    ) -> None:
+        """The end of the epoch, with what train.evaluate returned of clips with these labels. The best has the highest
+        accuracy, `by` "balanced" balanced accuracy, the first of equals; without clips (None) it is the last."""
+        score = accuracy if accuracy is None or by == "accuracy" else balanced_accuracy(labels.cpu(), predicted[:, 0])
+        if score is None or score > self.best.get("score", self.best["accuracy"]):
+            self.best = {"accuracy": accuracy, "epoch": len(self.history), "tensors": tensors, "predicted": predicted,
+                         "score": score}  # fmt: skip
         if accuracy is not None:
             self.history[-1]["accuracy"] = round(accuracy, 4)
         now = time.perf_counter()
@@ -252,8 +260,9 @@ def mean_and_std(results: list[dict]) -> dict:
     return {"accuracy": round(statistics.mean(accuracies), 4), "std": std}
 
 
-def write_results(folder: Path) -> dict:
-    """Write metrics.csv, predictions.csv and result.json from the files of the finished folds; returns the last one.
+def write_results(folder: Path) -> tuple[dict, list[dict]]:
+    """Write metrics.csv, predictions.csv, confusion.csv and result.json from the files of the finished folds. Returns
+    the last one and the rows of predictions.csv that test.
 
     The caller holds the lock. UserError if a fold file is damaged, or split.csv not that of the fold.
     """
@@ -262,10 +271,9 @@ def write_results(folder: Path) -> dict:
     new = {fold: header["record"]["history"] for fold, header in headers.items() if "record" in header}
     epochs = [row for row in read_metrics(folder) if row["fold"] not in new]
     epochs += [row for history in new.values() for row in history]
-    contents = {
-        "metrics.csv": metrics_of(epochs),
-        "predictions.csv": table_of(PREDICTIONS, predictions_of(folder, {fold: headers[fold] for fold in new})),
-    }
+    predictions = predictions_of(folder, {fold: headers[fold] for fold in new})
+    tested = [row for row in predictions if row["part"] == "test"]
+    contents = {"metrics.csv": metrics_of(epochs), "predictions.csv": table_of(PREDICTIONS, predictions)}
     if old := [fold for fold in files if fold not in new]:
         warn(f"{folder}: of an earlier version, without predictions: fold {', '.join(map(str, old))}")
     if results := [header["result"] for header in headers.values()]:
@@ -276,9 +284,14 @@ def write_results(folder: Path) -> dict:
             "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
             "versions": first["versions"],
         }  # fmt: skip
+        if tested:
+            classes = headers[min(new)]["classes"]
+            counts = confusion(tested, classes)
+            contents["confusion.csv"] = confusion_table(counts, classes)
+            summary["scores"] = scores(counts, classes)
         contents["result.json"] = json_of(summary)
     ledger.write_files(folder, contents)
-    return summary if results else {}
+    return (summary if results else {}), tested
 
 
 def predictions_of(folder: Path, headers: dict[int, dict]) -> list[dict]:

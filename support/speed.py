@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.onednn_linear import onednn_helps, use_onednn
 from support.processes import ranks, sum_over_ranks
+from support.progress import Signs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -121,11 +122,12 @@ def pairs_in_batches(function: Callable, index: torch.Tensor, batch_size: int, m
     rank, world = ranks()
     pairs = torch.zeros(len(index), 2, device=machine.device)
     index, mine = index[rank::world], pairs[rank::world]
-    batch, start = evaluation_batch(batch_size, machine), 0
+    batch, start, signs = evaluation_batch(batch_size, machine), 0, Signs(len(index), "clips")
     while start < len(index):
         try:
             mine[start : start + batch] = function(index[start : start + batch])
             start += batch
+            signs(min(start, len(index)), "evaluation")
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
-from tqdm import tqdm
 
 from support.command import warn
 from support.files import whole_file
-from support.processes import is_first, ranks, wait_for_all
+from support.processes import ranks, wait_for_all
+from support.progress import Bar
 from support.rows import crc_of, map_rows, row_type, start_rows
 from support.speed import Machine, autocast, near
 
@@ -82,7 +82,7 @@ def vectors_of(model, clips, needed: list[int], settings, machine: Machine) -> t
             if damaged := np.count_nonzero(rows["key"][missing]):
                 warn(f"{file}: {damaged} damaged rows, computing them again")
             mine = [i for i in np.unique(np.array(missing, int) // batch) if i % shares == rank % shares]
-            for i in tqdm(mine, "backbone", unit="batch", disable=None if mine and is_first() else True):
+            for i in mine and Bar(mine, "backbone", unit="block"):
                 new = np.zeros(len(blocks[i]), rows.dtype)
                 new["features"], new["key"] = compute(model, clips, blocks[i], settings, machine), key
                 new["crc"] = [crc_of(row) for row in new]  # so that the program may end at any moment

@@ -11,10 +11,10 @@ import pytest
 import soundfile
 import soxr
 import torch
-from helpers import make_bad_files, save_random, write_sound
+from helpers import build_features, make_bad_files, save_random, write_sound
 
-from data import Dataset, build_features, fbank
-from sounds.audio import read_audio, stream_audio, typical_seconds
+from data import Dataset, fbank
+from sounds.audio import lengths_of, read_audio, stream_audio, typical_seconds
 from tools import predict
 
 SECONDS = 1.5
@@ -95,6 +95,28 @@ def test_read_audio_mixes_down_and_resamples(tmp_path):
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     assert np.abs(wave - expected)[200:-200].max() < 1e-3
     assert len(read_audio(tmp_path / "a.flac", seconds=0.25)) == 4000
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.aiff"])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_piece_is_what_is_there_in_the_whole(tmp_path, name, rate):
+    """But for its ends, where the resampling filter has heard no more."""
+    soundfile.write(tmp_path / name, sound(rate, 3), rate)
+    whole, piece = read_audio(tmp_path / name), read_audio(tmp_path / name, 0.75, 1.5)
+    assert len(piece) == 12_000
+    assert np.abs(piece - whole[24_000:36_000])[100:-100].max() < 2e-3
+    assert len(read_audio(tmp_path / name, start=2.5)) == pytest.approx(8000, abs=4000 if name == "a.mp3" else 1)
+    with pytest.raises(ValueError, match=r"ends after 3\.\d\d s, and its clip starts at 4 s"):
+        read_audio(tmp_path / name, 1, 4)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_blocks_of_an_mp3_join(tmp_path, rate):
+    """Ten seconds are read at a time."""
+    soundfile.write(tmp_path / "a.mp3", sound(rate, 21), rate)
+    expected = soundfile.read(tmp_path / "a.mp3", dtype="float32")[0]
+    expected = expected if rate == 16_000 else soxr.resample(expected, rate, 16_000)
+    assert np.abs(read_audio(tmp_path / "a.mp3") - expected).max() < 2e-3
 
 
 def test_five_formats(tmp_path, capsys):
@@ -184,11 +206,11 @@ def test_a_sound_that_does_not_say_its_length_does_not_count(tmp_path):
     content = bytearray(paths[1].read_bytes())
     content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
     paths[1].write_bytes(content)
-    assert typical_seconds(paths) == pytest.approx(1.0)
+    assert typical_seconds(lengths_of(paths, {})) == pytest.approx(1.0)
 
 
 def test_the_typical_length(tmp_path):
     """The 95th percentile, which lies between the neighbours; 10.24 s where no file says how long it is."""
     paths = [write_sound(tmp_path / f"{i}.wav", seconds=seconds) for i, seconds in enumerate((0.1, 0.2))]
-    assert typical_seconds(paths) == pytest.approx(0.195)
-    assert typical_seconds([tmp_path / "absent.wav"]) == 10.24
+    assert typical_seconds(lengths_of(paths, {})) == pytest.approx(0.195)
+    assert typical_seconds(lengths_of([tmp_path / "absent.wav"], {})) == 10.24

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import Terminal, make_bad_files, make_clips, make_esc50, write_sound
+from helpers import Terminal, build_features, make_bad_files, make_clips, make_esc50, write_sound
 
 import data
-from data import Dataset, build_features, fbank, load_clips, load_dataset, to_input
+from data import Dataset, fbank, load_clips, load_dataset, to_input
 from sounds.audio import read_audio
 from sounds.cache import _read_index, crc_of
 from support.command import UserError

@@ -378,7 +378,7 @@ def progress_file(path, digest=True) -> bytes:
     progress.begin = time.perf_counter()
     progress.trained([1.0], [0.1], 8)
     tensors = {"head.weight": torch.arange(200.0)}
-    progress.validated(50.0, torch.ones(3, 2), tensors)
+    progress.validated(50.0, torch.ones(3, 2), tensors, torch.ones(3), "accuracy")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(100))], betas=(0.9, 0.98))
     save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
     if not digest:

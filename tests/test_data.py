@@ -167,6 +167,17 @@ def test_masking_short_clips_leaves_something():
     assert (masked.sum((1, 2)) > 0).all()
 
 
+def test_masks_of_own_sounds_take_at_most_their_share():
+    """80 of 500 frames; the paper's datasets have what the paper has, however short their clips are."""
+    for n_frames in (16, 30, 98, 100, 499, 500, 501, 1024):
+        for name in ("folder", "csv"):
+            widest = DATASETS[name].mask_frames(n_frames)
+            assert widest / n_frames <= 80 / 500 or widest == 80
+            assert (widest + 1) / n_frames > 80 / 500 or widest == 80
+            assert widest <= 80
+        assert {recipe.mask_frames(n_frames) for recipe in DATASETS.values() if not recipe.own} == {80}
+
+
 # ----------------------------------------------------------------------------------------------------------- recipes
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from helpers import make_esc50
 
+from support.scores import mistakes
 from tools import experiments, figures
 
 
@@ -41,12 +42,17 @@ def test_plot_of_a_run(here, cache_dir, monkeypatch, capsys):
     counted = []
     original = figures.draw_confusion
     monkeypatch.setattr(figures, "draw_confusion", lambda first, *rest: counted.append(first) or original(first, *rest))
+    drawn, draw = [], figures.draw_mistakes
+    monkeypatch.setattr(figures, "draw_mistakes", lambda first, *rest: drawn.append(first) or draw(first, *rest))
     assert experiments.main(["plot", str(run)]) == 0  # it finds the sounds where the run did
     (counts,) = counted
     assert counts.sum() == 40 and (counts.sum(1) == 4).all()  # 2 folds, 10 classes, 2 clips of each
     accuracy = json.loads((run / "result.json").read_text())["accuracy"]
     assert 100 * counts.trace() / 40 == pytest.approx(accuracy)
-    for name in ("confusion", "curves"):
+    rows = [row for row in csv.DictReader((run / "predictions.csv").read_text().splitlines()) if row["part"] == "test"]
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    assert [row["path"] for row in drawn[0]] == [row["path"] for row in mistakes(wrong)] and len(drawn[0]) == 5
+    for name in ("confusion", "curves", "mistakes"):
         assert (run / f"{name}.png").exists() and (run / f"{name}.svg").exists()
     capsys.readouterr()
     other = make_esc50(run / "other")

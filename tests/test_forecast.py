@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import data
 from support import console, records
+from support.progress import Signs
 from support.speed import Machine
 from tools.bench import Bench
 
@@ -56,11 +57,23 @@ def test_a_forecast_of_few_steps(monkeypatch, capsys):
 def test_no_forecast_of_a_short_run_or_twice_or_by_another_process(monkeypatch, capsys):
     assert said(monkeypatch, capsys, 4, 0.5) == []  # 41 s
     assert said(monkeypatch, capsys, 4, 1.0) == ["this will take about 82 s, 2 folds"]
-    learner = type("Learner", (), {"optimizer": Optimizer()})
-    console.forecast(learner, records.Progress(1), SPLIT, SETTINGS, Machine(CPU))
+    assert said(monkeypatch, capsys, 4, 1.0, machine=Machine(CPU)) == []
     monkeypatch.setattr(console, "is_first", lambda: False)
-    console.forecast(learner, records.Progress(1), SPLIT, SETTINGS, Machine(CPU, forecast=2))
-    assert not hasattr(learner.optimizer, "hook")
+    assert said(monkeypatch, capsys, 4, 1.0) == []
+
+
+def test_a_line_a_minute_of_a_fold(monkeypatch, capsys):
+    """Four steps an epoch, ten epochs, the second begins; 25 s each."""
+    times = iter(range(0, 1000, 25))
+    monkeypatch.setattr(console, "Signs", lambda *args: Signs(*args, clock=lambda: next(times)))
+    learner = type("Learner", (), {"optimizer": Optimizer()})
+    console.forecast(learner, records.Progress(3, history=[{}]), SPLIT, SETTINGS, Machine(CPU))
+    for _ in range(6):
+        learner.optimizer.hook(learner.optimizer, (), {})
+    assert capsys.readouterr().err.splitlines() == [
+        "fold 3, epoch 2: 7 of 40 steps, about 14 minutes to go",
+        "fold 3, epoch 3: 10 of 40 steps, about 12 minutes to go",
+    ]
 
 
 def test_what_makes_a_run_bearable(monkeypatch):

@@ -5,12 +5,19 @@ import shutil
 import statistics
 from collections import Counter
 
+import numpy as np
 import pytest
-from helpers import make_folder, result_of, split_of, train_on, write_csv, write_sound
+import soundfile
+from helpers import build_features, make_folder, result_of, split_of, train_on, write_csv, write_sound
 
+import train
 from data import Split, load_dataset
-from sounds.clip import PARTS
+from sounds.audio import lengths_of, read_audio
+from sounds.clip import PARTS, WHOLE
 from support.command import UserError
+from tools.figures import clips_of_run
+
+LATER = ("mask_frames", "balance", "best", "group", "windows")  # of config.json: earlier versions had none of these
 
 # ----------------------------------------------------------------------------------------------------------- folders
 
@@ -161,12 +168,12 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label", ["a1.wav,a", "a1.wav,b"], "listed twice"),
         ("path,label", ["a1.wav,a", "no.wav,a"], r"1 of 2 files are missing \(no\.wav\)"),
         ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,2"], "class 'a' has no training clips in fold 1"),
-        ("path,label", ["a1.wav,"], "line 2: an empty path, label"),
+        ("path,label", ["a1.wav,"], "line 2: an empty label"),
         ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2", "a1.wav,a,2"], "a1.wav is listed in fold 1 and 2: every clip"),
         ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2", "a1.wav,a,1"], "a1.wav is listed twice: every clip must be"),
-        ("path,label,split", ["a1.wav,a,train", "b1.wav,b,"], "line 3: an empty path, label or split"),
-        ("path,label,fold", ["a1.wav,a,", "b1.wav,b,1"], "line 2: an empty path, label or fold"),
-        ("path,label", [",a"], "line 2: an empty path, label or column"),
+        ("path,label,split", ["a1.wav,a,train", "b1.wav,b,"], "line 3: an empty split"),
+        ("path,label,fold", ["a1.wav,a,", "b1.wav,b,1"], "line 2: an empty fold"),
+        ("path,label", [",a"], "line 2: an empty path"),
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,train"], "no clips to test: say which in the data"),
         ("path,label,split", ["a1.wav,a,test", "b1.wav,b,test"], "no clips to train: say which in the data"),
         ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,1"], "no clips to train: say which in the data"),
@@ -229,3 +236,193 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
         f"warning: {tmp_path}: class 'b' has one training clip in fold 1",
         f"warning: {tmp_path}: class 'c' has no test clips in fold 1",
     ]
+
+
+# ------------------------------------------------------------------------------------------------- masks of short clips
+
+
+def test_masks_fit_the_clips(tmp_path, monkeypatch, capsys):
+    """0.3 s are 30 frames: masks of at most 4. A run of before, with masks of 80, is another experiment."""
+    root, widest, original = make_folder(tmp_path / "my", count=3), set(), train.spec_augment
+
+    def masks(x, draws, **options):
+        widest.add(options["max_frames"])
+        return original(x, draws, **options)
+
+    monkeypatch.setattr(train, "spec_augment", masks)
+    assert train_on("folder", root, tmp_path) == 0 and widest == {4}
+    config = tmp_path / "runs/folder/linear/seed0/config.json"
+    assert json.loads(config.read_text())["mask_frames"] == 4
+    assert train_on("folder", root, tmp_path, "--no-mask", "--out", tmp_path / "b") == 0 and widest == {4}
+    assert json.loads((tmp_path / "b/folder/linear/seed0/config.json").read_text())["mask_frames"] == 80
+    before = {name: value for name, value in json.loads(config.read_text()).items() if name not in LATER}
+    config.write_text(json.dumps(before))
+    (config.parent / "SHA256SUMS").unlink()
+    assert train_on("folder", root, tmp_path) == 2
+    assert "holds a run with mask_frames 80, not 4: give another --out" in capsys.readouterr().err
+
+
+def test_a_run_of_the_paper_goes_on_as_before(train_main, tmp_path):
+    """Without the settings that came later, config.json is that of the same experiment."""
+    assert train_main("--seconds", 0.5, "--epochs", 1) == 0
+    config = tmp_path / "runs/esc10/houlsby_par/seed0/config.json"
+    now = json.loads(config.read_text())
+    assert (now["mask_frames"], now["balance"], now["best"]) == (80, False, "accuracy")
+    config.write_text(json.dumps({name: value for name, value in now.items() if name not in LATER}))
+    (config.parent / "SHA256SUMS").unlink()
+    assert train_main("--seconds", 0.5, "--epochs", 1, "--folds", 2) == 0
+
+
+# --------------------------------------------------------------------------------------------------- long recordings
+
+
+def staircase(path, seconds: float, rate=16_000):
+    """A recording of noise about the second that it is in, in hundredths."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(list(str(path).encode())).uniform(-1, 1, round(rate * seconds))
+    soundfile.write(path, (np.floor(np.arange(len(noise)) / rate) + 0.1 * noise) / 100, rate, subtype="PCM_16")
+    return path
+
+
+def heard(dataset, i: int) -> np.ndarray:
+    start, end = dataset.spans.get(i, WHOLE)
+    return read_audio(dataset.paths[i], end - start, start)
+
+
+def test_pieces_of_recordings_in_a_table(tmp_path):
+    """An empty start is the beginning, an empty end the end; the features are those of a file that is no longer."""
+    staircase(tmp_path / "a.wav", 6), staircase(tmp_path / "b.wav", 3)
+    rows = ["a.wav,x,1,2.5", "a.wav,y,2.5,", "a.wav,x,,1", "b.wav,y,,", "b.wav,x,0.123456,2"]
+    dataset = load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,start,end", *rows), tmp_path)
+    assert dataset.names() == ["a.wav#1-2.5", "a.wav#2.5-", "a.wav#0-1", "b.wav", "b.wav#0.123456-2"]
+    assert dataset.groups == ["a.wav"] * 3 + ["b.wav"] * 2  # the pieces of a recording
+    lengths = [1.5, 3.5, 1, 3, 2 - 0.123456]
+    assert lengths_of(dataset.paths, dataset.spans).tolist() == pytest.approx(lengths)
+    for i, second in enumerate((1, 2, 0, 0, 0)):
+        assert heard(dataset, i)[10] == pytest.approx(second / 100, abs=1.1e-3)
+        assert len(heard(dataset, i)) == round(16_000 * lengths[i])
+    features, _ = build_features(dataset, 100, tmp_path / "cache")
+    (tmp_path / "cut").mkdir()
+    for i in range(4):
+        soundfile.write(tmp_path / "cut" / f"{i}.wav", heard(dataset, i), 16_000, subtype="PCM_16")
+    rows = [f"cut/{i}.wav,{'xy'[i % 2]}" for i in range(4)]
+    cut = load_dataset("csv", write_csv(tmp_path / "u.csv", "path,label", *rows), tmp_path)
+    assert np.array_equal(build_features(cut, 100, tmp_path / "cache")[0], features[:4])
+
+
+def test_features_of_a_piece_are_known_by_its_span(tmp_path, capsys):
+    staircase(tmp_path / "a.wav", 6)
+    table = tmp_path / "t.csv"
+
+    def built(*rows) -> np.ndarray:
+        dataset = load_dataset("csv", write_csv(table, "path,label,start,end,group", *rows), tmp_path)
+        return np.array(build_features(dataset, 30, tmp_path / "cache")[0])
+
+    rows = ["a.wav,x,0,1,p", "a.wav,y,1,2,p", "a.wav,x,2,3,q", "a.wav,y,4,5,q"]
+    first = built(*rows)
+    assert "built 4 of 4" in capsys.readouterr().out
+    second = built(*rows[1:], "a.wav,x,0,1.5,p")  # one of them is new, the others move
+    assert "1 of 4 clips are new" in capsys.readouterr().out and np.array_equal(second[:3], first[1:])
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_label_tracks(tmp_path, capsys):
+    """As Audacity writes them: tabs, numbers with six digits, a second line for the frequencies of a selection."""
+    for name in ("one", "two", "deep/three"):
+        staircase(tmp_path / "my" / f"{name}.wav", 5)
+    (tmp_path / "my" / "one.txt").write_text("0.000000\t1.000000\tdog\n\\\t100.000000\t900.000000\n2.5\t4\tgrey seal\n")
+    (tmp_path / "my" / "deep" / "three.txt").write_bytes("\ufeff1\t2\tgrey seal\r\n\r\n3.25\t4\tdog\r\n".encode())
+    dataset = load_dataset("csv", tmp_path / "my", tmp_path)
+    names = ["deep/three.wav#1-2", "deep/three.wav#3.25-4", "one.wav#0-1", "one.wav#2.5-4"]
+    assert dataset.names() == names and dataset.groups == ["deep/three.wav"] * 2 + ["one.wav"] * 2
+    assert dataset.classes == ["dog", "grey seal"] and dataset.labels == [1, 0, 0, 1] and dataset.name == "my"
+    assert capsys.readouterr().err == f"warning: {tmp_path}/my: 1 sounds have no label track, ignored (two.wav)\n"
+    assert train_on("csv", tmp_path / "my", tmp_path) == 0
+    split = split_of("csv", tmp_path)
+    assert {frozenset(split["train"]), frozenset(split["test"])} == {frozenset(names[:2]), frozenset(names[2:])}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1\t0.5\tdog", r"one\.txt, line 1: it ends at 0\.5 s, which is not after its start at 1 s"),
+        ("0\t1\tdog\n2\t2\tcat", r"one\.txt, line 2: it ends at 2 s, which is not after"),
+        ("0\tx\tdog", "line 1: end is 'x'; it must be seconds like 12.5"),
+        ("-1\t1\tdog", "line 1: start is '-1'"),
+        ("nan\t1\tdog", "line 1: start is 'nan'"),
+        ("0\tinf\tdog", "line 1: end is 'inf'"),
+        ("0 1 dog", "line 1: it must be a start, an end and a label, with tabs"),
+        ("0\t1\t", "line 1: it must be a start, an end and a label, with tabs"),
+        ("0\t1\tdog\n0\t1\tcat", r"one\.wav#0-1 is listed twice"),
+        ("", r"no labels in 1 label tracks"),
+        ("0\t1\tdog\n1\t2\tcat", "class 'dog' has one clip"),
+        ("0\t1\tdog\n1\t2\tcat\n2\t3\tcat\n3\t4\tdog", r"class 'dog' has clips of one group only, 'one\.wav'"),
+    ],
+)
+def test_label_tracks_that_cannot_train(tmp_path, text, message):
+    staircase(tmp_path / "one.wav", 5)
+    (tmp_path / "one.txt").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_dataset("csv", tmp_path, tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_label_track_and_its_sound(tmp_path):
+    (tmp_path / "one.txt").write_text("0\t1\tdog\n")
+    with pytest.raises(UserError, match=r"one\.txt: a label track with no sound beside it \(one\.wav or another"):
+        load_dataset("csv", tmp_path, tmp_path)
+    for suffix in ("wav", "flac"):
+        staircase(tmp_path / f"one.{suffix}", 2)
+    with pytest.raises(UserError, match="with more than one sound beside it"):
+        load_dataset("csv", tmp_path, tmp_path)
+    (tmp_path / "one.flac").unlink()
+    (tmp_path / "one.txt").write_bytes(b"0\t1\t\xff\n")
+    with pytest.raises(UserError, match="must be text in UTF-8"):
+        load_dataset("csv", tmp_path, tmp_path)
+
+
+def test_windows_of_recordings(tmp_path, capsys):
+    """Side by side, the last one up to the end; a recording that is no longer than a window is one clip."""
+    for name, seconds in (("a/long", 5.2), ("a/short", 1.5), ("b/even", 4), ("b/other", 2), ("b/third", 2.5)):
+        staircase(tmp_path / "my" / f"{name}.wav", seconds)
+    dataset = load_dataset("folder", tmp_path / "my", tmp_path, windows=2.0)
+    assert dataset.names() == [
+        "a/long.wav#0-2", "a/long.wav#2-4", "a/long.wav#3.2-5.2", "a/short.wav", "b/even.wav#0-2", "b/even.wav#2-4",
+        "b/other.wav", "b/third.wav#0-2", "b/third.wav#0.5-2.5",
+    ]  # fmt: skip
+    assert dataset.groups == [name.partition("#")[0] for name in dataset.names()]
+    assert [heard(dataset, i)[10] for i in (1, 2, 4)] == pytest.approx([0.02, 0.03, 0], abs=1.1e-3)
+    options = ["--windows", "--seconds", 2]
+    assert train_on("folder", tmp_path / "my", tmp_path, *options) == 0
+    out = capsys.readouterr().out
+    assert "are not heard" not in out and "2 s a clip" in out
+    recordings = {
+        part: {name.partition("#")[0] for name in names} for part, names in split_of("folder", tmp_path).items()
+    }
+    assert not recordings["train"] & recordings["test"]
+    config = json.loads((tmp_path / "runs/folder/linear/seed0/config.json").read_text())
+    assert (config["windows"], config["group"]) == (2.0, None)
+    clips_of_run(tmp_path / "runs/folder/linear/seed0", None, None)  # a tool finds the windows again
+    assert train_on("folder", tmp_path / "my", tmp_path, "--windows") == 2
+    assert "--windows: say by --seconds" in capsys.readouterr().err
+    assert train_on("csv", tmp_path / "my", tmp_path, *options) == 2
+    assert "--windows cuts the recordings of --dataset folder" in capsys.readouterr().err
+
+
+def test_what_is_cut_off_is_said(tmp_path, capsys):
+    root = make_folder(tmp_path / "my", count=3, seconds=0.5)
+    write_sound(root / "bell" / "long.wav", 0, seconds=2.5)
+    assert train_on("folder", root, tmp_path, "--seconds", 0.5) == 0
+    assert "1 of 10 clips are longer than 0.5 s: 2.0 s of 7.0 s (28.6%) are not heard" in capsys.readouterr().out
+    assert train_on("folder", root, tmp_path, "--seconds", 2.5, "--out", tmp_path / "b") == 0
+    assert "are not heard" not in capsys.readouterr().out
+
+
+def test_a_piece_that_starts_after_the_end_is_a_bad_file(tmp_path, capsys):
+    for name in ("a", "b"):
+        staircase(tmp_path / f"{name}.wav", 3)
+    rows = [f"{name}.wav,{label},{start}," for name in "ab" for label, start in (("x", 0), ("y", 1))]
+    table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, "b.wav,y,3,")
+    assert train_on("csv", table, tmp_path, "--seconds", 0.5) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/b.wav#3-: ends after 3.00 s, and its clip starts at 3 s" in error and "--skip-bad" in error

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL_AST, make_folder, save_random, write_csv
+from helpers import SMALL_AST, build_features, make_folder, save_random, write_csv
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
-from data import build_features, load_dataset
+from data import load_dataset
 from load_weights import load_trained
 from support import ledger, records
 from support.checkpoints import described, read_header, sha256_of
@@ -25,7 +26,7 @@ from support.records import METRICS, mend, read_metrics, write_metrics
 from tools import export
 from tools.campaign import read_run
 
-MADE_AGAIN = ("metrics.csv", "predictions.csv", "result.json")
+MADE_AGAIN = ("metrics.csv", "predictions.csv", "confusion.csv", "result.json")
 
 
 def table(file: Path) -> list[dict[str, str]]:
@@ -173,7 +174,7 @@ SPOILT = {
     "empty": lambda file: file.write_bytes(b""),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-30]),
     "no text": lambda file: file.write_bytes(b"\xff\0\n"),
-    "another number": lambda file: file.write_bytes(file.read_bytes().replace(b"0.", b"1.", 1)),
+    "another number": lambda file: file.write_bytes(re.sub(rb"\b0(?=[.,])", b"1", file.read_bytes(), count=1)),
 }
 
 
@@ -200,7 +201,7 @@ def test_damage_shows_in_a_run_without_a_list_where_it_can(again, name, capsys):
     before = contents(folder)
     (folder / "SHA256SUMS").unlink()
     SPOILT["cut"](folder / name)
-    assert len(call()) == (name != "predictions.csv")  # which is never read
+    assert len(call()) == (name not in ("predictions.csv", "confusion.csv"))  # which are never read
     after = contents(folder)
     assert {n: after[n] for n in MADE_AGAIN} == {n: before[n] for n in MADE_AGAIN}
 
@@ -294,7 +295,7 @@ def test_the_list_is_that_of_sha256sum(finished):
     lines = [f"{hashlib.sha256((finished / name).read_bytes()).hexdigest()}  {name}\n" for name in ledger.FILES]
     assert sorted((finished / "SHA256SUMS").read_text().splitlines(keepends=True)) == sorted(lines)
     done = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=finished, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(": OK") == 5, done.stderr
+    assert done.returncode == 0 and done.stdout.count(": OK") == 6, done.stderr
 
 
 @pytest.mark.parametrize("name", ["config.json", "split.csv"])
@@ -346,7 +347,7 @@ def test_a_damaged_list_is_refused(again, text):
     assert line == (f"error: {folder / 'SHA256SUMS'} is damaged: delete it, and the same command of train.py writes it "
                     "again")  # fmt: skip
     (folder / "SHA256SUMS").unlink()
-    assert call() == [] and len(ledger.read_sums(folder)[0]) == 5
+    assert call() == [] and len(ledger.read_sums(folder)[0]) == 6
 
 
 class Killed(BaseException):

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL_AST, make_bad_files, make_esc50, make_folder
+from helpers import SMALL_AST, build_features, make_bad_files, make_esc50, make_folder
 from safetensors.torch import load_file
 
 import petl
 import train
 from ast_model import AST, ASTConfig
-from data import build_features, load_dataset
+from data import load_dataset
 from load_weights import load_ast, load_trained, read_header
 from sounds import paper
 from support import ledger, records

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import SMALL_AST
+from helpers import SMALL_AST, build_features
 from safetensors.torch import load_file
 from test_speed import CPU, settings
 from torch import nn
@@ -22,7 +22,7 @@ from torch import nn
 import ast_model
 import petl
 import train
-from data import Clips, Split, build_features, folds_of, load_dataset
+from data import Clips, Split, folds_of, load_dataset
 from load_weights import load_ast, read_header, to_dict
 from petl_more import SSF, Statistics
 from sounds.audio import read_audio

@@ -31,7 +31,6 @@ import soundfile
 import torch
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import petl
 import train
@@ -40,6 +39,7 @@ from load_weights import load_ast
 from support import console, records
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code
 from support.files import default_cache_dir
+from support.progress import Bar
 from support.speed import DTYPES, prepare
 from support.variants import fitted
 from tools import comparisons
@@ -130,7 +130,7 @@ def moves(name: str, backbone, bench: Bench) -> None:
 
 def methods(weights: str, bench: Bench) -> str:
     backbone = load_ast(weights, 100, 3)
-    for name in tqdm(petl.METHODS, "methods", disable=None, leave=False):
+    for name in Bar(petl.METHODS, "methods", unit="method", leave=False):
         moves(name, backbone, bench)
     return f"{len(petl.METHODS)} methods, {bench.dtype}: finite losses; what is to learn moves, and nothing else"
 

@@ -21,7 +21,7 @@ import soundfile
 import soxr
 import torch
 
-from data import DATASETS, FRONT_END, RATE, Dataset, build_features, fbank, load_dataset, to_input
+from data import DATASETS, FRONT_END, RATE, Dataset, fbank, load_clips, load_dataset, to_input
 from load_weights import AUDIOSET, find_checkpoint, load_ast
 from sounds.paper import ESC50
 from support.checkpoints import read_json
@@ -245,8 +245,9 @@ def esc50_features(data_dir: Path | None, cache_dir: Path, fetch: bool) -> str:
     ten = dataset.paths[:: max(1, len(dataset.paths) // 10)][:10]
     n_frames = DATASETS["esc50"].n_frames
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        rows, _ = build_features(replace(dataset, paths=ten, labels=[0] * len(ten), folds={}), n_frames, Path(folder))
-        rows = np.array(rows, dtype=np.float32)
+        ten_clips = replace(dataset, paths=ten, labels=[0] * len(ten), folds={})
+        clips, _ = load_clips(ten_clips, n_frames, torch.device("cpu"), Path(folder), skip_bad=False)
+        rows = clips.features.float().numpy()
     waves = []
     for path in ten:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Dataset, build_features, load_dataset
+from data import FPS, Clips, Dataset, load_clips, load_dataset
 from load_weights import load_trained
 from support.command import Parser, UserError, choose_device, choose_dtype
 from support.files import whole_file
 from support.records import read_metrics
+from support.scores import confusion, mistakes
 from support.speed import autocast
 from tools.campaign import read_run
 from tools.evidence import wilson
@@ -127,6 +128,20 @@ def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
     save(figure, path)
 
 
+def draw_mistakes(rows: list[dict], clips: Clips, title: str, path: Path) -> None:
+    """The log-Mel features of these mistakes, with what was answered and what is right."""
+    figure, axes = pyplot().subplots(len(rows), 1, figsize=(6, 1.7 * len(rows) + 0.4), squeeze=False)
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        picture = clips.features[row["clip"]].T.numpy()  # (n_mels, n_frames)
+        axis.imshow(picture, aspect="auto", origin="lower", cmap="magma", extent=(0, picture.shape[1] / FPS, 0, 128))
+        axis.set_title(f"{row['path']}: {row['prediction']} ({row['probability']:.1%}), but it is {row['label']}")
+        axis.set(ylabel="Mel filter")
+    axes[-1, 0].set(xlabel="seconds")
+    figure.suptitle(f"the most confident mistakes of {title}")
+    figure.tight_layout()
+    save(figure, path)
+
+
 def draw_history(rows: list[dict], title: str, path: Path) -> None:
     """The rows of metrics.csv: training loss and validation accuracy, if there is one, after every epoch."""
     labels = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
@@ -151,15 +166,15 @@ def draw_history(rows: list[dict], title: str, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- finished runs
 
 
-def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[Dataset, np.ndarray, dict]:
-    """The dataset of a run, its features (clips, n_frames, 128), and the indices of the test clips of each fold.
+def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[Dataset, Clips, dict]:
+    """The dataset of a run, its clips with their features, and the indices of the test clips of each fold.
 
     Raises UserError if the run is not finished, or if the clips that it tested are not found.
     """
     config, result, rows = read_run(run)
     cache_dir = cache_dir or Path(config["cache_dir"])
     data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
-    dataset = load_dataset(config["dataset"], data_dir, cache_dir)
+    dataset = load_dataset(config["dataset"], data_dir, cache_dir, config["group"], config["windows"])
     index = {name: i for i, name in enumerate(dataset.names())}
     rows = [(int(row["fold"]), row["path"]) for row in rows if row["split"] == "test"]
     tests = {fold["fold"]: [path for k, path in rows if k == fold["fold"]] for fold in result["folds"]}
@@ -167,16 +182,16 @@ def tested_clips(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
     if missing:
         raise UserError(f"{run}: {len(missing)} of its test clips ({missing[0]}, ...) are not in {dataset.root}: give "
                         "the sounds it was trained on as --data-dir")  # fmt: skip
-    features, _ = build_features(dataset, config["n_frames"], cache_dir, skip_bad=True)
-    return dataset, features, {k: [index[name] for name in clips] for k, clips in tests.items()}
+    clips, _ = load_clips(dataset, config["n_frames"], torch.device("cpu"), cache_dir, skip_bad=True)
+    return dataset, clips, {k: [index[name] for name in names] for k, names in tests.items()}
 
 
 @torch.inference_mode()
-def batched(forward, features: np.ndarray, clips: list[int], device: torch.device) -> torch.Tensor:
-    """`forward` of the given clips, in batches on `device`; what it returns is gathered on the CPU."""
+def batched(forward, clips: Clips, chosen: list[int], device: torch.device) -> torch.Tensor:
+    """`forward` of the chosen clips, in batches on `device`; what it returns is gathered on the CPU."""
     outputs = []
-    for start in range(0, len(clips), 32):
-        x = torch.from_numpy(features[clips[start : start + 32]]).to(device, torch.float32)
+    for index in torch.tensor(chosen).split(32):
+        x, _ = clips.batch(index, device)
         with autocast(device, choose_dtype("auto", device)):
             outputs.append(forward(x).float().cpu())
     return torch.cat(outputs)
@@ -190,10 +205,10 @@ def draw_tokens(
     [CLS] as in the paper, and the mean of all tokens, which the head reads.
     """
     panels = {}
-    dataset, features, tests = tested_clips(next(iter(runs.values())), data_dir, cache_dir)
+    dataset, clips, tests = clips_of_run(next(iter(runs.values())), data_dir, cache_dir)
     fold, test = next(iter(tests.items()))
     classes = sorted({dataset.labels[i] for i in test})[:10]  # as many as in the paper
-    clips = [i for k in classes for i in [i for i in test if dataset.labels[i] == k][:50]]
+    shown = [i for k in classes for i in [i for i in test if dataset.labels[i] == k][:50]]
     for title, run in runs.items():
         model = load_trained(run / f"fold{fold}.safetensors").to(device)
 
@@ -201,15 +216,16 @@ def draw_tokens(
             tokens = model.features(x)
             return torch.stack([tokens[:, 0], tokens.mean(1)], dim=1)  # (batch, 2, dim)
 
-        panels[title] = batched(both, features, clips, device).numpy()
-    labels = [dataset.labels[i] for i in clips]
+        panels[title] = batched(both, clips, shown, device).numpy()
+    labels = [dataset.labels[i] for i in shown]
     draw_tsne(panels, labels, dataset.classes, ["[CLS] token", "mean of all tokens"], path)
 
 
 def plot(argv: list[str]) -> None:
-    """The command `plot`: confusion matrix and learning curves of a run, into its folder."""
+    """The command `plot`: confusion matrix, learning curves and most confident mistakes of a run, into its folder."""
     parser = Parser(
-        prog="python -m tools.experiments plot", description="Draw the confusion matrix and learning curves of a run."
+        prog="python -m tools.experiments plot",
+        description="Draw the confusion matrix, the learning curves and the most confident mistakes of a run.",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
@@ -221,14 +237,21 @@ def plot(argv: list[str]) -> None:
     pyplot()  # missing? now, not after the work
     device = choose_device(args.device)
     config, _, _ = read_run(args.run)
-    dataset, features, tests = tested_clips(args.run, args.data_dir, args.cache_dir)
-    counts = np.zeros((len(dataset.classes), len(dataset.classes)), int)  # by true (row) and predicted class, all folds
-    for fold, clips in tests.items():
+    dataset, clips, tests = clips_of_run(args.run, args.data_dir, args.cache_dir)
+    rows, names = [], dataset.names()
+    for fold, test in tests.items():
         model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)
-        predicted = batched(model, features, clips, device).argmax(1).numpy()
-        np.add.at(counts, (np.array(dataset.labels)[clips], predicted), 1)
+        best = batched(model, clips, test, device).softmax(1).max(1)
+        rows += [
+            {"clip": i, "path": names[i], "label": dataset.classes[dataset.labels[i]],
+             "prediction": dataset.classes[number], "probability": probability}
+            for i, number, probability in zip(test, best.indices.tolist(), best.values.tolist(), strict=True)
+        ]  # fmt: skip
+    counts = confusion(rows, dataset.classes)  # of all folds
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
     low, high = wilson(counts.trace(), counts.sum())
     score = f"{100 * counts.trace() / counts.sum():.2f} % [{low:.2f}, {high:.2f}] of {counts.sum():,} test clips"
     draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
     draw_history(read_metrics(args.run), title, args.run / "curves")
+    if wrong := mistakes(rows):
+        draw_mistakes(wrong, clips, title, args.run / "mistakes")

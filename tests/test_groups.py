@@ -1,0 +1,145 @@
+"""Groups stay in one part: in what the seed draws, in few-shot draws, and in splits and folds of the user's own."""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import make_folder, split_of, train_on, write_csv, write_sound
+
+from data import Dataset, folds_of, load_dataset, random_split
+from sounds.clip import Clip
+from sounds.groups import grouped, parts_of
+from support.command import UserError
+
+
+def crowd(seed: int, groups: int, classes: int) -> tuple[list[int], list[str]]:
+    """Clips of groups of which each has some of the classes, more or fewer clips of each; each class has two groups."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 6, (groups, classes)) * rng.integers(0, 2, (groups, classes))
+    counts[0] += 1
+    counts[1] += 1
+    pairs = [
+        (label, f"g{group}") for group in range(groups) for label in range(classes) for _ in range(counts[group, label])
+    ]
+    labels, names = zip(*(pairs[i] for i in rng.permutation(len(pairs))), strict=True)
+    return list(labels), list(names)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_parts_do_not_divide_groups(seed):
+    labels, groups = crowd(seed, groups=12, classes=4)
+    parts = parts_of(labels, groups, seed)
+    of_group = defaultdict(set)
+    for group, part in zip(groups, parts, strict=True):
+        of_group[group].add(part)
+    assert all(len(found) == 1 for found in of_group.values())
+    assert parts == parts_of(labels, groups, seed)
+    for label in range(4):  # every class trains and is tested
+        count = Counter(part for part, its in zip(parts, labels, strict=True) if its == label)
+        assert count["train"] and count["test"], label
+
+
+def test_equal_groups_are_divided_in_fifths():
+    labels, groups = [i % 3 for i in range(150)], [f"speaker {i // 15}" for i in range(150)]  # 5 of each class
+    drawn = [parts_of(labels, groups, seed) for seed in range(6)]
+    assert all(Counter(parts) == {"train": 90, "val": 30, "test": 30} for parts in drawn)
+    assert len({tuple(parts) for parts in drawn}) == 6
+    two = parts_of([0] * 6, ["a", "a", "a", "b", "b", "b"], 0)
+    assert sorted(two) == ["test"] * 3 + ["train"] * 3  # as classes of two clips are
+
+
+def test_a_group_without_which_a_class_could_not_train_is_not_taken():
+    """'b' has the only other clips of class 1; and a group that is too large for a fifth waits for a smaller one."""
+    for seed in range(10):
+        parts = parts_of([0, 0, 0, 1, 1], ["a", "b", "c", "b", "d"], seed)
+        assert {"b", "d"} & {g for g, part in zip("abcbd", parts, strict=True) if part == "train"}
+        parts = dict(zip("a" * 20 + "bcdef", parts_of([0] * 25, list("a" * 20 + "bcdef"), seed), strict=True))
+        assert parts["a"] == "train" and Counter(parts.values()) == {"train": 1, "test": 5}
+
+
+def test_few_shots_are_drawn_from_the_groups_that_train():
+    labels, groups = crowd(3, groups=12, classes=3)
+    paths = [Path(f"{i}.wav") for i in range(len(labels))]
+    dataset = Dataset("crowd", Path("."), ["a", "b", "c"], paths, labels, {}, groups)
+    split, few = folds_of(dataset, 5)[1], folds_of(dataset, 5, shots=2)[1]
+    assert set(few.train) < set(split.train) and len(few.train) == 6 and few.test == split.test
+    assert not {groups[i] for i in few.train} & {groups[i] for i in few.test + few.val}
+    assert random_split(dataset, 5) != random_split(replace(dataset, groups=[]), 5)
+
+
+def test_what_groups_are_called():
+    root = Path("/my")
+    clips = [Clip(root / name, "x") for name in ("a/ann_1.wav", "a/ann_2.wav", "b/bob_1.wav")]
+    assert [clip.group for clip in grouped(root, clips, r"/(.*)_")] == ["ann", "ann", "bob"]
+    assert grouped(root, clips, None) == clips
+    pieces = [clip._replace(span=(float(i), i + 1.5)) for i, clip in enumerate(clips)]
+    assert [clip.group for clip in grouped(root, pieces, None)] == ["a/ann_1.wav", "a/ann_2.wav", "b/bob_1.wav"]
+    assert [clip.group for clip in grouped(root, pieces, "(.*)")][1] == "a/ann_2.wav#1-2.5"  # every clip by itself
+    named = [clip._replace(group="mine") for clip in pieces]
+    assert grouped(root, named, None) == named
+    with pytest.raises(UserError, match=r"b/bob_1\.wav: every clip must have one"):
+        grouped(root, clips, "a/(ann)")
+    with pytest.raises(UserError, match=r"'\(an' is no regular expression"):
+        grouped(root, clips, "(an")
+    with pytest.raises(UserError, match="into parentheses"):
+        grouped(root, clips, "ann")
+
+
+def test_runs_with_groups(tmp_path, capsys):
+    root = make_folder(tmp_path / "my", count=1)
+    for label, name in enumerate(("bell", "drum", "flute")):
+        for speaker in ("ann", "bob", "eve"):
+            for i in range(2):
+                write_sound(root / name / f"{speaker}{i}.wav", 10 * label)
+        (root / name / "0.wav").unlink()
+    pattern = ["--group", r"/([a-z]+)\d\.wav$"]
+    assert train_on("folder", root, tmp_path, *pattern) == 0
+    parts = {part: {name.split("/")[1][:3] for name in names} for part, names in split_of("folder", tmp_path).items()}
+    assert sorted(map(len, parts.values())) == [1, 1, 1] and len(set.union(*parts.values())) == 3
+    assert train_on("folder", root, tmp_path) == 2  # another experiment: a random split without groups
+    assert train_on("demo", None, tmp_path, *pattern) == 2
+    assert "--group is for your own sounds" in capsys.readouterr().err
+
+    rows = [[f"my/{name}/{who}{i}.wav", name, who] for name in ("bell", "drum") for who in ("ann", "bob") for i in "01"]
+    table = write_csv(tmp_path / "t.csv", "path,label,group", *rows)
+    dataset = load_dataset("csv", table, tmp_path)
+    assert dataset.groups == [row[2] for row in rows]
+    test = {dataset.groups[i] for i in random_split(dataset, 1).test}
+    assert len(test) == 1 and not test & {dataset.groups[i] for i in random_split(dataset, 1).train}
+
+
+@pytest.mark.parametrize(
+    ("header", "more", "group", "message"),
+    [
+        ("path,label,group,split", ["ann,train", "ann,test", "bob,train", "bob,train"], None,
+         r"the group 'ann' is in train \(a0.wav\) and in test \(a1.wav\): a group must be in one part"),
+        ("path,label,group,fold", ["ann,1", "bob,2", "bob,1", "eve,2"], None, r"'bob' is in 2 \(a1.wav\) and in 1"),
+        ("path,label,fold", ["1", "2", "1", "2"], "^(a)", "--group '.*' finds no group in b0.wav"),
+        ("path,label,fold", ["1", "2", "1", "2"], "^([ab])", r"the group 'a' is in 1 \(a0.wav\) and in 2 \(a1.wav\)"),
+        ("path,label,group", ["ann", "", "bob", "bob"], None, "line 3: an empty group"),
+        ("path,label,group", ["ann", "eve", "bob", "bob"], None, "class 'b' has clips of one group only, 'bob'"),
+        ("path,label,group", ["ann", "eve", "bob", "ann"], "(.)", "has a column group, and there is --group"),
+    ],
+)  # fmt: skip
+def test_groups_that_cannot_be(tmp_path, header, more, group, message):
+    names = ["a0", "a1", "b0", "b1"]
+    rows = [
+        f"{write_sound(tmp_path / f'{name}.wav').name},{name[0]},{end}" for name, end in zip(names, more, strict=True)
+    ]
+    with pytest.raises(UserError, match=message) as error:
+        load_dataset("csv", write_csv(tmp_path / "t.csv", header, *rows), tmp_path, group)
+    assert "\n" not in str(error.value)
+
+
+def test_copies_within_a_group_are_no_mistake(tmp_path, capsys):
+    for name in ("a0", "a1", "b0", "b1"):
+        write_sound(tmp_path / f"{name}.wav", seed=len(name) if name[0] == "a" else int(name[1]) + 5)
+    rows = ["a0.wav,a,x", "a1.wav,a,x", "b0.wav,b,y", "b1.wav,b,z"]
+    write_sound(tmp_path / "a2.wav")
+    load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,group", *rows, "a2.wav,a,y"), tmp_path)
+    assert capsys.readouterr().err == ""
+    rows[1] = "a1.wav,a,y"
+    load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,group", *rows, "a2.wav,a,y"), tmp_path)
+    assert "1 sounds are there more than once" in capsys.readouterr().err

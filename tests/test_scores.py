@@ -1,0 +1,149 @@
+"""What is told of predictions beside their accuracy, held to scikit-learn, and the weights of classes."""
+
+import csv
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_folder, result_of, train_on, write_sound
+from sklearn import metrics
+from sklearn.utils.class_weight import compute_class_weight
+
+from support import console
+from support.records import Progress
+from support.scores import balanced_accuracy, class_weights, confusion, mistakes, scores
+
+CLASSES = ["a", "b", "c", "d", "e"]
+
+
+def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted classes of 40 clips; 'd' is never there, 'e' never predicted."""
+    rng = np.random.default_rng(seed)
+    return rng.choice([0, 1, 2, 4], 40, p=[0.6, 0.2, 0.1, 0.1]), rng.choice([0, 1, 2, 3], 40)
+
+
+def rows_of(true, predicted) -> list[dict]:
+    return [{"label": CLASSES[t], "prediction": CLASSES[p]} for t, p in zip(true, predicted, strict=True)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scores_are_those_of_scikit_learn(seed):
+    true, predicted = drawn(seed)
+    counts = confusion(rows_of(true, predicted), CLASSES)
+    assert np.array_equal(counts, metrics.confusion_matrix(true, predicted, labels=range(5)))
+    found = scores(counts, CLASSES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that 'd' is not there
+        balanced = metrics.balanced_accuracy_score(true, predicted)
+    assert found["accuracy"] == pytest.approx(100 * metrics.accuracy_score(true, predicted))
+    assert found["balanced_accuracy"] == pytest.approx(100 * balanced, abs=1e-4)
+    f1 = metrics.f1_score(true, predicted, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(100 * f1, abs=1e-4)
+    assert found["majority"] == pytest.approx(100 * (true == 0).mean())
+    each = metrics.precision_recall_fscore_support(true, predicted, labels=range(5), zero_division=0)
+    for name, precision, recall, f1, support in zip(CLASSES, *each, strict=True):
+        of = found["classes"][name]
+        assert list(of) == ["support", "precision", "recall", "f1"] and of["support"] == support
+        assert [of["precision"], of["recall"], of["f1"]] == pytest.approx(
+            [100 * precision, 100 * recall, 100 * f1], abs=1e-4
+        )
+    assert balanced_accuracy(torch.tensor(true), torch.tensor(predicted).float()) == pytest.approx(100 * balanced)
+
+
+def test_macro_f1_leaves_out_classes_that_nobody_names():
+    counts = confusion(rows_of([0, 0, 1], [0, 1, 1]), CLASSES)
+    expected = metrics.f1_score([0, 0, 1], [0, 1, 1], average="macro")
+    assert scores(counts, CLASSES)["macro_f1"] == pytest.approx(100 * expected, abs=1e-4)
+
+
+def test_weights_of_classes_are_balanced():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 0])  # the last clip does not train, and class 3 has none that does
+    train = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+    weights = class_weights(labels, train, torch.device("cpu"))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels[train].numpy())
+    assert weights[:3].tolist() == pytest.approx(expected.tolist())
+    assert weights[labels[train]].mean().item() == pytest.approx(1)
+
+
+def test_the_most_confident_mistakes():
+    probabilities = ["0.900000", "0.100000", "0.990000", "0.950000", "0.500000", "0.990000", "0.600000", "0.700000"]
+    rows = [{"path": f"{i}", "label": "a", "prediction": "a" if i == 2 else "b", "probability": p}
+            for i, p in enumerate(probabilities)]  # fmt: skip
+    assert [row["path"] for row in mistakes(rows)] == ["5", "3", "0", "7", "6"]
+    assert mistakes(rows[2:3]) == []
+
+
+def test_the_best_epoch_of_own_sounds_is_that_of_balanced_accuracy():
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    always, mixed = torch.tensor([[0.0, 1.0]] * 5), torch.tensor([[0.0, 1], [0, 1], [1, 1], [1, 1], [1, 1]])  # 80, 60 %
+    for by, epoch in (("accuracy", 1), ("balanced", 2)):
+        progress = Progress(1)
+        for accuracy, predicted in ((80.0, always), (60.0, mixed)):  # balanced: 50 and 75 %
+            progress.history.append({})
+            progress.validated(accuracy, predicted, {}, labels, by)
+        assert progress.best["epoch"] == epoch
+        assert progress.history[-1]["accuracy"] == 60.0  # metrics.csv has accuracies
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_says_what_accuracy_hides(tmp_path, capsys):
+    root = make_folder(tmp_path / "my", count=5)
+    for i in range(15):
+        write_sound(root / "drum" / f"more{i}.wav", 10)
+    assert train_on("folder", root, tmp_path, "--epochs", 2) == 0
+    out = capsys.readouterr().out
+    run, result = tmp_path / "runs/folder/linear/seed0", result_of("folder", tmp_path)
+    rows = [row for row in csv.DictReader((run / "predictions.csv").read_text().splitlines()) if row["part"] == "test"]
+    true, said = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    names = ["bell", "drum", "flute"]
+    counts = metrics.confusion_matrix(true, said, labels=names)
+    table = list(csv.reader((run / "confusion.csv").read_text().splitlines()))
+    assert table == [["true / predicted", *names], *([n, *map(str, r)] for n, r in zip(names, counts, strict=True))]
+    assert result["scores"] == scores(counts, names) and result["scores"]["accuracy"] == result["accuracy"]
+    assert f"{result['scores']['majority']:.2f} % for always answering 'drum'" in out and "66.67 % for always" in out
+    assert "by balanced accuracy" in out
+    config = json.loads((run / "config.json").read_text())
+    assert (config["best"], config["balance"], config["mask_frames"]) == ("balanced", False, 30 * 80 // 500)
+
+
+def test_what_the_summary_names():
+    rows = rows_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 0, 1, 0])
+    rows = [{**row, "path": f"{i}.wav", "probability": f"0.{9 - i}"} for i, row in enumerate(rows)]
+    counts = confusion(rows, CLASSES[:3])
+    said = console.describe_scores(rows, scores(counts, CLASSES[:3]))
+    assert "never answered  'c': 1 of 3 classes" in said
+    assert "most confused   2 of 3 clips of 'a' were taken for 'b'" in said
+    assert "50.00 % for always answering 'a'" in said and "balanced accuracy 27.78 %" in said
+    said = console.describe_classes(rows, scores(counts, CLASSES[:3])["classes"], rows=2).splitlines()
+    assert [line.split()[0] for line in said[1:3]] == ["c", "a"] and "2 of 3 classes with the lowest F1" in said[0]
+    assert said[5:] == [
+        "   80.00%  1.wav: 'b', but it is 'a'", "   70.00%  2.wav: 'b', but it is 'a'",
+        "   60.00%  3.wav: 'a', but it is 'b'", "   40.00%  5.wav: 'a', but it is 'c'",
+    ]  # fmt: skip
+
+
+def test_a_balanced_loss(tmp_path, monkeypatch):
+    """What the loop asks of cross-entropy; without --balance it is what it was."""
+    root, asked, original = make_folder(tmp_path / "my", count=5), [], F.cross_entropy
+    for i in range(5):
+        write_sound(root / "drum" / f"more{i}.wav", 10)
+
+    def cross_entropy(logits, y, weights=None, **options):
+        asked.append(weights)
+        return original(logits, y, weights, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    assert (
+        train_on("folder", root, tmp_path)
+        == train_on("folder", root, tmp_path, "--balance", "--out", tmp_path / "b")
+        == 0
+    )
+    plain, balanced = asked
+    assert plain is None and balanced.tolist() == pytest.approx([12 / 9, 12 / 18, 12 / 9])  # 3, 6 and 3 clips train
+    assert json.loads((tmp_path / "b/folder/linear/seed0/config.json").read_text())["balance"] is True
+    assert train_on("folder", root, tmp_path, "--balance") == 2  # another experiment
