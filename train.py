@@ -111,9 +111,9 @@ def train_fold(
         losses = train_epoch(learner, clips, torch.tensor(split.train), rates, settings, machine)
         average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # running means
         progress.trained(losses, rates, len(split.train))
-        accuracy, predicted = evaluate(network, clips, split.val, settings, machine)
+        validated = evaluate(network, clips, split.val, settings, machine)
         tensors = trained_tensors(model)
-        progress.validated(accuracy, predicted, tensors, clips.labels[split.val], settings.best)  # remembers the best
+        progress.validated(*validated, tensors, settings.best)  # remembers the best epoch, or the last
         records.save_progress(state_file, progress, {"tensors": tensors, **learner.state()})
     load_tensors(model, progress.best["tensors"], state_file)
     return progress.outcome(*evaluate(network, clips, split.test, settings, machine))
@@ -121,23 +121,20 @@ def train_fold(
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, clips: Clips, indices: list[int], settings: Settings, machine: Machine) -> tuple:
-    """Accuracy in percent on the given clips, if any; and for each its predicted class and the probability, (clips, 2).
-
-    Every process takes its share, in batches as large as memory allows.
-    """
+    """Accuracy in percent on the given clips, if any; for each its predicted class and the probability, (clips, 2); and
+    the logits (clips, classes) with the labels (clips,). Processes take shares, batches what memory allows."""
     network.eval()
 
-    def predict(index):
-        x, _ = clips.batch(index, machine.device)
+    def logits_of(index):
         with autocast(machine.device, settings.dtype):
-            logits = network(x)
-        probability = logits.float().softmax(1).amax(1).nan_to_num()  # float16 may overflow
-        return torch.stack([logits.argmax(1), probability], dim=1)  # (batch, 2)
+            return network(clips.batch(index, machine.device)[0])
 
     index = torch.tensor(indices, dtype=torch.long, device=clips.features.device)
-    predicted = speed.pairs_in_batches(predict, index, settings.batch_size, machine).cpu()
-    right = (predicted[:, 0] == clips.labels[index].cpu()).sum().item()
-    return 100 * right / len(indices) if indices else None, predicted
+    logits = speed.in_batches(logits_of, index, settings.batch_size, machine).cpu()
+    labels, probability = clips.labels[index].cpu(), logits.softmax(1).amax(1).nan_to_num()  # float16 may overflow
+    right = (logits.argmax(1) == labels).sum().item()
+    predicted = torch.stack([logits.argmax(1), probability], dim=1)
+    return 100 * right / len(indices) if indices else None, predicted, (logits, labels)
 
 
 # ----------------------------------------------------------------------------------------------------------- the run

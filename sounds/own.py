@@ -129,12 +129,13 @@ def span_of(start: str | None, end: str | None, where: str) -> tuple[float, floa
 
 
 def label_tracks(root: Path) -> list[Clip]:
-    """What Audacity's label tracks beneath `root` say of the sounds beside them, rain.txt of rain.wav.
+    """What Audacity's label tracks beneath `root` say of the sounds beside them, rain.txt of rain.wav; not those that
+    tools.predict wrote, rain.wav.events.txt.
 
     A line is a start and an end, in seconds, and a label, with tabs between them.
     """
     sounds, others = files_in(root)
-    tracks = [file for file in others if file.suffix.lower() == ".txt"]
+    tracks = [file for file in others if file.suffix.lower() == ".txt" and not file.name.endswith(".events.txt")]
     beside, clips = defaultdict(list), []
     for sound in sounds:
         beside[sound.with_suffix("")].append(sound)

@@ -170,7 +170,7 @@ def read_metadata(path: Path) -> dict:
 
 def described(header: dict) -> dict:
     """What a digest is of besides tensors: what earlier versions read of a header, so that they find it right."""
-    read = {*Whole.__struct_fields__} - {"record"}
+    read = {*Whole.__struct_fields__} - {"record", "calibration"}
     return json.loads(json.dumps({name: value for name, value in header.items() if name in read}))
 
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -137,6 +138,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
     say(
         f"\n  test accuracy   {summary['accuracy']:.2f}{spread} %{f' over {n} folds' if n > 1 else ''}"
         f"{describe_scores(tested, summary['scores']) if tested else ''}"
+        f"{describe_errors(results)}"
         f"\n  trained         {trained:,} of {count['total']:,} parameters ({100 * trained / count['total']:.2f} %): "
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
@@ -175,6 +177,16 @@ def describe_classes(tested: list[dict], classes: dict[str, dict], rows: int = 1
     wrong = [f"  {float(row['probability']):7.2%}  {row['path']}: {row['prediction']!r}, but it is {row['label']!r}"
              for row in mistakes(tested)]  # fmt: skip
     return "\n".join([*lines, *(["\n  the most confident mistakes", *wrong] if wrong else []), ""])
+
+
+def describe_errors(results: list[dict]) -> str:
+    """How far probabilities are from the truth, on average over the folds that have a temperature."""
+    told = [result for result in results if "calibrated_error" in result]
+    if not told:
+        return ""
+    before, after = (mean(result[f"{kind}_error"] for result in told) for kind in ("calibration", "calibrated"))
+    what = "expected calibration error"
+    return f"\n  probabilities   {before:.1f} % off ({what}), {after:.1f} % as tools.predict has them"
 
 
 def summarise_seeds(folder: Path, results: dict[int, dict]) -> dict:

@@ -20,6 +20,7 @@ Size = Annotated[int, Meta(ge=1, le=65_536)]
 Frames = Annotated[int, Meta(ge=1, le=6_000)]  # a minute
 Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Fold = Annotated[int, Meta(ge=0, lt=2**31)]
+Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 LearningRate = Annotated[float, Meta(gt=0, le=1)]
@@ -71,6 +72,8 @@ class FoldResult(Struct):
     epoch: Count
     seconds: Seconds
     peak_memory_mb: Count | None = None
+    calibration_error: Percent | UnsetType = UNSET  # of the test clips, without the temperature and with it
+    calibrated_error: Percent | UnsetType = UNSET
 
 
 class Parameters(Struct):
@@ -89,6 +92,15 @@ class Record(Struct):
     def __post_init__(self):
         if len(self.predictions) != len(self.millionths):
             raise ValueError(f"Expected {len(self.predictions)} millionths, got {len(self.millionths)}")
+
+
+class Calibration(Struct):
+    """What support/calibration.py has fitted."""
+
+    temperature: Annotated[float, Meta(ge=0.01, le=100)]
+    min_confidence: Annotated[float, Meta(ge=0, le=1)]
+    whitening: list[list[Finite]]
+    centres: Annotated[list[list[Finite]], Meta(min_length=1)]
 
 
 class Shape(Struct):
@@ -165,6 +177,7 @@ class Header(Struct, kw_only=True):
     versions: dict[str, Name] | UnsetType = UNSET
     digest: Name | UnsetType = UNSET  # of the tensors
     record: Record | UnsetType = UNSET
+    calibration: Calibration | UnsetType = UNSET
 
     def __post_init__(self):
         n_classes = self.shape_of_head()
@@ -172,6 +185,10 @@ class Header(Struct, kw_only=True):
             raise ValueError(f"classes: Expected {n_classes} names, got {len(self.classes)}")
         if self.record is not UNSET and max(self.record.predictions, default=0) >= n_classes:
             raise ValueError(f"record.predictions: Expected numbers below {n_classes}")
+        if self.calibration is not UNSET:
+            rows = [*self.calibration.whitening, *self.calibration.centres]
+            if len(self.calibration.whitening) != n_classes or {len(row) for row in rows} != {n_classes}:
+                raise ValueError(f"calibration: Expected {n_classes} rows of whitening, and so many numbers in each")
 
     def shape_of_head(self) -> int:
         return self.n_classes
@@ -214,6 +231,7 @@ class Best(Struct):
     tensors: dict[str, Any]
     predicted: Any = None
     score: Annotated[float, Meta(ge=-1, le=100)] | None = None  # the accuracy or balanced accuracy that was compared
+    answered: Any = None
 
 
 class ClassScores(Struct):

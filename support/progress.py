@@ -35,10 +35,10 @@ class Signs:
         now = self.clock()
         if self.silent or now - self.last < EVERY or done <= self.first:
             return
-        self.last, far = now, f"{done:,} {self.unit}"
+        self.last, far = now, f"{done:,.0f} {self.unit}"
         if self.total:
             left = (now - self.start) / (done - self.first) * (self.total - done)
-            far = f"{done:,} of {self.total:,} {self.unit}, about {in_words(left)} to go"
+            far = f"{done:,.0f} of {self.total:,.0f} {self.unit}, about {in_words(left)} to go"
         print(f"{what}: {far}", file=sys.stderr, flush=True)
 
 

@@ -23,6 +23,7 @@ import torch
 from msgspec import to_builtins
 
 from support import ledger
+from support.calibration import calibrated
 from support.checkpoints import read_header, read_json, sha256_of, unpickled
 from support.command import UserError, is_number, warn
 from support.files import json_of, table_of, whole_file
@@ -128,24 +129,24 @@ class Progress:
         })  # fmt: skip
 
     def validated(
-        self, accuracy: float | None, predicted: torch.Tensor, tensors: dict, labels: torch.Tensor, by: str
+        self, accuracy: float | None, predicted: torch.Tensor, answered: tuple, tensors: dict, by: str
     ) -> None:
-        """The end of the epoch, with what train.evaluate returned of clips with these labels. The best has the highest
-        accuracy, `by` "balanced" balanced accuracy, the first of equals; without clips (None) it is the last."""
-        score = accuracy if accuracy is None or by == "accuracy" else balanced_accuracy(labels.cpu(), predicted[:, 0])
+        """The end of the epoch, with what train.evaluate returned. The best has the highest accuracy, `by` "balanced"
+        balanced accuracy, the first of equals; without validation clips (None) it is the last."""
+        score = accuracy if accuracy is None or by == "accuracy" else balanced_accuracy(answered[1], predicted[:, 0])
         if score is None or score > self.best.get("score", self.best["accuracy"]):
             self.best = {"accuracy": accuracy, "epoch": len(self.history), "tensors": tensors, "predicted": predicted,
-                         "score": score}  # fmt: skip
+                         "answered": answered, "score": score}  # fmt: skip
         if accuracy is not None:
             self.history[-1]["accuracy"] = round(accuracy, 4)
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
-    def outcome(self, accuracy: float, predicted: torch.Tensor) -> dict:
+    def outcome(self, accuracy: float, predicted: torch.Tensor, answered: tuple) -> dict:
         """What the header of the fold file says, given what train.evaluate makes of the test clips."""
         peak = peak_memory()
         predicted = torch.cat([self.best.get("predicted", predicted[:0]), predicted])  # an earlier version kept none
-        return {
+        outcome = {
             "result": {
                 "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
                 "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak and peak >> 20,
@@ -155,6 +156,7 @@ class Progress:
                 "millionths": (1e6 * predicted[:, 1].double()).round().int().tolist(),
             },
         }  # fmt: skip
+        return calibrated(outcome, self.best.get("answered"), answered)
 
 
 def save_progress(file: Path, progress: Progress, state: dict) -> None:

@@ -116,20 +116,22 @@ def evaluation_batch(batch_size: int, machine: Machine) -> int:
     return share * (4 if machine.device.type == "cuda" else 1)
 
 
-def pairs_in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine: Machine) -> torch.Tensor:
-    """Two numbers for each of `index`, (n, 2): `function` on pieces of it, half as large where memory is too small.
-    Every process takes its share and gets all."""
+def in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine: Machine) -> torch.Tensor:
+    """Some numbers for each of `index`, float32 (n, numbers): `function` on pieces of it, half as large where memory is
+    too small. Every process takes its share, if empty for the number of numbers, and gets all."""
     rank, world = ranks()
-    pairs = torch.zeros(len(index), 2, device=machine.device)
-    index, mine = index[rank::world], pairs[rank::world]
-    batch, start, signs = evaluation_batch(batch_size, machine), 0, Signs(len(index), "clips")
-    while start < len(index):
+    mine, found = index[rank::world], []
+    batch, start, signs = evaluation_batch(batch_size, machine), 0, Signs(len(mine), "clips")
+    while start < len(mine) or (len(index) and not found):
         try:
-            mine[start : start + batch] = function(index[start : start + batch])
+            found.append(function(mine[start : start + batch]).float())
             start += batch
-            signs(min(start, len(index)), "evaluation")
+            signs(min(start, len(mine)), "evaluation")
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
             batch //= 2
-    return sum_over_ranks(pairs)
+    found = torch.cat(found or [torch.zeros(0, 1, device=machine.device)])
+    rows = found.new_zeros(len(index), found.shape[1])
+    rows[rank::world] = found
+    return sum_over_ranks(rows)

@@ -51,13 +51,13 @@ def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60,
     return model.eval()
 
 
-def constant(path: Path, *probabilities: float, classes: list[str] | None = None, n_frames: int = 60) -> Path:
+def constant(path: Path, *probabilities: float, classes: list[str] | None = None, n_frames: int = 60, **header) -> Path:
     """A fold file that gives every sound these probabilities."""
     model = petl.apply(load_ast(SMALL_AST, n_frames, len(probabilities)), "linear")
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.copy_(torch.tensor(probabilities).log())
-    save_trained(model, path, {"classes": classes} if classes else {})
+    save_trained(model, path, {"classes": classes, **header} if classes else header)
     return path
 
 

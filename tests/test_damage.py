@@ -38,7 +38,7 @@ from support.processes import join
 from support.records import Progress, read_progress, save_progress
 from tools import export, predict
 from tools.campaign import read_run
-from tools.predict import class_names, load_classifier
+from tools.predict import class_names, load
 
 ROOT = Path(train.__file__).parent
 few = settings(
@@ -113,7 +113,9 @@ def says(action, *words) -> bool:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     record = {"history": [{"fold": 1, "epoch": 1, "loss": 0.5}], "predictions": [0, 3], "millionths": [10**6, 300_000]}
-    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}, "record": record}
+    more = {"result": RESULT, "parameters": COUNTS, "versions": {"torch": "2"}, "record": record,
+            "calibration": {"temperature": 0.9, "min_confidence": 0.3, "whitening": [[1.0] * 4] * 4,
+                            "centres": [[0.5] * 4] * 2}}  # fmt: skip
     for method in ("lora", "houlsby_par", "dpt"):
         save_random(folder / f"{method}.safetensors", method, pool="cls_dist", **more)
     model = load_trained(folder / "lora.safetensors")
@@ -136,9 +138,9 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
     value = None if remove else data.draw(odd)
     new = with_header(file, changed(header, place, value, remove), tmp_path / "new.safetensors")
     named = {"result", "parameters", "versions", "classes", "n_classes", "n_frames", "backbone", "method", "config",
-             "record"}  # fmt: skip
-    if not says(lambda: load_classifier(new, None), *([new] if place[0] in named else [])):
-        classifier = load_classifier(new, None)
+             "record", "calibration"}  # fmt: skip
+    if not says(lambda: load(new), *([new] if place[0] in named else [])):
+        classifier = load(new)
         assert len(classifier.classes) == classifier.models[0].config.n_classes
         x = torch.zeros(1, classifier.n_frames, 128)
         assert classifier.models[0](x).isfinite().all()
@@ -157,6 +159,10 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
         ("lora", ("result", "accuracy"), float("nan"), "result.accuracy: Expected float >= 0"),
         ("lora", ("record", "predictions", 0), 4, "record.predictions: Expected numbers below 4"),
         ("lora", ("record", "millionths"), [1], "record: Expected 2 millionths, got 1"),
+        ("lora", ("calibration", "temperature"), 0, "calibration.temperature: Expected float >= 0.01"),
+        ("lora", ("calibration", "whitening", 1), [1.0] * 3, "calibration: Expected 4 rows of whitening"),
+        ("lora", ("calibration", "whitening"), [[1.0] * 4], "calibration: Expected 4 rows of whitening"),
+        ("lora", ("calibration", "centres"), [[float("inf")] * 4], "calibration.centres[0][0]"),
         ("dpt", ("method", "parts", 0, "prompts"), 10**9, "prompts: Expected int <= 4096"),
         ("houlsby_par", ("method", "parts", 0, "how"), "none", "how: Invalid enum value 'none'"),
         ("whole", ("config", "depth"), 10**9, "config.depth: Expected int <="),
@@ -360,7 +366,7 @@ def test_a_flipped_bit_is_never_used(folder, tmp_path, name, data):
     content = (folder / f"{name}.safetensors").read_bytes()
     new = tmp_path / "new.safetensors"
     new.write_bytes(flipped(content, data.draw(st.integers(0, 8 * len(content) - 1))))
-    if not says(lambda: load_classifier(new, None), new):  # where nobody reads: nothing is changed
+    if not says(lambda: load(new), new):  # where nobody reads: nothing is changed
         assert read_header(new).items() >= read_header(folder / f"{name}.safetensors").items()
         assert sha256_of(load_file(new)) == sha256_of(load_file(folder / f"{name}.safetensors"))
 
@@ -378,7 +384,7 @@ def progress_file(path, digest=True) -> bytes:
     progress.begin = time.perf_counter()
     progress.trained([1.0], [0.1], 8)
     tensors = {"head.weight": torch.arange(200.0)}
-    progress.validated(50.0, torch.ones(3, 2), tensors, torch.ones(3), "accuracy")
+    progress.validated(50.0, torch.ones(3, 2), (torch.ones(3, 4), torch.zeros(3)), tensors, "accuracy")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(100))], betas=(0.9, 0.98))
     save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
     if not digest:
@@ -477,7 +483,7 @@ def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
         read_audio(tmp_path / "x.wav")
     with pytest.raises(ValueError, match="null byte"):
         read_audio(Path(f"{tmp_path}/a\0.wav"))
-    assert says(lambda: load_classifier(tmp_path / "x.wav", None), "it is no file")
+    assert says(lambda: load(tmp_path / "x.wav", None), "it is no file")
     assert says(lambda: load_ast(tmp_path / "x.wav"), "no weights at")
     (tmp_path / "y.wav").mkdir()
     ends(lambda: predict.main([str(folder / "lora.safetensors"), str(tmp_path / "y.wav")]), "holds no sounds")(capsys)

@@ -331,6 +331,7 @@ def test_label_tracks(tmp_path, capsys):
     for name in ("one", "two", "deep/three"):
         staircase(tmp_path / "my" / f"{name}.wav", 5)
     (tmp_path / "my" / "one.txt").write_text("0.000000\t1.000000\tdog\n\\\t100.000000\t900.000000\n2.5\t4\tgrey seal\n")
+    (tmp_path / "my" / "one.wav.events.txt").write_text("0\t1\twhat a model heard\n")
     (tmp_path / "my" / "deep" / "three.txt").write_bytes("\ufeff1\t2\tgrey seal\r\n\r\n3.25\t4\tdog\r\n".encode())
     dataset = load_dataset("csv", tmp_path / "my", tmp_path)
     names = ["deep/three.wav#1-2", "deep/three.wav#3.25-4", "one.wav#0-1", "one.wav#2.5-4"]

@@ -21,6 +21,7 @@ import data
 import petl
 from load_weights import load_ast, save_trained
 from sounds.audio import read_audio
+from support.calibration import Calibration
 from support.checkpoints import read_header
 from tools import export, predict
 
@@ -253,12 +254,14 @@ def test_what_follows_in_the_pipe_may_stop_reading(tmp_path, fold):
 
 
 def test_a_merged_model_answers_alike(tmp_path, rows):
-    save_random(tmp_path / "fold1.safetensors", "lora", "cls")
+    facts = {"temperature": 0.5, "min_confidence": 0.9, "whitening": [[0.5] * 4] * 4, "centres": [[1.0] * 4]}
+    save_random(tmp_path / "fold1.safetensors", "lora", "cls", calibration=facts)
     words = ["export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "m.safetensors"]
     assert export.main([str(word) for word in words]) == 0
     file = write(tmp_path / "sound.wav", 1.0)
     one, other = (rows(tmp_path / name, file, "--top", 4)[0] for name in ("fold1.safetensors", "m.safetensors"))
     torch.testing.assert_close(as_tensor(one), as_tensor(other), atol=1e-5, rtol=0)
+    assert read_header(tmp_path / "m.safetensors")["calibration"] == facts and one["classes"][0]["class"] == "unsure"
 
 
 @pytest.mark.parametrize(("pool", "method"), [("mean", "linear"), ("cls_dist", "dpt")])
@@ -451,10 +454,10 @@ def test_a_long_recording_is_listened_to_as_it_comes():
             yield predict.Window(Path("a"), start, np.zeros(880, np.float32))
 
     model = petl.apply(load_ast(SMALL_AST, 36, 2), "linear").eval()
-    classifier = predict.Classifier([model], ["a", "b"], lambda logits: logits.softmax(-1))
-    scored = predict.score(counted(), classifier, 5, torch.device("cpu"), "float32")
+    classifier = predict.Classifier([model], ["a", "b"], lambda logits: logits.softmax(-1), [Calibration()])
+    scored = predict.score(counted(), classifier, 5)
     assert [next(scored)[0].start for _ in range(5)] == [0, 1, 2, 3, 4] and len(cut) == 5
-    answers = predict.answers(scored, ["a", "b"], 1)
+    answers = predict.answers(scored, classifier, 1)
     assert next(answers).what == "window" and len(cut) == 10
 
 

@@ -83,7 +83,7 @@ def test_the_best_epoch_of_own_sounds_is_that_of_balanced_accuracy():
         progress = Progress(1)
         for accuracy, predicted in ((80.0, always), (60.0, mixed)):  # balanced: 50 and 75 %
             progress.history.append({})
-            progress.validated(accuracy, predicted, {}, labels, by)
+            progress.validated(accuracy, predicted, (torch.zeros(5, 2), labels), {}, by)
         assert progress.best["epoch"] == epoch
         assert progress.history[-1]["accuracy"] == 60.0  # metrics.csv has accuracies
 

@@ -181,17 +181,18 @@ def test_evaluation_takes_what_memory_allows():
         return model
 
     clips = Clips(torch.arange(4.0).repeat(5)[:, None], torch.tensor([0, 1, 2, 0]).repeat(5))
-    accuracy, predicted = train.evaluate(model_with_room_for(4), clips, list(range(20)), settings(12), CPU)
+    accuracy, predicted, _ = train.evaluate(model_with_room_for(4), clips, list(range(20)), settings(12), CPU)
     assert accuracy == 75 and predicted[:, 0].tolist() == 5 * [0, 1, 2, 3]
     torch.testing.assert_close(predicted[:, 1], torch.full((20,), math.e / (math.e + 3)))  # of one 1 and three 0
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
     with pytest.raises(torch.OutOfMemoryError):
         train.evaluate(model_with_room_for(0), clips, [3], settings(12), CPU)
-    assert train.evaluate(model_with_room_for(4), clips, [], settings(12), CPU)[0] is None
+    accuracy, predicted, answered = train.evaluate(model_with_room_for(4), clips, [], settings(12), CPU)
+    assert accuracy is None and predicted.shape == (0, 2) and [len(each) for each in answered] == [0, 0]
 
 
 def test_logits_that_are_no_numbers_have_no_probability():
     """As float16 may give: a fold file with a nan in its header could not be read."""
     clips = Clips(torch.tensor([[torch.nan, 0], [torch.inf, 0], [0, 1]]), torch.tensor([0, 0, 1]))
-    _, predicted = train.evaluate(nn.Identity(), clips, [0, 1, 2], settings(3), CPU)
+    _, predicted, _ = train.evaluate(nn.Identity(), clips, [0, 1, 2], settings(3), CPU)
     torch.testing.assert_close(predicted[:, 1], torch.tensor([0.0, 0.0, math.e / (1 + math.e)]))

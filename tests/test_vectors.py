@@ -27,6 +27,7 @@ from load_weights import load_ast, read_header, to_dict
 from petl_more import SSF, Statistics
 from sounds.audio import read_audio
 from support import vectors
+from support.calibration import Calibration
 from support.console import describe
 from support.rows import start_rows
 from tools import export, predict
@@ -154,8 +155,8 @@ def test_what_was_trained_on_kept_vectors_listens_as_well(train_main, tmp_path, 
     dataset = load_dataset("esc10", esc50_dir, cache_dir)
     clips = dataset.folds[1].train + dataset.folds[1].test
     waves, labels = [read_audio(dataset.paths[i]) for i in clips], np.array(dataset.labels)[clips]
-    classifier = predict.load_classifier(file, None)
-    ours = predict.probabilities(classifier, waves, CPU.device, "float32")
+    classifier = replace(predict.load(file, device="cpu"), calibrations=[Calibration()])  # as the ONNX file
+    ours = predict.probabilities(classifier, waves)
     right = ours.argmax(1) == labels
     assert 100 * right[30:].mean() == pytest.approx(read_header(file)["result"]["accuracy"])
     assert right[:30].mean() > 0.8

@@ -26,8 +26,7 @@ from load_weights import AUDIOSET, find_checkpoint, load_ast
 from sounds.paper import ESC50
 from support.checkpoints import read_json
 from support.command import UserError, first_of
-from support.speed import Machine, prepare
-from tools.predict import class_names, load_tagger, probabilities
+from tools.predict import class_names, load_tagger, placed, probabilities
 
 KINDS = ("1-kHz tone", "white noise", "rising chirp")
 ANCHORS = {0: "Speech", 137: "Music", 526: "Field recording"}  # of AudioSet's 527 classes
@@ -185,13 +184,13 @@ def logits(weights: str | None, n_frames: int) -> str:
 
 def tags(weights: str | None) -> str:
     """What is heard in the three sounds, from the waveform to the names of classes, by both."""
-    reference, ours, folder = theirs(weights), load_tagger(str(weights)), folder_of(weights)
+    reference, ours, folder = theirs(weights), load_tagger(str(weights), device="cpu"), folder_of(weights)
     library, waves = transformers().ASTFeatureExtractor, [sound(kind) for kind in KINDS]
     known = (folder / "preprocessor_config.json").exists()
     x = extracted(lambda: library.from_pretrained(folder) if known else library(), waves)
     with torch.inference_mode():
         expected = reference(x).logits.sigmoid()
-    found = torch.from_numpy(probabilities(ours, waves, torch.device("cpu"), "float32"))
+    found = torch.from_numpy(probabilities(ours, waves))
     names = [reference.config.id2label[i] for i in range(reference.config.num_labels)]
     if names != ours.classes:
         raise Wrong(f"the classes are called {first_of(ours.classes)}; by transformers {first_of(names)}")
@@ -203,10 +202,9 @@ def tags(weights: str | None) -> str:
 def tags_on(device: torch.device, dtype: str, weights: str | None) -> str:
     """The same on the device and in the type of training; half precision moves probabilities by a few hundredths."""
     folder_of(weights)
-    tagger, waves = load_tagger(str(weights)), [sound(kind) for kind in KINDS]
-    expected = probabilities(tagger, waves, torch.device("cpu"), "float32")
-    prepare(tagger.models[0], dtype, Machine(device))
-    found = probabilities(tagger, waves, device, dtype)
+    tagger, waves = load_tagger(str(weights), device="cpu"), [sound(kind) for kind in KINDS]
+    expected = probabilities(tagger, waves)
+    found = probabilities(placed(tagger, device, dtype), waves)
     return limit(np.abs(found - expected).max(), 0.05, f"probabilities in {dtype} on {device} and on the CPU")
 
 

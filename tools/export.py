@@ -61,6 +61,9 @@ def show(path: Path) -> None:
         chosen = "the last epoch" if best is None else f"best of validation, {best:.2f} %"
         tested = f"{result['accuracy']:.2f} % of the test clips of fold {result['fold']}"
         lines["accuracy"] = f"{tested} (epoch {result['epoch']}, {chosen})"
+    if "calibration" in header:
+        facts = header["calibration"]
+        lines["confidence"] = f"temperature {facts['temperature']:.3g}, unsure below {facts['min_confidence']:.3g}"
     if "settings" in header:
         lines["trained on"] = listed({name: value for name, value in header["settings"].items() if name != "method"})
     if "versions" in header:

@@ -3,19 +3,24 @@
     python -m tools.predict runs/demo/houlsby_par/seed0 recording.wav folder_of_sounds/
     python -m tools.predict --tags street.mp3                    # AudioSet's 527 tags, nothing trained
 
-A sound longer than the training clips is read in windows. `windows_of` cuts all files into one stream of windows,
-`score` turns that stream into probabilities, batch by batch, `answers` gathers them again file by file. Everything is
+    from tools.predict import load
+    classify = load("runs/demo/houlsby_par/seed0")
+    classify("recording.wav").best                               # the class, or "unsure"; all probabilities: .classes
+    classify(samples, 44_100).confidence                         # an array at any rate
+
+A sound longer than the training clips is read in windows. `windows_of` cuts all sounds into one stream of windows,
+`score` turns that stream into probabilities, batch by batch, `answers` gathers them again sound by sound. Everything is
 lazy: at no time more than one batch of windows is in memory, however many files there are and however long they are.
 """
 
 import argparse
-import csv
-import io
-import json
-import os
+import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -27,53 +32,86 @@ from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
 from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
+from support.calibration import Calibration
 from support.checkpoints import read_header, read_names
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
+from support.files import whole_file
+from support.progress import Bar
 from support.speed import Machine, autocast, prepare
+from tools.answers import COLUMNS, Answer, Embeddings, events_of, printable, shown, write_tracks
 
-COLUMNS = "file,what,start,end,rank,class,probability,error"  # of --csv
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Models whose probabilities are averaged: one, or those of several folds. All read and answer the same."""
+    """Models whose answers are averaged: one, or those of several folds. All read and answer the same.
+
+    `load` makes one. It is called with a sound and returns an Answer.
+    """
 
     models: list[AST]
     classes: list[str]
     activation: Callable[[torch.Tensor], torch.Tensor]  # logits to probabilities
+    calibrations: list[Calibration]  # of each model
+    min_confidence: float = 0.0
+    device: torch.device = CPU
+    dtype: str = "float32"
 
     @property
     def n_frames(self) -> int:
         return self.models[0].config.n_frames
 
+    def __call__(self, sound: Path | str | np.ndarray, rate: int | None = None) -> Answer:
+        """A file, or samples (samples,) or (samples, channels) in [-1, 1] at `rate` Hz, to an Answer on all classes.
+
+        Raises ValueError with the reason for a sound that cannot be read.
+        """
+        sound = Path(sound) if rate is None else at_16_khz(sound, rate)
+        (answer,) = deque(self.listen([sound], top=len(self.classes)), maxlen=1)
+        if answer.error is not None:
+            raise ValueError(f"{sound}: {answer.error}")
+        return answer
+
+    def listen(
+        self, sounds: Iterable[Path | np.ndarray], hop: float | None = None, top: int = 3, batch_size: int = 32
+    ) -> Iterator[Answer]:
+        """Of each sound, a file or samples (samples,) at 16 kHz, an Answer on every window, with its best class, and
+        then on the whole, with the best `top`; or one with an `error`.
+
+        A window begins `hop` seconds after the one before it (None: half a window), and they come as they are heard.
+        Raises UserError for a hop that is longer than a window or no frame at all.
+        """
+        wanted = self.n_frames // 2 if hop is None else hop * RATE / HOP  # frames
+        if not 0.5 < wanted <= self.n_frames + 0.5:
+            long = f"windows are {self.n_frames * HOP / RATE:g} s long"
+            raise UserError(f"--hop {hop}: {long}, give a hop of 0.01 s to that")
+        windows = windows_of(sounds, self.n_frames, round(wanted) * HOP)
+        return answers(score(windows, self, batch_size), self, top)
+
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a file, or the reason why there is none. A file that breaks off ends with such a reason."""
+    """A piece of a sound, or the reason why there is none. A file that breaks off ends with such a reason."""
 
-    file: Path
+    file: Path | None
     start: int = 0  # samples at 16 kHz
     wave: np.ndarray | None = None  # (samples,)
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is said about a window or about a whole file; seconds, and the best classes with their probabilities."""
-
-    file: Path
-    what: str  # "window" or "file"
-    start: float = 0.0
-    end: float = 0.0
-    best: tuple[tuple[str, float], ...] = ()
     error: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------- the models
 
 
-def load_classifier(path: Path, weights: str | None) -> Classifier:
-    """The model of a fold file, or those of all folds in a run folder. `weights`: where the backbone is now."""
+def load(
+    path: Path | str, weights: str | None = None, min_confidence: float | None = None, device: str = "auto"
+) -> Classifier:
+    """The model of a fold file, or those of all folds in a run folder, as something to call with a sound.
+
+    weights: where the backbone is now. min_confidence: what is less sure is answered "unsure"; None takes the value at
+    which nine of ten right answers on the validation clips stay (without such clips: 0). Raises UserError.
+    """
+    path, device = Path(path), choose_device(device)
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint; give a folder or a foldK.safetensors that train.py wrote")
     folds = sorted(path.glob("fold*.safetensors"), key=lambda file: (len(file.name), file.name))  # fold2 before fold10
@@ -89,13 +127,27 @@ def load_classifier(path: Path, weights: str | None) -> Classifier:
                 raise UserError(f"{file} and {files[0]} have other {fact}: they are not folds of one run")
     models = [load_trained(file, weights) for file in files]
     classes = headers[0].get("classes") or [f"class {i}" for i in range(models[0].config.n_classes)]
-    return Classifier(models, classes, lambda logits: logits.softmax(-1))
+    calibrations = [Calibration(**header.get("calibration", {})) for header in headers]
+    if min_confidence is None:
+        min_confidence = float(np.mean([each.min_confidence for each in calibrations]))
+    classifier = Classifier(models, classes, partial(torch.softmax, dim=-1), calibrations, min_confidence)
+    return placed(classifier, device)
 
 
-def load_tagger(weights: str) -> Classifier:
+def load_tagger(weights: str = "audioset", min_confidence: float | None = None, device: str = "auto") -> Classifier:
     """The pretrained AST with its own head. Several tags may be true at once: a sigmoid, not a softmax."""
-    model = load_ast(weights, pool="cls_dist")
-    return Classifier([model], class_names(weights, model.config.n_classes), torch.sigmoid)
+    model = load_ast(weights, pool="cls_dist").eval()
+    names = class_names(weights, model.config.n_classes)
+    classifier = Classifier([model], names, torch.sigmoid, [Calibration()], min_confidence or 0.0)
+    return placed(classifier, choose_device(device))
+
+
+def placed(classifier: Classifier, device: torch.device, dtype: str = "auto") -> Classifier:
+    """The same on a device and in a type of arithmetic, by default the one that suits the device."""
+    dtype = choose_dtype(dtype, device)
+    for model in classifier.models:
+        prepare(model, dtype, Machine(device))
+    return replace(classifier, device=device, dtype=dtype)
 
 
 def class_names(weights: str, n_classes: int) -> list[str]:
@@ -125,11 +177,22 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def windows_of(files: Iterable[Path], n_frames: int, hop: int) -> Iterator[Window]:
-    """All windows of all files, one after the other. A file that cannot be read gives its reason instead."""
-    for file in files:
+def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (samples,) or (samples, channels) to mono float32, (samples,). ValueError if they are no sound."""
+    import soxr
+
+    wave = np.asarray(samples, np.float32)
+    if wave.ndim not in (1, 2) or not wave.size or not np.isfinite(wave).all() or rate <= 0:
+        raise ValueError(f"no sound: {wave.shape} at {rate} Hz; give finite (samples,) or (samples, channels)")
+    return soxr.resample(wave if wave.ndim == 1 else wave.mean(axis=1), rate, RATE)
+
+
+def windows_of(sounds: Iterable[Path | np.ndarray], n_frames: int, hop: int) -> Iterator[Window]:
+    """All windows of all sounds, one after the other. A file that cannot be read gives its reason instead."""
+    for sound in sounds:
+        file, blocks = (None, [sound]) if isinstance(sound, np.ndarray) else (sound, stream_audio(sound))
         try:
-            for start, wave in cut(stream_audio(file), n_frames, hop):
+            for start, wave in cut(blocks, n_frames, hop):
                 yield Window(file, start, wave)
         except ValueError as error:
             yield Window(file, error=str(error))
@@ -159,82 +222,82 @@ def cut(blocks: Iterable[np.ndarray], n_frames: int, hop: int) -> Iterator[tuple
 
 
 @torch.inference_mode()
-def probabilities(classifier: Classifier, waves: list[np.ndarray], device: torch.device, dtype: str) -> np.ndarray:
-    """Windows of sound, each (samples,), to probabilities (windows, classes), the mean over the models."""
-    n_frames = classifier.n_frames
+def heard(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
+    """Windows of sound, each (samples,), to what is known of them: (windows, classes + 1 + dim * models).
+
+    The probabilities and the factor of Calibration.known, both the mean over the models; then the vectors that their
+    heads read, one beside the other.
+    """
+    n_frames, device = classifier.n_frames, classifier.device
     batch = torch.zeros(len(waves), n_frames * HOP + WINDOW - 1)  # the most samples that make no frame more
     for row, wave in zip(batch, waves, strict=True):
         row[: len(wave)] = torch.from_numpy(wave)
-    features = fbank(batch.to(device))[:, :n_frames]
+    features = fbank(batch.to(device))  # (windows, n_frames, 128)
     # Shorter sounds end in zeros *after* the logarithm, as in training; here they were padded before it.
     frames = torch.tensor([max(1, (len(wave) - WINDOW) // HOP + 1) for wave in waves], device=device)
     beyond = torch.arange(n_frames, device=device) >= frames[:, None]
     x = to_input(features.masked_fill(beyond[:, :, None], 0), n_frames)
+    sums, vectors = 0, []
     try:
-        with autocast(device, dtype):
-            logits = [model(x).float() for model in classifier.models]
+        for model, calibration in zip(classifier.models, classifier.calibrations, strict=True):
+            with autocast(device, classifier.dtype):
+                vector = model.vector(x)
+                logits = model.head(vector).float()
+            scores = classifier.activation(logits / calibration.temperature)
+            sums = sums + torch.cat([scores, calibration.known(logits)[:, None]], dim=1)
+            vectors.append(vector.float())
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory on {device} with {len(waves)} windows: choose a smaller --batch-size") from None
-    return torch.stack([classifier.activation(one) for one in logits]).mean(0).cpu().numpy()
+    return torch.cat([sums / len(vectors), *vectors], dim=1).cpu().numpy()
+
+
+def probabilities(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
+    """Windows of sound, each (samples,), to probabilities (windows, classes)."""
+    return heard(classifier, waves)[:, : len(classifier.classes)]
 
 
 def score(
-    windows: Iterator[Window], classifier: Classifier, batch_size: int, device: torch.device, dtype: str
+    windows: Iterator[Window], classifier: Classifier, batch_size: int
 ) -> Iterator[tuple[Window, np.ndarray | None]]:
-    """Each window with its probabilities (classes,), None for one that could not be read. Batches span files."""
+    """Each window with its row of `heard`, None for one that could not be read. Batches span sounds."""
     while batch := list(islice(windows, batch_size)):
         waves = [window.wave for window in batch if window.error is None]
-        scores = iter(probabilities(classifier, waves, device, dtype)) if waves else iter(())
+        rows = iter(heard(classifier, waves)) if waves else iter(())
         for window in batch:
-            yield window, next(scores) if window.error is None else None
+            yield window, next(rows) if window.error is None else None
 
 
-def answers(scored: Iterable[tuple[Window, np.ndarray | None]], classes: list[str], top: int) -> Iterator[Answer]:
-    """For each file an answer on every window and then, from their mean, on the whole; or one with an error."""
+def answers(scored: Iterable[tuple[Window, np.ndarray | None]], classifier: Classifier, top: int) -> Iterator[Answer]:
+    """For each sound an answer on every window and then, from their mean, on the whole; or one with an error."""
     for file, windows in groupby(scored, key=lambda pair: pair[0].file):
-        total, n, end = np.zeros(len(classes)), 0, 0.0
-        for window, scores in windows:
+        total, n, end = 0, 0, 0.0
+        for window, row in windows:
             if window.error is not None:  # always the last of a file
                 yield Answer(file, "file", error=window.error)
                 break
             end = (window.start + len(window.wave)) / RATE
-            yield Answer(file, "window", window.start / RATE, end, best_of(scores, classes, 1))
-            total, n = total + scores, n + 1
+            yield answer_of(row, classifier, 1, file, "window", window.start / RATE, end)
+            total, n = total + row.astype(float), n + 1
         else:
-            yield Answer(file, "file", 0.0, end, best_of(total / n, classes, top))
+            yield answer_of(total / n, classifier, top, file, "file", 0.0, end)
 
 
-def best_of(scores: np.ndarray, classes: list[str], top: int) -> tuple[tuple[str, float], ...]:
-    return tuple((classes[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top])
-
-
-# ----------------------------------------------------------------------------------------------- answers to the user
-
-
-def printable(path: Path) -> str:
-    """A file name may hold bytes that are no text; they are shown as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def shown(answer: Answer, form: str | None, width: int) -> str:
-    """An answer as one line for people, its file in `width` columns; as one JSON object, so that a program can read the
-    output line by line while it is being written; or as CSV with the columns COLUMNS, a row for each of the classes."""
-    file = printable(answer.file)
-    if form == "json":
-        best = [{"class": name, "probability": round(p, 6)} for name, p in answer.best]
-        found = {"start": round(answer.start, 3), "end": round(answer.end, 3), "classes": best}
-        return json.dumps({"file": file, "what": answer.what, **({"error": answer.error} if answer.error else found)})
-    if form == "csv":
-        first, span = (file, answer.what), (f"{answer.start:.3f}", f"{answer.end:.3f}")
-        rows = [(*first, *span, rank, name, f"{p:.6f}", "") for rank, (name, p) in enumerate(answer.best, 1)]
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows or [(*first, *[""] * 5, answer.error)])
-        return text.getvalue().rstrip("\n")
-    span = f"{answer.start:9.2f} -{answer.end:9.2f} s" if answer.what == "window" else f"{answer.end:20.2f} s"
-    return f"{file:<{width}}{span}  {'  '.join(f'{name} {p:.3f}' for name, p in answer.best)}"
+def answer_of(row: np.ndarray, classifier: Classifier, top: int, *where) -> Answer:
+    """A row of `heard` in words; `where`: file, what, start and end of the Answer."""
+    names, count = classifier.classes, len(classifier.classes)
+    best = tuple((names[i], float(row[i])) for i in np.argsort(-row[:count], kind="stable")[:top])
+    confidence = best[0][1] * float(row[count])
+    unsure = confidence < classifier.min_confidence
+    return Answer(*where, best, confidence, unsure, row[count + 1 :].astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is no number from 0 to 1")
+    return float(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -250,6 +313,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", help="where the backbone is, if not where the checkpoint says; with --tags default: audioset")
     add("--top", type=positive, default=3, help="how many classes to show for a file (%(default)s)")
     add("--windows", action="store_true", help="also show the best class of every window of a file")
+    add("--events", action="store_true", help="what is heard when: an Audacity label track beside each file, "
+        "FILE.events.txt, or with --json or --csv the same in this form")  # fmt: skip
+    add("--threshold", type=share, default=0.5, help="the probability that an event has all along (%(default)s)")
+    add("--min-length", type=float, default=0.0, metavar="S", help="leave out shorter events (%(default)s)")
+    add("--min-confidence", type=share, metavar="P", help="what is less sure is answered 'unsure'; default: where nine "
+        "of ten right answers on the validation clips stay")  # fmt: skip
+    add("--embeddings", type=Path, metavar="FILE.npz", help="write the vector of each file, or with --windows window")
     add("--hop", type=float, metavar="S", help="seconds from one window to the next; default: half a window")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON object per line")
@@ -262,41 +332,54 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.checkpoint, args.sounds = (None, args.paths) if args.tags else (args.paths[0], args.paths[1:])
     if not args.sounds:
         raise UserError("no sounds to classify: give files or folders after the checkpoint (--help shows all options)")
-    args.device = choose_device(args.device)
+    if args.events and (args.windows or args.embeddings):
+        raise UserError(f"--events cannot go with {'--windows' if args.windows else '--embeddings'}")
+    if not 0 <= args.min_length < math.inf:
+        raise UserError(f"--min-length {args.min_length}: give a number of seconds")
     return args
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer every file that can be read; 1 if there was one that cannot."""
-    files, dtype = find_sounds(args.sounds), choose_dtype("auto", args.device)
+    files = find_sounds(args.sounds)
     if args.tags:
-        classifier = load_tagger(args.weights or "audioset")
+        classifier = load_tagger(args.weights or "audioset", args.min_confidence, args.device)
     else:
-        classifier = load_classifier(args.checkpoint, args.weights)
-    for model in classifier.models:
-        prepare(model, dtype, Machine(args.device)).eval()
-    n_frames = classifier.n_frames
-    wanted = n_frames // 2 if args.hop is None else args.hop * RATE / HOP  # frames
-    if not 0.5 < wanted <= n_frames + 0.5:
-        raise UserError(f"--hop {args.hop}: windows are {n_frames * HOP / RATE:g} s long, give a hop of 0.01 s to that")
-
-    scored = score(windows_of(files, n_frames, round(wanted) * HOP), classifier, args.batch_size, args.device, dtype)
+        classifier = load(args.checkpoint, args.weights, args.min_confidence, args.device)
+    told = watched(classifier.listen(files, args.hop, args.top, args.batch_size), files)
+    if args.events:
+        told = events_of(told, args.threshold, args.min_length)
+    if args.events and not args.form:
+        told = write_tracks(told)
+    wanted = {"event"} if args.events else {"file", "window"} if args.windows else {"file"}
     width = 2 + max(len(printable(file)) for file in files)
     if args.form == "csv":
         print(COLUMNS)
-    seconds = float(np.nansum([*map(length_of, files)])) if sys.stderr.isatty() else None  # only the bar asks
-    failed, heard = 0, 0.0
-    with tqdm(total=seconds, desc="listening", unit="s", unit_scale=True, disable=None) as progress:
-        for answer in answers(scored, classifier.classes, args.top):
-            if answer.what == "window":
-                progress.update(max(0.0, answer.end - heard))
-            heard = answer.end if answer.what == "window" else 0.0
+    failed, vectors = 0, Embeddings()
+    with whole_file(args.embeddings) if args.embeddings else nullcontext() as embeddings:
+        for answer in told:
             if answer.error is not None:
                 failed += 1
                 tqdm.write(f"error: {printable(answer.file)}: {answer.error}", file=sys.stderr)
-            if (args.windows or answer.what == "file") and (answer.error is None or args.form):
+            elif args.embeddings and answer.what == ("window" if args.windows else "file"):
+                vectors.add(answer)
+            if answer.what in wanted if answer.error is None else args.form:
                 tqdm.write(shown(answer, args.form, width), file=sys.stdout)
+        if args.embeddings:
+            vectors.save(embeddings)
     return 1 if failed else 0
+
+
+def watched(told: Iterable[Answer], files: list[Path]) -> Iterator[Answer]:
+    """The same answers, with a bar on a terminal that says how many seconds of sound have been heard."""
+    seconds = float(np.nansum([*map(length_of, files)])) if sys.stderr.isatty() else None  # only the bar asks
+    with Bar(total=seconds, desc="listening", unit="s", unit_scale=True) as progress:
+        so_far = 0.0
+        for answer in told:
+            if answer.what == "window":
+                progress.update(max(0.0, answer.end - so_far))
+            so_far = answer.end if answer.what == "window" else 0.0
+            yield answer
 
 
 def main(argv: list[str] | None = None) -> int:
