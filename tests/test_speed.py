@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import petl
 import train
 from data import Clips
-from support import speed
+from support import onednn_linear, speed
 from support.onednn_linear import OneDNNLinear, use_onednn
 from support.records import Settings
 from support.speed import Machine, prepare
@@ -91,6 +91,17 @@ def test_a_frozen_layer_keeps_no_input():
     assert layer.requires_grad_(True)(x).grad_fn.saved_tensors[0] is not None
 
 
+@pytest.mark.parametrize("fails", [None, "capability", "library", "system", "maker"])
+def test_onednn_helps_amd_with_avx_512(fails, monkeypatch, tmp_path):
+    file = tmp_path / "cpuinfo"
+    if fails != "system":
+        file.write_text(f"vendor_id\t: {'GenuineIntel' if fails == 'maker' else 'AuthenticAMD'}\nflags\t: avx512f\n")
+    monkeypatch.setattr(onednn_linear, "Path", {"/proc/cpuinfo": file}.get)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if fails == "capability" else "AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: fails != "library")
+    assert onednn_linear.onednn_helps() is (fails is None)
+
+
 def test_prepare_chooses_onednn_by_the_processor(monkeypatch):
     for helps in (True, False):
         monkeypatch.setattr(speed, "onednn_helps", lambda helps=helps: helps)
@@ -163,6 +174,14 @@ def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
         one, other = (load_file(tmp_path / out / f"esc10/{options[1]}/seed0/fold{fold}.safetensors") for out in "ab")
         assert one.keys() == other.keys()
         assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
+
+
+def test_a_gpu_evaluates_four_times_what_it_trains_on(monkeypatch):
+    gpu = Machine(torch.device("cuda"))
+    assert [speed.evaluation_batch(9, machine) for machine in (CPU, gpu)] == [9, 36]
+    assert [speed.evaluation_batch(9, replace(machine, micro_batch=2)) for machine in (CPU, gpu)] == [2, 8]
+    monkeypatch.setattr(speed, "ranks", lambda: (1, 2))
+    assert speed.evaluation_batch(9, gpu) == 20  # of five clips, the larger share
 
 
 def test_evaluation_takes_what_memory_allows():
