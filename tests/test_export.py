@@ -196,7 +196,9 @@ def peft_lora(folder, base=SMALL_AST, **config):
     ],
 )
 def test_a_lora_trained_with_peft_opens_here(config, tmp_path, command):
-    theirs = peft_lora(tmp_path / "peft", **config)
+    theirs, file = peft_lora(tmp_path / "peft", **config), tmp_path / "peft/adapter_config.json"
+    told = {name: value for name, value in json.loads(file.read_text()).items() if value}  # as earlier versions of peft
+    file.write_text(json.dumps(told))
     command("import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors")
     ours = load_trained(tmp_path / "fold.safetensors").eval()
     fbank = torch.randn(2, 100, 128)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from helpers import Terminal
 from safetensors.torch import load_file
 
 import data
@@ -60,6 +61,18 @@ def test_no_forecast_of_a_short_run_or_twice_or_by_another_process(monkeypatch, 
     assert said(monkeypatch, capsys, 4, 1.0, machine=Machine(CPU)) == []
     monkeypatch.setattr(console, "is_first", lambda: False)
     assert said(monkeypatch, capsys, 4, 1.0) == []
+
+
+def test_the_bar_of_a_fold(monkeypatch):
+    """On a terminal: which fold, how far it is, also after an interruption, and the last numbers."""
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    progress, epochs = records.Progress(2, history=[{}]), []
+    for epoch in console.epochs_left(progress, 3):
+        epochs.append(epoch)
+        progress.history.append({"loss": epoch / 8, "accuracy": 10 * epoch})
+    bars = terminal.getvalue().split("\r")
+    assert epochs == [2, 3] and bars[1].startswith("fold 2:  33%") and "1/3" in bars[1]
+    assert bars[-1].startswith("fold 2: 100%") and "3/3" in bars[-1] and "accuracy=30, loss=0.375" in bars[-1]
 
 
 def test_a_line_a_minute_of_a_fold(monkeypatch, capsys):

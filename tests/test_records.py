@@ -284,6 +284,12 @@ def test_seconds_of_a_fold(monkeypatch):
     assert progress.seconds == 4.0
 
 
+def test_folds_in_the_order_of_their_numbers(tmp_path):
+    for name in ("fold10", "fold2", "fold1", "foldx"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert list(records.fold_files(tmp_path).items()) == [(k, tmp_path / f"fold{k}.safetensors") for k in (1, 2, 10)]
+
+
 def test_a_damaged_fold_file_is_not_averaged(again):
     folder, call = again
     content = bytearray((folder / "fold3.safetensors").read_bytes())

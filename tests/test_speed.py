@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,13 @@ def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
         one, other = (load_file(tmp_path / out / f"esc10/{options[1]}/seed0/fold{fold}.safetensors") for out in "ab")
         assert one.keys() == other.keys()
         assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
+
+
+@pytest.mark.parametrize(("device", "free", "there"), [("cuda", 201, True), ("cuda", 200, False), ("cpu", 900, False)])
+def test_what_takes_half_of_the_free_memory_stays(device, free, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    tensor = SimpleNamespace(nbytes=100, to=lambda device: "there")
+    assert (speed.near(tensor, torch.device(device)) == "there") is there
 
 
 def test_a_gpu_evaluates_four_times_what_it_trains_on(monkeypatch):

@@ -350,7 +350,8 @@ def test_out_of_memory(fails, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "train_fold", out_of_memory)
-    assert "choose a --micro-batch smaller than 32" in fails()
+    for options, tried in (([], 32), (["--batch-size", 9], 9), (["--batch-size", 9, "--micro-batch", 4], 4)):
+        assert f"choose a --micro-batch smaller than {tried}" in fails(*options)
 
 
 def test_interruption_by_the_user(train_main, monkeypatch, capsys):
