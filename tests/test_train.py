@@ -345,13 +345,13 @@ def test_a_full_disk(fails, monkeypatch):
     assert "the disk is full (metrics.csv)" in fails()
 
 
-def test_out_of_memory(fails, monkeypatch):
+def test_out_of_memory(fails, monkeypatch, tmp_path):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "train_fold", out_of_memory)
     for options, tried in (([], 32), (["--batch-size", 9], 9), (["--batch-size", 9, "--micro-batch", 4], 4)):
-        assert f"choose a --micro-batch smaller than {tried}" in fails(*options)
+        assert f"choose a --micro-batch smaller than {tried}" in fails(*options, "--out", tmp_path / str(tried))
 
 
 def test_interruption_by_the_user(train_main, monkeypatch, capsys):
