@@ -18,6 +18,7 @@ import data
 import petl
 from ast_model import POOL
 from load_weights import load_ast, load_trained, save_ast, save_trained, to_dict
+from support import headers
 from support.checkpoints import read_header
 from tools import export
 
@@ -184,6 +185,12 @@ def peft_lora(folder, base=SMALL_AST, **config):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     theirs.save_pretrained(folder)
     return theirs.eval()
+
+
+def test_what_a_config_leaves_out_is_what_transformers_leaves_out():
+    ours, theirs = headers.HuggingFace(), transformers.ASTConfig()
+    for name in ("num_mel_bins", "frequency_stride", "time_stride", "hidden_act", "qkv_bias", "layer_norm_eps"):
+        assert getattr(ours, name) == getattr(theirs, name), name
 
 
 @pytest.mark.parametrize(

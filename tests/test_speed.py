@@ -177,6 +177,16 @@ def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
         assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
 
 
+@pytest.mark.parametrize(("device", "ids"), [("cuda:1", [1]), ("cpu", None)])
+def test_each_process_has_the_gpu_it_is_given(device, ids, monkeypatch):
+    told = []
+    monkeypatch.setattr(speed, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(speed, "DistributedDataParallel", lambda *_, **options: told.append(options) or nn.Identity())
+    network = nn.Linear(2, 2)
+    learner = speed.Learner(network, torch.optim.SGD(network.parameters()), "float32", Machine(torch.device(device)))
+    assert told == [{"device_ids": ids}] and learner.forward.broadcast_buffers is False
+
+
 @pytest.mark.parametrize(("device", "free", "there"), [("cuda", 201, True), ("cuda", 200, False), ("cpu", 900, False)])
 def test_what_takes_half_of_the_free_memory_stays(device, free, there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
