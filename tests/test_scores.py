@@ -129,6 +129,19 @@ def test_what_the_summary_names():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("validation", "by", "chosen"),
+    [
+        (62.5, "accuracy", "best of validation 62.50 % in epoch 3"),
+        (62.5, "balanced", "best of validation 62.50 % in epoch 3, by balanced accuracy"),
+        (None, "balanced", "last epoch"),
+    ],
+)
+def test_what_is_said_of_a_fold(validation, by, chosen):
+    result = {"fold": 2, "accuracy": 50.0, "validation_accuracy": validation, "epoch": 3, "seconds": 4.4}
+    assert console.describe_fold(result, by) == f"fold 2: test accuracy 50.00 % ({chosen}), 4 s"
+
+
 def test_a_balanced_loss(tmp_path, monkeypatch):
     """What the loop asks of cross-entropy; without --balance it is what it was."""
     root, asked, original = make_folder(tmp_path / "my", count=5), [], F.cross_entropy
