@@ -162,8 +162,11 @@ class Recipe:
     lr: dict[str, float] = field(default_factory=dict)  # by method, where it is not that of METHODS
     own: bool = False  # the user's own sounds: of any length, in classes of any size
 
-    def mask_frames(self, n_frames: int) -> int:  # the widest mask; of own sounds at most the paper's share of a clip
-        return min(80, n_frames * 80 // 500) if self.own else 80
+    def masks(self, n_frames: int, wanted: bool = True) -> dict[str, bool | int]:
+        """The settings of SpecAugment: 80 frames at most, of own sounds at most that share of a clip. Own clips of less
+        than 2 s are not masked: nor are the paper's, of 1 s."""
+        mask = wanted and self.mask and not (self.own and n_frames < 2 * FPS)
+        return {"mask": mask, "mask_frames": min(80, n_frames * 80 // 500) if mask and self.own else 80}
 
 
 def load_dataset(name: str, data_dir: Path | None, cache_dir: Path, group=None, windows=None) -> Dataset:

@@ -242,7 +242,8 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
 
 
 def test_masks_fit_the_clips(tmp_path, monkeypatch, capsys):
-    """0.3 s are 30 frames: masks of at most 4. A run of before, with masks of 80, is another experiment."""
+    """2.5 s are 250 frames: masks of at most 40. Clips of 1.99 s are not masked. A run of before, with masks of 80, is
+    another experiment."""
     root, widest, original = make_folder(tmp_path / "my", count=3), set(), train.spec_augment
 
     def masks(x, draws, **options):
@@ -250,16 +251,17 @@ def test_masks_fit_the_clips(tmp_path, monkeypatch, capsys):
         return original(x, draws, **options)
 
     monkeypatch.setattr(train, "spec_augment", masks)
-    assert train_on("folder", root, tmp_path) == 0 and widest == {4}
-    config = tmp_path / "runs/folder/linear/seed0/config.json"
-    assert json.loads(config.read_text())["mask_frames"] == 4
-    assert train_on("folder", root, tmp_path, "--no-mask", "--out", tmp_path / "b") == 0 and widest == {4}
-    assert json.loads((tmp_path / "b/folder/linear/seed0/config.json").read_text())["mask_frames"] == 80
+    for seconds, out, mask_frames in (("2.5", "long", 40), ("1.99", "short", 80)):
+        assert train_on("folder", root, tmp_path, "--seconds", seconds, "--out", tmp_path / out) == 0 and widest == {40}
+        config = tmp_path / out / "folder/linear/seed0/config.json"
+        settings = json.loads(config.read_text())
+        assert (settings["mask"], settings["mask_frames"]) == (out == "long", mask_frames)
+    config = tmp_path / "long/folder/linear/seed0/config.json"
     before = {name: value for name, value in json.loads(config.read_text()).items() if name not in LATER}
     config.write_text(json.dumps(before))
     (config.parent / "SHA256SUMS").unlink()
-    assert train_on("folder", root, tmp_path) == 2
-    assert "holds a run with mask_frames 80, not 4: give another --out" in capsys.readouterr().err
+    assert train_on("folder", root, tmp_path, "--seconds", 2.5, "--out", tmp_path / "long") == 2
+    assert "holds a run with mask_frames 80, not 40: give another --out" in capsys.readouterr().err
 
 
 def test_a_run_of_the_paper_goes_on_as_before(train_main, tmp_path):
