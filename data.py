@@ -9,7 +9,7 @@ of `sounds/` that lists its clips, and how it is trained.
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +142,11 @@ class Dataset:
     groups: list[str] = field(default_factory=list)  # of all clips: a random split does not divide them; or empty
     spans: dict[int, tuple[float, float]] = field(default_factory=dict)  # of clips cut from a file: seconds
 
+    @cached_property
     def names(self) -> list[str]:
         """Paths relative to `root`, with forward slashes and spans: the same wherever the dataset lies."""
         names = enumerate(names_of(self.paths, self.root))
-        return [name + fragment(self.spans.get(i, WHOLE)) for i, name in names]
+        return [name + fragment(self.spans[i]) if i in self.spans else name for i, name in names]
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,7 @@ class Recipe:
     own: bool = False  # the user's own sounds: of any length, in classes of any size
 
     def masks(self, n_frames: int, wanted: bool = True) -> dict[str, bool | int]:
-        """The settings of SpecAugment: 80 frames at most, of own sounds at most that share of a clip. Own clips of less
-        than 2 s are not masked: nor are the paper's, of 1 s."""
+        """SpecAugment: 80 frames, of own sounds that share of a clip; none below 2 s, as the paper has it for 1 s."""
         mask = wanted and self.mask and not (self.own and n_frames < 2 * FPS)
         return {"mask": mask, "mask_frames": min(80, n_frames * 80 // 500) if mask and self.own else 80}
 

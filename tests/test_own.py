@@ -110,7 +110,7 @@ def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
     for name in ("a/notes.txt", "b/deep/cover.jpg", "readme.md"):
         (tmp_path / "my" / name).touch()
     dataset = load_dataset("folder", tmp_path / "my", tmp_path)
-    assert dataset.names() == ["a/3.flac", "a/4.Flac", "b/1.wav", "b/deep/er/2.WAV"]
+    assert dataset.names == ["a/3.flac", "a/4.Flac", "b/1.wav", "b/deep/er/2.WAV"]
     assert (dataset.name, dataset.classes, dataset.labels) == ("my", ["a", "b"], [0, 0, 1, 1])
     error = capsys.readouterr().err
     assert error.startswith(f"warning: {tmp_path}/my: 2 files are no .wav, .flac, ")
@@ -296,7 +296,7 @@ def test_pieces_of_recordings_in_a_table(tmp_path):
     staircase(tmp_path / "a.wav", 6), staircase(tmp_path / "b.wav", 3)
     rows = ["a.wav,x,1,2.5", "a.wav,y,2.5,", "a.wav,x,,1", "b.wav,y,,", "b.wav,x,0.123456,2"]
     dataset = load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,start,end", *rows), tmp_path)
-    assert dataset.names() == ["a.wav#1-2.5", "a.wav#2.5-", "a.wav#0-1", "b.wav", "b.wav#0.123456-2"]
+    assert dataset.names == ["a.wav#1-2.5", "a.wav#2.5-", "a.wav#0-1", "b.wav", "b.wav#0.123456-2"]
     assert dataset.groups == ["a.wav"] * 3 + ["b.wav"] * 2  # the pieces of a recording
     lengths = [1.5, 3.5, 1, 3, 2 - 0.123456]
     assert lengths_of(dataset.paths, dataset.spans).tolist() == pytest.approx(lengths)
@@ -337,7 +337,7 @@ def test_label_tracks(tmp_path, capsys):
     (tmp_path / "my" / "deep" / "three.txt").write_bytes("\ufeff1\t2\tgrey seal\r\n\r\n3.25\t4\tdog\r\n".encode())
     dataset = load_dataset("csv", tmp_path / "my", tmp_path)
     names = ["deep/three.wav#1-2", "deep/three.wav#3.25-4", "one.wav#0-1", "one.wav#2.5-4"]
-    assert dataset.names() == names and dataset.groups == ["deep/three.wav"] * 2 + ["one.wav"] * 2
+    assert dataset.names == names and dataset.groups == ["deep/three.wav"] * 2 + ["one.wav"] * 2
     assert dataset.classes == ["dog", "grey seal"] and dataset.labels == [1, 0, 0, 1] and dataset.name == "my"
     assert capsys.readouterr().err == f"warning: {tmp_path}/my: 1 sounds have no label track, ignored (two.wav)\n"
     assert train_on("csv", tmp_path / "my", tmp_path) == 0
@@ -389,11 +389,11 @@ def test_windows_of_recordings(tmp_path, capsys):
     for name, seconds in (("a/long", 5.2), ("a/short", 1.5), ("b/even", 4), ("b/other", 2), ("b/third", 2.5)):
         staircase(tmp_path / "my" / f"{name}.wav", seconds)
     dataset = load_dataset("folder", tmp_path / "my", tmp_path, windows=2.0)
-    assert dataset.names() == [
+    assert dataset.names == [
         "a/long.wav#0-2", "a/long.wav#2-4", "a/long.wav#3.2-5.2", "a/short.wav", "b/even.wav#0-2", "b/even.wav#2-4",
         "b/other.wav", "b/third.wav#0-2", "b/third.wav#0.5-2.5",
     ]  # fmt: skip
-    assert dataset.groups == [name.partition("#")[0] for name in dataset.names()]
+    assert dataset.groups == [name.partition("#")[0] for name in dataset.names]
     assert [heard(dataset, i)[10] for i in (1, 2, 4)] == pytest.approx([0.02, 0.03, 0], abs=1.1e-3)
     options = ["--windows", "--seconds", 2]
     assert train_on("folder", tmp_path / "my", tmp_path, *options) == 0
