@@ -24,6 +24,16 @@ class Optimizer:
         self.hook = hook
 
 
+def test_what_is_about_to_be_trained():
+    method = {"name": "lora", "parts": [{"part": "LoRA"}]}
+    plain = replace(SETTINGS, dataset="my", weights="demo", method=method, mask=True)
+    line = "10 epochs, batch 4, learning rate 0.0001, {}, weights demo, seed 0, float32, cpu"
+    assert console.describe(plain, 2.5, CPU) == "lora on my: 2.5 s a clip, " + line.format("masked")
+    odd = console.describe(replace(plain, shots=8, mask=False, keep=0.4, balance=True), 5, CPU)
+    what = line.format("unmasked, 40% of the patches, classes weighed alike")
+    assert odd == f"lora on my: 8 clips per class, 5 s a clip, {what}"
+
+
 def said(monkeypatch, capsys, steps: int, seconds_a_step: float, split=SPLIT, machine=None, progress=None) -> list[str]:
     """What is printed within so many steps that all take as long, but for the first one, which takes a minute more."""
     learner, clock = type("Learner", (), {"optimizer": Optimizer()}), [0.0]
