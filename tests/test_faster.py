@@ -97,6 +97,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train_main, tmp_path, monke
     assert train_main(*words, "--out", tmp_path / "broken", "--resume") == 0
     whole, broken = fold(tmp_path, "whole"), fold(tmp_path, "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    runs = [train.records.read_metrics(tmp_path / out / "esc10/lora/seed0") for out in ("whole", "broken")]
+    assert [row["loss"] for row in runs[0]] == [row["loss"] for row in runs[1]]  # the best epoch may be the first
 
 
 # --------------------------------------------------------------------------------------------------------------- blocks

@@ -386,6 +386,8 @@ def test_list_methods_prints_every_row(capsys):
     for name, method in petl.METHODS.items():
         (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
         assert method.where in line and method.paper in line
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith(("linear ", "probe "))] == [
+        "39,986", "1,996,850"]  # fmt: skip
     for number in ("85,708,032", "497,952", "39,986 / 9,226 / 28,451 / 25,375", "85,339,392"):
         assert number in printed
 
