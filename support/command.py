@@ -22,6 +22,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage
         raise UserError(f"{message} (--help shows all options)")
 
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+                self.error(f"argument {word[:-3]}: expected one argument")
+        return super().parse_known_args(args, namespace)
+
 
 def numbers(text: str) -> list[int]:
     for word in text.split(","):
@@ -134,7 +140,8 @@ def print_anything() -> None:
 
 def in_words(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:
     """One line about `where`, unless the error itself says where: that the disk is full, or `what` went wrong."""
-    where = error.filename or where
+    where = str(error.filename or where)
+    where = where if len(where) <= 1000 else f"{where[:100]}..."  # no name of a file is as long
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({where}): free some space{mend}"
     return f"{what}{where}: {error.strerror or error}"

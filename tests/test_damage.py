@@ -463,6 +463,17 @@ def test_numbers_on_the_command_line(words, capsys, tmp_path):
     ends(lambda: train.main(words), words[0 if "--method" not in words else 2])(capsys)
 
 
+@pytest.mark.parametrize(("main", "option"), [(train.main, "--lr"), (predict.main, "--embeddings")])
+def test_two_dashes_are_no_value(main, option, capsys):
+    ends(lambda: main(["x", "y", f"{option}=--"]), f"argument {option}: expected one argument")(capsys)
+
+
+def test_a_name_that_is_too_long_is_not_said_whole(tmp_path, capsys):
+    words = ["--dataset", "folder", "--data-dir", str(tmp_path / ("x" * 5000))]
+    ends(lambda: train.main(words), f"{str(tmp_path)[:50]}", "xxx...: File name too long")(capsys)
+    ends(lambda: predict.main(["--tags", "a.wav", "--weights", "x" * 5000]), "xxx...: File name too long")(capsys)
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500"},
