@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from sounds.clip import WHOLE, Clip, name_of
-from support.command import UserError
+from support.command import UserError, at_most
+
+PATIENCE = 30  # seconds to find the groups of all clips
 
 
 def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
@@ -16,7 +18,10 @@ def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     """
     names = [name_of(clip.path, root, clip.span) for clip in clips]
     if pattern is not None:
-        groups = [matched(pattern, name) for name in names]
+        with at_most(
+            PATIENCE, f"--group {pattern[:100]!r} takes too long: its repetitions can be divided in many ways"
+        ):
+            groups = [matched(pattern, name) for name in names]
     elif any(clip.span != WHOLE for clip in clips):
         groups = [clip.group or name_of(clip.path, root) for clip in clips]
     else:
@@ -31,15 +36,16 @@ def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
 
 
 def matched(pattern: str, name: str) -> str:
+    option = f"--group {pattern[:100]!r}"
     try:
         expression = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--group {pattern!r} is no regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{option} is no regular expression: {error}") from None
     if not expression.groups:
-        raise UserError(f"--group {pattern!r}: put the part of the name that is the group into parentheses")
+        raise UserError(f"{option}: put the part of the name that is the group into parentheses")
     found = expression.search(name)
     if not found or not found[1]:
-        raise UserError(f"--group {pattern!r} finds no group in {name}: every clip must have one")
+        raise UserError(f"{option} finds no group in {name}: every clip must have one")
     return found[1]
 
 

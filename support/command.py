@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -169,6 +170,26 @@ def explained(device: torch.device, tried: int, out: Path):
     except KeyboardInterrupt:
         hint = "interrupted: the same command with --resume goes on after the last finished epoch"
         raise KeyboardInterrupt(hint) from None
+
+
+@contextmanager
+def at_most(seconds: float, message: str):
+    """UserError with this message where what is done inside takes longer; only where there are such signals."""
+
+    def stop(*_):
+        raise UserError(message)
+
+    try:
+        before = signal.signal(signal.SIGALRM, stop)
+    except (AttributeError, ValueError):  # another system, or not in the main thread
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def warn(message: str) -> None:

@@ -426,4 +426,18 @@ def test_a_piece_that_starts_after_the_end_is_a_bad_file(tmp_path, capsys):
     table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, "b.wav,y,3,")
     assert train_on("csv", table, tmp_path, "--seconds", 0.5) == 2
     error = capsys.readouterr().err
+    assert "warning" not in error
     assert f"{tmp_path}/b.wav#3-: ends after 3.00 s, and its clip starts at 3 s" in error and "--skip-bad" in error
+
+
+def test_a_piece_that_ends_after_the_end_is_said(tmp_path, capsys):
+    for name in ("a", "b"):
+        staircase(tmp_path / f"{name}.wav", 3)
+    rows = [
+        f"{name}.wav,{label},{start},{end}" for name in "ab" for label, start, end in (("x", 0, 3.05), ("y", 1, ""))
+    ]
+    for more, said in (("b.wav,y,2,4", "1 pieces end after their recordings (b.wav#2-4)"), ("b.wav,y,2,3", "")):
+        table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, more)
+        assert train_on("csv", table, tmp_path, "--seconds", 0.5, "--out", tmp_path / more) == 0
+        error = capsys.readouterr().err
+        assert said in error and bool(said) == ("warning" in error)
