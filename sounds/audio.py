@@ -121,8 +121,10 @@ def length_of(path: Path) -> float:
 
 def lengths_of(paths: list[Path], spans: dict[int, tuple[float, float]]) -> np.ndarray:
     """Seconds of each clip, (clips,): of the file or, by its number, of what lies in its span; nan if unreadable."""
+    files = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seconds = np.array(list(pool.map(length_of, paths)))
+        of_file = dict(zip(files, pool.map(length_of, files), strict=True))
+    seconds = np.array([of_file[path] for path in paths])
     for i, (start, end) in spans.items():
         seconds[i] = np.clip(seconds[i], start, end) - start
     return seconds

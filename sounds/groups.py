@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sounds.clip import WHOLE, Clip, name_of
+from sounds.clip import WHOLE, Clip, fragment, names_of
 from support.command import UserError, at_most
 
 PATIENCE = 30  # seconds to find the groups of all clips
@@ -16,14 +16,15 @@ def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     """The clips with their groups: what the first parenthesis of the `pattern` finds in their names; without one what
     the clips say, else the recordings that pieces are cut from. UserError for a clip without, or a group in two parts.
     """
-    names = [name_of(clip.path, root, clip.span) for clip in clips]
+    files = names_of([clip.path for clip in clips], root)
+    names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
     if pattern is not None:
         with at_most(
             PATIENCE, f"--group {pattern[:100]!r} takes too long: its repetitions can be divided in many ways"
         ):
             groups = [matched(pattern, name) for name in names]
     elif any(clip.span != WHOLE for clip in clips):
-        groups = [clip.group or name_of(clip.path, root) for clip in clips]
+        groups = [clip.group or file for file, clip in zip(files, clips, strict=True)]
     else:
         groups = [clip.group for clip in clips]
     first = {}
@@ -63,7 +64,10 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
         clips[group][label] += 1
     count = {"train": Counter(labels), "val": Counter(), "test": Counter()}  # of each class in each part
     fifth = {label: max(1, round(n / 5)) for label, n in count["train"].items()}
-    of_class = {label: [group for group in clips if clips[group][label]] for label in sorted(fifth)}
+    of_class = {label: [] for label in sorted(fifth)}
+    for group in clips:
+        for label in clips[group]:
+            of_class[label].append(group)
 
     def spare(group):
         return part_of[group] == "train" and all(count["train"][label] > n for label, n in clips[group].items())
@@ -73,8 +77,8 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
 
     def take(group, part):
         part_of[group] = part
-        count["train"] -= clips[group]
-        count[part] += clips[group]
+        count["train"].subtract(clips[group])
+        count[part].update(clips[group])
 
     for label, mine in sorted(of_class.items(), key=lambda item: len(item[1])):
         order = [mine[i] for i in rng.permutation(len(mine))]

@@ -103,9 +103,9 @@ def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, wind
 
 
 def require_each_once(origin: Path, clips: list[Clip]) -> None:
-    first = {}
+    first, real = {}, {path: os.path.realpath(path) for path in {clip.path for clip in clips}}  # a.wav is x/../a.wav
     for clip in clips:
-        other = first.setdefault((os.path.realpath(clip.path), clip.span), clip)  # a.wav is x/../a.wav
+        other = first.setdefault((real[clip.path], clip.span), clip)
         if other is not clip:
             name = f"{clip.path}" if other.path == clip.path else f"{other.path} = {clip.path}"
             kind = "split" if isinstance(clip.part, str) else "fold"
@@ -167,13 +167,17 @@ def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> L
     """A Listing of the clips. Raises UserError for what cannot be trained or tested, warns of likely mistakes."""
     clips = grouped(root, clips, group)
     counts = Counter(clip.label for clip in clips)
+    if long := [label for label in counts if len(label) > 1000]:  # the header of a fold file would not take it
+        raise UserError(f"{root}: a label of {len(long[0])} characters, {long[0][:50]!r}...: give it 1000 or less")
     if len(counts) < 2:
         raise UserError(f"{root}: {len(counts)} classes; there must be two or more to tell apart")
     if all(clip.part == "" for clip in clips) and 1 in counts.values():
         alone = next(label for label, count in counts.items() if count == 1)
         raise UserError(f"{root}: class {alone!r} has one clip; one to train and one to test are needed")
     if all(clip.part == "" and clip.group for clip in clips):
-        groups = {label: {clip.group for clip in clips if clip.label == label} for label in counts}
+        groups = defaultdict(set)
+        for clip in clips:
+            groups[clip.label].add(clip.group)
         if alone := [label for label in groups if len(groups[label]) == 1]:
             where = f"{root}: class {alone[0]!r} has clips of one group only, {min(groups[alone[0]])!r}"
             raise UserError(f"{where}; one to train and one to test are needed (--group '(.*)': every clip is one)")

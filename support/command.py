@@ -65,6 +65,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("group", "windows"):
         if getattr(args, name) not in (None, False) and args.dataset not in ("folder", "csv"):
             raise UserError(f"--{name} is for your own sounds, --dataset folder or csv, not for {args.dataset}")
+    if args.group and len(args.group) > 1000:  # config.json would not take it
+        raise UserError(f"--group has {len(args.group)} characters; give it 1000 or less")
     if args.windows and args.seconds is None:
         raise UserError("--windows: say by --seconds how long the windows are")
     args.windows = args.seconds if args.windows else None

@@ -122,6 +122,8 @@ def test_runs_with_groups(tmp_path, capsys):
     assert train_on("folder", root, tmp_path) == 2  # another experiment: a random split without groups
     assert train_on("demo", None, tmp_path, *pattern) == 2
     assert "--group is for your own sounds" in capsys.readouterr().err
+    assert train_on("folder", root, tmp_path, "--group", "(.*)" * 300) == 2
+    assert "--group has 1200 characters" in capsys.readouterr().err
 
     rows = [[f"my/{name}/{who}{i}.wav", name, who] for name in ("bell", "drum") for who in ("ann", "bob") for i in "01"]
     table = write_csv(tmp_path / "t.csv", "path,label,group", *rows)

@@ -12,7 +12,8 @@ from helpers import build_features, make_folder, result_of, split_of, train_on, 
 
 import train
 from data import Split, load_dataset
-from sounds.audio import lengths_of, read_audio
+from sounds import audio
+from sounds.audio import length_of, lengths_of, read_audio
 from sounds.clip import PARTS, WHOLE
 from support.command import UserError
 from tools.figures import clips_of_run
@@ -428,6 +429,22 @@ def test_a_piece_that_starts_after_the_end_is_a_bad_file(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "warning" not in error
     assert f"{tmp_path}/b.wav#3-: ends after 3.00 s, and its clip starts at 3 s" in error and "--skip-bad" in error
+
+
+def test_a_piece_is_asked_for_its_length_with_its_file(tmp_path, monkeypatch):
+    """Once, and not for every one of thousands of labels: of a long MP3 it takes a second."""
+    asked, file = [], staircase(tmp_path / "a.wav", 3)
+    monkeypatch.setattr(audio, "length_of", lambda path: asked.append(path) or length_of(path))
+    spans = {i: (i / 100, i / 100 + 0.5) for i in range(200)}
+    assert lengths_of([file] * 201, spans).tolist() == pytest.approx([0.5] * 200 + [3]) and asked == [file]
+
+
+def test_a_label_that_no_file_could_hold(tmp_path):
+    names = [write_sound(tmp_path / f"{i}.wav").name for i in range(4)]
+    rows = [f"{name},{label}" for name, label in zip(names, ["a", "a", "b" * 1001, "b" * 1001], strict=True)]
+    with pytest.raises(UserError, match="a label of 1001 characters, 'bbb") as error:
+        load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label", *rows), tmp_path)
+    assert len(str(error.value)) < 300
 
 
 def test_a_piece_that_ends_after_the_end_is_said(tmp_path, capsys):
