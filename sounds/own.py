@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sounds.audio import SUFFIXES, files_in, lengths_of
+from sounds.audio import SUFFIXES, files_in, has_end, lengths_of
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, names_of
 from sounds.groups import grouped
 from sounds.tables import folders_in, read_table, require_files
@@ -48,15 +48,17 @@ def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, win
         clips = [
             clip._replace(span=span, group=name_of(clip.path, data_dir))
             for clip, length in zip(clips, lengths, strict=True)
-            for span in windows_of(length, windows)
+            for span in windows_of(clip.path, length, windows)
         ]
     return own_sounds(data_dir, data_dir.resolve().name, clips, group)
 
 
-def windows_of(length: float, seconds: float) -> list[tuple[float, float]]:
+def windows_of(path: Path, length: float, seconds: float) -> list[tuple[float, float]]:
     """Spans of so many seconds, one after the other; the last one ends with the recording, and overlaps if need be."""
     if not length > seconds:  # or nobody knows how long it is
         return [WHOLE]
+    if not has_end(path, length):  # one piece, and none of those before it: it is refused when it is read
+        return [(length - 0.1, math.inf)]
     starts = [min(i * seconds, length - seconds) for i in range(math.ceil(length / seconds - 1e-9))]
     return [(round(start, 6), round(start + seconds, 6)) for start in starts]
 

@@ -21,7 +21,7 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage
-        raise UserError(f"{message} (--help shows all options)")
+        raise UserError(f"{message[:1000]} (--help shows all options)")
 
     def parse_known_args(self, args=None, namespace=None):
         for word in sys.argv[1:] if args is None else args:

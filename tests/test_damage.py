@@ -448,6 +448,7 @@ def ends(call, *words, code=2):
         assert call() == code
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+        assert len(error) < 1500
 
     return check
 
@@ -472,6 +473,7 @@ def test_a_name_that_is_too_long_is_not_said_whole(tmp_path, capsys):
     words = ["--dataset", "folder", "--data-dir", str(tmp_path / ("x" * 5000))]
     ends(lambda: train.main(words), f"{str(tmp_path)[:50]}", "xxx...: File name too long")(capsys)
     ends(lambda: predict.main(["--tags", "a.wav", "--weights", "x" * 5000]), "xxx...: File name too long")(capsys)
+    ends(lambda: predict.main(["x", "a.wav", "--hop", "x" * 5000]), "xxx (--help")(capsys)
 
 
 @pytest.mark.parametrize(

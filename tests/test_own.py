@@ -411,6 +411,21 @@ def test_windows_of_recordings(tmp_path, capsys):
     assert "--windows cuts the recordings of --dataset folder" in capsys.readouterr().err
 
 
+def test_windows_of_damaged_recordings(tmp_path, capsys):
+    """A header that promises more than there is would make millions of windows: it is one clip, which is refused."""
+    for name in ("a/0.wav", "a/1.flac", "b/0.wav", "b/1.wav", "b/2.wav"):
+        staircase(tmp_path / "my" / name, 2)
+    flac, wav = tmp_path / "my" / "a" / "1.flac", tmp_path / "my" / "b" / "2.wav"
+    content = bytearray(flac.read_bytes())
+    content[21] |= 15  # 36 bits that say how many samples there are
+    content[22:26] = b"\xff" * 4
+    flac.write_bytes(content)
+    wav.write_bytes(wav.read_bytes()[:40_000])
+    assert train_on("folder", tmp_path / "my", tmp_path, "--windows", "--seconds", 0.5) == 2
+    *listed, error = capsys.readouterr().err.splitlines()
+    assert [line.split("#")[0].strip() for line in listed] == [str(flac), str(wav)] and "2 of 12 sound files" in error
+
+
 def test_what_is_cut_off_is_said(tmp_path, capsys):
     root = make_folder(tmp_path / "my", count=3, seconds=0.5)
     write_sound(root / "bell" / "long.wav", 0, seconds=2.5)
