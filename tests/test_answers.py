@@ -199,7 +199,11 @@ def test_options_that_cannot_be(tmp_path, error):
     assert "--min-length -1.0: give a number of seconds" in error(fold, file, "--events", "--min-length", -1)
     assert "--events cannot go with --windows" in error(fold, file, "--events", "--windows")
     assert "--events cannot go with --embeddings" in error(fold, file, "--events", "--embeddings", tmp_path / "x.npz")
-    assert f"{tmp_path}: is there and no file" in error(fold, file, "--embeddings", tmp_path)
+    (tmp_path / "y.npz").mkdir()
+    assert f"{tmp_path / 'y.npz'}: is there and no file" in error(fold, file, "--embeddings", tmp_path / "y.npz")
+    content = file.read_bytes()  # where the name was forgotten, a sound stands there
+    assert "--embeddings: give the name of a file" in error(fold, "--embeddings", file, file)
+    assert file.read_bytes() == content
 
 
 # ------------------------------------------------------------------------------------------------------- embeddings

@@ -423,7 +423,7 @@ def test_windows_of_damaged_recordings(tmp_path, capsys):
     wav.write_bytes(wav.read_bytes()[:40_000])
     assert train_on("folder", tmp_path / "my", tmp_path, "--windows", "--seconds", 0.5) == 2
     *listed, error = capsys.readouterr().err.splitlines()
-    assert [line.split("#")[0].strip() for line in listed] == [str(flac), str(wav)] and "2 of 12 sound files" in error
+    assert [line.split("#")[0].strip() for line in listed] == [str(flac), str(wav)] and "2 of 14 sound files" in error
 
 
 def test_what_is_cut_off_is_said(tmp_path, capsys):

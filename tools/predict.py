@@ -334,6 +334,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("no sounds to classify: give files or folders after the checkpoint (--help shows all options)")
     if args.events and (args.windows or args.embeddings):
         raise UserError(f"--events cannot go with {'--windows' if args.windows else '--embeddings'}")
+    if args.embeddings and args.embeddings.suffix != ".npz":  # it may be a sound, which would be lost
+        raise UserError("--embeddings: give the name of a file that ends in .npz")
     if not 0 <= args.min_length < math.inf:
         raise UserError(f"--min-length {args.min_length}: give a number of seconds")
     return args
