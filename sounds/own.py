@@ -207,7 +207,7 @@ def tell_of_cuts(dataset, seconds: float) -> None:
     """Say how many clips of a dataset are longer than the model hears, and how much of them is left out; and which
     pieces are not all there."""
     lengths = lengths_of(dataset.paths, dataset.spans)
-    if short := [i for i, (start, end) in dataset.spans.items() if lengths[i] < end - start - 0.1 < math.inf]:
+    if short := [i for i, (start, end) in dataset.spans.items() if 0 < lengths[i] < end - start - 0.1 < math.inf]:
         names = dataset.names()
         warn(f"{dataset.root}: {len(short)} pieces end after their recordings ({first_of([names[i] for i in short])}): "
              "what is there is used")  # fmt: skip

@@ -389,6 +389,7 @@ def progress_file(path, digest=True) -> bytes:
     save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
     if not digest:
         state = torch.load(path)
+        state["best"] = {name: state["best"][name] for name in ("accuracy", "epoch", "tensors")}
         del state["digest"]
         torch.save(state, path)
     return path.read_bytes()
@@ -407,6 +408,16 @@ def test_a_damaged_state_is_never_resumed(tmp_path, data, digest):
     if not says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it"):
         new, read = read_progress(file, 1, resume=True)
         assert sha256_of([read, new.history, new.best]) == sha256_of([state, progress.history, progress.best])
+
+
+@pytest.mark.parametrize(("name", "value"), [("answered", "x"), ("predicted", 7), ("score", 1.0)])
+def test_a_state_with_predictions_has_a_digest(tmp_path, name, value):
+    file = tmp_path / "fold1.resume.pt"
+    progress_file(file, digest=False)
+    state = torch.load(file)
+    state["best"][name] = value
+    torch.save(state, file)
+    assert says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it")
 
 
 LEFT = (*ledger.FILES, "SHA256SUMS", "fold1.safetensors", "fold2.safetensors")
