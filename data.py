@@ -9,7 +9,7 @@ of `sounds/` that lists its clips, and how it is trained.
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +142,11 @@ class Dataset:
     groups: list[str] = field(default_factory=list)  # of all clips: a random split does not divide them; or empty
     spans: dict[int, tuple[float, float]] = field(default_factory=dict)  # of clips cut from a file: seconds
 
+    @cached_property
     def names(self) -> list[str]:
         """Paths relative to `root`, with forward slashes and spans: the same wherever the dataset lies."""
         names = enumerate(names_of(self.paths, self.root))
-        return [name + fragment(self.spans.get(i, WHOLE)) for i, name in names]
+        return [name + fragment(self.spans[i]) if i in self.spans else name for i, name in names]
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,10 @@ class Recipe:
     lr: dict[str, float] = field(default_factory=dict)  # by method, where it is not that of METHODS
     own: bool = False  # the user's own sounds: of any length, in classes of any size
 
-    def mask_frames(self, n_frames: int) -> int:  # the widest mask; of own sounds at most the paper's share of a clip
-        return min(80, n_frames * 80 // 500) if self.own else 80
+    def masks(self, n_frames: int, wanted: bool = True) -> dict[str, bool | int]:
+        """SpecAugment: 80 frames, of own sounds that share of a clip; none below 2 s, as the paper has it for 1 s."""
+        mask = wanted and self.mask and not (self.own and n_frames < 2 * FPS)
+        return {"mask": mask, "mask_frames": min(80, n_frames * 80 // 500) if mask and self.own else 80}
 
 
 def load_dataset(name: str, data_dir: Path | None, cache_dir: Path, group=None, windows=None) -> Dataset:

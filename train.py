@@ -143,7 +143,7 @@ def evaluate(network: nn.Module, clips: Clips, indices: list[int], settings: Set
 def run(args: argparse.Namespace) -> dict:
     """Train and test every fold of every seed that is not finished yet. Returns what it writes to result.json."""
     started, recipe = time.perf_counter(), DATASETS[args.dataset]
-    weights, mask = args.weights or recipe.weights, recipe.mask and not args.no_mask
+    weights = args.weights or recipe.weights
     changes = {"rr": args.rr, "alpha": args.alpha, "prompts": args.prompts, "kernel": args.kernel}
     override(petl.find(args.method), **changes)  # errors now, not after a download
     dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir, args.group, args.windows)
@@ -166,8 +166,8 @@ def run(args: argparse.Namespace) -> dict:
             dataset=args.dataset, weights=weights, backbone=pretrained.backbone.sha256, method=to_dict(method),
             pool=args.pool, seed=seed, shots=args.shots, clips=ledger.hash_of(table), n_frames=n_frames,
             epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
-            mask=mask, dtype=args.dtype, keep=args.keep, balance=args.balance,
-            mask_frames=recipe.mask_frames(n_frames) if mask else 80, best="balanced" if recipe.own else "accuracy",
+            dtype=args.dtype, keep=args.keep, balance=args.balance, best="balanced" if recipe.own else "accuracy",
+            **recipe.masks(n_frames, not args.no_mask),
         )  # fmt: skip
         folder = home / f"seed{seed}"
         records.start_run(folder, settings, table, dataset, bad, vars(args))
@@ -259,11 +259,9 @@ def list_methods() -> None:
         count = counted(name, 500, 50)
         print(f"{name:<30}{count['petl'] or count['head']:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
     heads = " / ".join(f"{counted('linear', 500, n)['head']:,}" for n in (50, 10, 35, 31))
-    print(
-        f"\nBase AST at 500 frames, without the final LayerNorm and head, which all but probe train as well: {heads} "
-        "for 50 / 10 / 35 / 31 classes.\nThese are what `linear` trains. full_ft at 100 frames: "
-        f"{counted('full_ft', 100, 35)['petl']:,}."
-    )
+    print(f"\nBase AST at 500 frames, without the final LayerNorm and head, which all but probe train as well: {heads} "
+          "for 50 / 10 / 35 / 31 classes.\nThese are what `linear` trains. full_ft at 100 frames: "
+          f"{counted('full_ft', 100, 35)['petl']:,}.")  # fmt: skip
 
 
 def start(argv: list[str] | None) -> int | None:

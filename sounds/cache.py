@@ -83,7 +83,7 @@ def cached(
     where = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:8]
     path = cache_dir / "features" / f"{dataset.name}-{shape[0]}-{where}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = dataset.names()
+    names = dataset.names
     named = zip(dataset.paths, names, strict=True)
     keys = np.array([_row_key(clip, name, front_end) for clip, name in named], dtype="<u8")
 

@@ -41,8 +41,10 @@ def name_of(path: Path, root: Path, span: tuple[float, float] = WHOLE) -> str:
 
 def fragment(span: tuple[float, float]) -> str:
     """`#12.5-17.5`, in seconds; nothing where it is a whole file."""
+    if span == WHOLE:
+        return ""
     start, end = (f"{seconds:.6f}".rstrip("0").rstrip(".") if seconds < math.inf else "" for seconds in span)
-    return "" if span == WHOLE else f"#{start}-{end}"
+    return f"#{start}-{end}"
 
 
 def names_of(paths: list[Path], root: Path) -> list[str]:

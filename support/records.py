@@ -41,7 +41,7 @@ PREDICTIONS = ("fold", "part", "path", "label", "prediction", "probability")  # 
 
 def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
     """split.csv: what each clip is used for in each fold. Training clips that --shots has not drawn are left out."""
-    text, names = io.StringIO(), dataset.names()
+    text, names = io.StringIO(), dataset.names
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["fold", "split", "label", "path"])
     for fold, split in folds.items():
@@ -61,7 +61,7 @@ def start_run(folder: Path, settings: Settings, table: str, dataset, bad: dict[i
         # `weights` is a name; `backbone` is what counts.
         compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
     if is_first():
-        names = dataset.names()
+        names = dataset.names
         source = {name: options[name] for name in SOURCE}
         places = {name: str(path.resolve()) for name, path in source.items() if isinstance(path, Path)}
         config = {

@@ -1,11 +1,15 @@
 """Fixtures that several test files share."""
 
+import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: models are small, and tests run side by side
+
 from helpers import SMALL_AST, campaign_words, make_esc50
 
 import train

@@ -12,6 +12,7 @@ import tracemalloc
 import wave
 import zlib
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_what_a_clip_is_known_by(tmp_path, capsys):
     assert (built(), built()) == (1, 0)
     os.utime(path, ns=(date, date + 1))
     assert (built(), built()) == (1, 0)
-    dataset.paths[0] = path.rename(path.with_name("three.wav"))
+    dataset = replace(dataset, paths=[path.rename(path.with_name("three.wav")), *dataset.paths[1:]])
     assert (built(), built()) == (1, 0)
     build_features(dataset, 31, cache)
     other = Dataset("other", dataset.root, dataset.classes, dataset.paths, dataset.labels, {})
@@ -160,8 +161,9 @@ def test_only_what_changed_is_built(tmp_path, capsys, monkeypatch):
     dataset, cache = make_clips(tmp_path / "clips", *numbered(70)), tmp_path / "cache"
     before = np.array(build_features(dataset, 30, cache)[0])
     new = write_sound(dataset.root / "new.wav")
-    dataset.paths.insert(0, new)  # every other clip moves by one
-    dataset.labels.insert(0, 0)
+    dataset = replace(
+        dataset, paths=[new, *dataset.paths], labels=[0, *dataset.labels]
+    )  # every other clip moves by one
     capsys.readouterr()
     after, _ = build_features(dataset, 30, cache)
     assert "built 1 of 71 clips" in capsys.readouterr().out

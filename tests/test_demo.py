@@ -60,7 +60,7 @@ def test_sounds_that_were_rendered_before_are_found_again(name, folder, sizes, c
     assert dataset.root == tmp_path / folder and dataset.name == name
     assert len(dataset.classes) == classes and dataset.classes == sorted(dataset.classes)
     per_class = sum(sizes)
-    assert dataset.names()[per_class - 1] == f"{dataset.classes[0]}/{per_class - 1:03d}.wav"
+    assert dataset.names[per_class - 1] == f"{dataset.classes[0]}/{per_class - 1:03d}.wav"
     assert dataset.labels == [label for label in range(classes) for _ in range(per_class)]
     part = np.repeat(["train", "val", "test"], sizes).tolist() * classes
     assert astuple(dataset.folds[1]) == tuple(

@@ -111,7 +111,7 @@ def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
     for name in ("a/notes.txt", "b/deep/cover.jpg", "readme.md"):
         (tmp_path / "my" / name).touch()
     dataset = load_dataset("folder", tmp_path / "my", tmp_path)
-    assert dataset.names() == ["a/3.flac", "a/4.Flac", "b/1.wav", "b/deep/er/2.WAV"]
+    assert dataset.names == ["a/3.flac", "a/4.Flac", "b/1.wav", "b/deep/er/2.WAV"]
     assert (dataset.name, dataset.classes, dataset.labels) == ("my", ["a", "b"], [0, 0, 1, 1])
     error = capsys.readouterr().err
     assert error.startswith(f"warning: {tmp_path}/my: 2 files are no .wav, .flac, ")
@@ -243,7 +243,8 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
 
 
 def test_masks_fit_the_clips(tmp_path, monkeypatch, capsys):
-    """0.3 s are 30 frames: masks of at most 4. A run of before, with masks of 80, is another experiment."""
+    """2.5 s are 250 frames: masks of at most 40. Clips of 1.99 s are not masked. A run of before, with masks of 80, is
+    another experiment."""
     root, widest, original = make_folder(tmp_path / "my", count=3), set(), train.spec_augment
 
     def masks(x, draws, **options):
@@ -251,16 +252,17 @@ def test_masks_fit_the_clips(tmp_path, monkeypatch, capsys):
         return original(x, draws, **options)
 
     monkeypatch.setattr(train, "spec_augment", masks)
-    assert train_on("folder", root, tmp_path) == 0 and widest == {4}
-    config = tmp_path / "runs/folder/linear/seed0/config.json"
-    assert json.loads(config.read_text())["mask_frames"] == 4
-    assert train_on("folder", root, tmp_path, "--no-mask", "--out", tmp_path / "b") == 0 and widest == {4}
-    assert json.loads((tmp_path / "b/folder/linear/seed0/config.json").read_text())["mask_frames"] == 80
+    for seconds, out, mask_frames in (("2.5", "long", 40), ("1.99", "short", 80)):
+        assert train_on("folder", root, tmp_path, "--seconds", seconds, "--out", tmp_path / out) == 0 and widest == {40}
+        config = tmp_path / out / "folder/linear/seed0/config.json"
+        settings = json.loads(config.read_text())
+        assert (settings["mask"], settings["mask_frames"]) == (out == "long", mask_frames)
+    config = tmp_path / "long/folder/linear/seed0/config.json"
     before = {name: value for name, value in json.loads(config.read_text()).items() if name not in LATER}
     config.write_text(json.dumps(before))
     (config.parent / "SHA256SUMS").unlink()
-    assert train_on("folder", root, tmp_path) == 2
-    assert "holds a run with mask_frames 80, not 4: give another --out" in capsys.readouterr().err
+    assert train_on("folder", root, tmp_path, "--seconds", 2.5, "--out", tmp_path / "long") == 2
+    assert "holds a run with mask_frames 80, not 40: give another --out" in capsys.readouterr().err
 
 
 def test_a_run_of_the_paper_goes_on_as_before(train_main, tmp_path):
@@ -295,7 +297,7 @@ def test_pieces_of_recordings_in_a_table(tmp_path):
     staircase(tmp_path / "a.wav", 6), staircase(tmp_path / "b.wav", 3)
     rows = ["a.wav,x,1,2.5", "a.wav,y,2.5,", "a.wav,x,,1", "b.wav,y,,", "b.wav,x,0.123456,2"]
     dataset = load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,start,end", *rows), tmp_path)
-    assert dataset.names() == ["a.wav#1-2.5", "a.wav#2.5-", "a.wav#0-1", "b.wav", "b.wav#0.123456-2"]
+    assert dataset.names == ["a.wav#1-2.5", "a.wav#2.5-", "a.wav#0-1", "b.wav", "b.wav#0.123456-2"]
     assert dataset.groups == ["a.wav"] * 3 + ["b.wav"] * 2  # the pieces of a recording
     lengths = [1.5, 3.5, 1, 3, 2 - 0.123456]
     assert lengths_of(dataset.paths, dataset.spans).tolist() == pytest.approx(lengths)
@@ -336,7 +338,7 @@ def test_label_tracks(tmp_path, capsys):
     (tmp_path / "my" / "deep" / "three.txt").write_bytes("\ufeff1\t2\tgrey seal\r\n\r\n3.25\t4\tdog\r\n".encode())
     dataset = load_dataset("csv", tmp_path / "my", tmp_path)
     names = ["deep/three.wav#1-2", "deep/three.wav#3.25-4", "one.wav#0-1", "one.wav#2.5-4"]
-    assert dataset.names() == names and dataset.groups == ["deep/three.wav"] * 2 + ["one.wav"] * 2
+    assert dataset.names == names and dataset.groups == ["deep/three.wav"] * 2 + ["one.wav"] * 2
     assert dataset.classes == ["dog", "grey seal"] and dataset.labels == [1, 0, 0, 1] and dataset.name == "my"
     assert capsys.readouterr().err == f"warning: {tmp_path}/my: 1 sounds have no label track, ignored (two.wav)\n"
     assert train_on("csv", tmp_path / "my", tmp_path) == 0
@@ -388,11 +390,11 @@ def test_windows_of_recordings(tmp_path, capsys):
     for name, seconds in (("a/long", 5.2), ("a/short", 1.5), ("b/even", 4), ("b/other", 2), ("b/third", 2.5)):
         staircase(tmp_path / "my" / f"{name}.wav", seconds)
     dataset = load_dataset("folder", tmp_path / "my", tmp_path, windows=2.0)
-    assert dataset.names() == [
+    assert dataset.names == [
         "a/long.wav#0-2", "a/long.wav#2-4", "a/long.wav#3.2-5.2", "a/short.wav", "b/even.wav#0-2", "b/even.wav#2-4",
         "b/other.wav", "b/third.wav#0-2", "b/third.wav#0.5-2.5",
     ]  # fmt: skip
-    assert dataset.groups == [name.partition("#")[0] for name in dataset.names()]
+    assert dataset.groups == [name.partition("#")[0] for name in dataset.names]
     assert [heard(dataset, i)[10] for i in (1, 2, 4)] == pytest.approx([0.02, 0.03, 0], abs=1.1e-3)
     options = ["--windows", "--seconds", 2]
     assert train_on("folder", tmp_path / "my", tmp_path, *options) == 0

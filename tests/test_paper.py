@@ -269,7 +269,7 @@ def test_classes_come_in_the_order_of_their_numbers(tmp_path, capsys):
     rows = [(f"{fold}-{n}.wav", fold, n, names[n], n != 2) for n in (10, 0, 2) for fold in (1, 2, 3)]
     dataset = load_dataset("esc50", esc_table(tmp_path / "esc", rows), tmp_path)
     assert dataset.classes == ["zebra", "mule", "ant"] and dataset.labels == [2, 2, 2, 0, 0, 0, 1, 1, 1]
-    assert (dataset.name, dataset.root, dataset.names()[0]) == ("esc50", tmp_path / "esc", "audio/1-10.wav")
+    assert (dataset.name, dataset.root, dataset.names[0]) == ("esc50", tmp_path / "esc", "audio/1-10.wav")
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}/esc: 9 clips of 3 classes, where the release has 2000 of 50\n"
     )
@@ -285,7 +285,7 @@ def test_classes_come_in_the_order_of_their_numbers(tmp_path, capsys):
     write_csv(tmp_path / "us8k/metadata/UrbanSound8K.csv", "slice_file_name,fold,classID,class", *lines)
     urban = load_dataset("us8k", tmp_path / "us8k", tmp_path)
     assert urban.classes == ["zebra", "mule", "ant"] and urban.labels == [2, 2, 0, 0, 1, 1] and urban.name == "us8k"
-    assert urban.names()[:2] == ["audio/fold1/1-10.wav", "audio/fold2/2-10.wav"]
+    assert urban.names[:2] == ["audio/fold1/1-10.wav", "audio/fold2/2-10.wav"]
     assert urban.folds[2] == Split([0, 2, 4], [], [1, 3, 5])
 
 
@@ -308,7 +308,7 @@ def test_what_is_no_clip_of_speech_commands(tmp_path):
         load_dataset("gsc", tmp_path, tmp_path)
     (tmp_path / "testing_list.txt").write_text("no/c.wav\n")
     dataset = load_dataset("gsc", tmp_path, tmp_path)
-    assert dataset.names() == ["no/b.wav", "no/c.wav", "yes/a.wav"] and dataset.name == "gsc"
+    assert dataset.names == ["no/b.wav", "no/c.wav", "yes/a.wav"] and dataset.name == "gsc"
     assert (dataset.classes, dataset.folds) == (["no", "yes"], {1: Split([2], [0], [1])})
 
 

@@ -90,7 +90,7 @@ def test_predictions_are_those_of_the_saved_weights(words, options, tmp_path, es
     assert [(r["fold"], r["part"], r["label"], r["path"]) for r in rows] == [(*row.values(),) for row in listed]
     dataset = load_dataset("esc10", esc50_dir, cache_dir)
     features, _ = build_features(dataset, 50, cache_dir)
-    index = [dataset.names().index(row["path"]) for row in rows]
+    index = [dataset.names.index(row["path"]) for row in rows]
     with torch.inference_mode():
         expected = load_trained(folder / "fold2.safetensors")(torch.from_numpy(features[index]).float()).softmax(1)
     exact = "bfloat16" not in options

@@ -108,7 +108,7 @@ def test_a_run_says_what_accuracy_hides(tmp_path, capsys):
     assert f"{result['scores']['majority']:.2f} % for always answering 'drum'" in out and "66.67 % for always" in out
     assert "by balanced accuracy" in out
     config = json.loads((run / "config.json").read_text())
-    assert (config["best"], config["balance"], config["mask_frames"]) == ("balanced", False, 30 * 80 // 500)
+    assert (config["best"], config["balance"]) == ("balanced", False)
 
 
 def test_what_the_summary_names():

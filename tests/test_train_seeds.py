@@ -51,17 +51,17 @@ class Sounds:
     """36 clips of noise with a tone, 3 classes in 4 folds of 9, listed in no order; their features and their labels."""
 
     def __init__(self, root: Path):
-        rng, time = np.random.default_rng(0), np.arange(16_000) / 16_000
+        rng, time = np.random.default_rng(0), np.arange(32_000) / 16_000
         clips = [(fold, label) for fold in (1, 2, 3, 4) for label in (0, 1, 2) for _ in range(3)]
         clips = [clips[i] for i in rng.permutation(36)]
         self.folds, self.labels = (np.array(column) for column in zip(*clips, strict=True))
         features = []
         for i, label in enumerate(self.labels):
-            tone = np.sin(2 * np.pi * (300 + 1200 * label + 150 * rng.standard_normal()) * time)
-            wave = rng.uniform(0.3, 0.5) * tone + 0.03 * rng.standard_normal(16_000)
+            tone = np.sin(2 * np.pi * (300 + 1200 * label + 200 * rng.standard_normal()) * time)
+            wave = rng.uniform(0.3, 0.5) * tone + 0.03 * rng.standard_normal(32_000)
             soundfile.write(root / f"{i}.wav", wave, 16_000, subtype="PCM_16")
             wave, _ = soundfile.read(root / f"{i}.wav", dtype="float32")
-            features.append(data.to_input(data.fbank(torch.from_numpy(wave)[None]), 100))
+            features.append(data.to_input(data.fbank(torch.from_numpy(wave)[None]), 200))
         self.features = torch.cat(features).half().float()
         self.folds_table = self.write(root / "folds.csv", "fold", self.folds)
         self.split_table = self.write(root / "split.csv", "split", np.where(self.folds > 2, "train", "test"))
@@ -134,7 +134,7 @@ def watch(sounds, tmp_path_factory):
         original = torch.Tensor.backward
         torch.Tensor.backward = backward
         defaults = {
-            "--dataset": "csv", "--data-dir": table or sounds.folds_table, "--weights": SMALL_AST, "--seconds": 1,
+            "--dataset": "csv", "--data-dir": table or sounds.folds_table, "--weights": SMALL_AST, "--seconds": 2,
             "--method": "houlsby_par", "--epochs": EPOCHS, "--batch-size": BATCH, "--device": "cpu", "--out": out,
             "--cache-dir": sounds.folds_table.parent / "cache",
         }  # fmt: skip
@@ -189,7 +189,7 @@ def test_a_fold_starts_with_tensors_of_its_own(campaign):
     starts = [watched.start for watched in campaign[1].values()]
     for name in ("head.weight", "head.bias", "blocks.0.attn.adapter.down.weight", "blocks.1.ffn.adapter.down.bias"):
         assert differ(start[name] for start in starts)
-    backbone = load_ast(SMALL_AST, n_classes=3).state_dict()
+    backbone = load_ast(SMALL_AST, 200, 3).state_dict()
     for start in starts:
         for name, tensor in start.items():
             if ".adapter.up." in name:
@@ -218,7 +218,7 @@ def test_masks_and_length_of_a_run_do_not_change_the_order(campaign, watch, soun
 
 
 def test_masks_are_new_for_every_clip_of_every_epoch(campaign, sounds):
-    """One band of up to 24 filters and one of up to 16 of 100 frames, as 80 of 500, in training only."""
+    """One band of up to 24 filters and one of up to 32 of 200 frames, as 80 of 500, in training only."""
     bands = []
     for watched in campaign[1].values():
         for phase, clips, x, _ in watched.events:
@@ -235,8 +235,8 @@ def test_masks_are_new_for_every_clip_of_every_epoch(campaign, sounds):
                     bands[-1] += [len(where), where[0] if where else 0]
     assert len(bands) == len(RUNS) * EPOCHS * 18 and len(set(map(tuple, bands))) > 500
     widths = np.array(bands)[:, [0, 2]]
-    assert (widths.max(0) < [24, 16]).all() and (widths.max(0) >= [22, 15]).all()
-    assert widths.mean(0) == pytest.approx([11.5, 7.5], rel=0.2)
+    assert (widths.max(0) < [24, 32]).all() and (widths.max(0) >= [22, 30]).all()
+    assert widths.mean(0) == pytest.approx([11.5, 15.5], rel=0.2)
 
 
 def test_few_shots_are_drawn_by_the_seed(watch, sounds):
@@ -345,7 +345,7 @@ def test_a_linear_probe_is_a_step_of_the_whole_model(sounds, tmp_path):
     models, losses = [], []
     for lr in (1e-12, 1e-2):  # where nothing moves, the file holds the tensors at the start
         words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", SMALL_AST, "--method", "linear",
-                 "--no-mask", "--seconds", 1, "--folds", 1, "--epochs", 1, "--batch-size", 18, "--lr", lr, "--device",
+                 "--no-mask", "--seconds", 2, "--folds", 1, "--epochs", 1, "--batch-size", 18, "--lr", lr, "--device",
                  "cpu", "--out", tmp_path / str(lr), "--cache-dir", sounds.folds_table.parent / "cache"]  # fmt: skip
         assert train.main([str(word) for word in words]) == 0
         run = tmp_path / str(lr) / "csv" / "linear" / "seed0"
@@ -395,7 +395,7 @@ def test_automatic_precision_on_a_gpu(native, sounds, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **options: empty(*sizes, **options))
     monkeypatch.setattr(torch.nn.Module, "to", interrupt)
-    words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", SMALL_AST, "--seconds", 1, "--out",
+    words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", SMALL_AST, "--seconds", 2, "--out",
              tmp_path, "--cache-dir", sounds.folds_table.parent / "cache"]  # fmt: skip
     assert train.main([str(word) for word in words]) == 130
     (config,) = tmp_path.rglob("config.json")

@@ -244,9 +244,8 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     recipe = DATASETS[cell.dataset]
     expected = {
         "method": to_dict(method_of(cell)), "epochs": run.epochs, "pool": run.pool,
-        "batch_size": run.batch_size or recipe.batch_size, "shots": cell.shots, "mask": recipe.mask,
-        "mask_frames": recipe.mask_frames(config["n_frames"]) if recipe.mask else 80, "balance": run.balance,
-        "best": "balanced" if recipe.own else "accuracy",
+        "batch_size": run.batch_size or recipe.batch_size, "shots": cell.shots, "balance": run.balance,
+        "best": "balanced" if recipe.own else "accuracy", **recipe.masks(config["n_frames"]),
     }  # fmt: skip
     if plan.dtype:
         expected["dtype"] = run.dtype

@@ -175,7 +175,7 @@ def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
     cache_dir = cache_dir or Path(config["cache_dir"])
     data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
     dataset = load_dataset(config["dataset"], data_dir, cache_dir, config["group"], config["windows"])
-    index = {name: i for i, name in enumerate(dataset.names())}
+    index = {name: i for i, name in enumerate(dataset.names)}
     rows = [(int(row["fold"]), row["path"]) for row in rows if row["split"] == "test"]
     tests = {fold["fold"]: [path for k, path in rows if k == fold["fold"]] for fold in result["folds"]}
     missing = [name for clips in tests.values() for name in clips if name not in index]
@@ -238,7 +238,7 @@ def plot(argv: list[str]) -> None:
     device = choose_device(args.device)
     config, _, _ = read_run(args.run)
     dataset, clips, tests = clips_of_run(args.run, args.data_dir, args.cache_dir)
-    rows, names = [], dataset.names()
+    rows, names = [], dataset.names
     for fold, test in tests.items():
         model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)
         best = batched(model, clips, test, device).softmax(1).max(1)
