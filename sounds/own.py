@@ -208,9 +208,8 @@ def tell_of_cuts(dataset, seconds: float) -> None:
     pieces are not all there."""
     lengths = lengths_of(dataset.paths, dataset.spans)
     if short := [i for i, (start, end) in dataset.spans.items() if 0 < lengths[i] < end - start - 0.1 < math.inf]:
-        names = dataset.names()
-        warn(f"{dataset.root}: {len(short)} pieces end after their recordings ({first_of([names[i] for i in short])}): "
-             "what is there is used")  # fmt: skip
+        names = first_of([dataset.names[i] for i in short])
+        warn(f"{dataset.root}: {len(short)} pieces end after their recordings ({names}): what is there is used")
     over = np.nan_to_num(lengths - seconds).clip(0)
     if count := int((over > 0.02).sum()):  # less is the end of the last frame
         say(f"{count} of {len(lengths)} clips are longer than {seconds:g} s: {over.sum():.1f} s of "

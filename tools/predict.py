@@ -182,7 +182,7 @@ def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
     import soxr
 
     wave = np.asarray(samples, np.float32)
-    if wave.ndim not in (1, 2) or not wave.size or not np.isfinite(wave).all() or rate <= 0:
+    if wave.ndim not in (1, 2) or not wave.size or not np.isfinite(wave).all() or not 1 <= rate <= 10_000_000:
         raise ValueError(f"no sound: {wave.shape} at {rate} Hz; give finite (samples,) or (samples, channels)")
     return soxr.resample(wave if wave.ndim == 1 else wave.mean(axis=1), rate, RATE)
 
