@@ -19,9 +19,8 @@ def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     files = names_of([clip.path for clip in clips], root)
     names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
     if pattern is not None:
-        with at_most(
-            PATIENCE, f"--group {pattern[:100]!r} takes too long: its repetitions can be divided in many ways"
-        ):
+        slow = f"--group {pattern[:100]!r} takes too long: its repetitions can be divided in many ways"
+        with at_most(PATIENCE, slow):
             groups = [matched(pattern, name) for name in names]
     elif any(clip.span != WHOLE for clip in clips):
         groups = [clip.group or file for file, clip in zip(files, clips, strict=True)]

@@ -144,7 +144,7 @@ def print_anything() -> None:
 def in_words(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:
     """One line about `where`, unless the error itself says where: that the disk is full, or `what` went wrong."""
     where = str(error.filename or where)
-    where = where if len(where) <= 1000 else f"{where[:100]}..."  # no name of a file is as long
+    where = where if len(where) <= 1000 else f"{where[:100]}..."  # it is too long to be a name
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({where}): free some space{mend}"
     return f"{what}{where}: {error.strerror or error}"
