@@ -1,5 +1,6 @@
 """Files of tensors from anywhere: damaged, dangerous or fetched."""
 
+import logging
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
 from load_weights import load_ast, load_trained, read_header
-from support.checkpoints import unusual
+from support.checkpoints import fill, unusual
 from support.command import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +70,12 @@ def test_a_config_that_is_no_table(tmp_path, text):
         load_ast(tmp_path, n_classes=3)
 
 
+def test_tensors_that_fit_no_model():
+    """In one line, which names the tensor: torch's own message begins with a line that says nothing."""
+    with pytest.raises(UserError, match=r"^x\.bin is no AST of one shape: size mismatch for bias: .*\[4\].*\[3\]\)\.$"):
+        fill(torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.ones(4)}, "x.bin")
+
+
 def test_not_a_file_of_trained_parts(tmp_path):
     with pytest.raises(UserError, match="it has no such header"):
         read_header(SMALL_AST / "model.safetensors")
@@ -98,7 +105,9 @@ def test_hub_weights_come_through_the_users_cache(monkeypatch):
         return str(SMALL_AST / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
+    huggingface_hub.utils.logging.set_verbosity_warning()
     model = load_ast("hf:somebody/some-ast", pool="cls_dist")
+    assert huggingface_hub.utils.logging.get_verbosity() == logging.ERROR  # not a line for each of its five retries
     assert asked == [("somebody/some-ast", "config.json"), ("somebody/some-ast", "model.safetensors")]
     expected = load_ast(SMALL_AST, pool="cls_dist").state_dict()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from helpers import Terminal
 from safetensors.torch import load_file
 
 import data
@@ -21,6 +22,16 @@ class Optimizer:
 
     def register_step_post_hook(self, hook):
         self.hook = hook
+
+
+def test_what_is_about_to_be_trained():
+    method = {"name": "lora", "parts": [{"part": "LoRA"}]}
+    plain = replace(SETTINGS, dataset="my", weights="demo", method=method, mask=True)
+    line = "10 epochs, batch 4, learning rate 0.0001, {}, weights demo, seed 0, float32, cpu"
+    assert console.describe(plain, 2.5, CPU) == "lora on my: 2.5 s a clip, " + line.format("masked")
+    odd = console.describe(replace(plain, shots=8, mask=False, keep=0.4, balance=True), 5, CPU)
+    what = line.format("unmasked, 40% of the patches, classes weighed alike")
+    assert odd == f"lora on my: 8 clips per class, 5 s a clip, {what}"
 
 
 def said(monkeypatch, capsys, steps: int, seconds_a_step: float, split=SPLIT, machine=None, progress=None) -> list[str]:
@@ -60,6 +71,18 @@ def test_no_forecast_of_a_short_run_or_twice_or_by_another_process(monkeypatch, 
     assert said(monkeypatch, capsys, 4, 1.0, machine=Machine(CPU)) == []
     monkeypatch.setattr(console, "is_first", lambda: False)
     assert said(monkeypatch, capsys, 4, 1.0) == []
+
+
+def test_the_bar_of_a_fold(monkeypatch):
+    """On a terminal: which fold, how far it is, also after an interruption, and the last numbers."""
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    progress, epochs = records.Progress(2, history=[{}]), []
+    for epoch in console.epochs_left(progress, 3):
+        epochs.append(epoch)
+        progress.history.append({"loss": epoch / 8, "accuracy": 10 * epoch})
+    bars = terminal.getvalue().split("\r")
+    assert epochs == [2, 3] and bars[1].startswith("fold 2:  33%") and "1/3" in bars[1]
+    assert bars[-1].startswith("fold 2: 100%") and "3/3" in bars[-1] and "accuracy=30, loss=0.375" in bars[-1]
 
 
 def test_a_line_a_minute_of_a_fold(monkeypatch, capsys):

@@ -342,6 +342,7 @@ def test_five_missing_files_are_named(tmp_path, count, named):
         (b"filename,fold,target,category,esc10\na,1,1\n", "line 2: too few columns; is the file whole"),
         (b"filename,fold,target,category,esc10\n\xff\xfe,1,1,x,True\n", "it must be a CSV file in UTF-8"),
         (b"filename,fold,target,category,esc10\na,1,1,x,False\n", "no row has esc10 = True"),
+        (b"filename,fold,target,category,esc10\na,1,7,x,True\n", ": 1 classes in the column target; there must be two"),
         (b"", "no column .filename.; its header is empty"),
     ],
 )

@@ -23,6 +23,7 @@ from load_weights import load_ast, save_trained
 from sounds.audio import read_audio
 from support.calibration import Calibration
 from support.checkpoints import read_header
+from support.command import UserError
 from tools import export, predict
 
 CLASSES = ["rain", "sea, waves", "dog", "wind"]
@@ -490,6 +491,8 @@ def test_names_of_classes_come_in_their_order(tmp_path):
     names = {str(i): f"tag {i}" for i in (10, 2, 0, 1, 3, 5, 4, 6, 9, 8, 7)}
     folder = write_ast(tmp_path, SMALL_STATE, {"id2label": names})
     assert predict.class_names(str(folder), 11) == [f"tag {i}" for i in range(11)]
+    with pytest.raises(UserError, match=r"config\.json: id2label: .* as many names as the head has, 12, got 11$"):
+        predict.class_names(str(folder), 12)
 
 
 def test_a_backbone_that_has_moved(tmp_path, answer):

@@ -62,6 +62,14 @@ def test_a_bar_without_a_terminal(total, clock, capsys):
     assert capsys.readouterr().err.splitlines() == [f"work: {'2 of 4 files, about 60 s to go' if total else '2 files'}"]
 
 
+@pytest.mark.parametrize(("unit", "words"), [("B", "bytes"), ("s", "s"), ("clip", "clips")])
+def test_what_a_bar_counts(unit, words, clock, capsys):
+    with Bar(desc="work", total=4000, unit=unit, clock=clock) as bar:
+        clock.now += 60
+        bar.update(1000)
+    assert capsys.readouterr().err == f"work: 1,000 of 4,000 {words}, about 3.0 minutes to go\n"
+
+
 def test_a_bar_in_a_terminal(monkeypatch, clock):
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert list(Bar([1, 2, 3], "work", unit="file", clock=clock, file=terminal)) == [1, 2, 3]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from load_weights import load_trained
 from support import ledger, records
 from support.checkpoints import described, read_header, sha256_of
 from support.command import UserError
-from support.records import METRICS, mend, read_metrics, write_metrics
+from support.records import METRICS, Progress, mend, read_metrics, write_metrics
 from tools import export
 from tools.campaign import read_run
 
@@ -268,6 +269,25 @@ def test_metrics_epoch_by_epoch(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text("".join((tmp_path / "metrics.csv").read_text().splitlines(True)[:-1]))
     assert capsys.readouterr().err.count("metrics.csv is damaged or missing: it is made again") == 4
     assert read_metrics(tmp_path) == [] and "metrics.csv is damaged" in capsys.readouterr().err
+
+
+def test_seconds_of_a_fold(monkeypatch):
+    """From its beginning to the end of its last epoch, and those before an interruption."""
+    times = iter([6.5, 8.0, 21.0])
+    monkeypatch.setattr(records, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    progress, nothing = Progress(1, clock=5.0), (None, torch.zeros(0, 2), (), {}, "accuracy")
+    for seconds in (1.5, 3.0):
+        progress.validated(*nothing)
+        assert progress.seconds == seconds
+    progress = Progress(1, [], progress.best, progress.seconds, clock=20.0)
+    progress.validated(*nothing)
+    assert progress.seconds == 4.0
+
+
+def test_folds_in_the_order_of_their_numbers(tmp_path):
+    for name in ("fold10", "fold2", "fold1", "foldx"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert list(records.fold_files(tmp_path).items()) == [(k, tmp_path / f"fold{k}.safetensors") for k in (1, 2, 10)]
 
 
 def test_a_damaged_fold_file_is_not_averaged(again):

@@ -119,12 +119,27 @@ def test_what_the_summary_names():
     assert "never answered  'c': 1 of 3 classes" in said
     assert "most confused   2 of 3 clips of 'a' were taken for 'b'" in said
     assert "50.00 % for always answering 'a'" in said and "balanced accuracy 27.78 %" in said
-    said = console.describe_classes(rows, scores(counts, CLASSES[:3])["classes"], rows=2).splitlines()
+    classes = scores(counts, CLASSES[:3])["classes"]
+    assert console.describe_classes(rows, classes).startswith("  class  clips  precision")
+    said = console.describe_classes(rows, classes, rows=2).splitlines()
     assert [line.split()[0] for line in said[1:3]] == ["c", "a"] and "2 of 3 classes with the lowest F1" in said[0]
     assert said[5:] == [
         "   80.00%  1.wav: 'b', but it is 'a'", "   70.00%  2.wav: 'b', but it is 'a'",
         "   60.00%  3.wav: 'a', but it is 'b'", "   40.00%  5.wav: 'a', but it is 'c'",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("validation", "by", "chosen"),
+    [
+        (62.5, "accuracy", "best of validation 62.50 % in epoch 3"),
+        (62.5, "balanced", "best of validation 62.50 % in epoch 3, by balanced accuracy"),
+        (None, "balanced", "last epoch"),
+    ],
+)
+def test_what_is_said_of_a_fold(validation, by, chosen):
+    result = {"fold": 2, "accuracy": 50.0, "validation_accuracy": validation, "epoch": 3, "seconds": 4.4}
+    assert console.describe_fold(result, by) == f"fold 2: test accuracy 50.00 % ({chosen}), 4 s"
 
 
 def test_a_balanced_loss(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import petl
 import train
 from data import Clips
-from support import speed
+from support import onednn_linear, speed
 from support.onednn_linear import OneDNNLinear, use_onednn
 from support.records import Settings
 from support.speed import Machine, prepare
@@ -91,6 +92,17 @@ def test_a_frozen_layer_keeps_no_input():
     assert layer.requires_grad_(True)(x).grad_fn.saved_tensors[0] is not None
 
 
+@pytest.mark.parametrize("fails", [None, "capability", "library", "system", "maker"])
+def test_onednn_helps_amd_with_avx_512(fails, monkeypatch, tmp_path):
+    file = tmp_path / "cpuinfo"
+    if fails != "system":
+        file.write_text(f"vendor_id\t: {'GenuineIntel' if fails == 'maker' else 'AuthenticAMD'}\nflags\t: avx512f\n")
+    monkeypatch.setattr(onednn_linear, "Path", {"/proc/cpuinfo": file}.get)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if fails == "capability" else "AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: fails != "library")
+    assert onednn_linear.onednn_helps() is (fails is None)
+
+
 def test_prepare_chooses_onednn_by_the_processor(monkeypatch):
     for helps in (True, False):
         monkeypatch.setattr(speed, "onednn_helps", lambda helps=helps: helps)
@@ -163,6 +175,31 @@ def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
         one, other = (load_file(tmp_path / out / f"esc10/{options[1]}/seed0/fold{fold}.safetensors") for out in "ab")
         assert one.keys() == other.keys()
         assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
+
+
+@pytest.mark.parametrize(("device", "ids"), [("cuda:1", [1]), ("cpu", None)])
+def test_each_process_has_the_gpu_it_is_given(device, ids, monkeypatch):
+    told = []
+    monkeypatch.setattr(speed, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(speed, "DistributedDataParallel", lambda *_, **options: told.append(options) or nn.Identity())
+    network = nn.Linear(2, 2)
+    learner = speed.Learner(network, torch.optim.SGD(network.parameters()), "float32", Machine(torch.device(device)))
+    assert told == [{"device_ids": ids}] and learner.forward.broadcast_buffers is False
+
+
+@pytest.mark.parametrize(("device", "free", "there"), [("cuda", 201, True), ("cuda", 200, False), ("cpu", 900, False)])
+def test_what_takes_half_of_the_free_memory_stays(device, free, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    tensor = SimpleNamespace(nbytes=100, to=lambda device: "there")
+    assert (speed.near(tensor, torch.device(device)) == "there") is there
+
+
+def test_a_gpu_evaluates_four_times_what_it_trains_on(monkeypatch):
+    gpu = Machine(torch.device("cuda"))
+    assert [speed.evaluation_batch(9, machine) for machine in (CPU, gpu)] == [9, 36]
+    assert [speed.evaluation_batch(9, replace(machine, micro_batch=2)) for machine in (CPU, gpu)] == [2, 8]
+    monkeypatch.setattr(speed, "ranks", lambda: (1, 2))
+    assert speed.evaluation_batch(9, gpu) == 20  # of five clips, the larger share
 
 
 def test_evaluation_takes_what_memory_allows():
