@@ -212,10 +212,10 @@ def random_split(dataset: Dataset, seed: int) -> Split:
     """
     if dataset.groups:
         return split_of_parts(parts_of(dataset.labels, dataset.groups, seed))
-    rng = np.random.default_rng(seed)
-    parts = np.full(len(dataset.labels), "train")
+    rng, labels = np.random.default_rng(seed), np.array(dataset.labels)
+    parts = np.full(len(labels), "train")
     for label in range(len(dataset.classes)):
-        clips = rng.permutation(np.flatnonzero(np.array(dataset.labels) == label))
+        clips = rng.permutation(np.flatnonzero(labels == label))
         fifth = max(1, round(len(clips) / 5))
         parts[clips[:fifth]] = "test"
         if len(clips) > 2:

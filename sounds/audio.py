@@ -119,10 +119,21 @@ def length_of(path: Path) -> float:
         return math.nan
 
 
+def has_end(path: Path, length: float) -> bool:
+    """Whether a sound of so many seconds can be read at its end: of a damaged one a header may promise years."""
+    try:
+        read_audio(path, start=max(0.0, length - 0.1))
+        return True
+    except ValueError:
+        return False
+
+
 def lengths_of(paths: list[Path], spans: dict[int, tuple[float, float]]) -> np.ndarray:
     """Seconds of each clip, (clips,): of the file or, by its number, of what lies in its span; nan if unreadable."""
+    files = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seconds = np.array(list(pool.map(length_of, paths)))
+        of_file = dict(zip(files, pool.map(length_of, files), strict=True))
+    seconds = np.array([of_file[path] for path in paths])
     for i, (start, end) in spans.items():
         seconds[i] = np.clip(seconds[i], start, end) - start
     return seconds

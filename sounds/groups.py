@@ -6,19 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-from sounds.clip import WHOLE, Clip, name_of
-from support.command import UserError
+from sounds.clip import WHOLE, Clip, fragment, names_of
+from support.command import UserError, at_most
+
+PATIENCE = 30  # seconds to find the groups of all clips
 
 
 def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     """The clips with their groups: what the first parenthesis of the `pattern` finds in their names; without one what
     the clips say, else the recordings that pieces are cut from. UserError for a clip without, or a group in two parts.
     """
-    names = [name_of(clip.path, root, clip.span) for clip in clips]
+    files = names_of([clip.path for clip in clips], root)
+    names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
     if pattern is not None:
-        groups = [matched(pattern, name) for name in names]
+        slow = f"--group {pattern[:100]!r} takes too long: its repetitions can be divided in many ways"
+        with at_most(PATIENCE, slow):
+            groups = [matched(pattern, name) for name in names]
     elif any(clip.span != WHOLE for clip in clips):
-        groups = [clip.group or name_of(clip.path, root) for clip in clips]
+        groups = [clip.group or file for file, clip in zip(files, clips, strict=True)]
     else:
         groups = [clip.group for clip in clips]
     first = {}
@@ -31,15 +36,16 @@ def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
 
 
 def matched(pattern: str, name: str) -> str:
+    option = f"--group {pattern[:100]!r}"
     try:
         expression = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--group {pattern!r} is no regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{option} is no regular expression: {error}") from None
     if not expression.groups:
-        raise UserError(f"--group {pattern!r}: put the part of the name that is the group into parentheses")
+        raise UserError(f"{option}: put the part of the name that is the group into parentheses")
     found = expression.search(name)
     if not found or not found[1]:
-        raise UserError(f"--group {pattern!r} finds no group in {name}: every clip must have one")
+        raise UserError(f"{option} finds no group in {name}: every clip must have one")
     return found[1]
 
 
@@ -57,7 +63,10 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
         clips[group][label] += 1
     count = {"train": Counter(labels), "val": Counter(), "test": Counter()}  # of each class in each part
     fifth = {label: max(1, round(n / 5)) for label, n in count["train"].items()}
-    of_class = {label: [group for group in clips if clips[group][label]] for label in sorted(fifth)}
+    of_class = {label: [] for label in sorted(fifth)}
+    for group in clips:
+        for label in clips[group]:
+            of_class[label].append(group)
 
     def spare(group):
         return part_of[group] == "train" and all(count["train"][label] > n for label, n in clips[group].items())
@@ -67,8 +76,8 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
 
     def take(group, part):
         part_of[group] = part
-        count["train"] -= clips[group]
-        count[part] += clips[group]
+        count["train"].subtract(clips[group])
+        count[part].update(clips[group])
 
     for label, mine in sorted(of_class.items(), key=lambda item: len(item[1])):
         order = [mine[i] for i in rng.permutation(len(mine))]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sounds.audio import SUFFIXES, files_in, lengths_of
+from sounds.audio import SUFFIXES, files_in, has_end, lengths_of
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, names_of
 from sounds.groups import grouped
 from sounds.tables import folders_in, read_table, require_files
@@ -48,15 +48,17 @@ def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, win
         clips = [
             clip._replace(span=span, group=name_of(clip.path, data_dir))
             for clip, length in zip(clips, lengths, strict=True)
-            for span in windows_of(length, windows)
+            for span in windows_of(clip.path, length, windows)
         ]
     return own_sounds(data_dir, data_dir.resolve().name, clips, group)
 
 
-def windows_of(length: float, seconds: float) -> list[tuple[float, float]]:
+def windows_of(path: Path, length: float, seconds: float) -> list[tuple[float, float]]:
     """Spans of so many seconds, one after the other; the last one ends with the recording, and overlaps if need be."""
     if not length > seconds:  # or nobody knows how long it is
         return [WHOLE]
+    if not has_end(path, length):  # one piece, and none of those before it: it is refused when it is read
+        return [(length - 0.1, math.inf)]
     starts = [min(i * seconds, length - seconds) for i in range(math.ceil(length / seconds - 1e-9))]
     return [(round(start, 6), round(start + seconds, 6)) for start in starts]
 
@@ -103,9 +105,9 @@ def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, wind
 
 
 def require_each_once(origin: Path, clips: list[Clip]) -> None:
-    first = {}
+    first, real = {}, {path: os.path.realpath(path) for path in {clip.path for clip in clips}}  # a.wav is x/../a.wav
     for clip in clips:
-        other = first.setdefault((os.path.realpath(clip.path), clip.span), clip)  # a.wav is x/../a.wav
+        other = first.setdefault((real[clip.path], clip.span), clip)
         if other is not clip:
             name = f"{clip.path}" if other.path == clip.path else f"{other.path} = {clip.path}"
             kind = "split" if isinstance(clip.part, str) else "fold"
@@ -167,13 +169,17 @@ def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> L
     """A Listing of the clips. Raises UserError for what cannot be trained or tested, warns of likely mistakes."""
     clips = grouped(root, clips, group)
     counts = Counter(clip.label for clip in clips)
+    if long := [label for label in counts if len(label) > 1000]:  # the header of a fold file would not take it
+        raise UserError(f"{root}: a label of {len(long[0])} characters, {long[0][:50]!r}...: give it 1000 or less")
     if len(counts) < 2:
         raise UserError(f"{root}: {len(counts)} classes; there must be two or more to tell apart")
     if all(clip.part == "" for clip in clips) and 1 in counts.values():
         alone = next(label for label, count in counts.items() if count == 1)
         raise UserError(f"{root}: class {alone!r} has one clip; one to train and one to test are needed")
     if all(clip.part == "" and clip.group for clip in clips):
-        groups = {label: {clip.group for clip in clips if clip.label == label} for label in counts}
+        groups = defaultdict(set)
+        for clip in clips:
+            groups[clip.label].add(clip.group)
         if alone := [label for label in groups if len(groups[label]) == 1]:
             where = f"{root}: class {alone[0]!r} has clips of one group only, {min(groups[alone[0]])!r}"
             raise UserError(f"{where}; one to train and one to test are needed (--group '(.*)': every clip is one)")
@@ -198,8 +204,12 @@ def check_folds(dataset) -> None:
 
 
 def tell_of_cuts(dataset, seconds: float) -> None:
-    """Say how many clips of a dataset are longer than the model hears, and how much of them is left out."""
+    """Say how many clips of a dataset are longer than the model hears, and how much of them is left out; and which
+    pieces are not all there."""
     lengths = lengths_of(dataset.paths, dataset.spans)
+    if short := [i for i, (start, end) in dataset.spans.items() if 0 < lengths[i] < end - start - 0.1 < math.inf]:
+        names = first_of([dataset.names[i] for i in short])
+        warn(f"{dataset.root}: {len(short)} pieces end after their recordings ({names}): what is there is used")
     over = np.nan_to_num(lengths - seconds).clip(0)
     if count := int((over > 0.02).sum()):  # less is the end of the last frame
         say(f"{count} of {len(lengths)} clips are longer than {seconds:g} s: {over.sum():.1f} s of "

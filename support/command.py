@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -20,7 +21,13 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage
-        raise UserError(f"{message} (--help shows all options)")
+        raise UserError(f"{message[:1000]} (--help shows all options)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+                self.error(f"argument {word[:-3]}: expected one argument")
+        return super().parse_known_args(args, namespace)
 
 
 def numbers(text: str) -> list[int]:
@@ -58,6 +65,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("group", "windows"):
         if getattr(args, name) not in (None, False) and args.dataset not in ("folder", "csv"):
             raise UserError(f"--{name} is for your own sounds, --dataset folder or csv, not for {args.dataset}")
+    if args.group and len(args.group) > 1000:  # config.json would not take it
+        raise UserError(f"--group has {len(args.group)} characters; give it 1000 or less")
     if args.windows and args.seconds is None:
         raise UserError("--windows: say by --seconds how long the windows are")
     args.windows = args.seconds if args.windows else None
@@ -134,7 +143,8 @@ def print_anything() -> None:
 
 def in_words(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:
     """One line about `where`, unless the error itself says where: that the disk is full, or `what` went wrong."""
-    where = error.filename or where
+    where = str(error.filename or where)
+    where = where if len(where) <= 1000 else f"{where[:100]}..."  # it is too long to be a name
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({where}): free some space{mend}"
     return f"{what}{where}: {error.strerror or error}"
@@ -162,6 +172,26 @@ def explained(device: torch.device, tried: int, out: Path):
     except KeyboardInterrupt:
         hint = "interrupted: the same command with --resume goes on after the last finished epoch"
         raise KeyboardInterrupt(hint) from None
+
+
+@contextmanager
+def at_most(seconds: float, message: str):
+    """UserError with this message where what is done inside takes longer; only where there are such signals."""
+
+    def stop(*_):
+        raise UserError(message)
+
+    try:
+        before = signal.signal(signal.SIGALRM, stop)
+    except (AttributeError, ValueError):  # another system, or not in the main thread
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def warn(message: str) -> None:

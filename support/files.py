@@ -29,8 +29,8 @@ def whole_file(path: Path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:  # a full disk does not say where
-        if error.errno is not None:
-            error.filename = error.filename or str(path)
+        if error.errno is not None and error.filename in (None, temporary, str(temporary)):
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

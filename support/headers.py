@@ -224,6 +224,10 @@ class ResumeState(Struct):
     scaler: dict[str, Any]
     digest: Name | None = None
 
+    def __post_init__(self):  # a version that kept no digest kept none of these
+        if self.digest is None and not self.best.predicted is self.best.answered is self.best.score is None:
+            raise ValueError("digest: Expected one, where there are predictions")
+
 
 class Best(Struct):
     accuracy: Annotated[float, Meta(ge=-1, le=100)] | None

@@ -341,9 +341,11 @@ def check(folder: Path) -> list[str]:
     for name in wrong:
         path = folder / name
         if name in INPUTS:
+            again = "the same command of train.py writes it again"
             if path.exists():
-                raise UserError(f"{path} is damaged, SHA256SUMS lists another: delete it, and the same command of "
-                                "train.py writes it again")  # fmt: skip
+                raise UserError(f"{path} is damaged, SHA256SUMS lists another: delete it, and {again}")
+            if is_first():
+                warn(f"{path} is missing: {again}")
         elif name != "metrics.csv" and is_first():
             warn(f"{path} is {'damaged' if path.exists() else 'missing'}: it is made again from the fold files")
     return [name for name in wrong if name not in INPUTS]

@@ -109,9 +109,12 @@ def test_sounds_that_are_none(tmp_path):
     classify = load(constant(tmp_path / "fold1.safetensors", 0.5, 0.5))
     with pytest.raises(ValueError, match=r"absent\.wav: No such file or directory"):
         classify(tmp_path / "absent.wav")
-    for samples, rate in ((np.zeros(0), 16_000), ([np.nan, 0], 16_000), (np.zeros((2, 2, 2)), 8_000), (np.ones(9), 0)):
+    for samples in (np.zeros(0), [np.nan, 0], np.zeros((2, 2, 2))):
         with pytest.raises(ValueError, match="no sound"):
-            classify(samples, rate)
+            classify(samples, 16_000)
+    for rate in (0, 1e-9, 1e12, np.nan):
+        with pytest.raises(ValueError, match="no sound"):
+            classify(np.ones(9), rate)
     with pytest.raises(UserError, match="no such run"):
         load(tmp_path / "absent")
 
@@ -199,7 +202,11 @@ def test_options_that_cannot_be(tmp_path, error):
     assert "--min-length -1.0: give a number of seconds" in error(fold, file, "--events", "--min-length", -1)
     assert "--events cannot go with --windows" in error(fold, file, "--events", "--windows")
     assert "--events cannot go with --embeddings" in error(fold, file, "--events", "--embeddings", tmp_path / "x.npz")
-    assert f"{tmp_path}: is there and no file" in error(fold, file, "--embeddings", tmp_path)
+    (tmp_path / "y.npz").mkdir()
+    assert f"{tmp_path / 'y.npz'}: is there and no file" in error(fold, file, "--embeddings", tmp_path / "y.npz")
+    content = file.read_bytes()  # where the name was forgotten, a sound stands there
+    assert "--embeddings: give the name of a file" in error(fold, "--embeddings", file, file)
+    assert file.read_bytes() == content
 
 
 # ------------------------------------------------------------------------------------------------------- embeddings

@@ -389,6 +389,7 @@ def progress_file(path, digest=True) -> bytes:
     save_progress(path, progress, {"tensors": tensors, "optimizer": optimizer.state_dict(), "scaler": {}})
     if not digest:
         state = torch.load(path)
+        state["best"] = {name: state["best"][name] for name in ("accuracy", "epoch", "tensors")}
         del state["digest"]
         torch.save(state, path)
     return path.read_bytes()
@@ -407,6 +408,16 @@ def test_a_damaged_state_is_never_resumed(tmp_path, data, digest):
     if not says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it"):
         new, read = read_progress(file, 1, resume=True)
         assert sha256_of([read, new.history, new.best]) == sha256_of([state, progress.history, progress.best])
+
+
+@pytest.mark.parametrize(("name", "value"), [("answered", "x"), ("predicted", 7), ("score", 1.0)])
+def test_a_state_with_predictions_has_a_digest(tmp_path, name, value):
+    file = tmp_path / "fold1.resume.pt"
+    progress_file(file, digest=False)
+    state = torch.load(file)
+    state["best"][name] = value
+    torch.save(state, file)
+    assert says(lambda: read_progress(file, 1, resume=True), "fold1.resume.pt is damaged: delete it")
 
 
 LEFT = (*ledger.FILES, "SHA256SUMS", "fold1.safetensors", "fold2.safetensors")
@@ -448,6 +459,7 @@ def ends(call, *words, code=2):
         assert call() == code
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+        assert len(error) < 1500
 
     return check
 
@@ -461,6 +473,18 @@ def ends(call, *words, code=2):
 def test_numbers_on_the_command_line(words, capsys, tmp_path):
     words = f"{words} --data-dir {tmp_path} --dataset folder --cache-dir {tmp_path}".split()
     ends(lambda: train.main(words), words[0 if "--method" not in words else 2])(capsys)
+
+
+@pytest.mark.parametrize(("main", "option"), [(train.main, "--lr"), (predict.main, "--embeddings")])
+def test_two_dashes_are_no_value(main, option, capsys):
+    ends(lambda: main(["x", "y", f"{option}=--"]), f"argument {option}: expected one argument")(capsys)
+
+
+def test_a_name_that_is_too_long_is_not_said_whole(tmp_path, capsys):
+    words = ["--dataset", "folder", "--data-dir", str(tmp_path / ("x" * 5000))]
+    ends(lambda: train.main(words), f"{str(tmp_path)[:50]}", "xxx...: File name too long")(capsys)
+    ends(lambda: predict.main(["--tags", "a.wav", "--weights", "x" * 5000]), "xxx...: File name too long")(capsys)
+    ends(lambda: predict.main(["x", "a.wav", "--hop", "x" * 5000]), "xxx (--help")(capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and where they are kept."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,16 @@ def test_only_files_are_replaced(tmp_path):
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(FileExistsError, match="is there and no file"), whole_file(path):
             pass
+
+
+def test_errors_name_the_file_and_not_the_temporary_one(tmp_path):
+    for read in (Path.read_bytes, os.stat, lambda file: os.stat(str(file))):
+        with pytest.raises(FileNotFoundError) as error, whole_file(tmp_path / "b") as temporary:
+            read(temporary)
+        assert error.value.filename == str(tmp_path / "b")
+    with pytest.raises(FileNotFoundError) as error, whole_file(tmp_path / "b"):
+        (tmp_path / "c").read_bytes()
+    assert str(error.value.filename) == str(tmp_path / "c")
 
 
 def test_a_table_is_plain_lines():

@@ -12,7 +12,8 @@ from helpers import build_features, make_folder, result_of, split_of, train_on, 
 
 import train
 from data import Split, load_dataset
-from sounds.audio import lengths_of, read_audio
+from sounds import audio
+from sounds.audio import length_of, lengths_of, read_audio
 from sounds.clip import PARTS, WHOLE
 from support.command import UserError
 from tools.figures import clips_of_run
@@ -412,6 +413,21 @@ def test_windows_of_recordings(tmp_path, capsys):
     assert "--windows cuts the recordings of --dataset folder" in capsys.readouterr().err
 
 
+def test_windows_of_damaged_recordings(tmp_path, capsys):
+    """A header that promises more than there is would make millions of windows: it is one clip, which is refused."""
+    for name in ("a/0.wav", "a/1.flac", "b/0.wav", "b/1.wav", "b/2.wav"):
+        staircase(tmp_path / "my" / name, 2)
+    flac, wav = tmp_path / "my" / "a" / "1.flac", tmp_path / "my" / "b" / "2.wav"
+    content = bytearray(flac.read_bytes())
+    content[21] |= 15  # 36 bits that say how many samples there are
+    content[22:26] = b"\xff" * 4
+    flac.write_bytes(content)
+    wav.write_bytes(wav.read_bytes()[:40_000])
+    assert train_on("folder", tmp_path / "my", tmp_path, "--windows", "--seconds", 0.5) == 2
+    *listed, error = capsys.readouterr().err.splitlines()
+    assert [line.split("#")[0].strip() for line in listed] == [str(flac), str(wav)] and "2 of 14 sound files" in error
+
+
 def test_what_is_cut_off_is_said(tmp_path, capsys):
     root = make_folder(tmp_path / "my", count=3, seconds=0.5)
     write_sound(root / "bell" / "long.wav", 0, seconds=2.5)
@@ -428,4 +444,34 @@ def test_a_piece_that_starts_after_the_end_is_a_bad_file(tmp_path, capsys):
     table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, "b.wav,y,3,")
     assert train_on("csv", table, tmp_path, "--seconds", 0.5) == 2
     error = capsys.readouterr().err
+    assert "warning" not in error
     assert f"{tmp_path}/b.wav#3-: ends after 3.00 s, and its clip starts at 3 s" in error and "--skip-bad" in error
+
+
+def test_a_piece_is_asked_for_its_length_with_its_file(tmp_path, monkeypatch):
+    """Once, and not for every one of thousands of labels: of a long MP3 it takes a second."""
+    asked, file = [], staircase(tmp_path / "a.wav", 3)
+    monkeypatch.setattr(audio, "length_of", lambda path: asked.append(path) or length_of(path))
+    spans = {i: (i / 100, i / 100 + 0.5) for i in range(200)}
+    assert lengths_of([file] * 201, spans).tolist() == pytest.approx([0.5] * 200 + [3]) and asked == [file]
+
+
+def test_a_label_that_no_file_could_hold(tmp_path):
+    names = [write_sound(tmp_path / f"{i}.wav").name for i in range(4)]
+    rows = [f"{name},{label}" for name, label in zip(names, ["a", "a", "b" * 1001, "b" * 1001], strict=True)]
+    with pytest.raises(UserError, match="a label of 1001 characters, 'bbb") as error:
+        load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label", *rows), tmp_path)
+    assert len(str(error.value)) < 300
+
+
+def test_a_piece_that_ends_after_the_end_is_said(tmp_path, capsys):
+    for name in ("a", "b"):
+        staircase(tmp_path / f"{name}.wav", 3)
+    rows = [
+        f"{name}.wav,{label},{start},{end}" for name in "ab" for label, start, end in (("x", 0, 3.05), ("y", 1, ""))
+    ]
+    for more, said in (("b.wav,y,2,4", "1 pieces end after their recordings (b.wav#2-4)"), ("b.wav,y,2,3", "")):
+        table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, more)
+        assert train_on("csv", table, tmp_path, "--seconds", 0.5, "--out", tmp_path / more) == 0
+        error = capsys.readouterr().err
+        assert said in error and bool(said) == ("warning" in error)

@@ -45,7 +45,7 @@ class Case:
     epochs: int
 
 
-CASES = [Case("random:base", 40, 1), Case("random:demo", 400, 5)]
+CASES = [Case("random:base", 40, 1), Case("random:demo", 100, 5)]
 WARM = Case("random:demo", 40, 1)
 
 

@@ -182,7 +182,7 @@ def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
     import soxr
 
     wave = np.asarray(samples, np.float32)
-    if wave.ndim not in (1, 2) or not wave.size or not np.isfinite(wave).all() or rate <= 0:
+    if wave.ndim not in (1, 2) or not wave.size or not np.isfinite(wave).all() or not 1 <= rate <= 10_000_000:
         raise ValueError(f"no sound: {wave.shape} at {rate} Hz; give finite (samples,) or (samples, channels)")
     return soxr.resample(wave if wave.ndim == 1 else wave.mean(axis=1), rate, RATE)
 
@@ -334,6 +334,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("no sounds to classify: give files or folders after the checkpoint (--help shows all options)")
     if args.events and (args.windows or args.embeddings):
         raise UserError(f"--events cannot go with {'--windows' if args.windows else '--embeddings'}")
+    if args.embeddings and args.embeddings.suffix != ".npz":  # it may be a sound, which would be lost
+        raise UserError("--embeddings: give the name of a file that ends in .npz")
     if not 0 <= args.min_length < math.inf:
         raise UserError(f"--min-length {args.min_length}: give a number of seconds")
     return args
