@@ -68,7 +68,7 @@ def test_a_forecast_of_few_steps(monkeypatch, capsys):
 def test_no_forecast_of_a_short_run_or_twice_or_by_another_process(monkeypatch, capsys):
     assert said(monkeypatch, capsys, 4, 0.5) == []  # 41 s
     assert said(monkeypatch, capsys, 4, 1.0) == ["this will take about 82 s, 2 folds"]
-    assert said(monkeypatch, capsys, 4, 1.0, machine=Machine(CPU)) == []
+    assert said(monkeypatch, capsys, 4, 9.0, machine=Machine(CPU)) == []
     monkeypatch.setattr(console, "is_first", lambda: False)
     assert said(monkeypatch, capsys, 4, 1.0) == []
 
