@@ -227,7 +227,7 @@ def test_the_table_of_folds(monkeypatch, capsys):
     assert bench.main(["fold", "--quick"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| random")]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["random:demo", "400", "5", "first", name, *["1.00"] * 4, seconds, "2 %", faster, "50.0 %"]
+        ["random:demo", "100", "5", "first", name, *["1.00"] * 4, seconds, "2 %", faster, "50.0 %"]
         for name, seconds, faster in (("ours", "4.00", "1.00 x"), ("Trainer", "6.00", "1.50 x"))
     ]
 

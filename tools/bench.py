@@ -343,7 +343,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
         raise UserError(f"--data-dir {args.data_dir}: only `fold` reads sounds; add it, or leave the option out")
     device = choose_device(args.device)
     gpu, dtype = device.type == "cuda", choose_dtype(args.dtype, device)
-    batch, repeats = args.batch or (32 if gpu else 2 if args.quick else 4), args.repeats or (20 if gpu else 3)
+    batch = args.batch or (8 if args.what else 32 if gpu else 2 if args.quick else 4)
+    repeats = args.repeats or (20 if gpu and not args.what else 3)
     own = {"dtype": dtype, "batch": batch, "repeats": repeats, "weights": args.weights, "quick": args.quick}
     return args, Bench(device, compile=args.compile, **own)
 
@@ -356,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         names = list(petl.METHODS) if args.methods == "all" else (args.methods or "").split(",")
         if args.what:
-            results = bench_fold.table(args.data_dir, args.batch or 8, args.repeats or 3, args.quick)
+            results = bench_fold.table(args.data_dir, bench.batch, bench.repeats, args.quick)
         elif args.less:
             results = less(bench)
         else:
