@@ -20,13 +20,7 @@ from ast_model import ASTConfig
 from sounds import demo, own, paper
 from sounds.audio import RATE, lengths_of, read_audio, typical_seconds
 from sounds.cache import cached
-from sounds.clip import (  # PARTS: ("train", "val", "test"), the fields of a Split
-    PARTS,
-    WHOLE,
-    Listing,
-    fragment,
-    names_of,
-)
+from sounds.clip import PARTS, WHOLE, Listing, fragment, names_of  # PARTS: ("train", "val", "test"), as in Split
 from sounds.groups import parts_of
 from support.command import UserError, nearest
 from support.speed import near
@@ -258,11 +252,11 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
     """How many frames the model reads: those of `seconds` or of the recipe, else so many that 95 % of the clips fit."""
     if seconds is None and recipe.n_frames is not None:
         return recipe.n_frames
-    if seconds is None:
-        may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(dataset.paths))
-        seconds = typical_seconds(lengths_of(dataset.paths, dataset.spans)[sorted(may_train)])
     if recipe.own and dataset:
-        own.tell_of_cuts(dataset, seconds)
+        lengths = lengths_of(dataset.paths, dataset.spans)
+        may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(lengths))
+        seconds = seconds or typical_seconds(lengths[sorted(may_train)])
+        own.tell_of_cuts(dataset, lengths, seconds)
     return max(ASTConfig.patch, round(seconds * FPS))
 
 

@@ -210,7 +210,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default="demo", help=", ".join(DATASETS))
     add("--method", default="houlsby_par", help="a name that --list-methods prints")
     add("--data-dir", type=Path, help="the dataset or its archive, else it is downloaded; or your own sounds")
-    add("--weights", help="audioset, demo, hf:owner/name, a file or folder, random:base|small|tiny|demo")
+    add("--weights", help="audioset, demo, hf:owner/name, a file or folder, random:base|small|tiny|demo; default: the "
+        "dataset's")  # fmt: skip
     add("--pool", default="mean", choices=POOL, help="how tokens become one vector; the paper takes the mean")
     add("--folds", type=command.numbers, metavar="1,2", help="only these folds")
     add("--seed", type=command.numbers, default=[0], metavar="0,1,2", help="one run for each of these seeds")
@@ -241,7 +242,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--list-methods", action="store_true", help="print all methods with their parameter counts")
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
-    command.check_options(args)
+    command.check_options(args, DATASETS[args.dataset].own)
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)
     return args

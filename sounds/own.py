@@ -203,10 +203,9 @@ def check_folds(dataset) -> None:
                 warn(f"{where} no test clips in fold {fold}")
 
 
-def tell_of_cuts(dataset, seconds: float) -> None:
-    """Say how many clips of a dataset are longer than the model hears, and how much of them is left out; and which
-    pieces are not all there."""
-    lengths = lengths_of(dataset.paths, dataset.spans)
+def tell_of_cuts(dataset, lengths: np.ndarray, seconds: float) -> None:
+    """Say how many clips of a dataset, so many seconds long, (clips,), are longer than the model hears, and how much of
+    them is left out; and which pieces are not all there."""
     if short := [i for i, (start, end) in dataset.spans.items() if 0 < lengths[i] < end - start - 0.1 < math.inf]:
         names = first_of([dataset.names[i] for i in short])
         warn(f"{dataset.root}: {len(short)} pieces end after their recordings ({names}): what is there is used")

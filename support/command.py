@@ -54,8 +54,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """UserError for an option of train.py that is out of its bounds. `args.windows` becomes seconds, or None."""
+def check_options(args: argparse.Namespace, own: bool) -> None:
+    """UserError for an option of train.py that is out of its bounds, or for the user's `own` sounds alone.
+    `args.windows` becomes seconds, or None."""
     if args.lr is not None and not 0 < args.lr <= 1:
         raise UserError(f"--lr is {args.lr}; it must be positive and at most 1")
     if args.keep is not None and not 0 < args.keep < 1:
@@ -63,7 +64,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:
         raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
     for name in ("group", "windows"):
-        if getattr(args, name) not in (None, False) and args.dataset not in ("folder", "csv"):
+        if getattr(args, name) not in (None, False) and not own:
             raise UserError(f"--{name} is for your own sounds, --dataset folder or csv, not for {args.dataset}")
     if args.group and len(args.group) > 1000:  # config.json would not take it
         raise UserError(f"--group has {len(args.group)} characters; give it 1000 or less")

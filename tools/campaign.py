@@ -253,7 +253,7 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
         expected["n_frames"] = frames_for(recipe, None, run.seconds)  # the clips have no say
     if cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:")):  # a file may have changed
         expected["backbone"] = shape_and_hash(cell.weights)[1]
-    if cell.dataset in ("folder", "csv"):
+    if recipe.own:
         expected["data_dir"] = str(run.data_dir.resolve())
     compare_settings(folder, config, expected)
     wanted = set(run.folds or {int(row["fold"]) for row in split})
