@@ -17,12 +17,12 @@ import petl
 import petl_more
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
-from support.checkpoints import fetch, fill, read_header, read_metadata, read_names, read_tensors, write_tensors
+from support.checkpoints import fetch, fill, read_header, read_metadata, read_names, read_tensors, remedy, write_tensors
 from support.command import UserError, first_of
 from support.headers import HuggingFace, checked
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
-DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # pretrained on the sounds of sounds/synth.py
+DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # weights/README.md: how it was made
 RANDOM = {"base": (768, 12, 12), "small": (384, 12, 6), "tiny": (192, 12, 3), "demo": (128, 4, 2)}  # dim, depth, heads
 
 # Parts of tensor names: ours, as Hugging Face's files have it, then inside its library or in the original,
@@ -64,13 +64,15 @@ def load_ast(
 
     weights: "audioset", "demo" (the small backbone in weights/), "hf:owner/name", the path of a file or of a Hugging
     Face folder, or "random:base|small|tiny|demo" (always the same random numbers, so that an adapter finds its backbone
-    again). `n_frames=None` keeps the length of the checkpoint; `n_classes=None` keeps its head, which needs the pool it
-    was trained with ("cls_dist"; "mean" for demo). The result knows its origin as `model.backbone`.
+    again). `n_frames=None` keeps the length of the checkpoint; `n_classes=None` keeps its head, if it has one (demo has
+    none), which needs the pool it was trained with ("cls_dist"). The result knows its origin as `model.backbone`.
     Raises UserError for whatever is missing, damaged or not an AST: names, shapes and finite numbers are checked, not
     their meaning. A square matrix that somebody transposed has the right shape.
     """
     weights, keep_head = str(weights), n_classes is None
     state, config = read_checkpoint(weights)
+    if keep_head and not any(name.startswith("head.") for name in state):
+        raise UserError(f"{weights} has no head: n_classes makes one")
     if keep_head and pool != config.pool:
         raise UserError(f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; n_classes makes a new one")
     named = weights in ("audioset", "demo") or weights.startswith(("hf:", "random:"))  # the same everywhere
@@ -298,7 +300,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
     if model.backbone.sha256 != wanted.sha256:
         raise UserError(
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), not on "
-            f"{model.backbone.name} ({model.backbone.sha256[:12]}): give the right one as weights"
+            f"{model.backbone.name} ({model.backbone.sha256[:12]}): {remedy(wanted.sha256)}"
         )
     petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)

@@ -24,7 +24,7 @@ from msgspec import to_builtins
 
 from support import ledger
 from support.calibration import calibrated
-from support.checkpoints import read_header, read_json, sha256_of, unpickled
+from support.checkpoints import read_header, read_json, remedy, sha256_of, unpickled
 from support.command import UserError, is_number, warn
 from support.files import json_of, table_of, whole_file
 from support.headers import ResumeState, RunConfig, RunResult, Settings, checked
@@ -92,7 +92,7 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
     """UserError that names the first of the `new` settings that differs from the `old` ones, those of the run there."""
     in_words = {
         "clips": "other clips or splits", "method": "other settings of the method",
-        "backbone": f"the backbone {old.get('weights')} as it was then",
+        "backbone": f"the backbone {old.get('weights')} as it was then ({remedy(old.get('backbone'))})",
     }  # fmt: skip
     later = {field.name: field.default for field in fields(Settings)}  # what the runs before a field had
     for name, value in json.loads(json.dumps(new)).items():  # JSON has no tuples
