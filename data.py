@@ -53,8 +53,8 @@ def fbank(waveforms: torch.Tensor) -> torch.Tensor:
     """Kaldi's log-Mel filterbank: waveforms (batch, samples) at 16 kHz in [-1, 1] to (batch, frames, 128), any device.
 
     A frame is 400 samples, frames start every 160, none reaches over the edge; less than one frame is padded with
-    zeros. The operations and their order are those of `torchaudio.compliance.kaldi.fbank(waveform,
-    sample_frequency=16000, window_type="hanning", num_mel_bins=128)`, so that even the rounding is the same.
+    zeros. Operations, their order and so the rounding of most clips are those of `torchaudio.compliance.kaldi.fbank(
+    waveform, sample_frequency=16000, window_type="hanning", num_mel_bins=128)`.
     """
     _, filters = window_and_filters(waveforms.device)
     waveforms = F.pad(waveforms, (0, max(0, WINDOW - waveforms.shape[-1])))
@@ -75,27 +75,27 @@ def spectrum(frames: torch.Tensor) -> torch.Tensor:
 def to_input(fb: torch.Tensor, n_frames: int) -> torch.Tensor:
     """Filterbank (..., frames, 128) to what the AST reads, (..., n_frames, 128): pad with zeros or cut, then normalise.
 
-    The order matters: the padding becomes (0 + 4.27) / 9.14, as in the extractor the checkpoint was trained with, and
-    the standard deviation 0.5.
+    The order matters: the padding becomes (0 + 4.27) / 9.14 = 0.47, as in the extractor the checkpoint was trained
+    with. The features get the standard deviation 0.5.
     """
     fb = F.pad(fb, (0, 0, 0, n_frames - fb.shape[-2]))  # negative padding cuts
     return (fb - MEAN) / (2 * STD)
 
 
-def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_mels: int = 24, max_frames: int = 80) -> torch.Tensor:
+def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_frames: int = 80) -> torch.Tensor:
     """Set one frequency band and one time band of each clip to 0 (SpecAugment; Park et al., 2019).
 
     x: normalised features (batch, n_frames, n_mels), so 0 is their mean. draws: (batch, 4) uniform in [0, 1), on the
     device of x. The frequency band is U(0, 24) filters wide, the time band U(0, 80) frames, each at a uniform position.
     """
 
-    def band(size, limit, draws):  # (batch, 2) -> (batch, size), True where masked
-        width = draws[:, :1] * min(limit, size)
-        start = (draws[:, 1:] * (size - width)).floor()
+    def band(size, limit, pair):  # (batch, 2) -> (batch, size), True where masked
+        width = pair[:, :1] * min(limit, size)
+        start = (pair[:, 1:] * (size - width)).floor()
         position = torch.arange(size, device=x.device)
         return (position >= start) & (position < start + width.floor())
 
-    mels = band(x.shape[2], max_mels, draws[:, :2])
+    mels = band(x.shape[2], 24, draws[:, :2])
     frames = band(x.shape[1], max_frames, draws[:, 2:])
     return x.masked_fill(mels[:, None, :] | frames[:, :, None], 0)
 
@@ -145,7 +145,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of DATASETS: how its clips are listed, and how it is trained; for the paper's as the authors' code does."""
+    """A row of DATASETS: how its clips are listed, and how it is trained; the paper's as in the authors' later code."""
 
     load: Callable[[Path | None, Path], Listing]  # (data_dir, cache_dir)
     n_frames: int | None  # one every 10 ms; None: as many as the clips have, see typical_seconds
@@ -158,7 +158,7 @@ class Recipe:
     own: bool = False  # the user's own sounds: of any length, in classes of any size
 
     def masks(self, n_frames: int, wanted: bool = True) -> dict[str, bool | int]:
-        """SpecAugment: 80 frames, of own sounds that share of a clip; none below 2 s, as the paper has it for 1 s."""
+        """SpecAugment: 80 frames; of own sounds 80 in 500, and none below 2 s: it might hide all there is to hear."""
         mask = wanted and self.mask and not (self.own and n_frames < 2 * FPS)
         return {"mask": mask, "mask_frames": min(80, n_frames * 80 // 500) if mask and self.own else 80}
 
@@ -262,7 +262,7 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
 
 @dataclass(frozen=True)
 class Clips:
-    """Features (clips, n_frames, n_mels) and labels (clips,) of a dataset, both on the device or both on the CPU.
+    """Float16 features (clips, n_frames, n_mels) and labels (clips,), both on the device or both on the CPU.
 
     `file` has the features, if one does: what a probe reads of each clip is kept near it, by support/vectors.py.
     `check` is called before features of these clips are read: of those in a file it mends the damaged ones.

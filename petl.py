@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ast_model import AST, FFN
-from support import headers
 from support.command import UserError, nearest
-from support.headers import Alpha, Rate, Targets
+from support.headers import Alpha, PromptCount, Rate, Targets
 
 
 def inner(module: nn.Module) -> nn.Module:
@@ -37,7 +36,7 @@ def rank_of(dim: int, rr: float) -> int:
 
 def put_beneath(parent: nn.Module, name: str, layer) -> None:
     """Replace the module `name` by layer(module), inside what wraps it: LoRA adapts W even if a prefix is around it."""
-    # But around a wrapper that `reads_weight` of the bare Linear it holds (DoRA, in petl_more.py).
+    # Except DoRA (petl_more.py), which `reads_weight` of the bare Linear it holds: layer goes around that.
     while hasattr(module := getattr(parent, name), "wrapped") and not hasattr(module, "reads_weight"):
         parent, name = module, "wrapped"
     setattr(parent, name, layer(module))
@@ -60,7 +59,7 @@ class Bottleneck(nn.Module):
     """Down to r, GELU, up to dim (Houlsby et al., ICML 2019). Zero at the start, because the up-projection is.
 
     Only one projection may start at zero: the gradient of each is a product with the other, so with both at zero
-    neither would ever move.
+    neither weight would ever move.
     """
 
     def __init__(self, dim: int, rank: int):
@@ -111,7 +110,7 @@ INSERTIONS = {
     "seq_after": lambda S, A, u: (h := S(u)) + A(h),  # eq. (6) plus S(u); Seq-After and Par-After of Table III alike
     "seq_before": lambda S, A, u: S(a := A(u)) + a,  # Table III, as the authors' code: S(0) at first, not S(u)
     "par_before_residual": lambda S, A, u: S(u) + A(u) + u,  # Table VII: a parallel adapter needs no residual path
-    "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII, eq. (6) as printed: a sequential one does
+    "seq_after_no_residual": lambda S, A, u: A(S(u)),  # Table VII, eq. (6) as printed: a sequential one needs it
 }
 
 
@@ -143,7 +142,7 @@ def side_by_side(into: list, out: list) -> FFN:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter at the MHSA or the FFN of every block. Trains the LayerNorm feeding it: 249K are 230,544 + 18,432."""
+    """An adapter at the MHSA or the FFN of every block. Trains its sub-layer's LayerNorm: 249K are 230,544 + 18,432."""
 
     at: Literal["attn", "ffn"]
     how: Literal[tuple(INSERTIONS)]
@@ -187,7 +186,7 @@ class HydraFFN(nn.Module):
 
 @dataclass(frozen=True)
 class Hydra:
-    """Hydra at the FFN of every block; trains the LayerNorm feeding it."""
+    """Hydra at the FFN of every block; trains the FFN's LayerNorm."""
 
     rr: Rate = 64
 
@@ -207,7 +206,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.wrapped, self.scale = wrapped, scale
         self.a = nn.Linear(wrapped.in_features, rank, bias=False)
-        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # zeros need no draws
+        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False))  # no random start
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.wrapped(x) + self.b(self.scale * self.a(x))
@@ -260,7 +259,7 @@ class PrefixLinear(nn.Module):
 class Prefix:
     """Prefix-tuning: of n prompts a layer, one half are keys and the other half values (221K = 12 x 24 x 768)."""
 
-    prompts: headers.Prompts = 24
+    prompts: PromptCount = 24
 
     def __post_init__(self):
         if self.prompts % 2:
@@ -273,7 +272,7 @@ class Prefix:
 
 
 class PromptedEmbedding(nn.Module):
-    """The embedding, with n prompts in place of the distillation token behind [CLS] (prompt-tuning)."""
+    """The embedding, [distillation] replaced by n prompts as in the authors' code; `cls_dist` then reads the first."""
 
     def __init__(self, wrapped: nn.Module, prompts: nn.Parameter):
         super().__init__()
@@ -300,7 +299,7 @@ class PromptedBlock(nn.Module):
 class Prompts:
     """Prompt-tuning (Jia et al., 2022): shallow adds prompts at the first layer, deep gives every layer its own."""
 
-    prompts: headers.Prompts
+    prompts: PromptCount
     deep: bool = False
 
     def insert(self, model: AST) -> None:
@@ -368,7 +367,7 @@ METHODS: dict[str, Method] = {
         Method("dpt", (Prompts(25, deep=True),), "230K", "Table I, DPT-25", lr=1e-2),
         Method("prefix", (Prefix(24),), "221K", "Table I, Pref-T 24", lr=1e-2),
         # Pfeiffer: one adapter a block, parallel to the MHSA or in sequence after the FFN (Table I's numbers are those
-        # rows of Table III; section II-B has the FFN alone). Houlsby: one at each.
+        # rows of Table III; II-B has the FFN alone, III-A the MHSA). Houlsby: one at each.
         Method("pfeiffer_par", adapters(MHSA_PAR), "249K", "Table I, PF par"),
         Method("pfeiffer_seq", adapters(FFN_SEQ), "249K", "Table I, PF seq"),
         Method("houlsby_par", adapters(MHSA_PAR, FFN_PAR), "498K", "Table I, HOU par"),
@@ -429,7 +428,7 @@ def apply(model: AST, method: str | Method) -> AST:
     for part in method.parts:
         part.insert(model)
     model.blocks = nn.ModuleList([*beneath, *model.blocks, *above])
-    if method.blocks:  # full fine-tuning has unfrozen the embedding too
+    if beneath or above:  # full fine-tuning has unfrozen the embedding too
         nn.ModuleList([model.embed, beneath, above]).requires_grad_(False)
     model.method = method
     return model.to(device)  # the parts were made on the CPU

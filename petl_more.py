@@ -90,7 +90,7 @@ class Experts(nn.Module):
 class SoftMoA(Experts):
     """Soft mixture of adapters (Cappellazzo et al., Interspeech 2024, arXiv 2402.00828), after Soft MoE.
 
-    Each expert has p slots. A slot reads a weighted mean of the tokens, a token gets one of the slots' answers.
+    Each expert has p slots. A slot reads a weighted mean of the tokens, a token gets such a mean of the answers.
     """
 
     def __init__(self, dim: int, rank: int, experts: int, slots: int):

@@ -5,7 +5,7 @@
 
 `train_epoch` is the training loop, `train_fold` trains and tests a fold, `run` goes over seeds and folds, `parse` reads
 the command line. From section III-A: AdamW, weight decay, cosine annealing. From the authors' code: cross-entropy, no
-warm-up; the weights of the best epoch by the validation clips, else of the last, are tested. Test clips are seen once.
+warm-up. Tested are the weights of the best epoch by the validation clips, else of the last. Test clips are seen once.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def train_epoch(
 ) -> list[float]:
     """One pass over the clips `indices` in random order, one step for each of the learning rates. Returns the losses.
 
-    `shares` deals a batch out to micro-batches and processes; its weight undoes the mean over processes (alone: one
-    share, weight 1). Order, masks and kept patches are drawn for the whole batch, so neither changes those; dropout and
+    `shares` deals a batch out to micro-batches and processes; its weight undoes the mean over processes (alone:
+    weight 1). Order, masks and kept patches are drawn for the whole batch, so neither changes those; dropout and
     BatchNorm see the share alone.
     """
     learner.network.train()
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> dict:
         folder = home / f"seed{seed}"
         records.start_run(folder, settings, table, dataset, bad, vars(args))
         say(console.describe(settings, n_frames / FPS, args.device))
-        for fold in args.folds or folds:
+        for fold in ahead:
             file = folder / f"fold{fold}.safetensors"
             if not file.exists():
                 model = adapted(pretrained, method, fold, settings, machine)
@@ -265,7 +265,7 @@ def list_methods() -> None:
           f"{counted('full_ft', 100, 35)['petl']:,}.")  # fmt: skip
 
 
-def start(argv: list[str] | None) -> int | None:
+def start(argv: list[str] | None) -> None:
     args = parse(argv)
     if args.list_methods:
         return list_methods()

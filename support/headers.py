@@ -28,7 +28,7 @@ Pool = Literal["mean", "cls", "cls_dist"]  # the keys of ast_model.POOL
 # Of a method. Whole numbers stay whole; a LoRA of peft may have a rank that does not divide the width.
 Rate = Annotated[int, Meta(ge=1, le=65_536)] | Annotated[float, Meta(ge=0.5, le=65_536)]
 Alpha = Annotated[int, Meta(ge=1, le=65_536)] | Annotated[float, Meta(gt=0, le=65_536)]
-Prompts = Annotated[int, Meta(ge=1, le=4_096)]
+PromptCount = Annotated[int, Meta(ge=1, le=4_096)]
 Targets = Annotated[str, Meta(pattern=r"\A[qkvo]{1,4}\Z")]
 
 T = TypeVar("T")

@@ -503,6 +503,13 @@ def test_weight_decay_pulls_towards_the_pretrained_function(name):
     assert away[0] > 1e-3 and away[-1] < 1e-5
 
 
+def test_ssf_in_all_blocks_by_number_is_ssf():
+    everywhere = Method("own", (SSF(),), "-", "-", blocks=(1, 2))
+    assert count(apply(tiny_ast(), everywhere)) == count(apply(tiny_ast(), "ssf"))
+    places = [name for name, tensor in apply(tiny_ast(), everywhere).named_parameters() if tensor.requires_grad]
+    assert "embed.patches.scale" in places
+
+
 # ------------------------------------------------------------------------------------------------ merging, in company
 
 
