@@ -21,7 +21,8 @@ _MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no trunca
 
 def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The sounds anywhere beneath a folder, and its other files; hidden ones are neither."""
-    files = sorted(file for file in folder.rglob("[!.]*") if file.is_file())
+    found = (file for file in folder.rglob("[!.]*") if "/." not in f"/{file.relative_to(folder).as_posix()}")
+    files = sorted(file for file in found if file.is_file())
     sounds = [file for file in files if file.suffix.lower() in SUFFIXES]
     return sounds, [file for file in files if file.suffix.lower() not in SUFFIXES]
 

@@ -28,9 +28,9 @@ def _row_key(path: Path, name: str, front_end: str) -> int:
     return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
 
 
-def _make_row(i: int, key: int, shape: tuple[int, int], compute: Compute) -> tuple[np.ndarray, str]:
+def _make_row(i: int, key: int, kind: np.dtype, compute: Compute) -> tuple[np.ndarray, str]:
     """The row of clip `i`, (1,), and why it has no features; "" if it has."""
-    row, reason = np.zeros(1, row_type(shape)), ""
+    row, reason = np.zeros(1, kind), ""
     try:
         row["features"] = compute(i)
     except ValueError as error:
@@ -39,13 +39,13 @@ def _make_row(i: int, key: int, shape: tuple[int, int], compute: Compute) -> tup
     return row, reason
 
 
-def _read_index(path: Path, shape: tuple[int, int], check: bool = True) -> np.ndarray | None:
+def _read_index(path: Path, kind: np.dtype, check: bool = True) -> np.ndarray | None:
     """`key` and `bad` of every row of a feature file, (clips,); a damaged row has key 0. None if there is no such file.
 
     Reads the file block by block: mapped into memory, all of it would count as memory of this process. Unless `check`,
     damage to features is not looked for, and they are not read.
     """
-    rows = map_rows(path, row_type(shape))
+    rows = map_rows(path, kind)
     if rows is None:
         return None
     index = np.zeros(len(rows), [("key", "<u8"), ("bad", "?")])
@@ -83,20 +83,20 @@ def cached(
     where = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:8]
     path = cache_dir / "features" / f"{dataset.name}-{shape[0]}-{where}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = dataset.names
+    names, kind = dataset.names, row_type(shape)
     named = zip(dataset.paths, names, strict=True)
     keys = np.array([_row_key(clip, name, front_end) for clip, name in named], dtype="<u8")
 
     def reasons(index):  # read again for the reason: the file knows only that there was one
-        return {i: _make_row(i, 0, shape, compute)[1] for i in np.flatnonzero(index["bad"]).tolist()}
+        return {i: _make_row(i, 0, kind, compute)[1] for i in np.flatnonzero(index["bad"]).tolist()}
 
     with FileLock(f"{path}.lock"):
-        index = _read_index(path, shape, check=False)
+        index = _read_index(path, kind, check=False)
         whole = index is not None and np.array_equal(index["key"], keys)
         bad = reasons(index) if whole else {}
         if not whole or "" in bad.values():  # a file that can be read by now
-            _build_rows(path, None if index is None else _read_index(path, shape), keys, dataset, shape, compute)
-            bad = reasons(_read_index(path, shape, check=False))
+            _build_rows(path, None if index is None else _read_index(path, kind), keys, dataset, kind, compute)
+            bad = reasons(_read_index(path, kind, check=False))
         rows = np.load(path, mmap_mode="c")  # copy on write: nothing done to the array reaches the file
     if bad:
         for i, reason in bad.items():
@@ -115,13 +115,11 @@ def cached(
             if crc_of(rows[i]) == rows["crc"][i]:
                 continue
             print(f"{path}: a damaged row, building it again", file=sys.stderr)
-            row, reason = _make_row(i, keys[i], shape, compute)
+            row, reason = _make_row(i, keys[i], kind, compute)
             if not reason and _row_key(dataset.paths[i], names[i], front_end) != keys[i]:
                 raise UserError(f"{dataset.paths[i]} has changed since the start: start again")
             rows[i] = row[0]
-            with open(path, "r+b") as file:
-                file.seek(rows.offset + i * rows.itemsize)
-                file.write(row.tobytes())
+            np.load(path, mmap_mode="r+")[i] = row[0]
             if reason:
                 raise UserError(f"{dataset.paths[i]} {reason}: mend it, or add --skip-bad to train without it")
         unread[index] = False
@@ -130,17 +128,17 @@ def cached(
 
 
 def _build_rows(
-    path: Path, index: np.ndarray | None, keys: np.ndarray, dataset, shape: tuple[int, int], compute: Compute
+    path: Path, index: np.ndarray | None, keys: np.ndarray, dataset, kind: np.dtype, compute: Compute
 ) -> None:
     """Fill the rows that are missing, in `.partial.npy`; then it takes the place of `path`, whose index is `index`.
 
     Every row carries its key and checksum, so the partial file may be left at any moment and taken up again.
     """
     partial = path.with_suffix(".partial.npy")
-    started = _read_index(partial, shape)
+    started = _read_index(partial, kind)
     if started is None or len(started) != len(keys):
-        _start_partial(partial, path, index, keys, shape)
-        started = _read_index(partial, shape)
+        _start_partial(partial, path, index, keys, kind)
+        started = _read_index(partial, kind)
     missing = np.flatnonzero((started["key"] != keys) | started["bad"])
     if len(missing) < len(keys) or index is not None:
         print(f"features of {dataset.name}: {len(missing)} of {len(keys)} clips are new, changed or unfinished")
@@ -152,7 +150,7 @@ def _build_rows(
             offset = np.load(partial, mmap_mode="r").offset
             for first in range(0, len(missing), _BLOCK):
                 block = missing[first : first + _BLOCK]
-                made = pool.map(lambda i: _make_row(i, keys[i], shape, compute), block)
+                made = pool.map(lambda i: _make_row(i, keys[i], kind, compute), block)
                 for i, (row, _) in zip(block.tolist(), made, strict=True):
                     file.seek(offset + i * row.nbytes)
                     file.write(row.tobytes())
@@ -164,11 +162,9 @@ def _build_rows(
     print(f"features of {dataset.name}: built {len(missing)} of {len(keys)} clips, {rate:.0f} clips/s, kept in {path}")
 
 
-def _start_partial(
-    partial: Path, path: Path, index: np.ndarray | None, keys: np.ndarray, shape: tuple[int, int]
-) -> None:
+def _start_partial(partial: Path, path: Path, index: np.ndarray | None, keys: np.ndarray, kind: np.dtype) -> None:
     """An empty feature file for `keys`, with the rows that `path` (whose index is `index`) already has."""
-    rows = start_rows(partial, row_type(shape), len(keys))
+    rows = start_rows(partial, kind, len(keys))
     if index is None:
         return
     row_of = {key: row for row, key in enumerate(index["key"].tolist()) if key}

@@ -34,13 +34,13 @@ class Listing:
         return {i: clip.span for i, clip in enumerate(self.clips) if clip.span != WHOLE}
 
 
-def name_of(path: Path, root: Path, span: tuple[float, float] = WHOLE) -> str:
-    """A clip's path relative to `root`, with forward slashes; of a piece of a recording `rain.wav#12.5-17.5`."""
-    return Path(os.path.relpath(path, root)).as_posix() + fragment(span)
+def name_of(path: Path, root: Path) -> str:
+    """A path relative to `root`, with forward slashes."""
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def fragment(span: tuple[float, float]) -> str:
-    """`#12.5-17.5`, in seconds; nothing where it is a whole file."""
+    """Of a piece of a recording, behind its path: `#12.5-17.5`, in seconds; nothing where it is a whole file."""
     if span == WHOLE:
         return ""
     start, end = (f"{seconds:.6f}".rstrip("0").rstrip(".") if seconds < math.inf else "" for seconds in span)

@@ -45,4 +45,4 @@ def rendered(
 
 
 target = partial(rendered, "demo", synth.TARGET, (200, 40, 100))
-source = partial(rendered, "demo_source", synth.SOURCE, (200, 10, 10))  # for the backbone `--weights demo`
+source = partial(rendered, "demo_source", synth.SOURCE, (200, 10, 10))  # the backbone `--weights demo` began with it

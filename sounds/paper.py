@@ -1,5 +1,6 @@
 """The datasets of the paper, as their releases lie on disk."""
 
+from functools import partial
 from pathlib import Path
 
 from sounds.clip import PARTS, Clip, Listing
@@ -53,9 +54,7 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> L
     return Listing(root, clips, classes)
 
 
-def esc10(data_dir: Path | None, cache_dir: Path) -> Listing:
-    """The ten ESC-10 classes of ESC-50, with its folds."""
-    return esc50(data_dir, cache_dir, only_esc10=True)
+esc10 = partial(esc50, only_esc10=True)
 
 
 def us8k(data_dir: Path | None, cache_dir: Path) -> Listing:
@@ -67,10 +66,8 @@ def us8k(data_dir: Path | None, cache_dir: Path) -> Listing:
     root = locate(US8K, data_dir, cache_dir)
     table = root / "metadata" / "UrbanSound8K.csv"
     rows = read_table(table, ["slice_file_name", "fold", "classID", "class"], integers=["fold", "classID"])
-    folder = root / "audio"
-    clips = [
-        Clip(folder / f"fold{row['fold']}" / row["slice_file_name"], row["class"], int(row["fold"])) for row in rows
-    ]
+    places = [root / "audio" / f"fold{row['fold']}" / row["slice_file_name"] for row in rows]
+    clips = [Clip(path, row["class"], int(row["fold"])) for path, row in zip(places, rows, strict=True)]
     require_files(root, [clip.path for clip in clips])
     warn_of_recordings(root, rows, "fsID")
     return Listing(root, clips, _in_order(table, rows, "classID", "class"))
@@ -86,7 +83,7 @@ def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
     for part, file in (("val", root / "validation_list.txt"), ("test", root / "testing_list.txt")):
         if not file.is_file():
             raise UserError(f"{root} does not hold {file.name}; the dataset has {GSC.layout}")
-        for name in file.read_text(encoding="utf-8").split():
+        for name in file.read_text(encoding="utf-8", errors="replace").split():
             if part_of.setdefault(name, part) != part:
                 raise UserError(f"{root}: {name} is in validation_list.txt and in testing_list.txt: mend the lists")
     clips = {}

@@ -1,7 +1,7 @@
 """Sounds made here, so that everything can be tried without downloading anything.
 
 Each kind of sound is a short recipe: sweeps, vowels, bells, plucked strings, clicks, noises, engines, and events that
-follow each other. SOURCE has 68 of them: the small backbone in `weights/` was pretrained on those and on nothing else.
+follow each other. SOURCE has 68 of them, on which the training of the small backbone in `weights/` began.
 TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. They are five pairs of opposites
 made of the same events: what one does first, the other does last, and an average over time hardly tells which is which.
 
@@ -150,7 +150,6 @@ FORMANTS = {  # Hz; Peterson and Barney, "Control methods used in a study of the
     "o": (570, 840, 2410),
     "u": (300, 870, 2240),
     "er": (490, 1350, 1690),
-    "ae": (660, 1720, 2410),
 }
 
 

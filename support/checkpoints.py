@@ -20,17 +20,13 @@ from support.headers import HuggingFace, Names, Trained, Whole, checked
 T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
-FORMER = {  # what gets a backbone that lay in weights/ once, by its fingerprint
-    "ce8a12f8beb7b8c9b1b6d2fd9e466cf4c912220e09543a9ac25fa343f3a1bee8":
-        "git show 138e3dd:weights/ast_demo.safetensors > former.safetensors",
-}  # fmt: skip
+FORMER = "ce8a12f8beb7b8c9b1b6d2fd9e466cf4c912220e09543a9ac25fa343f3a1bee8"  # fingerprint of what lay in weights/ once
 
 
 def remedy(sha256: str) -> str:
     """What to do where this backbone is wanted and another one is at hand."""
-    if sha256 in FORMER:
-        return f"{FORMER[sha256]} gets it; then --weights former.safetensors"
-    return "give the right one as weights"
+    former = "git show 138e3dd:weights/ast_demo.safetensors > former.safetensors gets it; then --weights"
+    return f"{former} former.safetensors" if sha256 == FORMER else "give the right one as weights"
 
 
 def fetch(repository: str) -> tuple[Path, Path]:

@@ -35,7 +35,7 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     if settings.mask:
         probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
                  "epoch; with --no-mask it does so once")  # fmt: skip
-    probing = {part["part"] for part in settings.method["parts"]} <= {"Statistics"}  # or nothing at all
+    probing = {part["part"] for part in settings.method["parts"]} <= {"Statistics"} and not settings.keep
     return f"{line}\n{probe}" if probing else line
 
 

@@ -58,13 +58,15 @@ def json_of(content: dict) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
+def csv_of(rows: Iterable[Iterable]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def table_of(columns: Iterable[str], rows: Iterable[dict]) -> str:
     """A table as CSV, with a header line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_of([columns, *([row.get(name) for name in columns] for row in rows)])
 
 
 def to_bytes(text: str) -> bytes:

@@ -16,10 +16,10 @@ from support.command import UserError
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"\A[^\0]*\Z")]
 Name = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=10**12)]
+Fold = Annotated[int, Meta(ge=0, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, le=65_536)]
 Frames = Annotated[int, Meta(ge=1, le=6_000)]  # a minute
 Seed = Annotated[int, Meta(ge=0, lt=2**31)]
-Fold = Annotated[int, Meta(ge=0, lt=2**31)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
@@ -180,7 +180,7 @@ class Header(Struct, kw_only=True):
     calibration: Calibration | UnsetType = UNSET
 
     def __post_init__(self):
-        n_classes = self.shape_of_head()
+        n_classes = getattr(self, "config", self).n_classes  # of a Whole or of a Trained
         if self.classes is not UNSET and len(self.classes) != n_classes:
             raise ValueError(f"classes: Expected {n_classes} names, got {len(self.classes)}")
         if self.record is not UNSET and max(self.record.predictions, default=0) >= n_classes:
@@ -189,9 +189,6 @@ class Header(Struct, kw_only=True):
             rows = [*self.calibration.whitening, *self.calibration.centres]
             if len(self.calibration.whitening) != n_classes or {len(row) for row in rows} != {n_classes}:
                 raise ValueError(f"calibration: Expected {n_classes} rows of whitening, and so many numbers in each")
-
-    def shape_of_head(self) -> int:
-        return self.n_classes
 
 
 class Trained(Header, kw_only=True):
@@ -208,9 +205,6 @@ class Whole(Header, kw_only=True):
     """The header of `save_ast`."""
 
     config: Shape
-
-    def shape_of_head(self) -> int:
-        return self.config.n_classes
 
 
 class ResumeState(Struct):

@@ -26,7 +26,7 @@ from support import ledger
 from support.calibration import calibrated
 from support.checkpoints import read_header, read_json, remedy, sha256_of, unpickled
 from support.command import UserError, is_number, warn
-from support.files import json_of, table_of, whole_file
+from support.files import csv_of, json_of, table_of, whole_file
 from support.headers import ResumeState, RunConfig, RunResult, Settings, checked
 from support.processes import is_first, say
 from support.scores import balanced_accuracy, confusion, confusion_table, scores
@@ -41,14 +41,11 @@ PREDICTIONS = ("fold", "part", "path", "label", "prediction", "probability")  # 
 
 def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
     """split.csv: what each clip is used for in each fold. Training clips that --shots has not drawn are left out."""
-    text, names = io.StringIO(), dataset.names
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["fold", "split", "label", "path"])
+    rows, names = [["fold", "split", "label", "path"]], dataset.names
     for fold, split in folds.items():
-        parts = {**vars(split), "skipped": sorted(bad)}
-        for part, clips in parts.items():
-            writer.writerows([fold, part, dataset.classes[dataset.labels[i]], names[i]] for i in clips)
-    return text.getvalue()
+        for part, clips in {**vars(split), "skipped": sorted(bad)}.items():
+            rows += [[fold, part, dataset.classes[dataset.labels[i]], names[i]] for i in clips]
+    return csv_of(rows)
 
 
 def start_run(folder: Path, settings: Settings, table: str, dataset, bad: dict[int, str], options: dict) -> None:

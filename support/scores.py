@@ -1,11 +1,11 @@
 """What a confusion matrix says beyond accuracy, which clips it is most surely wrong about, and weights of classes."""
 
-import csv
-import io
 from collections.abc import Iterable
 
 import numpy as np
 import torch
+
+from support.files import csv_of
 
 
 def confusion(rows: Iterable[dict], classes: list[str]) -> np.ndarray:
@@ -18,10 +18,8 @@ def confusion(rows: Iterable[dict], classes: list[str]) -> np.ndarray:
 
 def confusion_table(counts: np.ndarray, classes: list[str]) -> str:
     """confusion.csv: a row for each true class, a column for each predicted one."""
-    text = io.StringIO()
     rows = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
-    csv.writer(text, lineterminator="\n").writerows([["true / predicted", *classes], *rows])
-    return text.getvalue()
+    return csv_of([["true / predicted", *classes], *rows])
 
 
 def scores(counts: np.ndarray, classes: list[str]) -> dict:

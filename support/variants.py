@@ -19,15 +19,12 @@ def override(method, rr: int | None = None, alpha: float | None = None, prompts:
             raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
         if not 0 < value < math.inf:
             raise UserError(f"--{setting} is {value}; it must be a positive number")
-        parts = (changed(part, setting, value) if hasattr(part, setting) else part for part in method.parts)
+        parts = (
+            checked({**asdict(part), setting: value}, type(part), f"--{setting} is {value}")
+            if hasattr(part, setting) else part for part in method.parts
+        )  # fmt: skip
         method = replace(method, parts=tuple(parts))
     return method
-
-
-def changed(part, setting: str, value):
-    """The part with another value. UserError if its declared type does not allow it."""
-    checked({**asdict(part), setting: value}, type(part), f"--{setting} is {value}")
-    return replace(part, **{setting: value})
 
 
 def shrink(method, factor: int):

@@ -204,7 +204,7 @@ def test_both_train_the_same_fold(monkeypatch):
     )
     extracted = bench_fold.Sounds.extracted
     monkeypatch.setattr(bench_fold.Sounds, "extracted", lambda *x: heard.append(x[1]) or extracted(*x))
-    results = bench_fold.measure(bench_fold.Case(str(SMALL_AST), 10, 2), None, 2, 1)
+    results = bench_fold.measure((str(SMALL_AST), 10, 2), None, 2, 1)
     assert [(result["run"], result["contestant"]) for result in results] == [
         (run, name) for run in ("first", "second") for name in ("ours", "Trainer", "Trainer, kept")
     ]

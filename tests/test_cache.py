@@ -24,7 +24,7 @@ from helpers import Terminal, build_features, make_bad_files, make_clips, make_e
 import data
 from data import Dataset, fbank, load_clips, load_dataset, to_input
 from sounds.audio import read_audio
-from sounds.cache import _read_index, crc_of
+from sounds.cache import _read_index, crc_of, row_type
 from support.command import UserError
 
 ROW = np.dtype([("key", "<u8"), ("crc", "<u4"), ("bad", "<u4"), ("features", "<f2", (30, 128))])
@@ -340,7 +340,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, capsys):
         time.sleep(0.02)
         assert process.is_alive()
         for partial in (cache / "features").glob("*.partial.npy"):
-            index = _read_index(partial, (30, 128))
+            index = _read_index(partial, row_type((30, 128)))
             built = 0 if index is None else np.count_nonzero(index["key"])
     os.kill(process.pid, signal.SIGKILL)
     process.join()

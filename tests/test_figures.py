@@ -27,7 +27,7 @@ def test_error_bars_are_intervals(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure.axes[0]))
     curve = [(200, 80.0, 79.0, 82.0), (100, 70.0, 70.0 + 1e-12, 70.0)]
-    figures.draw_curves({"demo": {"LoRA": curve, "Full FT": [(9000, 90.0, 85.0, 95.0)]}}, "Full FT", tmp_path / "fig")
+    figures.draw_curves({"demo": {"LoRA": curve, "Full FT": [(9000, 90.0, 85.0, 95.0)]}}, tmp_path / "fig")
     ((_, _, (bars,)),) = drawn[0].containers
     segments = [segment.tolist() for segment in bars.get_segments()]
     assert segments == [[[100, 70], [100, 70]], [[200, 79], [200, 82]]]

@@ -663,7 +663,7 @@ def test_save_ast_and_load_ast_are_inverse(tmp_path, pool):
 
 
 def test_a_run_of_a_former_backbone_says_how_to_get_it(tmp_path):
-    (sha256,) = FORMER
+    sha256 = FORMER
     model = adapted()
     model.backbone = replace(model.backbone, sha256=sha256)
     save_trained(model, tmp_path / "fold1.safetensors", {})

@@ -106,7 +106,7 @@ def test_mistakes_in_folders(tmp_path, capsys):
 
 def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
     """Sounds anywhere beneath a class, of any known format; hidden files are none, other files are named."""
-    for name in ("b/1.wav", "b/deep/er/2.WAV", "a/3.flac", "a/4.Flac", "a/.5.wav", ".hidden/6.wav"):
+    for name in ("b/1.wav", "b/deep/er/2.WAV", "a/3.flac", "a/4.Flac", "a/.5.wav", ".hidden/6.wav", "b/.old/7.wav"):
         write_sound(tmp_path / "my" / name)
     for name in ("a/notes.txt", "b/deep/cover.jpg", "readme.md"):
         (tmp_path / "my" / name).touch()

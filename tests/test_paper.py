@@ -175,6 +175,9 @@ def test_gsc_miniature(tmp_path, capsys):
     (root / "testing_list.txt").write_text("bed/absent.wav\n")
     with pytest.raises(UserError, match=r"1 of 36 files are missing \(bed/absent\.wav\)"):
         load_dataset("gsc", root, tmp_path)
+    (root / "testing_list.txt").write_bytes(b"bed/\xff.wav\n")
+    with pytest.raises(UserError, match="1 of 36 files are missing"):
+        load_dataset("gsc", root, tmp_path)
 
 
 def test_fsc_miniature(tmp_path, capsys):

@@ -76,8 +76,15 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_unbroken_one(waves, tm
         clip = torch.nn.utils.clip_grad_norm_
         patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (stop(*args), clip(*args)))
         pretrain.pretrain(waves, str(SMALL_AST), 5, broken, size=3, save_every=2)
-    with pytest.raises(pretrain.UserError, match=r"broken\.resume\.pt is of another training: delete it"):
+    with pytest.raises(pretrain.UserError, match=r"broken\.resume\.pt is damaged or of another training: delete it"):
         pretrain.pretrain(waves, str(SMALL_AST), 6, broken, size=3)
+    file = broken.with_suffix(".resume.pt")
+    state = file.read_bytes()
+    for damaged in (b"PK damaged", state[:1000]):
+        file.write_bytes(damaged)
+        with pytest.raises(pretrain.UserError, match=r"broken\.resume\.pt is damaged"):
+            pretrain.pretrain(waves, str(SMALL_AST), 5, broken, size=3)
+    file.write_bytes(state)
     pretrain.pretrain(waves, str(SMALL_AST), 5, broken, size=3, save_every=2)
     first, second = load_file(whole), load_file(broken)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -64,6 +64,9 @@ def test_a_linear_probe_runs_the_backbone_once_per_clip(pool, train_main, tmp_pa
     assert sum(sizes) == 50  # fold 1 takes all clips: 30 train, 10 validate, 10 test
     assert "each clip goes through the backbone once" in capsys.readouterr().out
     assert train_main(*options, "--out", tmp_path / "again") == 0 and sum(sizes) == 50
+    capsys.readouterr()
+    assert train_main(*options, "--keep", 0.5, "--out", tmp_path / "fewer") == 0
+    assert "goes through the backbone" not in capsys.readouterr().out
 
     monkeypatch.setattr(train, "probed", lambda model, clips, *_: (model, clips))  # the plain loop
     sizes.clear()

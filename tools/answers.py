@@ -3,8 +3,6 @@
 Answers come one by one, as a recording is heard, and go through here one by one.
 """
 
-import csv
-import io
 import json
 import os
 from array import array
@@ -17,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.command import UserError
-from support.files import to_bytes, whole_file
+from support.files import csv_of, to_bytes, whole_file
 
 COLUMNS = "file,what,start,end,rank,class,probability,error"  # of --csv
 UNSURE = "unsure"  # the answer where the confidence is too low
@@ -67,9 +65,7 @@ def shown(answer: Answer, form: str | None, width: int) -> str:
     if form == "csv":
         first, span = (file, answer.what), (f"{answer.start:.3f}", f"{answer.end:.3f}")
         rows = [(*first, *span, rank, name, f"{p:.6f}", "") for rank, (name, p) in enumerate(answer.told, 1)]
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows or [(*first, *[""] * 5, answer.error)])
-        return text.getvalue().rstrip("\n")
+        return csv_of(rows or [(*first, *[""] * 5, answer.error)]).rstrip("\n")
     span = f"{answer.end:20.2f} s" if answer.what == "file" else f"{answer.start:9.2f} -{answer.end:9.2f} s"
     return f"{file:<{width}}{span}  {'  '.join(f'{name} {p:.3f}' for name, p in answer.told)}"
 

@@ -38,15 +38,8 @@ STAGES = ("reading", "training", "evaluation", "other")
 COLUMNS = ("filename", "fold", "target", "category", "esc10")  # of meta/esc50.csv
 
 
-@dataclass(frozen=True)
-class Case:
-    weights: str
-    clips: int
-    epochs: int
-
-
-CASES = [Case("random:base", 40, 1), Case("random:demo", 100, 5)]
-WARM = Case("random:demo", 40, 1)
+CASES = [("random:base", 40, 1), ("random:demo", 100, 5)]  # weights, clips, epochs
+WARM = ("random:demo", 40, 1)
 
 
 @dataclass(frozen=True)
@@ -214,18 +207,18 @@ CONTESTANTS = {"ours": ours, "Trainer": theirs, "Trainer, kept": lambda *what: t
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(case: Case, data_dir: Path | None, batch: int, repeats: int) -> list[dict]:
+def measure(case: tuple[str, int, int], data_dir: Path | None, batch: int, repeats: int) -> list[dict]:
     """The first and the second run of every contestant in turn: of each stage the median seconds, of all of them also
     `spread`, half the range in percent."""
     runs = {(run, name): [] for run in ("first", "second") for name in CONTESTANTS}
-    accuracies = {}
+    (weights, clips, epochs), accuracies = case, {}
     with tempfile.TemporaryDirectory() as place:
-        sounds = make_sounds(Path(place) / "sounds", case.clips, data_dir)
+        sounds = make_sounds(Path(place) / "sounds", clips, data_dir)
         n_classes = len({row["category"] for row in read_table(sounds / "meta" / "esc50.csv", COLUMNS)})
         torch.manual_seed(0)
-        model = load_ast(case.weights, DATASETS["esc10"].n_frames, n_classes, "cls_dist")
+        model = load_ast(weights, DATASETS["esc10"].n_frames, n_classes, "cls_dist")
         write_hf(model, {}, Path(place))
-        fold = Fold(sounds, Path(place), fitted(petl.find("lora"), model.config), case.epochs, batch)
+        fold = Fold(sounds, Path(place), fitted(petl.find("lora"), model.config), epochs, batch)
         for _ in range(repeats):
             for name, contestant in CONTESTANTS.items():
                 with tempfile.TemporaryDirectory() as folder:
@@ -239,7 +232,7 @@ def measure(case: Case, data_dir: Path | None, batch: int, repeats: int) -> list
     for (run, name), spent in runs.items():
         totals = [sum(seconds.values()) for seconds in spent]
         results.append({
-            "weights": case.weights, "clips": case.clips, "epochs": case.epochs, "run": run, "contestant": name,
+            "weights": weights, "clips": clips, "epochs": epochs, "run": run, "contestant": name,
             **{stage: median(seconds[stage] for seconds in spent) for stage in STAGES}, "seconds": median(totals),
             "spread": 50 * (max(totals) - min(totals)) / median(totals), "accuracy": accuracies[run, name],
         })  # fmt: skip

@@ -254,7 +254,7 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     if cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:")):  # a file may have changed
         expected["backbone"] = shape_and_hash(cell.weights)[1]
     if recipe.own:
-        expected["data_dir"] = str(run.data_dir.resolve())
+        expected["data_dir"] = run.data_dir and str(run.data_dir.resolve())
     compare_settings(folder, config, expected)
     wanted = set(run.folds or {int(row["fold"]) for row in split})
     tested = Counter(int(row["fold"]) for row in split if row["split"] == "test")

@@ -212,14 +212,13 @@ def tags_on(device: torch.device, dtype: str, weights: str | None) -> str:
 
 
 def find_esc50(data_dir: Path | None, cache_dir: Path, fetch: bool) -> Dataset:
-    if data_dir is None and not (cache_dir / ESC50.folder).exists():
-        if not fetch:
-            raise NotThere(f"ESC-50, neither as --data-dir nor in {cache_dir}; --esc50 downloads it")
-        try:
-            return load_dataset("esc50", None, cache_dir)
-        except UserError as error:
-            raise NotThere(str(error)) from None
-    return load_dataset("esc50", data_dir, cache_dir)
+    absent = data_dir is None and not (cache_dir / ESC50.folder).exists()
+    if absent and not fetch:
+        raise NotThere(f"ESC-50, neither as --data-dir nor in {cache_dir}; --esc50 downloads it")
+    try:
+        return load_dataset("esc50", data_dir, cache_dir)
+    except UserError as error:
+        raise NotThere(str(error)) if absent else error from None
 
 
 def esc50_labels(data_dir: Path | None, cache_dir: Path, fetch: bool) -> str:

@@ -24,12 +24,12 @@ import train
 from data import DATASETS, Dataset, folds_of, load_dataset
 from sounds.paper import ESC50, FSC, GSC, US8K
 from support.command import Parser, UserError, choose_device, exit_code, in_words, nearest, numbers, positive
-from support.files import default_cache_dir
+from support.files import default_cache_dir, table_of, write_text
 from support.processes import say
 from tools import cells, evidence, figures, tune
 from tools.campaign import options, take_results, train_cells
 from tools.cells import FIGURES, PRINTED, TARGETS, Cell, Plan, columns_of, lines_of, rated
-from tools.tables import file_of, measure, write_csv, write_table
+from tools.tables import file_of, measure, write_table
 
 # ---------------------------------------------------------------------------------------------------------- the figures
 
@@ -63,8 +63,8 @@ def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
                     curves.setdefault(name, []).append((m.trained, m.mean, m.low, m.high))
                     records.append({"dataset": dataset, "curve": name, "cell": same[0].name, **asdict(m)})
         if panels:
-            figures.draw_curves(panels, "Full FT", path)
-            write_csv(Path(f"{path}.csv"), records)
+            figures.draw_curves(panels, path)
+            write_text(Path(f"{path}.csv"), table_of(records[0], records))
         else:
             say(f"{FIGURES[target].title}: no cell is finished, nothing to draw")
 
@@ -186,13 +186,10 @@ def data_dirs(words: list[str], datasets: list[str]) -> dict[str, Path]:
     return found
 
 
-def start(argv: list[str]) -> int:
-    if argv[:1] == ["plot"]:
-        figures.plot(argv[1:])
-        return 0
-    if argv[:1] == ["compare"]:
-        evidence.compare(argv[1:])
-        return 0
+def start(argv: list[str]) -> int | None:
+    commands = {"plot": figures.plot, "compare": evidence.compare}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
     plan = parse(argv)
     if plan.tune or plan.setting != "paper":
         plan = replace(plan, tuned=tune.read_tuned(plan))
@@ -203,8 +200,7 @@ def start(argv: list[str]) -> int:
     if plan.weights:
         cells.shape_of(plan.weights)
     if plan.dry_run:
-        dry_run(listed, plan)
-        return 0
+        return dry_run(listed, plan)
     evidence.stats()  # missing? now, not after the training
     if any(target in FIGURES for target in plan.targets):
         figures.pyplot()

@@ -125,10 +125,6 @@ PEFT = {  # what we call the tensors of LoRA and its relatives, and what peft do
 ALIKE = ("LoRA", "DoRA", "RsLoRA", "IA3", "VeRA")  # parts that peft has too
 
 
-def kind_of(part) -> str:
-    return type(part).__name__
-
-
 def start_of(model: AST, name: str):
     """What peft's tensor is more than ours: here factors are trained as their distance from where they start."""
     module, _, last = name.rpartition(".")
@@ -140,7 +136,7 @@ def start_of(model: AST, name: str):
 def peft_config(model: AST) -> dict:
     """What adapter_config.json says of the one part of a model's method."""
     (part,) = model.method.parts
-    kind = kind_of(part)
+    kind = type(part).__name__
     if kind == "IA3":
         return {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}
     rank, targets = petl.rank_of(model.config.dim, part.rr), [f"{letter}_proj" for letter in part.targets]
@@ -182,7 +178,7 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
                 tensor = tensor[None] if layer == "fc2" else tensor[:, None]
             tensors[f"{ast}.layers.{n}.{where}.{PEFT[last]}"] = tensor.contiguous()
     tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    if kind_of(model.method.parts[0]) == "VeRA":
+    if type(model.method.parts[0]).__name__ == "VeRA":
         a, b = vera_pair(model)
         tensors |= {"base_model.vera_A": a, "base_model.vera_B": b}
     with whole_file(out / "adapter_model.safetensors") as temporary:
@@ -210,10 +206,8 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     kind = config.peft_type
     unsupported = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if getattr(config, name)]
     if kind not in ("LORA", "IA3", "VERA") or config.bias != "none" or unsupported:
-        what = ", ".join([kind, *unsupported])
-        raise UserError(
-            f"{folder} holds {what}: only LoRA with one rank, DoRA, rsLoRA, (IA)3 and VeRA, without biases, can be read"
-        )
+        known = "only LoRA with one rank, DoRA, rsLoRA, (IA)3 and VeRA, without biases, can be read"
+        raise UserError(f"{folder} holds {', '.join([kind, *unsupported])}: {known}")
     if kind != "IA3":
         config = read_json(folder / "adapter_config.json", headers.LoRA if kind == "LORA" else headers.VeRA)
     file = next((f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")), None)
@@ -369,7 +363,7 @@ def export(args: argparse.Namespace) -> None:
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
     header.pop("record", None)  # says how it was trained, which belongs to the fold
     method = getattr(model, "method", petl.Method("this model", (), "-", "-"))
-    if args.to == "peft" and [kind_of(part) in ALIKE for part in method.parts] != [True]:
+    if args.to == "peft" and [type(part).__name__ in ALIKE for part in method.parts] != [True]:
         raise UserError(f"--to peft takes one of {', '.join(ALIKE)} alone, not {method.name!r}; --to onnx takes all")
     if args.to == "hf":
         petl.merge(model)  # what cannot be merged is not helped by another pool

@@ -51,18 +51,16 @@ def save(figure, path: Path) -> None:
     print(f"written to {path}.png and .svg", flush=True)
 
 
-def draw_curves(
-    panels: dict[str, dict[str, list[tuple[int, float, float, float]]]], reference: str, path: Path
-) -> None:
+def draw_curves(panels: dict[str, dict[str, list[tuple[int, float, float, float]]]], path: Path) -> None:
     """Accuracy against trained parameters: {panel: {curve: [(parameters, accuracy in %, its interval's ends)]}}.
 
-    The curve `reference` is one point far to the right: a dashed line at its height, its interval a band.
+    The curve "Full FT" is one point far to the right: a dashed line at its height, its interval a band.
     """
     figure, axes = pyplot().subplots(1, len(panels), figsize=(1.6 + 3.4 * len(panels), 3.4), squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for i, (name, points) in enumerate(curves.items()):
             x, y, low, high = np.array(sorted(points)).T
-            if name == reference:
+            if name == "Full FT":
                 axis.axhspan(low[0], high[0], color="#666666", alpha=0.12, linewidth=0)
                 axis.axhline(y[0], color="#666666", linestyle=(0, (6, 3)), linewidth=1.2, label=name)
                 title += f" ({name} trains {x[0]:,.0f} parameters)"
@@ -166,8 +164,8 @@ def draw_history(rows: list[dict], title: str, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- finished runs
 
 
-def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[Dataset, Clips, dict]:
-    """The dataset of a run, its clips with their features, and the indices of the test clips of each fold.
+def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[dict, Dataset, Clips, dict]:
+    """The settings of a run, its dataset, clips with their features, and the indices of the test clips of each fold.
 
     Raises UserError if the run is not finished, or if the clips that it tested are not found.
     """
@@ -183,7 +181,7 @@ def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
         raise UserError(f"{run}: {len(missing)} of its test clips ({missing[0]}, ...) are not in {dataset.root}: give "
                         "the sounds it was trained on as --data-dir")  # fmt: skip
     clips, _ = load_clips(dataset, config["n_frames"], torch.device("cpu"), cache_dir, skip_bad=True)
-    return dataset, clips, {k: [index[name] for name in names] for k, names in tests.items()}
+    return config, dataset, clips, {k: [index[name] for name in names] for k, names in tests.items()}
 
 
 @torch.inference_mode()
@@ -205,7 +203,7 @@ def draw_tokens(
     [CLS] as in the paper, and the mean of all tokens, which the head reads.
     """
     panels = {}
-    dataset, clips, tests = clips_of_run(next(iter(runs.values())), data_dir, cache_dir)
+    _, dataset, clips, tests = clips_of_run(next(iter(runs.values())), data_dir, cache_dir)
     fold, test = next(iter(tests.items()))
     classes = sorted({dataset.labels[i] for i in test})[:10]  # as many as in the paper
     shown = [i for k in classes for i in [i for i in test if dataset.labels[i] == k][:50]]
@@ -236,8 +234,7 @@ def plot(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     pyplot()  # missing? now, not after the work
     device = choose_device(args.device)
-    config, _, _ = read_run(args.run)
-    dataset, clips, tests = clips_of_run(args.run, args.data_dir, args.cache_dir)
+    config, dataset, clips, tests = clips_of_run(args.run, args.data_dir, args.cache_dir)
     rows, names = [], dataset.names
     for fold, test in tests.items():
         model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)

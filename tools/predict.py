@@ -157,9 +157,8 @@ def class_names(weights: str, n_classes: int) -> list[str]:
     if not names:
         raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
     if len(names) != n_classes:
-        raise UserError(
-            f"{config_path}: id2label: Expected as many names as the head has, {n_classes}, got {len(names)}"
-        )
+        expected = f"Expected as many names as the head has, {n_classes}, got {len(names)}"
+        raise UserError(f"{config_path}: id2label: {expected}")
     return names
 
 
@@ -321,11 +320,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "of ten right answers on the validation clips stay")  # fmt: skip
     add("--embeddings", type=Path, metavar="FILE.npz", help="write the vector of each file, or with --windows window")
     add("--hop", type=float, metavar="S", help="seconds from one window to the next; default: half a window")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON object per line")
-    output.add_argument(
-        "--csv", dest="form", action="store_const", const="csv", help="one row for each class of a file"
-    )
+    form = partial(parser.add_mutually_exclusive_group().add_argument, dest="form", action="store_const")
+    form("--json", const="json", help="one JSON object per line")
+    form("--csv", const="csv", help="one row for each class of a file")
     add("--batch-size", type=positive, default=32, help="windows at once (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_intermixed_args(argv)

@@ -8,6 +8,7 @@ backbone. What a batch is follows from the seed and its number alone, so an inte
 where its state was last saved, ends with the bits of an unbroken one.
 """
 
+import io
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -125,9 +126,12 @@ def pretrain(
     file, first, warm = out.with_suffix(".resume.pt"), 0, max(1, min(200, steps // 10))
     which = sha256_of([model.state_dict(), [torch.from_numpy(wave) for wave in waves], steps, size, seed])
     if file.exists():
-        state = unpickled(file)
-        if state["which"] != which:
-            raise UserError(f"{file} is of another training: delete it, or give another --out")
+        try:
+            state = unpickled(file)
+        except (OSError, ValueError):
+            state = None
+        if not isinstance(state, dict) or state.get("which") != which:
+            raise UserError(f"{file} is damaged or of another training: delete it, or give another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -146,8 +150,10 @@ def pretrain(
             if (step + 1) % save_every == 0:
                 print(f"step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                buffer = io.BytesIO()  # torch would call a full disk something else
+                torch.save({**state, "step": step + 1, "which": which}, buffer)
                 with whole_file(file) as temporary:
-                    torch.save({**state, "step": step + 1, "which": which}, temporary)
+                    temporary.write_bytes(buffer.getbuffer())
     model.head, model.config = nn.Identity(), replace(model.config, n_classes=1)
     made = f"{len(waves)} recordings, {steps} steps, from {Path(weights).name}"
     save_ast(model, out, {"pretrained": made}, torch.float16)
@@ -160,10 +166,9 @@ def start(argv: list[str] | None) -> None:
     add("sounds", type=Path, metavar="SOUNDS", help="a folder with recordings, anywhere beneath it")
     add("--steps", type=positive, default=6_000, help="%(default)s")
     add("--weights", default="demo", help="to start from: as of train.py; random:demo for none")
-    add("--seed", type=int, default=0)
     add("--out", type=Path, required=True, help="the file of weights; its state is beside it until it is finished")
     args = parser.parse_args(argv)
-    pretrain(read_all(args.sounds), args.weights, args.steps, args.out, seed=args.seed)
+    pretrain(read_all(args.sounds), args.weights, args.steps, args.out)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -186,7 +186,7 @@ def write_table(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     content, records = (render_claims if target == "claims" else render)(target, done, plan)
     path = file_of(target, plan, plan.setting)
     write_text(Path(f"{path}.md"), content)
-    write_csv(Path(f"{path}.csv"), records)
+    write_text(Path(f"{path}.csv"), table_of(records[0], records))
     say(f"\n{content}\nwritten to {path}.md and .csv")
 
 
@@ -203,7 +203,3 @@ def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str,
     if "tuned" in plan.settings:
         notes.append(tune.note_of(cells.cells_of(replace(plan, targets=["claims"], setting="paper")), plan))
     return f"### {TARGETS[target].title}\n\n{markdown(claims.as_text(records))}\n\n{listed(notes)}\n", records
-
-
-def write_csv(path: Path, records: list[dict]) -> None:
-    write_text(path, table_of(records[0], records))

@@ -98,12 +98,9 @@ def cells_to_try(plan: Plan) -> dict[Cell, dict[float, Cell]]:
     """
     if plan.search_seed in plan.seeds:
         raise UserError(f"--search-seed {plan.search_seed} is one of those to report: give another")
-    for target in plan.targets:
-        for dataset, _ in columns_of(target, plan):
-            if not DATASETS[dataset].validate:
-                raise UserError(
-                    f"{dataset} has no validation clips to judge learning rates by: leave it out, --datasets"
-                )
+    for dataset, _ in (column for target in plan.targets for column in columns_of(target, plan)):
+        if not DATASETS[dataset].validate:
+            raise UserError(f"{dataset} has no validation clips to judge learning rates by: leave it out, --datasets")
     left = {}
     for cell in cells_of(replace(plan, seeds=[plan.search_seed], setting="paper")):
         now = {"seed": plan.search_seed, "epochs": epochs_of(cell, plan), "options": plan.passed}
