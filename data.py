@@ -304,7 +304,7 @@ def load_clips(
     # Raise the 2 when a formula above changes: features kept before are then not found.
     key = f"front end 2, {RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}, {n_frames} frames"
     rows, bad, check = cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
-    if device.type == "cuda":  # reads them all now, if they fit
+    if device.type == "cuda":  # `near` reads all rows, if they fit
         check(torch.arange(len(rows)))
         check = Clips.check  # nothing is left to check
     features = near(torch.from_numpy(rows), device)

@@ -225,7 +225,7 @@ def crop_or_stretch(grid: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
-    """SHA-256 over the names and float32 values of all tensors but the head's, and what no tensor shows."""
+    """SHA-256 over the names and float32 values of all tensors but the head's, heads and stride."""
     digest = hashlib.sha256(f"{config.heads} heads, stride {config.stride}".encode())
     for name in sorted(state):
         if not name.startswith("head."):
