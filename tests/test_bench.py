@@ -218,7 +218,7 @@ def test_both_train_the_same_fold(monkeypatch):
 def test_the_table_of_folds(monkeypatch, capsys):
     def measure(case, data_dir, batch, repeats):
         assert (data_dir, batch, repeats) == (None, 8, 1 if case == bench_fold.WARM else 3)
-        names = {"weights": case.weights, "clips": case.clips, "epochs": case.epochs, "run": "first"}
+        names = {**dict(zip(("weights", "clips", "epochs"), case, strict=True)), "run": "first"}
         stages = dict.fromkeys(bench_fold.STAGES, 1.0)
         return [{**names, "contestant": name, **stages, "seconds": seconds, "spread": 2.0, "accuracy": 50.0}
                 for name, seconds in (("ours", 4.0), ("Trainer", 6.0))]  # fmt: skip
