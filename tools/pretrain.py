@@ -4,7 +4,7 @@
 
 A second of a recording is heard at another speed, through another filter, at another level, with noise and another
 sound beneath it, and masked; the model says which recording it is. `weights/README.md` has the recordings of the demo's
-backbone. What a batch is follows from the seed and its number alone, so an interrupted run, which goes on by itself
+backbone. What a batch is follows from its number alone, so an interrupted run, which goes on by itself
 where its state was last saved, ends with the bits of an unbroken one.
 """
 
@@ -34,6 +34,7 @@ LENGTH = (N_FRAMES - 1) * data.HOP + data.WINDOW  # samples of a crop
 LONGEST = 20  # seconds of a recording that are used
 KEEP = 0.5  # of the patches, in training: twice as fast
 LR, BETAS, EPS, WEIGHT_DECAY, SMOOTHING, CLIP = 1e-3, (0.9, 0.98), 1e-6, 0.05, 0.1, 1.0
+SEED = 0
 COOL = 0.25  # the share of the steps, the last ones, in which the learning rate falls to zero
 
 
@@ -99,9 +100,9 @@ def gains(size: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(decibels * math.log(10) / 10).float()[:, None]
 
 
-def batch(waves: list[np.ndarray], size: int, n_patches: int, seed: int, step: int) -> tuple[torch.Tensor, ...]:
+def batch(waves: list[np.ndarray], size: int, n_patches: int, step: int) -> tuple[torch.Tensor, ...]:
     """Masked features (size, N_FRAMES, 128), which recordings they are (size,), and the patches looked at (size, n)."""
-    rng = np.random.default_rng([seed, step])
+    rng = np.random.default_rng([SEED, step])
     labels = rng.integers(len(waves), size=size)
     clips = torch.from_numpy(np.stack([heard(waves, i, rng) for i in labels]))
     x = data.to_input(data.fbank(clips) + gains(size, rng), N_FRAMES)
@@ -113,18 +114,18 @@ def batch(waves: list[np.ndarray], size: int, n_patches: int, seed: int, step: i
 
 
 def pretrain(
-    waves: list[np.ndarray], weights: str, steps: int, out: Path, size: int = 64, seed: int = 0, save_every: int = 250
+    waves: list[np.ndarray], weights: str, steps: int, out: Path, size: int = 64, save_every: int = 250
 ) -> None:
     """Train `steps` steps from `weights`, and write the model without its head.
 
     The learning rate rises for at most 200 steps, stays, and falls to zero in the last quarter. The state is saved
     beside `out` every `save_every` steps; UserError if the one that is there is of another training.
     """
-    torch.manual_seed(seed)  # of the head
+    torch.manual_seed(SEED)  # of the head
     model = load_ast(weights, N_FRAMES, len(waves)).train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)
     file, first, warm = out.with_suffix(".resume.pt"), 0, max(1, min(200, steps // 10))
-    which = sha256_of([model.state_dict(), [torch.from_numpy(wave) for wave in waves], steps, size, seed])
+    which = sha256_of([model.state_dict(), [torch.from_numpy(wave) for wave in waves], steps, size, SEED])
     if file.exists():
         try:
             state = unpickled(file)
@@ -135,7 +136,7 @@ def pretrain(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    draw = partial(batch, waves, size, model.config.n_patches, seed)
+    draw = partial(batch, waves, size, model.config.n_patches)
     progress = tqdm(range(first, steps), "pretraining", unit="step", initial=first, total=steps, disable=None)
     with ThreadPoolExecutor(1) as pool:  # makes the next batch meanwhile
         coming = pool.submit(draw, first)
@@ -158,6 +159,7 @@ def pretrain(
     made = f"{len(waves)} recordings, {steps} steps, from {Path(weights).name}"
     save_ast(model, out, {"pretrained": made}, torch.float16)
     file.unlink(missing_ok=True)
+    print(f"written to {out}, made from {made}")
 
 
 def start(argv: list[str] | None) -> None:
@@ -168,6 +170,8 @@ def start(argv: list[str] | None) -> None:
     add("--weights", default="demo", help="to start from: as of train.py; random:demo for none")
     add("--out", type=Path, required=True, help="the file of weights; its state is beside it until it is finished")
     args = parser.parse_args(argv)
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder: give the name of a file")
     pretrain(read_all(args.sounds), args.weights, args.steps, args.out)
 
 
