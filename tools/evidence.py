@@ -115,23 +115,29 @@ def difference(seeds: list[Scores]) -> Difference:
 # --------------------------------------------------------------------------------------------------- what runs leave
 
 
-def scores_of(run: Path, folds: Iterable[dict]) -> Scores:
-    """What the run made of the test clips of these folds of result.json. UserError if it has not left that."""
+def tested(run: Path, folds: Iterable[dict]) -> list[dict[str, str]]:
+    """The rows of predictions.csv that test in these folds of result.json. UserError if the run has not left them."""
     again = "make the run again: delete its folder, or give another --out"
-    accuracies, found = {str(fold["fold"]): fold["accuracy"] for fold in folds}, {}
+    accuracies = {str(fold["fold"]): fold["accuracy"] for fold in folds}
     try:
         with open(run / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["part"] == "test" and row["fold"] in accuracies]
-        found = {(row["fold"], row["path"], row["label"]): int(row["label"] == row["prediction"]) for row in rows}
+        answers = [(row["fold"], row["label"] == row["prediction"]) for row in rows]
     except FileNotFoundError:
         raise UserError(f"{run} has no predictions.csv, it is of an earlier version: {again}") from None
     except (KeyError, csv.Error):
         raise UserError(f"{run / 'predictions.csv'} is damaged: {again}") from None
     for fold, accuracy in accuracies.items():
-        right = [score for (its_fold, *_), score in found.items() if its_fold == fold]
+        right = [right for its_fold, right in answers if its_fold == fold]
         if not right or abs(100 * np.mean(right) - accuracy) > 0.01:
             raise UserError(f"{run / 'predictions.csv'} is not of fold {fold} as result.json has it: {again}")
-    return found
+    return rows
+
+
+def scores_of(run: Path, folds: Iterable[dict]) -> Scores:
+    """What the run made of the test clips of these folds, as `tested` has them."""
+    return {(row["fold"], row["path"], row["label"]): int(row["label"] == row["prediction"])
+            for row in tested(run, folds)}  # fmt: skip
 
 
 def minus(first: list[Scores], second: list[Scores]) -> Scores:

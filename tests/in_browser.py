@@ -1,0 +1,144 @@
+"""The page of a run in a real browser: Debian's chromium, or what CHROMIUM names.
+
+By its name this file is left out unless one asks for it: pip install -r requirements-browser.txt, then
+python -m pytest tests/in_browser.py
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from helpers import made_up_page
+from playwright.sync_api import sync_playwright
+
+EVIL = "<script>alert(1)</script>"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """30 clips of a bell, of a class with an evil name, and of a drum; the first 6 are mistakes."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "report.html").write_text(made_up_page(folder, ["bell", EVIL, "drum"], 30))
+    return folder / "report.html"
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a file in a new window; at the end nothing but the file was asked for, and the console is empty."""
+    contexts, heard = [], []
+
+    def call(file: Path, **options):
+        contexts.append(browser.new_context(**{"viewport": {"width": 1000, "height": 800}, **options}))
+        page = contexts[-1].new_page()
+        for event in ("console", "pageerror", "dialog", "crash"):
+            page.on(event, lambda what, event=event: heard.append((event, str(getattr(what, "text", what)))))
+        page.on("request", lambda one: one.url.startswith("data:") or heard.append(one.url))
+        page.goto(file.as_uri())
+        return page
+
+    yield call
+    for context in contexts:
+        context.close()
+    assert {what for what in heard if not str(what).endswith(".html")} == set()
+
+
+def shown(page) -> list[str]:
+    """The paths of the clips that are listed."""
+    return page.locator(".cards li:visible .path").all_text_contents()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_every_width_light_and_dark(opened, file, width, scheme):
+    """Nothing to scroll sideways, and nothing that axe-core finds: contrast, names, order, keyboard."""
+    page = opened(file, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    found = Axe().run(page).response
+    assert found["violations"] == [] and len(found["passes"]) > 20
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
+
+
+def test_views(opened, file):
+    page = opened(file)
+    assert shown(page) == [f"{i}.wav" for i in (5, 4, 3, 2, 1, 0)]  # the surest mistake first
+    page.get_by_role("button", name="Right answers").click()
+    assert shown(page) == [f"{i}.wav" for i in range(6, 30)]
+    page.get_by_role("button", name="Both").click()
+    assert len(shown(page)) == 30
+    assert page.locator("#listed").inner_text() == "30 of the 30 clips on this page"
+
+
+def test_a_cell_of_the_matrix_leads_to_its_clips(opened, file):
+    """By keyboard; and what is read aloud says which."""
+    page = opened(file)
+    cell = page.get_by_role("button", name=f"2 of bell, answered {EVIL}")
+    cell.focus()
+    page.keyboard.press("Enter")
+    assert shown(page) == ["3.wav", "0.wav"] and cell.get_attribute("aria-pressed") == "true"
+    said = f"2 of bell, answered {EVIL}: 2 of them are on this page, 0 more in predictions.csv"
+    assert page.get_by_role("status").inner_text() == said
+    assert page.evaluate("document.activeElement.id") == "clips"
+    assert page.locator("[aria-pressed=true]").count() == 1
+
+
+def test_a_player_plays_its_clip(opened, file):
+    """By the space bar, one at a time; and the sound is the tone of the clip."""
+    page = opened(file)
+    for name in ("5.wav", "4.wav"):
+        page.locator(f"audio[aria-label='{name}']").focus()
+        page.keyboard.press("Space")
+        page.wait_for_function("name => document.querySelector(`[aria-label='${name}']`).currentTime > 0", arg=name)
+    assert page.locator("audio").evaluate_all("all => all.filter(a => !a.paused && !a.ended).length") <= 1
+    seconds, hertz = page.evaluate("""async () => {
+        const content = document.querySelector("audio[aria-label='4.wav']").src.split(",")[1];
+        const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+        const sound = await new OfflineAudioContext(1, 1, 16000).decodeAudioData(bytes.buffer);
+        const wave = sound.getChannelData(0).slice(2000, 7000);
+        let crossings = 0;
+        for (let i = 1; i < wave.length; i++) crossings += wave[i - 1] < 0 && wave[i] >= 0;
+        return [sound.duration, crossings / wave.length * 16000];
+    }""")
+    assert seconds == pytest.approx(0.5, abs=0.15) and hertz == pytest.approx(580, abs=5)
+
+
+def test_names_are_text(opened, file):
+    page = opened(file)
+    assert page.locator("script").count() == 1
+    assert page.locator(".matrix tbody th").all_inner_texts() == ["bell", EVIL, "drum"]
+
+
+def test_paper_and_browsers_without_scripts(opened, file):
+    page = opened(file, java_script_enabled=False)
+    assert len(shown(page)) == 30 and not page.locator(".views").is_visible()
+    page.emulate_media(media="print")
+    assert not page.locator("audio").first.is_visible() and not page.locator("nav").is_visible()
+    assert len(page.pdf()) > 10_000
+
+
+def test_500_clips_stay_quick(opened, tmp_path):
+    classes = [f"class {k}" for k in range(50)]
+    (tmp_path / "page.html").write_text(made_up_page(tmp_path, classes, 500))
+    page = opened(tmp_path / "page.html")
+    milliseconds = page.evaluate("""async () => {
+        const times = [];
+        for (const button of document.querySelectorAll("button")) {
+            const start = performance.now();
+            button.click();
+            await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+            times.push(performance.now() - start);
+        }
+        return times.sort((a, b) => a - b);
+    }""")
+    assert len(milliseconds) == 103 and milliseconds[len(milliseconds) // 2] < 250

@@ -1,0 +1,208 @@
+"""A page to look at a run and to listen to it: one file that any browser opens, offline, and that can be sent by mail.
+
+    python -m tools.report runs/demo/houlsby_par/seed0
+
+Numbers are those that the run has left; of the clips that are shown its models say once more what they think. The page
+is report.html, a template, with report.css and report.js in it: it fetches nothing, and its own policy forbids it to.
+"""
+
+import base64
+import hashlib
+import io
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import HOP, RATE, WINDOW
+from load_weights import load_trained
+from sounds.audio import read_audio
+from sounds.clip import WHOLE
+from support.command import Parser, UserError, choose_device, exit_code, positive
+from support.files import to_bytes, write_text
+from support.progress import Bar
+from support.records import read_metrics
+from support.scores import confusion
+from tools.campaign import read_run
+from tools.evidence import interval, tested
+from tools.figures import batched, clips_of_run
+
+HERE = Path(__file__).parent
+BUDGET = 15_000_000  # characters of sounds and pictures: what mail takes
+SHADES = 8  # of a cell of the confusion matrix: report.css has as many
+CHART = (320, 140)  # width and height of a learning curve
+UNTOLD = ("method", "backbone", "clips", "cache_dir", "data_dir")  # of config.json: hashes, and whose machine it was
+
+
+def libraries():
+    """jinja2, PIL.Image and matplotlib's colours. UserError if one of them is not installed."""
+    try:
+        import jinja2
+        from matplotlib import colormaps
+        from PIL import Image
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise UserError(f"a report needs {missing}: pip install -r requirements-figures.txt") from None
+    return jinja2, Image, colormaps
+
+
+# ------------------------------------------------------------------------------------------------- the clips of a page
+
+
+def interest(row: dict) -> tuple[bool, float]:
+    """Sorts rows of predictions.csv: the most confident mistakes first, then the least certain right answers."""
+    right, probability = row["label"] == row["prediction"], float(row["probability"])
+    return right, probability if right else -probability
+
+
+def evenly(rows: list[dict]) -> list[dict]:
+    """The rows, those of `interest` first in each class, and one class after the other."""
+    of_class = {}
+    for row in sorted(rows, key=interest):
+        of_class.setdefault(row["label"], []).append(row)
+    most = max(map(len, of_class.values()))
+    return [mine[i] for i in range(most) for mine in of_class.values() if i < len(mine)]
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture_of(features: torch.Tensor) -> str:
+    """Features (n_frames, n_mels) as the model reads them: time to the right, low tones below, bright is loud."""
+    _, image, colormaps = libraries()
+    shown = features.T.flip(0).numpy()  # (n_mels, n_frames)
+    low, high = np.quantile(shown, [0.01, 0.999])
+    colours = colormaps["magma"](((shown - low) / max(high - low, 1e-6)).clip(0, 1), bytes=True)[..., :3]
+    buffer = io.BytesIO()
+    image.fromarray(np.ascontiguousarray(colours)).save(buffer, "webp", quality=80)
+    return data_uri(buffer.getvalue(), "image/webp")
+
+
+def sound_of(wave: np.ndarray) -> str:
+    """Samples at 16 kHz as MP3, which every browser plays."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, RATE, format="MP3")
+    return data_uri(buffer.getvalue(), "audio/mpeg")
+
+
+def cards_of(
+    run: Path, rows: list[dict], count: int, data_dir: Path | None, cache_dir: Path | None, weights: str | None, device
+) -> list[dict]:
+    """Up to `count` of the rows, as many as BUDGET allows, in the order of `interest`; each with its picture, its sound
+    and what its fold's model thinks of it."""
+    config, dataset, clips, tests = clips_of_run(run, data_dir, cache_dir)
+    number = {name: i for i, name in enumerate(dataset.names)}
+    heard, room, cards = (config["n_frames"] * HOP + WINDOW) / RATE, BUDGET, []
+    for row in Bar(evenly(rows)[:count], "clips of the report"):
+        i = number[row["path"]]
+        start, end = dataset.spans.get(i, WHOLE)
+        wave = read_audio(dataset.paths[i], min(heard, end - start), start)
+        features, _ = clips.batch(torch.tensor([i]), torch.device("cpu"))  # which checks them
+        card = {**row, "clip": i, "picture": picture_of(features[0]), "sound": sound_of(wave)}
+        room -= len(card["picture"]) + len(card["sound"])
+        if room < 0:
+            break
+        cards.append(card)
+    for fold in tests:
+        mine = [card for card in cards if card["fold"] == str(fold)]
+        if not mine:
+            continue
+        model = load_trained(run / f"fold{fold}.safetensors", weights).to(device)
+        probabilities = batched(model, clips, [card["clip"] for card in mine], device).softmax(1)
+        for card, best in zip(mine, zip(*probabilities.topk(min(3, len(dataset.classes))), strict=True), strict=True):
+            card["best"] = [(100 * p, dataset.classes[k]) for p, k in zip(*map(torch.Tensor.tolist, best), strict=True)]
+    return sorted(cards, key=interest)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def matrix_of(rows: list[dict], classes: list[str]) -> list[tuple[str, list[tuple[str, int, int]]]]:
+    """The confusion matrix: for each true class its cells, an answer, how many clips got it, and the cell's shade."""
+    counts = confusion(rows, classes)
+    shades = np.ceil(SHADES * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
+    return [(name, list(zip(classes, counts[k].tolist(), shades[k].tolist(), strict=True)))
+            for k, name in enumerate(classes)]  # fmt: skip
+
+
+def charts_of(metrics: list[dict]) -> list[dict]:
+    """Learning curves as SVG paths: the loss and, if there is one, the validation accuracy of every fold."""
+    charts, (width, height) = [], CHART
+    for column, title in {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}.items():
+        folds = {}
+        for row in metrics:
+            if row[column] != "":
+                folds.setdefault(row["fold"], []).append(float(row[column]))
+        if not folds:
+            continue
+        low, high, epochs = min(map(min, folds.values())), max(map(max, folds.values())), max(map(len, folds.values()))
+        paths = [
+            "M" + " ".join(
+                f"{width * i / max(epochs - 1, 1):.1f},{height * (high - value) / (high - low or 1):.1f}"
+                for i, value in enumerate(line)
+            )
+            for line in folds.values()
+        ]  # fmt: skip
+        charts.append({"title": title, "low": f"{low:.4g}", "high": f"{high:.4g}", "epochs": epochs, "paths": paths,
+                       "last": ", ".join(f"{line[-1]:.4g}" for line in folds.values())})  # fmt: skip
+    return charts
+
+
+def page_of(run: Path, config: dict, result: dict, rows: list[dict], cards: list[dict]) -> str:
+    """The whole page, as text."""
+    jinja2, _, _ = libraries()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    inlined = {kind: (HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")}
+    hashes = {kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for kind, text in inlined.items()}
+    settings = {name: value for name, value in config.items() if value is not None and name not in UNTOLD}
+    settings |= {"trained": f"{result['parameters']['petl']:,}", "trained head": f"{result['parameters']['head']:,}",
+                 "seconds": result["seconds"], **result["versions"]}  # fmt: skip
+    low, high = interval([fold["accuracy"] for fold in result["folds"]], len(rows))
+    text = environment.get_template("report.html").render(
+        run=shlex.quote(str(run)), fold=result["folds"][0]["fold"], low=low, high=high, width=CHART[0], height=CHART[1],
+        settings=settings, config=config, result=result, scores=result["scores"], tested=len(rows), cards=cards,
+        matrix=matrix_of(rows, list(result["scores"]["classes"])), charts=charts_of(read_metrics(run)),
+        inlined=inlined, hashes=hashes,
+    )  # fmt: skip
+    return to_bytes(text).decode("utf-8", "replace")  # names of files need not be UTF-8
+
+
+def write_report(argv: list[str] | None) -> None:
+    parser = Parser(
+        prog="python -m tools.report",
+        description="Write a page to look at a run and listen to it, report.html: one file, for any browser.",
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
+    add("--out", type=Path, metavar="FILE", help="where the page goes; default: RUN/report.html")
+    add("--clips", type=positive, default=200, metavar="N", help="how many clips it shows at most (%(default)s)")
+    add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
+    add("--weights", help="where its backbone is now, if not where the run says")
+    add("--cache-dir", type=Path, help="for downloads and features; default: that of the run")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    libraries()  # missing? now, not after the work
+    device = choose_device(args.device)
+    config, result, _ = read_run(args.run)
+    rows = tested(args.run, result["folds"])
+    cards = cards_of(args.run, rows, args.clips, args.data_dir, args.cache_dir, args.weights, device)
+    out = args.out or args.run / "report.html"
+    page = page_of(args.run, config, result, rows, cards)
+    write_text(out, page)
+    print(f"{out}: {len(cards)} of {len(rows):,} test clips, {len(page) / 1e6:.1f} MB; open it in a browser")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: write_report(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
