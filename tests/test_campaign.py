@@ -104,6 +104,8 @@ def test_results_of_other_weights_or_sounds_are_not_read_back(here, sounds, caps
     assert here(*options, tables[0]) == 0
     assert here(*options, tables[1]) == 1
     assert f"holds a run with data_dir {tables[0]}, not {tables[1]}" in capsys.readouterr().err
+    assert here(*options[:-1]) == 1  # nothing says where they are
+    assert f"holds a run with data_dir {tables[0]}, not None" in capsys.readouterr().err
     rewrite(here.started[0], '"backbone": "', '"backbone": "other')
     assert here(*options, tables[0]) == 1
     assert f"holds a run with the backbone {SMALL_AST} as it was then" in capsys.readouterr().err
