@@ -249,7 +249,7 @@ def made_up_page(run: Path, classes: list[str], count: int, name: str = "{}.wav"
     cards = [
         {**row, "picture": report.picture_of(torch.from_numpy(rng.random((48, 128)))),
          "sound": report.sound_of(0.5 * np.sin(2 * np.pi * (500 + 20 * i) * time)),
-         "best": [(60.0, row["prediction"]), (40.0, row["label"])]}
+         "told": {row["label"]: 0.4, row["prediction"]: 0.6}}
         for i, row in enumerate(rows)
     ]  # fmt: skip
     write_csv(run / "metrics.csv", ",".join(METRICS), [1, 1, 4, 2.5, 50.0, 1e-3, 9], [1, 2, 8, 1.5, 70.0, 1e-4, 9])
@@ -257,7 +257,13 @@ def made_up_page(run: Path, classes: list[str], count: int, name: str = "{}.wav"
     accuracy = 100 * counts.trace() / count
     result = {"accuracy": accuracy, "folds": [{"fold": 1, "accuracy": accuracy}], "scores": scores(counts, classes),
               "parameters": {"petl": 12_345, "head": 67}, "seconds": 1.5, "versions": {"torch": "2"}}  # fmt: skip
-    config = {"method": {"name": "lora"}, "dataset": "made up", "seed": 0, "cache_dir": "/home/me", "shots": None}
+    config = {
+        "method": {"name": "lora", "parts": []},
+        "dataset": "made up",
+        "seed": 0,
+        "cache_dir": "/home/me",
+        "shots": None,
+    }
     return report.page_of(run, config, result, rows, sorted(cards, key=report.interest))
 
 

@@ -6,6 +6,7 @@ python -m pytest tests/in_browser.py
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from helpers import made_up_page
 from playwright.sync_api import sync_playwright
 
-EVIL = "<script>alert(1)</script>"
+EVIL = "<script>alert(1)</script>" + 14 * "long"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -43,14 +44,14 @@ def opened(browser):
         page = contexts[-1].new_page()
         for event in ("console", "pageerror", "dialog", "crash"):
             page.on(event, lambda what, event=event: heard.append((event, str(getattr(what, "text", what)))))
-        page.on("request", lambda one: one.url.startswith("data:") or heard.append(one.url))
+        page.on("request", lambda one: one.url.startswith(("data:", file.as_uri())) or heard.append(one.url))
         page.goto(file.as_uri())
         return page
 
     yield call
     for context in contexts:
         context.close()
-    assert {what for what in heard if not str(what).endswith(".html")} == set()
+    assert heard == []
 
 
 def shown(page) -> list[str]:
@@ -63,7 +64,10 @@ def shown(page) -> list[str]:
 def test_every_width_light_and_dark(opened, file, width, scheme):
     """Nothing to scroll sideways, and nothing that axe-core finds: contrast, names, order, keyboard."""
     page = opened(file, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.get_by_role("button", name=f"2 of {EVIL}").click()  # whose name is told
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    heads = page.locator(".matrix th span").evaluate_all("all => all.map(a => a.scrollHeight - a.clientHeight)")
+    assert max(heads) <= 1  # nothing is cut off
     found = Axe().run(page).response
     assert found["violations"] == [] and len(found["passes"]) > 20
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -124,13 +128,22 @@ def test_paper_and_browsers_without_scripts(opened, file):
     assert len(shown(page)) == 30 and not page.locator(".views").is_visible()
     page.emulate_media(media="print")
     assert not page.locator("audio").first.is_visible() and not page.locator("nav").is_visible()
-    assert len(page.pdf()) > 10_000
+
+
+def test_a_wide_matrix_fits_on_paper(opened, tmp_path):
+    (tmp_path / "page.html").write_text(made_up_page(tmp_path, [f"sound {k}" for k in range(20)], 60))
+    page = opened(tmp_path / "page.html", viewport={"width": 718, "height": 1000})  # A4 without its margins
+    page.emulate_media(media="print")
+    assert page.locator(".matrix").evaluate("table => table.getBoundingClientRect().right") <= 718
+    assert page.pdf()[:4] == b"%PDF"
 
 
 def test_500_clips_stay_quick(opened, tmp_path):
     classes = [f"class {k}" for k in range(50)]
     (tmp_path / "page.html").write_text(made_up_page(tmp_path, classes, 500))
+    start = time.perf_counter()
     page = opened(tmp_path / "page.html")
+    assert time.perf_counter() - start < 20
     milliseconds = page.evaluate("""async () => {
         const times = [];
         for (const button of document.querySelectorAll("button")) {
@@ -139,6 +152,6 @@ def test_500_clips_stay_quick(opened, tmp_path):
             await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
             times.push(performance.now() - start);
         }
-        return times.sort((a, b) => a - b);
+        return times;
     }""")
-    assert len(milliseconds) == 103 and milliseconds[len(milliseconds) // 2] < 250
+    assert len(milliseconds) == 103 and max(milliseconds) < 3000 and sorted(milliseconds)[51] < 250

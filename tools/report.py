@@ -11,6 +11,7 @@ import hashlib
 import io
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,19 @@ from data import HOP, RATE, WINDOW
 from load_weights import load_trained
 from sounds.audio import read_audio
 from sounds.clip import WHOLE
-from support.command import Parser, UserError, choose_device, exit_code, positive
+from support.command import Parser, UserError, choose_device, exit_code, first_of, positive, warn
 from support.files import to_bytes, write_text
 from support.progress import Bar
 from support.records import read_metrics
 from support.scores import confusion
 from tools.campaign import read_run
-from tools.evidence import interval, tested
+from tools.evidence import interval, stats, tested
 from tools.figures import batched, clips_of_run
 
 HERE = Path(__file__).parent
-BUDGET = 14_500_000  # characters of sounds and pictures: a page of 15 MB, which mail takes
+BUDGET = 14_000_000  # characters of sounds and pictures: with its text a page has 15 MB, which mail takes
 SHADES = 8  # of a cell of the confusion matrix: report.css has as many
+WIDEST = 60  # classes; with more of them, a list of the most frequent mistakes takes the place of the matrix
 CHART = (320, 140)  # width and height of a learning curve
 UNTOLD = ("method", "backbone", "clips", "cache_dir", "data_dir")  # of config.json: hashes, and whose machine it was
 
@@ -57,13 +59,18 @@ def interest(row: dict) -> tuple[bool, float]:
     return right, probability if right else -probability
 
 
+def in_turn(lists: Iterable[list]) -> list:
+    """The first of each, then the second of each, and so on."""
+    lists = list(lists)
+    return [one[i] for i in range(max(map(len, lists))) for one in lists if i < len(one)]
+
+
 def evenly(rows: list[dict]) -> list[dict]:
-    """The rows, those of `interest` first in each class, and one class after the other."""
-    of_class = {}
+    """The rows, one of each class in turn; of a class one of each answer in turn; of an answer by `interest`."""
+    cells = {}
     for row in sorted(rows, key=interest):
-        of_class.setdefault(row["label"], []).append(row)
-    most = max(map(len, of_class.values()))
-    return [mine[i] for i in range(most) for mine in of_class.values() if i < len(mine)]
+        cells.setdefault(row["label"], {}).setdefault(row["prediction"], []).append(row)
+    return in_turn(in_turn(of_class.values()) for of_class in cells.values())
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -101,7 +108,10 @@ def cards_of(
     for row in Bar(evenly(rows)[:count], "clips of the report"):
         i = number[row["path"]]
         start, end = dataset.spans.get(i, WHOLE)
-        wave = read_audio(dataset.paths[i], min(heard, end - start), start)
+        try:
+            wave = read_audio(dataset.paths[i], min(heard, end - start), start)
+        except ValueError as error:
+            raise UserError(f"{dataset.paths[i]} {error}: mend it, or say where the sounds are, --data-dir") from None
         features, _ = clips.batch(torch.tensor([i]), torch.device("cpu"))  # which checks them
         card = {**row, "clip": i, "picture": picture_of(features[0]), "sound": sound_of(wave)}
         room -= len(card["picture"]) + len(card["sound"])
@@ -109,13 +119,14 @@ def cards_of(
             break
         cards.append(card)
     for fold in tests:
-        mine = [card for card in cards if card["fold"] == str(fold)]
-        if not mine:
-            continue
-        model = load_trained(run / f"fold{fold}.safetensors", weights).to(device)
-        probabilities = batched(model, clips, [card["clip"] for card in mine], device).softmax(1)
-        for card, best in zip(mine, zip(*probabilities.topk(min(3, len(dataset.classes))), strict=True), strict=True):
-            card["best"] = [(100 * p, dataset.classes[k]) for p, k in zip(*map(torch.Tensor.tolist, best), strict=True)]
+        if mine := [card for card in cards if card["fold"] == str(fold)]:
+            model = load_trained(run / f"fold{fold}.safetensors", weights).to(device)
+            probabilities = batched(model, clips, [card["clip"] for card in mine], device).softmax(1)
+            for card, row in zip(mine, probabilities.tolist(), strict=True):
+                card["told"] = dict(zip(dataset.classes, row, strict=True))
+    off = [card["path"] for card in cards if abs(card["told"][card["prediction"]] - float(card["probability"])) > 0.05]
+    if off:  # half precision is less off than this
+        warn(f"{len(off)} of {len(cards)} clips ({first_of(off)}) are not what {run} has tested: did they change?")
     return sorted(cards, key=interest)
 
 
@@ -128,6 +139,22 @@ def matrix_of(rows: list[dict], classes: list[str]) -> list[tuple[str, list[tupl
     shades = np.ceil(SHADES * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
     return [(name, list(zip(classes, counts[k].tolist(), shades[k].tolist(), strict=True)))
             for k, name in enumerate(classes)]  # fmt: skip
+
+
+def mistakes_of(matrix: list[tuple[str, list[tuple[str, int, int]]]]) -> list[tuple[str, str, int]]:
+    """The most frequent ones: true class, answer, how many clips."""
+    wrong = [(label, answer, n) for label, cells in matrix for answer, n, _ in cells if n and label != answer]
+    return sorted(wrong, key=lambda cell: -cell[2])[:WIDEST]
+
+
+def settings_of(config: dict, result: dict) -> dict:
+    """What a reader may want to know of how it was trained."""
+    method = {f"part {i}": ", ".join(f"{name} {value}" for name, value in part.items() if name != "part")
+              for i, part in enumerate(config["method"]["parts"], 1)}  # fmt: skip
+    chosen = {name: value for name, value in config.items() if value is not None and name not in UNTOLD}
+    count = result["parameters"]
+    trained = {"parameters trained": f"{count['petl']:,}", "and in the head": f"{count['head']:,}"}
+    return {**method, **chosen, **trained, "seconds": result["seconds"], **result["versions"]}
 
 
 def charts_of(metrics: list[dict]) -> list[dict]:
@@ -162,15 +189,13 @@ def page_of(run: Path, config: dict, result: dict, rows: list[dict], cards: list
     )  # fmt: skip
     inlined = {kind: (HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")}
     hashes = {kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for kind, text in inlined.items()}
-    settings = {name: value for name, value in config.items() if value is not None and name not in UNTOLD}
-    settings |= {"trained": f"{result['parameters']['petl']:,}", "trained head": f"{result['parameters']['head']:,}",
-                 "seconds": result["seconds"], **result["versions"]}  # fmt: skip
     low, high = interval([fold["accuracy"] for fold in result["folds"]], len(rows))
+    matrix = matrix_of(rows, list(result["scores"]["classes"]))
     text = environment.get_template("report.html").render(
         run=shlex.quote(str(run)), fold=result["folds"][0]["fold"], low=low, high=high, width=CHART[0], height=CHART[1],
-        settings=settings, config=config, result=result, scores=result["scores"], tested=len(rows), cards=cards,
-        matrix=matrix_of(rows, list(result["scores"]["classes"])), charts=charts_of(read_metrics(run)),
-        inlined=inlined, hashes=hashes,
+        settings=settings_of(config, result), config=config, result=result, scores=result["scores"], tested=len(rows),
+        cards=cards, matrix=matrix, mistakes=mistakes_of(matrix) if len(matrix) > WIDEST else [],
+        charts=charts_of(read_metrics(run)), inlined=inlined, hashes=hashes,
     )  # fmt: skip
     return to_bytes(text).decode("utf-8", "replace")  # names of files need not be UTF-8
 
@@ -189,12 +214,15 @@ def write_report(argv: list[str] | None) -> None:
     add("--cache-dir", type=Path, help="for downloads and features; default: that of the run")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    libraries()  # missing? now, not after the work
-    device = choose_device(args.device)
+    libraries(), stats()  # missing? now, not after the work
+    device, out = choose_device(args.device), args.out or args.run / "report.html"
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: --out is the name of a file")
     config, result, _ = read_run(args.run)
     rows = tested(args.run, result["folds"])
+    if result["scores"] is None:
+        raise UserError(f"{args.run} is of an earlier version, without scores: make the run again in another --out")
     cards = cards_of(args.run, rows, args.clips, args.data_dir, args.cache_dir, args.weights, device)
-    out = args.out or args.run / "report.html"
     page = page_of(args.run, config, result, rows, cards)
     write_text(out, page)
     print(f"{out}: {len(cards)} of {len(rows):,} test clips, {len(page) / 1e6:.1f} MB; open it in a browser")
