@@ -239,31 +239,28 @@ def make_run(run: Path, words: list[str], *folds: str, validation: float | None 
 
 def made_up_page(run: Path, classes: list[str], count: int, name: str = "{}.wav") -> str:
     """The page of a run that never was, with `count` clips, one of each class in turn. The first two of a class were
-    taken for the next class. Clip i is a tone of 500 + 20 i Hz."""
+    taken for the next class. Clip i is a tone of 500 + 20 i Hz, and the 30th is that of clip 0 again."""
     rng, time = np.random.default_rng(0), np.arange(8000) / 16_000
     rows = []
     for i in range(count):
         label, answer = classes[i % len(classes)], classes[(i + (i < 2 * len(classes))) % len(classes)]
         rows.append({"fold": "1", "part": "test", "path": name.format(i), "label": label, "prediction": answer,
                      "probability": f"{0.5 + i / count / 2:.6f}"})  # fmt: skip
-    cards = [
-        {**row, "picture": report.picture_of(torch.from_numpy(rng.random((48, 128)))),
-         "sound": report.sound_of(0.5 * np.sin(2 * np.pi * (500 + 20 * i) * time)),
-         "told": {row["label"]: 0.4, row["prediction"]: 0.6}}
-        for i, row in enumerate(rows)
+    media = [
+        {"picture": report.picture_of(torch.from_numpy(rng.random((48, 128)))),
+         "sound": report.sound_of(0.5 * np.sin(2 * np.pi * (500 + 20 * i) * time))}
+        for i in range(min(count, 30))
     ]  # fmt: skip
+    cards = [
+        {**row, **media[i % 30], "told": {row["label"]: 0.4, row["prediction"]: 0.6}} for i, row in enumerate(rows)
+    ]
     write_csv(run / "metrics.csv", ",".join(METRICS), [1, 1, 4, 2.5, 50.0, 1e-3, 9], [1, 2, 8, 1.5, 70.0, 1e-4, 9])
     counts = confusion(rows, classes)
     accuracy = 100 * counts.trace() / count
     result = {"accuracy": accuracy, "folds": [{"fold": 1, "accuracy": accuracy}], "scores": scores(counts, classes),
               "parameters": {"petl": 12_345, "head": 67}, "seconds": 1.5, "versions": {"torch": "2"}}  # fmt: skip
-    config = {
-        "method": {"name": "lora", "parts": []},
-        "dataset": "made up",
-        "seed": 0,
-        "cache_dir": "/home/me",
-        "shots": None,
-    }
+    method = {"name": "lora", "parts": []}
+    config = {"method": method, "dataset": "made up", "seed": 0, "cache_dir": "/home/me", "shots": None}
     return report.page_of(run, config, result, rows, sorted(cards, key=report.interest))
 
 
