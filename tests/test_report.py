@@ -172,7 +172,7 @@ def test_which_clips_are_shown(run, monkeypatch):
     rows = report.tested(run, [{"fold": 1, "accuracy": json.loads((run / "result.json").read_text())["accuracy"]}])
     few = report.cards_of(run, rows, 6, None, None, None, torch.device("cpu"))
     assert sorted(card["label"] for card in few) == ["bell", "bell", "drum", "drum", "flute", "flute"]
-    size = max(len(card["picture"]) + len(card["sound"]) for card in few)
+    size = max(len(card["picture"]) + len(card["sound"]) for card in few) + 1000  # and its text
     monkeypatch.setattr(report, "BUDGET", 3 * size)  # no more than mail takes
     assert 3 <= len(report.cards_of(run, rows, 6, None, None, None, torch.device("cpu"))) < 6
 
@@ -261,7 +261,9 @@ def test_settings_of_the_method():
     result = {"parameters": {"petl": 1, "head": 2}, "seconds": 3, "versions": {"torch": "2"}}
     told = report.settings_of(config, result)
     assert told["part 1"] == "targets qv, rr 21, alpha 8" and told["lr"] == 0.005
-    assert not told.keys() & {"shots", "clips", "method"}
+    assert not told.keys() & {"shots", "clips", "method", "blocks"}
+    config["method"]["blocks"] = [3, 4]
+    assert report.settings_of(config, result)["blocks"] == "3-4"
 
 
 def test_silence_has_a_picture_and_a_sound():

@@ -31,7 +31,8 @@ from tools.evidence import interval, stats, tested
 from tools.figures import batched, clips_of_run
 
 HERE = Path(__file__).parent
-BUDGET = 14_000_000  # characters of sounds and pictures: with its text a page has 15 MB, which mail takes
+BUDGET = 14_000_000  # characters of all clips: with the rest a page has at most 15 MB, which mail takes
+TEXT = 1_000  # characters about a clip, besides its sound and its picture
 SHADES = 8  # of a cell of the confusion matrix: report.css has as many
 WIDEST = 60  # classes; with more of them, a list of the most frequent mistakes takes the place of the matrix
 CHART = (320, 140)  # width and height of a learning curve
@@ -114,7 +115,7 @@ def cards_of(
             raise UserError(f"{dataset.paths[i]} {error}: mend it, or say where the sounds are, --data-dir") from None
         features, _ = clips.batch(torch.tensor([i]), torch.device("cpu"))  # which checks them
         card = {**row, "clip": i, "picture": picture_of(features[0]), "sound": sound_of(wave)}
-        room -= len(card["picture"]) + len(card["sound"])
+        room -= len(card["picture"]) + len(card["sound"]) + TEXT
         if room < 0:
             break
         cards.append(card)
@@ -151,6 +152,8 @@ def settings_of(config: dict, result: dict) -> dict:
     """What a reader may want to know of how it was trained."""
     method = {f"part {i}": ", ".join(f"{name} {value}" for name, value in part.items() if name != "part")
               for i, part in enumerate(config["method"]["parts"], 1)}  # fmt: skip
+    if "blocks" in config["method"]:
+        method["blocks"] = "{}-{}".format(*config["method"]["blocks"])
     chosen = {name: value for name, value in config.items() if value is not None and name not in UNTOLD}
     count = result["parameters"]
     trained = {"parameters trained": f"{count['petl']:,}", "and in the head": f"{count['head']:,}"}
@@ -214,7 +217,8 @@ def write_report(argv: list[str] | None) -> None:
     add("--cache-dir", type=Path, help="for downloads and features; default: that of the run")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    libraries(), stats()  # missing? now, not after the work
+    libraries()  # missing? now, not after the work
+    stats()
     device, out = choose_device(args.device), args.out or args.run / "report.html"
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the name of a file")
