@@ -23,7 +23,7 @@ import ast_model
 import petl
 import train
 from data import Clips, Split, folds_of, load_dataset
-from load_weights import load_ast, read_header, to_dict
+from load_weights import load_ast, load_trained, read_header, to_dict
 from petl_more import SSF, Statistics
 from sounds.audio import read_audio
 from support import vectors
@@ -163,7 +163,7 @@ def test_what_was_trained_on_kept_vectors_listens_as_well(train_main, tmp_path, 
     right = ours.argmax(1) == labels
     assert 100 * right[30:].mean() == pytest.approx(read_header(file)["result"]["accuracy"])
     assert right[:30].mean() > 0.8
-    export.export_onnx(classifier.models[0], {}, tmp_path / "model.onnx")
+    export.export_onnx(load_trained(file), {}, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     theirs = [session.run(None, {"waveform": wave[None]})[0][0] for wave in waves]
     assert np.abs(theirs - ours).max() < 1e-3
