@@ -195,6 +195,15 @@ def at_most(seconds: float, message: str):
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def needed(so: str, packages: str = "-r requirements-figures.txt"):
+    """For imports: what is not installed becomes a UserError, `so` being who needs it and `packages` how to get it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{so} {(error.name or '').partition('.')[0]}: pip install {packages}") from None
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 

@@ -29,7 +29,7 @@ from load_weights import load_ast
 from sounds import paper, synth
 from sounds.audio import RATE
 from sounds.tables import read_table
-from support.command import UserError
+from support.command import needed
 from support.files import table_of
 from support.variants import fitted
 from tools.export import write_hf
@@ -162,11 +162,9 @@ def with_lora(model, lora: petl.LoRA):
 
 def transformers():
     """The library, silent. UserError where it or peft is not installed."""
-    try:
+    with needed("the comparison needs", "-r requirements-dev.txt"):
         import peft  # noqa: F401
         import transformers
-    except ImportError as error:
-        raise UserError(f"the comparison needs {error.name}: pip install -r requirements-dev.txt") from None
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.command import Parser, UserError
+from support.command import Parser, UserError, needed
 from support.processes import say
 from tools.campaign import read_run
 from tools.cells import Cell, Plan
@@ -32,10 +32,8 @@ Scores = dict[tuple[str, str, str], int]
 
 def stats():
     """scipy.stats. UserError if scipy is not installed."""
-    try:
+    with needed("intervals need"):
         import scipy.stats
-    except ImportError:
-        raise UserError("intervals need scipy: pip install -r requirements-figures.txt") from None
     return scipy.stats
 
 

@@ -29,7 +29,7 @@ import petl
 from ast_model import AST, ASTConfig
 from support import headers
 from support.checkpoints import read_header, read_json, read_names, read_tensors
-from support.command import Parser, UserError, exit_code, in_words
+from support.command import Parser, UserError, exit_code, in_words, needed
 from support.files import whole_file, write_json
 from tools.predict import class_names
 
@@ -310,11 +310,9 @@ def export_onnx(model: AST, header: dict, out: Path) -> str:
 
     Checked with onnxruntime before it gets its name: RuntimeError if a probability differs.
     """
-    try:
+    with needed("--to onnx needs", "onnx onnxruntime"):
         import onnx
         import onnxruntime
-    except ImportError as error:
-        raise UserError(f"--to onnx needs {error.name}: pip install onnx onnxruntime") from None
     with whole_file(out) as temporary:
         with warnings.catch_warnings():
             # The older of torch's two exporters: it needs no further package, and takes a tenth of the time. It warns

@@ -12,7 +12,7 @@ import torch
 
 from data import FPS, Clips, Dataset, load_clips, load_dataset
 from load_weights import load_trained
-from support.command import Parser, UserError, choose_device, choose_dtype
+from support.command import Parser, UserError, choose_device, choose_dtype, needed
 from support.files import whole_file
 from support.records import read_metrics
 from support.scores import confusion, mistakes
@@ -28,12 +28,9 @@ GRID = {"color": "#dddddd", "linewidth": 0.6}
 
 def pyplot():
     """matplotlib.pyplot, set up for files. UserError if matplotlib or scikit-learn is not installed."""
-    try:
+    with needed("figures need"):
         import matplotlib
         import sklearn.manifold  # noqa: F401
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        raise UserError(f"figures need {missing}: pip install -r requirements-figures.txt") from None
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

@@ -21,7 +21,7 @@ from data import HOP, RATE, WINDOW
 from load_weights import load_trained
 from sounds.audio import read_audio
 from sounds.clip import WHOLE
-from support.command import Parser, UserError, choose_device, exit_code, first_of, positive, warn
+from support.command import Parser, UserError, choose_device, exit_code, first_of, needed, positive, warn
 from support.files import to_bytes, write_text
 from support.progress import Bar
 from support.records import read_metrics
@@ -41,13 +41,10 @@ UNTOLD = ("method", "backbone", "clips", "cache_dir", "data_dir")  # of config.j
 
 def libraries():
     """jinja2, PIL.Image and matplotlib's colours. UserError if one of them is not installed."""
-    try:
+    with needed("a report needs"):
         import jinja2
         from matplotlib import colormaps
         from PIL import Image
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        raise UserError(f"a report needs {missing}: pip install -r requirements-figures.txt") from None
     return jinja2, Image, colormaps
 
 
