@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ASTConfig:
-    """The shape of an AST. The defaults are the base model that was trained on 10.24-second AudioSet clips."""
+    """The shape of an AST. The defaults: the base model trained on AudioSet's clips of 10.24 s; `pool`: the paper's."""
 
     n_frames: int = 1024  # of the spectrogram, one every 10 ms
     n_mels: int = 128

@@ -86,7 +86,7 @@ def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_frames: int = 80) -> 
     """Set one frequency band and one time band of each clip to 0 (SpecAugment; Park et al., 2019).
 
     x: normalised features (batch, n_frames, n_mels), so 0 is their mean. draws: (batch, 4) uniform in [0, 1), on the
-    device of x. The frequency band is U(0, 24) filters wide, the time band U(0, 80) frames, each at a uniform position.
+    device of x. The frequency band is U(0, 24) filters wide, the time band U(0, max_frames) frames, anywhere.
     """
 
     def band(size, limit, pair):  # (batch, 2) -> (batch, size), True where masked
@@ -145,7 +145,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of DATASETS: how its clips are listed, and how it is trained; the paper's as in the authors' later code."""
+    """A row of DATASETS: how its clips are listed, how it is trained; what the paper does not say as in its code."""
 
     load: Callable[[Path | None, Path], Listing]  # (data_dir, cache_dir)
     n_frames: int | None  # one every 10 ms; None: as many as the clips have, see typical_seconds
@@ -262,9 +262,9 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
 
 @dataclass(frozen=True)
 class Clips:
-    """Float16 features (clips, n_frames, n_mels) and labels (clips,), both on the device or both on the CPU.
+    """Float16 features (clips, n_frames, n_mels), or a probe's vectors, and labels (clips,), both on the device or not.
 
-    `file` has the features, if one does: what a probe reads of each clip is kept near it, by support/vectors.py.
+    `file` has the features, if one does: vectors, what a probe reads of each clip, lie near it (support/vectors.py).
     `check` is called before features of these clips are read: of those in a file it mends the damaged ones.
     """
 

@@ -58,14 +58,15 @@ class Backbone:
 
 
 def load_ast(
-    weights: str = "audioset", n_frames: int | None = None, n_classes: int | None = None, pool: str = "mean"
+    weights: str = "audioset", n_frames: int | None = None, n_classes: int | None = None, pool: str | None = None
 ) -> AST:
     """An AST with pretrained weights, for spectrograms of `n_frames` and with a new head for `n_classes`.
 
     weights: "audioset", "demo" (the small backbone in weights/), "hf:owner/name", the path of a file or of a Hugging
-    Face folder, or "random:base|small|tiny|demo" (always the same random numbers, so that an adapter finds its backbone
-    again). `n_frames=None` keeps the length of the checkpoint; `n_classes=None` keeps its head, if it has one (demo has
-    none), which needs the pool it was trained with ("cls_dist"). The result knows its origin as `model.backbone`.
+    Face folder, or "random:base|small|tiny|demo" (by one version of PyTorch always the same random numbers, so that an
+    adapter finds its backbone again). `n_frames=None` keeps the length of the checkpoint; `n_classes=None` keeps its
+    head, if it has one (demo has none), and the pool of that; a new head reads the mean of all tokens unless `pool`, a
+    name in POOL, says otherwise. The result knows its origin as `model.backbone`.
     Raises UserError for whatever is missing, damaged or not an AST: names, shapes and finite numbers are checked, not
     their meaning. A square matrix that somebody transposed has the right shape.
     """
@@ -73,6 +74,7 @@ def load_ast(
     state, config = read_checkpoint(weights)
     if keep_head and not any(name.startswith("head.") for name in state):
         raise UserError(f"{weights} has no head: n_classes makes one")
+    pool = pool or (config.pool if keep_head else "mean")
     if keep_head and pool != config.pool:
         raise UserError(f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; n_classes makes a new one")
     named = weights in ("audioset", "demo") or weights.startswith(("hf:", "random:"))  # the same everywhere
@@ -166,8 +168,7 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
         _, n_tokens, _ = state["embed.position"].shape
         hidden = state["blocks.0.ffn.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        trained_parts = any(".adapter." in name or name == "head.weight" for name in state)
-        hint = "; it holds trained parts, whose backbone is wanted here" if trained_parts else ""
+        hint = "; it holds trained parts, whose backbone is wanted here" if "method" in header else ""
         raise UserError(f"{path} is no AST checkpoint: {error} is missing or of another shape{hint}") from None
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     n_classes = next((state[name].numel() for name in ("head.1.bias", "head.bias") if name in state), 1)
@@ -225,7 +226,7 @@ def crop_or_stretch(grid: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
-    """SHA-256 over the names and float32 values of all tensors but the head's, heads and stride."""
+    """SHA-256 over heads, stride, and the names and float32 values of all tensors but the head's."""
     digest = hashlib.sha256(f"{config.heads} heads, stride {config.stride}".encode())
     for name in sorted(state):
         if not name.startswith("head."):
@@ -291,7 +292,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
     """
     header = read_header(path)
     if "config" in header:  # a whole model: it needs no backbone
-        return load_ast(path, pool=header["config"]["pool"]).eval()
+        return load_ast(path).eval()
     wanted = Backbone(**header["backbone"])
     try:
         model = load_ast(weights or wanted.name, header["n_frames"], header["n_classes"], header["pool"])

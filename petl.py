@@ -2,8 +2,8 @@
 
 A method is a row of METHODS (below; load_weights.py adds the later ones): a tuple of *parts*. A part is a dataclass
 with one function, `insert(model)`, that puts its modules around something in an `ast_model.AST`: a sub-layer (adapters,
-Hydra), one projection (LoRA, prefixes), the embedding or a whole block (prompts). A wrapper keeps what it wraps under
-the name `wrapped`; the AST's own code is never changed. To add a method: write the module, the part, the row.
+Hydra), one projection (LoRA, prefixes), the embedding or a whole block (prompts); some only unfreeze. A wrapper keeps
+what it wraps as `wrapped`; the AST's own code is never changed. To add a method: write the module, the part, the row.
 
     model = apply(load_ast("audioset", n_frames=500, n_classes=50), "houlsby_par")
     count(model)   # {'petl': 497952, 'head': 39986, 'total': 86207570}
@@ -19,7 +19,7 @@ from torch import nn
 
 from ast_model import AST, FFN
 from support.command import UserError, nearest
-from support.headers import Alpha, PromptCount, Rate, Targets
+from support.headers import Alpha, PromptCount, Rate, Targets  # bounds, checked where files or options give numbers
 
 
 def inner(module: nn.Module) -> nn.Module:
@@ -76,7 +76,7 @@ class Convpass(nn.Module):
 
     nn.Conv1d slides a window of 3 over the token sequence: section II-B says 3x3, but only this has Table I's 254K.
     nn.Conv2d is the 3x3 convolution over the patch grid of the original Convpass; the tokens in front of the patches
-    are convolved as 1x1 images. As in the original, it starts as the identity, between QuickGELUs, with dropout 0.1.
+    are convolved as 1x1 images. As there, the convolution starts as the identity, between QuickGELUs; dropout is 0.1.
     """
 
     def __init__(self, dim: int, rank: int, conv: type, grid: tuple[int, int]):
@@ -398,8 +398,8 @@ METHODS: dict[str, Method] = {
         Method("adapter_dpt", (*adapters(FFN_PAR), Prompts(25, deep=True)), "479K", "Table VI, Adapter + DPT-25"),
         Method("adapter_dpt_lora", ALL_THREE, "488K", "Table VI, Adapter + DPT-14 + LoRA"),
         # Residual connections the wrong way round.
-        Method("adapter_ffn_seq_no_residual", adapters(("ffn", "seq_after_no_residual")), "249K", "Table VII, Seq"),
-        Method("adapter_ffn_par_residual", adapters(("ffn", "par_before_residual")), "249K", "Table VII, Par"),
+        Method("adapter_ffn_seq_no_residual", adapters(("ffn", "seq_after_no_residual")), "249K", "Table VII, Seq w/o"),
+        Method("adapter_ffn_par_residual", adapters(("ffn", "par_before_residual")), "249K", "Table VII, Par w/"),
     ]
 }
 
@@ -450,6 +450,7 @@ def count(model: AST) -> dict[str, int]:
 def merge(model: AST) -> AST:
     """A plain AST with the logits of the adapted one: what wraps a weight is folded into it. `model` stays as it is.
 
+    Nobody else has its weights, so a file of what is trained on them alone would be of no use: `save_ast` writes all.
     Raises UserError for methods that no weight of an AST can express (most adapters, prompts, prefixes).
     """
     plain = copy.deepcopy(model)
@@ -464,5 +465,6 @@ def merge(model: AST) -> AST:
         raise UserError(f"{model.method.name!r} cannot be merged with --blocks: FFNs of other blocks would be narrower")
     plain.requires_grad_(True)
     plain.config = replace(plain.config, hidden=plain.blocks[0].ffn.fc1.out_features)
-    vars(plain).pop("method", None)
+    for name in ("method", "backbone"):  # neither is that of the new weights
+        vars(plain).pop(name, None)
     return plain

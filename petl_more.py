@@ -150,7 +150,7 @@ class DoRALinear(LoRALinear):
     constant in the gradient. m starts at |W|.
     """
 
-    reads_weight = True  # nothing may come between
+    reads_weight = True  # nothing may come between: see put_beneath
 
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__(wrapped, rank, scale)
@@ -378,7 +378,7 @@ class AdapterPlus:
 class AllLayers(AST):
     """An AST whose head reads statistics of the embedding and of every block in place of the last one's mean."""
 
-    def vector(self, fbank, kept=None):
+    def vector(self, fbank, kept=None):  # all patches: support/variants.py refuses --keep
         return torch.cat([statistics(tokens, self.config) for tokens in self.states(fbank)], dim=1)
 
 
@@ -424,8 +424,8 @@ class Statistics:
 
 # ---------------------------------------------------------------------------------------------- the table of methods
 
-# Learning rates are those of the sources where these train with AdamW, else proposals that nobody has measured on AST;
-# that of `probe` did best on the validation clips of the demo.
+# Learning rates are those of the sources where these have AdamW (of ia3: Adafactor), else proposals. On the demo ten
+# times as much suits rslora, adaptformer and adapter_plus; that of probe did best on its validation clips.
 METHODS: dict[str, Method] = {
     method.name: method for method in [
         Method("conformer_pfeiffer_par", (Conformer("attn"),), "271K", "-"),

@@ -65,8 +65,8 @@ def train_epoch(
     """One pass over the clips `indices` in random order, one step for each of the learning rates. Returns the losses.
 
     `shares` deals a batch out to micro-batches and processes; its weight undoes the mean over processes (alone:
-    weight 1). Order, masks and kept patches are drawn for the whole batch, so neither changes those; dropout and
-    BatchNorm see the share alone.
+    weight 1). Order, masks and kept patches are drawn for the whole batch, so dealing it out does not change them;
+    dropout and BatchNorm see the share alone.
     """
     learner.network.train()
     of_class = class_weights(clips.labels, indices, machine.device) if settings.balance else None
@@ -81,7 +81,7 @@ def train_epoch(
             x, y = clips.batch(batch[share], machine.device)
             if settings.mask:
                 x = spec_augment(x, draws[share], max_frames=settings.mask_frames)
-            logits = learner.logits(x) if kept is None else learner.logits(x, kept[share])
+            logits = learner.logits(x) if kept is None else learner.logits(x, kept[share])  # a probe takes x alone
             loss = F.cross_entropy(logits, y, of_class, reduction="sum") / len(batch) * weight
             learner.backward(loss)
             losses[step] += loss.detach()
@@ -98,18 +98,18 @@ def train_fold(
     Raises UserError when the loss is not finite.
     """
     progress, state = records.read_progress(state_file, fold, machine.resume)
-    network, clips = probed(model, clips, split, settings, machine)  # of a probe; else the two themselves
+    network, clips = probed(model, clips, split, settings, machine)  # the head on vectors, if it learns alone; or both
     learner = make_learner(network, settings, machine)
     if state:
         load_tensors(model, state["tensors"], state_file)
         learner.load_state(state)
-    console.forecast(learner, progress, split, settings, machine)  # says once how long it will take
+    console.forecast(learner, progress, split, settings, machine)  # after three steps it says how long it will take
     steps = math.ceil(len(split.train) / settings.batch_size)  # in an epoch
     for epoch in console.epochs_left(progress, settings.epochs):
         seed_epoch(settings.seed, fold, epoch)
         rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
         losses = train_epoch(learner, clips, torch.tensor(split.train), rates, settings, machine)
-        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # running means
+        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # of BatchNorm
         progress.trained(losses, rates, len(split.train))
         validated = evaluate(network, clips, split.val, settings, machine)
         tensors = trained_tensors(model)
@@ -121,8 +121,8 @@ def train_fold(
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, clips: Clips, indices: list[int], settings: Settings, machine: Machine) -> tuple:
-    """Accuracy in percent on the given clips, if any; for each its predicted class and the probability, (clips, 2); and
-    the logits (clips, classes) with the labels (clips,). Processes take shares, batches what memory allows."""
+    """Accuracy in percent, None without clips; class and probability of each answer, (clips, 2); and logits (clips,
+    classes) with labels (clips,). Processes take shares, batches what memory allows."""
     network.eval()
 
     def logits_of(index):
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> dict:
     n_frames = frames_for(recipe, dataset, args.seconds)
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     lr = args.lr or recipe.lr.get(args.method)
-    # Narrower than the paper's 768 dimensions? Then RR and prompts are smaller, see support/variants.py.
+    # On a narrow backbone other RR, prompts and, for full_ft and linear, rates than in METHODS: support/variants.py.
     method = fitted(petl.find(args.method), pretrained.config, lr, **changes, blocks=args.blocks, keep=args.keep)
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
     home = args.out / args.dataset / method.name
@@ -242,14 +242,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--list-methods", action="store_true", help="print all methods with their parameter counts")
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
-    command.check_options(args, DATASETS[args.dataset].own)
+    command.check_options(args, DATASETS[args.dataset].own)  # --windows becomes seconds
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)
     return args
 
 
 def list_methods() -> None:
-    """The table of methods with the parameters that each trains in the base AST, head and final LayerNorm apart."""
+    """The table of methods with the parameters that each trains in the base AST, as `petl.count` tells them apart."""
 
     def counted(name, n_frames, n_classes):
         with torch.device("meta"):  # shapes without numbers
@@ -260,8 +260,8 @@ def list_methods() -> None:
         count = counted(name, 500, 50)
         print(f"{name:<30}{count['petl'] or count['head']:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
     heads = " / ".join(f"{counted('linear', 500, n)['head']:,}" for n in (50, 10, 35, 31))
-    print(f"\nBase AST at 500 frames, without the final LayerNorm and head, which all but probe train as well: {heads} "
-          "for 50 / 10 / 35 / 31 classes.\nThese are what `linear` trains. full_ft at 100 frames: "
+    print(f"\nBase AST at 500 frames. On top come final LayerNorm and head, {heads}\nfor 50 / 10 / 35 / 31 classes: "
+          "all of linear. full_ft and bitfit count this LayerNorm already, and probe its head.\nfull_ft at 100 frames: "
           f"{counted('full_ft', 100, 35)['petl']:,}.")  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_from_python(tmp_path, answer):
         assert (each.what, each.start, each.end, each.unsure) == ("file", 0.0, 2.0, False)
         assert each.confidence == each.classes[0][1]
     assert found.file == file and other.file is None
-    *windows, whole = classify.listen([file], hop=0.3)
+    *windows, whole = classify.listen([str(file)], hop=0.3)
     assert [window.start for window in windows] == pytest.approx([0, 0.3, 0.6, 0.9, 1.2, 1.38])
     assert whole.classes == found.classes[:3]
 

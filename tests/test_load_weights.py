@@ -251,8 +251,10 @@ def test_other_architectures(tmp_path, change, message):
         load_ast(write_ast(tmp_path, state, SMALL_CONFIG), n_classes=3)
 
 
-def test_trained_parts_are_no_backbone(tmp_path):
-    save_trained(apply(load_ast(SMALL_AST, n_classes=4), "pfeiffer_par"), tmp_path / "adapter.safetensors", {})
+@pytest.mark.parametrize(("method", "pool"), [("pfeiffer_par", "mean"), ("lora", "cls_dist"), ("probe", "mean")])
+def test_trained_parts_are_no_backbone(tmp_path, method, pool):
+    model = apply(load_ast(SMALL_AST, n_classes=4, pool=pool), method)
+    save_trained(model, tmp_path / "adapter.safetensors", {})
     with pytest.raises(UserError, match="holds trained parts, whose backbone is wanted"):
         load_ast(tmp_path / "adapter.safetensors", n_classes=4)
 
@@ -264,7 +266,13 @@ def test_a_backbone_without_a_head(tmp_path):
         with pytest.raises(UserError, match="has no head: n_classes makes one"):
             load_ast(folder, pool=pool)
     with pytest.raises(UserError, match="its own head needs pool 'cls_dist'"):
-        load_ast(SMALL_AST)
+        load_ast(SMALL_AST, pool="mean")
+
+
+def test_a_head_that_stays_brings_its_pool(tmp_path):
+    assert load_ast(SMALL_AST).config.pool == "cls_dist" and load_ast(SMALL_AST, n_classes=4).config.pool == "mean"
+    save_ast(load_ast(SMALL_AST, n_classes=4, pool="cls"), tmp_path / "whole.safetensors", {})
+    assert load_ast(tmp_path / "whole.safetensors").config.pool == "cls"
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "cls_dist"])

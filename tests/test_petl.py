@@ -182,6 +182,7 @@ def test_merging_keeps_the_logits_or_is_refused(name):
     for parameter in model.parameters():
         if name != "dora" or parameter.requires_grad:  # which has measured its frozen weights
             parameter.data.normal_(std=0.2)
+    model.backbone = "of the weights before merging"
     fbank = torch.randn(2, 36, 36, dtype=torch.float64)
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
     logits = model(fbank)
@@ -191,6 +192,7 @@ def test_merging_keeps_the_logits_or_is_refused(name):
         assert merged.state_dict().keys() == AST(merged.config).state_dict().keys()
         assert merged.config.hidden == 40 + {"hydra": 2, "adapter_ffn_par_before": 1, "adapter_lora": 1}.get(name, 0)
         assert all(parameter.requires_grad for parameter in merged.parameters()) and not hasattr(merged, "method")
+        assert not hasattr(merged, "backbone") and model.backbone
         for parameter in merged.parameters():
             parameter.data.zero_()  # shares no memory with the model
         assert count(apply(merged, "linear"))["petl"] == 0

@@ -74,7 +74,7 @@ class Classifier:
         return answer
 
     def listen(
-        self, sounds: Iterable[Path | np.ndarray], hop: float | None = None, top: int = 3, batch_size: int = 32
+        self, sounds: Iterable[Path | str | np.ndarray], hop: float | None = None, top: int = 3, batch_size: int = 32
     ) -> Iterator[Answer]:
         """Of each sound, a file or samples (samples,) at 16 kHz, an Answer on every window, with its best class, and
         then on the whole, with the best `top`; or one with an `error`.
@@ -186,10 +186,11 @@ def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(wave if wave.ndim == 1 else wave.mean(axis=1), rate, RATE)
 
 
-def windows_of(sounds: Iterable[Path | np.ndarray], n_frames: int, hop: int) -> Iterator[Window]:
+def windows_of(sounds: Iterable[Path | str | np.ndarray], n_frames: int, hop: int) -> Iterator[Window]:
     """All windows of all sounds, one after the other. A file that cannot be read gives its reason instead."""
     for sound in sounds:
-        file, blocks = (None, [sound]) if isinstance(sound, np.ndarray) else (sound, stream_audio(sound))
+        file = None if isinstance(sound, np.ndarray) else Path(sound)
+        blocks = [sound] if file is None else stream_audio(file)
         try:
             for start, wave in cut(blocks, n_frames, hop):
                 yield Window(file, start, wave)

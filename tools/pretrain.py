@@ -163,7 +163,7 @@ def pretrain(
 
 
 def start(argv: list[str] | None) -> None:
-    parser = Parser(description="Make a backbone from recordings, each a class of its own.")
+    parser = Parser("python -m tools.pretrain", description="Make a backbone from recordings, each a class of its own.")
     add = parser.add_argument
     add("sounds", type=Path, metavar="SOUNDS", help="a folder with recordings, anywhere beneath it")
     add("--steps", type=positive, default=6_000, help="%(default)s")
