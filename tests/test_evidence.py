@@ -251,6 +251,14 @@ def test_claims(better, than, holds, counts, weakest, tmp_path, monkeypatch):
     assert (text["points"] == ["-"]) == (weakest == "-")
 
 
+@pytest.mark.parametrize(("better", "told"), [("lora rr=32", True), ("lora", False)])
+def test_whose_rr_a_claim_names_is_told(better, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", [cells.Claim(**CLAIM, better=[better], than=["dpt"])])
+    plan = experiments.parse(["claims", "--datasets", "demo", "--out", str(tmp_path)])
+    text, _ = tables.render_claims("claims", {}, plan)
+    assert ("those for 768 dimensions" in text) == told
+
+
 def test_all_pairs_of_all_claims_are_corrected_together(tmp_path, monkeypatch):
     """6 clips of 40 that differ, 2 / 2**6 = 0.031: alone yes, beside another such pair no longer."""
     plan = experiments.parse(["claims", "--datasets", "demo", "--out", str(tmp_path)])

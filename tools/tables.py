@@ -200,6 +200,8 @@ def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str,
         *(f"{claim.claim} ({claim.where}): '{claim.sentence}'." for claim in cells.CLAIMS if claim.pairs(plan)),
         *(f"Missing: {reason}." for reason in why[:1]),
     ]
+    if any("=" in record["better"] for record in records):
+        notes.append("rr and prompts are those for 768 dimensions; a narrow backbone has fewer (support/variants.py).")
     if "tuned" in plan.settings:
         notes.append(tune.note_of(cells.cells_of(replace(plan, targets=["claims"], setting="paper")), plan))
     return f"### {TARGETS[target].title}\n\n{markdown(claims.as_text(records))}\n\n{listed(notes)}\n", records
