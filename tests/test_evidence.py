@@ -69,11 +69,34 @@ def test_the_bootstrap_draws_seeds_too():
     """All 4 x 4 draws of two seeds and two clips by hand; and seeds that differ on all clips: no clip's interval."""
     values = np.array([[3.0, 1.0], [0.0, 0.0]])  # (seeds, clips)
     draws = [values[np.ix_(s, c)].mean() for s, c in product(product((0, 1), repeat=2), repeat=2)]
-    one = evidence.difference([scores(3, 1), scores(0, 0)])
-    assert (one.low, one.high) == pytest.approx((100 * min(draws), 100 * max(draws)))
-    seeds = evidence.difference([scores(*[1] * 50), scores(*[0] * 50)])
-    assert (seeds.points, seeds.low, seeds.high) == (50, 0, 100) and seeds.p < 1e-9
-    assert seeds.holds(seeds.p) == evidence.UNTOLD  # the seed may have made it
+    _, *bounds = evidence.bootstrap(values, np.ones((2, 2)))
+    assert bounds == pytest.approx([100 * min(draws), 100 * max(draws)])
+    assert evidence.bootstrap(np.array([[1] * 50, [0] * 50]), np.ones((2, 50))) == (50, 0, 100)
+
+
+def test_the_interval_is_students_where_seeds_scatter():
+    """10, 20 and 30 points: 20 +- 4.302653 x 10 / sqrt(3), where the bootstrap has some 10 to 30; and the bootstrap's
+    where they do not scatter."""
+    one = evidence.difference([scores(*[1] * n, *[0] * (100 - n)) for n in (10, 20, 30)])
+    assert (one.points, one.low, one.high) == pytest.approx((20, 20 - 24.8414, 20 + 24.8414), abs=1e-3)
+    assert one.p < 1e-6 and one.holds(one.p) == evidence.UNTOLD  # the seed may have made it
+    same = evidence.difference([scores(*[1] * 20, *[0] * 80)] * 3)
+    assert (same.low, same.high) == pytest.approx((20 - 7.84, 20 + 7.84), abs=1)
+
+
+def test_interval_and_sign_test_must_agree():
+    """Three seeds: 75 clips that one of them tells and the other method does not, 40 the other way round in all."""
+    gains = [[1 if k % 3 == seed else 0 for k in range(75)] for seed in range(3)]
+    one = evidence.difference([scores(*gain, *[-1] * 40, *[0] * 2885) for gain in gains])
+    assert one.high < 0 and (one.more, one.less) == (75, 40) and one.p < 0.01 and one.holds(one.p) == evidence.UNTOLD
+
+
+def test_pieces_of_a_recording_are_one_clip():
+    """By their spans: as many pieces as one likes make no recording surer. A number sign alone is a name."""
+    pieces = {("1", f"{r}.wav#{k / 2}-{k / 2 + 1}", "a"): 1 if r < 4 else -1 for r in range(6) for k in range(50)}
+    one = evidence.difference([pieces | {("1", "rain.wav#2-", "a"): 0, ("1", "take#1.wav", "a"): 0}])
+    assert (one.clips, one.more, one.less) == (8, 4, 2) and one.p == pytest.approx(44 / 64)
+    assert one.points == pytest.approx(100 * 100 / 302) and one.low < 0
 
 
 def test_seeds_may_test_different_clips():

@@ -168,6 +168,7 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
             for cell in cells.cells_of(plan)}  # fmt: skip
     text, records = tables.render("table1", done, plan)
     head, _, line = (row.split("|") for row in text.splitlines() if row.startswith("|"))
+    assert line[-2].strip() == "4"  # seconds of the tuned cells alone
     assert [word.strip() for word in head[3:-2]] == [
         "ESC-50",
         "GSC",

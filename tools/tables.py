@@ -109,7 +109,9 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
             text[heading("Avg", None, setting)] = beside(ours, theirs) if same else ours
     if any(theirs) and not set(datasets) & set(table.datasets):  # other sounds: at least the order can be compared
         text["Avg in the paper"] = [mark if n else "-" for mark, n in zip(marked(theirs), theirs, strict=True)]
-    text["seconds"] = [f"{sum(m.seconds for m in line):.0f}" if line else "-" for line in found]
+    once = [numbers for (setting, *_), numbers in measured.items() if setting == plan.settings[-1]]
+    once = [[m.seconds for m in line if m] for line in zip(*once, strict=True)]  # a cell may be in both settings
+    text["seconds"] = [f"{sum(line):.0f}" if line else "-" for line in once]
     notes = notes_of(target, datasets, [m for line in found for m in line], plan)
     if "tuned" in plan.settings:
         notes.append(tune.note_of([replace(same[0], lr=None) for rows in grid.values() for same in rows], plan))
@@ -166,8 +168,8 @@ def notes_of(target: str, datasets: tuple[str, ...], found: list[Measured], plan
     return [
         *notes,
         *([table.note] if table.note else []),
-        f"Trained: parameters besides the final LayerNorm and head{heads}, which every method trains, and `linear` "
-        "and `probe` alone. Seconds: training of one seed, all folds and datasets.",
+        f"Trained: parameters besides the final LayerNorm and head{heads}, which are all of `linear`; Full FT and "
+        "BitFit include the LayerNorm, `probe` is a head alone. Seconds: training of one seed, all folds and datasets.",
         *([f"Options of train.py: `{' '.join(plan.passed)}`."] if plan.passed else []),
     ]
 
@@ -196,7 +198,8 @@ def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str,
     notes = [
         "A claim is made of pairs. It holds where in all of them the first is better on the same test clips, and does "
         "not where in one the second is (tools/evidence.py), by Holm's correction for all pairs of this table. Points "
-        f"of accuracy of the weakest pair, with the 95 % interval of a bootstrap over clips and {in_seeds(plan)}.",
+        "of accuracy of the weakest pair, with the 95 % interval over clips"
+        + (f" and {in_seeds(plan)}." if len(plan.seeds) > 1 else f", {in_seeds(plan)}: it says nothing of others."),
         *(f"{claim.claim} ({claim.where}): '{claim.sentence}'." for claim in cells.CLAIMS if claim.pairs(plan)),
         *(f"Missing: {reason}." for reason in why[:1]),
     ]
