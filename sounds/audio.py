@@ -20,11 +20,25 @@ _MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no trunca
 
 
 def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The sounds anywhere beneath a folder, and its other files; hidden ones are neither."""
-    found = (file for file in folder.rglob("[!.]*") if "/." not in f"/{file.relative_to(folder).as_posix()}")
-    files = sorted(file for file in found if file.is_file())
+    """The sounds anywhere beneath a folder, also by links, and its other files; hidden ones are neither."""
+    files = sorted(file for file in _beneath(folder) if file.is_file())
     sounds = [file for file in files if file.suffix.lower() in SUFFIXES]
     return sounds, [file for file in files if file.suffix.lower() not in SUFFIXES]
+
+
+def _beneath(folder: Path) -> Iterator[Path]:
+    """What is no folder beneath a folder, hidden ones left out; a folder that links lead to again comes once."""
+    seen = {str(parent) for parent in folder.resolve().parents}  # a link to one of them leads back
+    places = [folder]
+    for root in places:  # grows by the links: a folder that lies here keeps its own name, whatever leads to it
+        for place, folders, names in os.walk(root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            places += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def read_audio(path: Path, seconds: float = math.inf, start: float = 0) -> np.ndarray:
