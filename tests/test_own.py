@@ -175,6 +175,11 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,"], "line 3: an empty split"),
         ("path,label,fold", ["a1.wav,a,", "b1.wav,b,1"], "line 2: an empty fold"),
         ("path,label", [",a"], "line 2: an empty path"),
+        ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2147483648"], "line 3: fold is '2147483648'; .* below 2147483648"),
+        ("path,label", ["a1.wav,a", ["a\0.wav", "a"]], r"line 3: path is 'a\\x00\.wav'; no file has|line contains NUL"),
+        ("path,label,fold", [[], "a1.wav,a,1", [], ["a2.wav", "a\nb", "x"]], "line 6: fold is 'x'"),
+        ("path,label", ["a1.wav,a", ["b1.wav", "b\r"]], r": 'b\\r': a carriage return in a label or a path"),
+        ("path,label", ["a1.wav,a", ["c\r.wav", "b"]], r": 'c\\r\.wav': a carriage return in a label or a path"),
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,train"], "no clips to test: say which in the data"),
         ("path,label,split", ["a1.wav,a,test", "b1.wav,b,test"], "no clips to train: say which in the data"),
         ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,1"], "no clips to train: say which in the data"),
@@ -183,7 +188,7 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
     ],
 )
 def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
-    for name in ("a1", "a2", "b1"):
+    for name in ("a1", "a2", "b1", "c\r"):
         write_sound(tmp_path / f"{name}.wav")
     (tmp_path / "link.wav").symlink_to("a1.wav")
     with pytest.raises(UserError, match=message) as error:

@@ -342,6 +342,8 @@ def test_five_missing_files_are_named(tmp_path, count, named):
             r"line 2: fold is '1\.0'; it must be a whole number",
         ),
         (b"filename,fold,target,category,esc10\na,1,1,x,True\na,1,-1,x,True\n", "line 3: target is '-1'"),
+        (b'filename,fold,target,category,esc10\n\na,1,1,"\n",True\n\n\na,1,1\n', "line 7: too few"),
+        (b"filename,fold,target,category,esc10\na,2147483648,1,x,True\n", "line 2: fold is '2147483648'"),
         (b"filename,fold,target,category,esc10\na,1,1\n", "line 2: too few columns; is the file whole"),
         (b"filename,fold,target,category,esc10\n\xff\xfe,1,1,x,True\n", "it must be a CSV file in UTF-8"),
         (b"filename,fold,target,category,esc10\na,1,1,x,False\n", "no row has esc10 = True"),
