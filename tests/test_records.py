@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import train
 from data import load_dataset
 from load_weights import load_trained
-from support import ledger, records
+from support import console, ledger, records
 from support.checkpoints import described, read_header, sha256_of
 from support.command import UserError
 from support.records import METRICS, Progress, Settings, mend, read_metrics, write_metrics
@@ -316,6 +317,13 @@ def test_the_state_of_a_finished_fold_goes_at_the_next_start(again):
     for fold in (2, 4):
         (folder / f"fold{fold}.resume.pt").touch()
     assert call() == [] and [file.name for file in folder.glob("*.pt")] == ["fold4.resume.pt"]
+
+
+def test_the_command_that_is_printed_can_be_copied(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "my runs" / "seed0")
+    console.summarise(folder, Settings(**read_header(folder / "fold2.safetensors")["settings"]), 0.0)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "python -m tools.predict" in line]
+    assert shlex.split(line)[-2:] == [str(folder), "SOUND.wav"]
 
 
 def test_folds_in_the_order_of_their_numbers(tmp_path):
