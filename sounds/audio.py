@@ -62,7 +62,7 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
         with open(path, "rb") as opened:  # says why a file cannot be opened; libsndfile would say "system error"
             if not opened.read(1):
                 raise ValueError("is empty (0 bytes)")
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
+        with soundfile.SoundFile(_name(path)) as file:
             rate = file.samplerate
             first = round(start * rate)
             if 0 < file.frames <= first:
@@ -87,6 +87,11 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     if read < wanted - _MAY_BE_MISSING * rate:
         raise ValueError(f"is truncated: it ends after {(first + read) / rate:.2f} s, before its header says")
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # what the filter still holds back
+
+
+def _name(path: Path) -> str | bytes:
+    """As libsndfile opens it: bytes, as a name need not be UTF-8; on Windows, where bytes mean other letters, text."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
 
 
 def _samples(file, start: int, count: int) -> np.ndarray:
@@ -128,7 +133,7 @@ def length_of(path: Path) -> float:
     if never_ends(path):
         return math.nan
     try:
-        info = soundfile.info(os.fsencode(path))
+        info = soundfile.info(_name(path))
         return info.frames / info.samplerate if info.frames < _NO_LENGTH else math.nan
     except (soundfile.LibsndfileError, TypeError):
         return math.nan

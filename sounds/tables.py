@@ -1,11 +1,11 @@
 """Tables of clips, and whether the files they name are there."""
 
 import csv
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from sounds.clip import name_of
 from support.command import UserError, first_of, is_number, warn
 
 
@@ -50,7 +50,7 @@ def require_whole(text: str, column: str, where: str) -> None:
 
 def require_files(root: Path, paths: list[Path]) -> None:
     """UserError that counts the missing files and names the first five."""
-    missing = [os.path.relpath(path, root) for path in paths if not path.is_file()]
+    missing = [name_of(path, root) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({first_of(missing)}): complete it")
 
