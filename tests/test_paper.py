@@ -348,6 +348,8 @@ def test_five_missing_files_are_named(tmp_path, count, named):
         (b"filename,fold,target,category,esc10\n\xff\xfe,1,1,x,True\n", "it must be a CSV file in UTF-8"),
         (b"filename,fold,target,category,esc10\na,1,1,x,False\n", "no row has esc10 = True"),
         (b"filename,fold,target,category,esc10\na,1,7,x,True\n", ": 1 classes in the column target; there must be two"),
+        (b"filename,fold,target,category,esc10\na,1,1,x,True\nb,1,1,y,True\n", "line 3: target 1 is 'y', unlike above"),
+        (b"filename,fold,target,category,esc10\na,1,1,x,True\nb,1,2,x,True\n", "line 3: target 2 is 'x', unlike above"),
         (b"", "no column .filename.; its header is empty"),
     ],
 )
