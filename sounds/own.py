@@ -16,7 +16,7 @@ from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, names_of
 from sounds.groups import grouped
 from sounds.tables import folders_in, read_table, require_files, require_whole
 from support.command import UserError, first_of, warn
-from support.processes import say
+from support.processes import is_first, say
 
 
 def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None) -> Listing:
@@ -39,7 +39,7 @@ def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, win
             sounds, others = files_in(class_folder)
             if not sounds:
                 raise UserError(f"{class_folder} holds no sounds ({', '.join(SUFFIXES)}): fill it or remove it")
-            ignored += [os.path.relpath(file, data_dir) for file in others]
+            ignored += [name_of(file, data_dir) for file in others]
             clips += [Clip(sound, class_folder.name, part) for sound in sounds]
     if ignored:
         warn(f"{data_dir}: {len(ignored)} files are no {', '.join(SUFFIXES)}, ignored ({first_of(ignored)})")
@@ -207,6 +207,19 @@ def check_folds(dataset) -> None:
                 warn(f"{where} one training clip in fold {fold}")
             if not testing[label]:
                 warn(f"{where} no test clips in fold {fold}")
+
+
+def tell_of_gaps(dataset, folds: dict) -> dict:
+    """The `folds` of a run as they are, with a warning for classes that a drawn split or --skip-bad leaves no clips to
+    train or to test; what the data say themselves is for `check_folds`."""
+    for fold, split in folds.items():
+        for part, what in (("train", "training"), ("test", "test")):
+            before = getattr(dataset.folds.get(fold), part, range(len(dataset.labels)))  # a drawn one: of all clips
+            gone = {dataset.labels[i] for i in before} - {dataset.labels[i] for i in getattr(split, part)}
+            if gone and is_first():
+                names = first_of([dataset.classes[label] for label in sorted(gone)])
+                warn(f"{dataset.root}: {len(gone)} classes have no {what} clips in fold {fold} ({names})")
+    return folds
 
 
 def tell_of_cuts(dataset, lengths: np.ndarray, seconds: float) -> None:

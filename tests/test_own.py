@@ -11,7 +11,7 @@ import soundfile
 from helpers import build_features, make_folder, result_of, split_of, train_on, write_csv, write_sound
 
 import train
-from data import Split, load_dataset
+from data import Dataset, Split, folds_of, load_dataset, random_split
 from sounds import audio
 from sounds.audio import length_of, lengths_of, read_audio
 from sounds.clip import PARTS, WHOLE
@@ -242,6 +242,28 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
         f"warning: {tmp_path}: class 'b' has one training clip in fold 1",
         f"warning: {tmp_path}: class 'c' has no test clips in fold 1",
     ]
+
+
+def test_classes_of_which_nothing_is_left_are_said(tmp_path, capsys):
+    """By a split that is drawn, in whole groups, or without bad clips; not once more what the data themselves lack."""
+
+    def said(labels, bad=(), folds=None, groups=()):
+        paths = [tmp_path / f"{i}.wav" for i in range(len(labels))]
+        data = Dataset("my", tmp_path, ["bell", "drum", "flute"], paths, labels, folds or {}, list(groups))
+        assert folds_of(data, 0, bad).keys() == (folds or {1: 0}).keys()
+        return capsys.readouterr().err
+
+    labels = [0] * 3 + [1] * 10 + [2] * 2
+    train, test = ({i for i in getattr(random_split(Dataset("my", tmp_path, [*"abc"], [], labels, {}), 0), part)
+                    if labels[i] != 1} for part in ("train", "test"))  # fmt: skip
+    start = f"warning: {tmp_path}: 2 classes have no"
+    assert said(labels) == ""
+    assert said(labels, train) == f"{start} training clips in fold 1 (bell, flute)\n"
+    assert said(labels, test) == f"{start} test clips in fold 1 (bell, flute)\n"
+    alone = f"warning: {tmp_path}: 1 classes have no test clips in fold"
+    assert said([0, 0, 1, 1, 2, 2], groups=["x", "y", "y", "z", "x", "z"]).startswith(f"{alone} 1 (")
+    folds = {2: Split([0, 3, 13], [], [1, 4]), 5: Split([0, 3, 13], [], [1, 4, 14])}
+    assert said(labels, folds=folds) == "" and said(labels, {1}, folds) == f"{alone} 2 (bell)\n{alone} 5 (bell)\n"
 
 
 # ------------------------------------------------------------------------------------------------- masks of short clips
