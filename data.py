@@ -220,7 +220,7 @@ def random_split(dataset: Dataset, seed: int) -> Split:
 def folds_of(dataset: Dataset, seed: int, bad: Container[int] = (), shots: int | None = None) -> dict[int, Split]:
     """The dataset's folds, or one that the seed draws; without the clips `bad`, with `shots` clips per class.
 
-    Raises UserError if nothing is left to train or test on.
+    Raises UserError if nothing is left to train or test on; warns where nothing is left of a class.
     """
     folds = {}
     for fold, split in (dataset.folds or {1: random_split(dataset, seed)}).items():
@@ -230,7 +230,7 @@ def folds_of(dataset: Dataset, seed: int, bad: Container[int] = (), shots: int |
         if not train or not test:
             raise UserError(f"{dataset.root}: no clips left to {'test' if train else 'train'} on")
         folds[fold] = Split(train, val, test)
-    return folds
+    return own.tell_of_gaps(dataset, folds)
 
 
 def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[int]:

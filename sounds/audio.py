@@ -20,11 +20,25 @@ _MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no trunca
 
 
 def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The sounds anywhere beneath a folder, and its other files; hidden ones are neither."""
-    found = (file for file in folder.rglob("[!.]*") if "/." not in f"/{file.relative_to(folder).as_posix()}")
-    files = sorted(file for file in found if file.is_file())
+    """The sounds anywhere beneath a folder, also by links, and its other files; hidden ones are neither."""
+    files = sorted(file for file in _beneath(folder) if file.is_file())
     sounds = [file for file in files if file.suffix.lower() in SUFFIXES]
     return sounds, [file for file in files if file.suffix.lower() not in SUFFIXES]
+
+
+def _beneath(folder: Path) -> Iterator[Path]:
+    """What is no folder beneath a folder, hidden ones left out; a folder that links lead to again comes once."""
+    seen = {str(parent) for parent in folder.resolve().parents}  # a link to one of them leads back
+    places = [folder]
+    for root in places:  # grows by the links: a folder that lies here keeps its own name, whatever leads to it
+        for place, folders, names in os.walk(root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            places += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def read_audio(path: Path, seconds: float = math.inf, start: float = 0) -> np.ndarray:
@@ -48,7 +62,7 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
         with open(path, "rb") as opened:  # says why a file cannot be opened; libsndfile would say "system error"
             if not opened.read(1):
                 raise ValueError("is empty (0 bytes)")
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a name need not be UTF-8
+        with soundfile.SoundFile(_name(path)) as file:
             rate = file.samplerate
             first = round(start * rate)
             if 0 < file.frames <= first:
@@ -73,6 +87,11 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     if read < wanted - _MAY_BE_MISSING * rate:
         raise ValueError(f"is truncated: it ends after {(first + read) / rate:.2f} s, before its header says")
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # what the filter still holds back
+
+
+def _name(path: Path) -> str | bytes:
+    """As libsndfile opens it: bytes, as a name need not be UTF-8; on Windows, where bytes mean other letters, text."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
 
 
 def _samples(file, start: int, count: int) -> np.ndarray:
@@ -114,7 +133,7 @@ def length_of(path: Path) -> float:
     if never_ends(path):
         return math.nan
     try:
-        info = soundfile.info(os.fsencode(path))
+        info = soundfile.info(_name(path))
         return info.frames / info.samplerate if info.frames < _NO_LENGTH else math.nan
     except (soundfile.LibsndfileError, TypeError):
         return math.nan

@@ -119,7 +119,11 @@ def cached(
             if not reason and _row_key(dataset.paths[i], names[i], front_end) != keys[i]:
                 raise UserError(f"{dataset.paths[i]} has changed since the start: start again")
             rows[i] = row[0]
-            np.load(path, mmap_mode="r+")[i] = row[0]
+            with FileLock(f"{path}.lock"):
+                kept = map_rows(path, kind)
+                # Another run may have built the file again since, of other clips: then this row has no place there.
+                if kept is not None and len(kept) == len(keys) and kept["key"][i] == keys[i]:
+                    np.load(path, mmap_mode="r+")[i] = row[0]
             if reason:
                 raise UserError(f"{dataset.paths[i]} {reason}: mend it, or add --skip-bad to train without it")
         unread[index] = False

@@ -35,8 +35,11 @@ class Listing:
 
 
 def name_of(path: Path, root: Path) -> str:
-    """A path relative to `root`, with forward slashes."""
-    return Path(os.path.relpath(path, root)).as_posix()
+    """A path relative to `root`, with forward slashes; the whole path where there is no way from one to the other."""
+    try:
+        return Path(os.path.relpath(path, root)).as_posix()
+    except ValueError:  # on Windows, from one drive to another
+        return path.as_posix()
 
 
 def fragment(span: tuple[float, float]) -> str:

@@ -54,9 +54,10 @@ def locate(source: Source, data_dir: Path | None, cache_dir: Path) -> Path:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # two runs that start together download once
             if not folder.exists():
-                download_to = cache_dir / f"{source.folder}.archive"
-                unpack(data_dir or download(source.url, download_to, by_hand, source.checksum), folder)
-                download_to.unlink(missing_ok=True)
+                if data_dir is None:
+                    fetch(source, folder, by_hand)
+                else:
+                    unpack(data_dir, folder)
     elif not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder or archive; it should hold {source.layout}")
     # An archive may add a folder of its own, and the user may point at the folder that holds the dataset.
@@ -64,6 +65,17 @@ def locate(source: Source, data_dir: Path | None, cache_dir: Path) -> Path:
     if not found:
         raise UserError(f"{folder} does not hold {source.marker}: {by_hand}")
     return found[0].parents[len(Path(source.marker).parts) - 1]
+
+
+def fetch(source: Source, folder: Path, by_hand: str) -> None:
+    """Download a dataset and unpack it into the new folder `folder`, whose lock the caller holds; only that stays."""
+    archive = folder.with_name(f"{source.folder}.archive")
+    for left in folder.parent.glob(f".{archive.name}.*.tmp"):  # by a download that was killed
+        left.unlink()
+    try:
+        unpack(download(source.url, archive, by_hand, source.checksum), folder)
+    finally:
+        archive.unlink(missing_ok=True)
 
 
 def download(url: str, target: Path, by_hand: str, checksum: str | None = None) -> Path:

@@ -14,9 +14,9 @@ import numpy as np
 from sounds.audio import SUFFIXES, files_in, has_end, lengths_of
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, names_of
 from sounds.groups import grouped
-from sounds.tables import folders_in, read_table, require_files
-from support.command import UserError, first_of, is_number, warn
-from support.processes import say
+from sounds.tables import folders_in, read_table, require_files, require_whole
+from support.command import UserError, first_of, warn
+from support.processes import is_first, say
 
 
 def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None) -> Listing:
@@ -39,7 +39,7 @@ def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, win
             sounds, others = files_in(class_folder)
             if not sounds:
                 raise UserError(f"{class_folder} holds no sounds ({', '.join(SUFFIXES)}): fill it or remove it")
-            ignored += [os.path.relpath(file, data_dir) for file in others]
+            ignored += [name_of(file, data_dir) for file in others]
             clips += [Clip(sound, class_folder.name, part) for sound in sounds]
     if ignored:
         warn(f"{data_dir}: {len(ignored)} files are no {', '.join(SUFFIXES)}, ignored ({first_of(ignored)})")
@@ -85,14 +85,17 @@ def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, wind
         raise UserError(f"{data_dir}: has a column group, and there is --group: only one of them can say what belongs "
                         "together")  # fmt: skip
     spans = []
-    for line, row in enumerate(rows, start=2):
+    for row in rows:
+        where = f"{data_dir}, line {row.line}"
         if empty := [name for name in needed if not row[name]]:
-            raise UserError(f"{data_dir}, line {line}: an empty {empty[0]}")
-        spans.append(span_of(row.get("start"), row.get("end"), f"{data_dir}, line {line}"))
+            raise UserError(f"{where}: an empty {empty[0]}")
+        spans.append(span_of(row.get("start"), row.get("end"), where))
         if column == "split" and row["split"] not in PARTS:
-            raise UserError(f"{data_dir}, line {line}: split is {row['split']!r}; it must be train, val or test")
-        if column == "fold" and not is_number(row["fold"]):
-            raise UserError(f"{data_dir}, line {line}: fold is {row['fold'][:100]!r}; it must be a whole number")
+            raise UserError(f"{where}: split is {row['split']!r}; it must be train, val or test")
+        if column == "fold":
+            require_whole(row["fold"], "fold", where)
+        if "\0" in row["path"]:
+            raise UserError(f"{where}: path is {row['path'][:100]!r}; no file has a NUL byte in its name")
     part = int if column == "fold" else str
     names = [os.fsdecode(row["path"].encode()) for row in rows]  # where the locale has no UTF-8, too
     clips = [
@@ -171,6 +174,9 @@ def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> L
     counts = Counter(clip.label for clip in clips)
     if long := [label for label in counts if len(label) > 1000]:  # the header of a fold file would not take it
         raise UserError(f"{root}: a label of {len(long[0])} characters, {long[0][:50]!r}...: give it 1000 or less")
+    paths = names_of([clip.path for clip in clips], root)
+    if broken := [text for text in (*counts, *paths) if "\r" in text]:  # the tables of a run would not take it
+        raise UserError(f"{root}: {broken[0][:100]!r}: a carriage return in a label or a path: give it another name")
     if len(counts) < 2:
         raise UserError(f"{root}: {len(counts)} classes; there must be two or more to tell apart")
     if all(clip.part == "" for clip in clips) and 1 in counts.values():
@@ -201,6 +207,19 @@ def check_folds(dataset) -> None:
                 warn(f"{where} one training clip in fold {fold}")
             if not testing[label]:
                 warn(f"{where} no test clips in fold {fold}")
+
+
+def tell_of_gaps(dataset, folds: dict) -> dict:
+    """The `folds` of a run as they are, with a warning for classes that a drawn split or --skip-bad leaves no clips to
+    train or to test; what the data say themselves is for `check_folds`."""
+    for fold, split in folds.items():
+        for part, what in (("train", "training"), ("test", "test")):
+            before = getattr(dataset.folds.get(fold), part, range(len(dataset.labels)))  # a drawn one: of all clips
+            gone = {dataset.labels[i] for i in before} - {dataset.labels[i] for i in getattr(split, part)}
+            if gone and is_first():
+                names = first_of([dataset.classes[label] for label in sorted(gone)])
+                warn(f"{dataset.root}: {len(gone)} classes have no {what} clips in fold {fold} ({names})")
+    return folds
 
 
 def tell_of_cuts(dataset, lengths: np.ndarray, seconds: float) -> None:

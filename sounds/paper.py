@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sounds.clip import PARTS, Clip, Listing
 from sounds.fetch import Source, locate
-from sounds.tables import folders_in, read_table, require_files, warn_of_recordings
+from sounds.tables import Row, folders_in, read_table, require_files, warn_of_recordings
 from support.command import UserError, warn
 
 ESC50 = Source(
@@ -112,9 +112,13 @@ def fsc(data_dir: Path | None, cache_dir: Path) -> Listing:
     return Listing(root, clips)
 
 
-def _in_order(table: Path, rows: list[dict[str, str]], number: str, name: str) -> list[str]:
+def _in_order(table: Path, rows: list[Row], number: str, name: str) -> list[str]:
     """Classes of a table in the order of their column `number`."""
-    names = {int(row[number]): row[name] for row in rows}
+    names, numbers = {}, {}
+    for row in rows:
+        n, label = int(row[number]), row[name]
+        if names.setdefault(n, label) != label or numbers.setdefault(label, n) != n:
+            raise UserError(f"{table}, line {row.line}: {number} {n} is {label!r}, unlike above: download it again")
     if len(names) < 2:
         raise UserError(f"{table}: {len(names)} classes in the column {number}; there must be two or more")
     return [names[n] for n in sorted(names)]

@@ -1,22 +1,30 @@
 """Tables of clips, and whether the files they name are there."""
 
 import csv
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from sounds.clip import name_of
 from support.command import UserError, first_of, is_number, warn
 
 
-def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[dict[str, str]]:
+class Row(dict[str, str]):
+    """A row of a table, and the line of the file on which it ends: lines may be empty, cells may have several."""
+
+    def __init__(self, cells: dict[str, str], line: int):
+        super().__init__(cells)
+        self.line = line
+
+
+def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ()) -> list[Row]:
     """The rows of a CSV file with a header line; UserError if one of `columns` is missing or no whole number."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
             missing = [column for column in columns if column not in header]
-            rows = [] if missing else list(reader)
+            rows = [] if missing else [Row(row, reader.line_num) for row in reader]
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such table") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -25,18 +33,24 @@ def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ())
         raise UserError(f"{path}: no column {missing[0]!r}; its header is {', '.join(header) or 'empty'}")
     if not rows:
         raise UserError(f"{path}: no rows beneath the header")
-    for line, row in enumerate(rows, start=2):
+    for row in rows:
+        where = f"{path}, line {row.line}"
         if any(row[column] is None for column in columns):
-            raise UserError(f"{path}, line {line}: too few columns; is the file whole?")
+            raise UserError(f"{where}: too few columns; is the file whole?")
         for column in integers:
-            if not is_number(row[column]):
-                raise UserError(f"{path}, line {line}: {column} is {row[column][:100]!r}; it must be a whole number")
+            require_whole(row[column], column, where)
     return rows
+
+
+def require_whole(text: str, column: str, where: str) -> None:
+    """UserError for what is no whole number, or a larger one than the header of a fold file takes."""
+    if not is_number(text) or int(text) >= 2**31:
+        raise UserError(f"{where}: {column} is {text[:100]!r}; it must be a whole number below {2**31}")
 
 
 def require_files(root: Path, paths: list[Path]) -> None:
     """UserError that counts the missing files and names the first five."""
-    missing = [os.path.relpath(path, root) for path in paths if not path.is_file()]
+    missing = [name_of(path, root) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(paths)} files are missing ({first_of(missing)}): complete it")
 

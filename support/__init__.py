@@ -1,2 +1,2 @@
 """What any program needs, whatever it computes: commands, files, processes, the records of a run.
-Nothing here knows a method, a dataset or a sound."""
+No method, dataset or sound is made here; variants.py and console.py know some by name."""

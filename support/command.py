@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+# Of an OSError: what stands there is no folder, or not one to write to.
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message says what, where and what to do; the commands print it and exit 2."""
@@ -39,8 +42,8 @@ def numbers(text: str) -> list[int]:
 
 
 def span(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
-    return int(first), int(last or first)
+    first, dash, last = text.partition("-")
+    return int(first), int(last if dash else first)
 
 
 def is_number(text: str) -> bool:
@@ -152,7 +155,9 @@ def in_words(error: OSError, where: Path | str = "the output", mend: str = "", w
 
 
 def forget_output() -> None:
-    """What is still to be printed is lost: Python would complain once more when it flushes at the end."""
+    """What is still to be printed and cannot be is lost: Python would complain once more when it flushes at the end."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
     with suppress(OSError, ValueError):  # a test's output is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -168,7 +173,7 @@ def explained(device: torch.device, tried: int, out: Path):
         if isinstance(error, BrokenPipeError):
             raise
         said = in_words(error, out, mend=", then add --resume to go on")
-        hint = "" if "disk is full" in said else "; is --out or --cache-dir a folder to write to?"
+        hint = "; is --out or --cache-dir a folder to write to?" if error.errno in NO_PLACE else ""
         raise UserError(f"{said}{hint}") from None
     except KeyboardInterrupt:
         hint = "interrupted: the same command with --resume goes on after the last finished epoch"

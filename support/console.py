@@ -1,6 +1,7 @@
 """What a run prints: what it is going to do, how far it is, how long it takes, what came out."""
 
 import math
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -143,7 +144,7 @@ def summarise(folder: Path, settings: Settings, started: float) -> dict:
         f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
         f"\n  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept beside the backbone"
         f"\n  time            {summary['seconds']:.0f} s of training, {time.perf_counter() - started:.0f} s in all"
-        f"\n  to use it       python -m tools.predict {folder} SOUND.wav"
+        f"\n  to use it       python -m tools.predict {shlex.quote(str(folder))} SOUND.wav"
         f"\n  to compare      the same command with --method {baseline}\n"
     )
     if tested:

@@ -54,19 +54,21 @@ def start_run(folder: Path, settings: Settings, table: str, dataset, bad: dict[i
     UserError if `folder` holds another experiment: its finished folds must not be mixed with these.
     """
     check(folder)
-    for old in settings_in(folder):
-        # `weights` is a name; `backbone` is what counts.
-        compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
-    if is_first():
-        names = dataset.names
-        source = {name: options[name] for name in SOURCE}
-        places = {name: str(path.resolve()) for name, path in source.items() if isinstance(path, Path)}
-        config = {
-            **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
-            **source, **places,
-        }  # fmt: skip
-        with ledger.lock(folder):
+    names = dataset.names
+    source = {name: options[name] for name in SOURCE}
+    places = {name: str(path.resolve()) for name, path in source.items() if isinstance(path, Path)}
+    config = {
+        **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
+        **source, **places,
+    }  # fmt: skip
+    with ledger.lock(folder):  # of two experiments that start together the second one sees what the first one is
+        for old in settings_in(folder):
+            # `weights` is a name; `backbone` is what counts.
+            compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
+        if is_first():
             ledger.write_files(folder, {"config.json": json_of(config), "split.csv": table})
+            for file in fold_files(folder).values():  # a kill may have left the state of a fold that is finished
+                file.with_suffix(".resume.pt").unlink(missing_ok=True)
 
 
 def settings_in(folder: Path) -> list[dict]:

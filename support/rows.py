@@ -23,7 +23,7 @@ def map_rows(path: Path, kind: np.dtype) -> np.memmap | None:
     if not path.exists():
         return None
     try:
-        rows = np.load(path, mmap_mode="r")
+        rows = np.lib.format.open_memmap(path, mode="r")  # np.load would take a zip as well
         if rows.dtype != kind or rows.ndim != 1:
             raise ValueError("holds something else")
     except (ValueError, OSError, EOFError, OverflowError, tokenize.TokenError):  # what NumPy raises for a bad header

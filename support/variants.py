@@ -62,7 +62,8 @@ def fitted(method, config, lr=None, rr=None, alpha=None, prompts=None, blocks=No
     if keep and kinds & {"convpass_2d", "statistics"}:
         raise UserError(f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method")
     if blocks and not 1 <= blocks[0] <= blocks[1] <= config.depth:
-        raise UserError(f"--blocks {blocks[0]}-{blocks[1]}: this backbone has the blocks 1 to {config.depth}")
+        what = f"this backbone has the blocks 1 to {config.depth}; give the first and the last of them, or one"
+        raise UserError(f"--blocks {blocks[0]}-{blocks[1]}: {what}")
     if blocks and (not method.parts or any(hasattr(part, "deep") for part in method.parts) or "statistics" in kinds):
         raise UserError(f"--blocks: {method.name!r} changes what comes before or after the blocks; leave it out")
     if "statistics" in kinds and config.pool != "mean":

@@ -106,8 +106,10 @@ def compute(model, clips, index: torch.Tensor, settings, machine: Machine) -> np
 def open_rows(model, clips, batch: int, settings, machine: Machine) -> tuple[np.ndarray, int, Path | None]:
     """Rows for the vectors of all clips, mapped into memory to be filled, the key of those that are, and their file.
 
-    The file is known by all that a vector depends on, be it only for its rounding; it lies beside the folder of the
-    features. Clips without a file have rows without one.
+    The file is known by what a vector is computed from and, for its rounding, by type, device and batch; it lies beside
+    the folder of the features. It is not known by the version of PyTorch, nor by who multiplies on a CPU
+    (support/onednn_linear.py): after an upgrade, or on CPUs that share it, it may have rows of either rounding. Clips
+    without a file have rows without one.
     """
     numbers = next(module for module in model.head.modules() if isinstance(module, nn.Linear)).in_features
     kind = row_type((numbers,), "<f4" if model.norm.weight.requires_grad else "<f2")

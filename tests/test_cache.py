@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from filelock import FileLock
 from helpers import Terminal, build_features, make_bad_files, make_clips, make_esc50, write_sound
 
 import data
@@ -270,6 +271,31 @@ def test_a_damaged_row_whose_sound_is_another_by_now_is_not_used(tmp_path, capsy
     assert build_features(dataset, 30, tmp_path / "cache", skip_bad=True)[1] == {1: "is in no known sound format"}
 
 
+@pytest.mark.parametrize("names", ["0000 new 0001 0002", "0001 0000 0002", "0000"])
+def test_a_row_is_not_mended_in_a_file_of_other_clips(tmp_path, names):
+    """Another run has built it again since the start of this one."""
+    dataset, file, right = damaged(tmp_path)
+    whole, clips = np.frombuffer(right[-3 * ROW.itemsize :], ROW)["features"], read(dataset, tmp_path / "cache")
+    write_sound(dataset.root / "new.wav")
+    paths = [dataset.root / f"{name}.wav" for name in names.split()]
+    build_features(replace(dataset, paths=paths, labels=[0] * len(paths)), 30, tmp_path / "cache")
+    built = file.read_bytes()
+    assert np.array_equal(clips.batch(torch.tensor([1]), torch.device("cpu"))[0], whole[1:2])
+    assert file.read_bytes() == built
+
+
+def test_a_row_is_mended_under_the_lock(tmp_path):
+    dataset, file, right = damaged(tmp_path)
+    clips = read(dataset, tmp_path / "cache")
+    mend = threading.Thread(target=clips.batch, args=(torch.tensor([1]), torch.device("cpu")))
+    with FileLock(f"{file}.lock"):
+        mend.start()
+        mend.join(0.5)
+        assert mend.is_alive() and file.read_bytes() != right
+    mend.join()
+    assert file.read_bytes() == right
+
+
 def test_what_goes_to_a_gpu_is_read_and_mended_before(tmp_path, monkeypatch):
     dataset, file, right = damaged(tmp_path)
     monkeypatch.setattr(data, "near", lambda tensor, device: tensor.clone())
@@ -281,12 +307,18 @@ def test_what_goes_to_a_gpu_is_read_and_mended_before(tmp_path, monkeypatch):
     clips.check("an index on a GPU, which nothing waits for")
 
 
-@pytest.mark.parametrize("other", [np.zeros(2), np.zeros((2, 1), ROW), np.zeros(2, "<u8")])
+@pytest.mark.parametrize("other", [np.zeros(2), np.zeros((2, 1), ROW), np.zeros(2, "<u8"), b"PK\3\4" + bytes(99), {}])
 def test_a_cache_file_of_something_else_is_built_again(tmp_path, other, capsys):
     dataset = make_clips(tmp_path / "sounds", "one.wav", "two.wav")
     file = cache_of(dataset, tmp_path)
     file.parent.mkdir()
-    np.save(file, other)
+    if isinstance(other, bytes):  # as a damaged zip begins
+        file.write_bytes(other)
+    elif isinstance(other, dict):
+        with open(file, "wb") as opened:
+            np.savez(opened, **other)
+    else:
+        np.save(file, other)
     features, bad = build_features(dataset, 30, tmp_path)
     assert features.any() and not bad
     out, err = capsys.readouterr()

@@ -31,7 +31,7 @@ from ast_model import POOL
 from load_weights import from_dict, load_ast, load_trained, read_header, save_ast, to_dict
 from sounds.audio import read_audio
 from sounds.fetch import unpack
-from support import headers, ledger
+from support import command, headers, ledger
 from support.checkpoints import read_json, sha256_of
 from support.command import UserError, positive
 from support.processes import join
@@ -537,6 +537,27 @@ def test_streams(folder, tmp_path):
         assert full.stderr.count("\n") == 1
     assert closed.returncode == 0 and closed.stdout.count("\n") == 1
     assert piped.returncode in (0, 1) and not piped.stderr
+
+
+def test_what_was_said_before_an_error_is_not_lost():
+    """Where stdout is no terminal, what is printed waits in the process."""
+    call = "exit_code(lambda: print('one result') or open('/absent/file'))"
+    words = [sys.executable, "-c", f"from support.command import exit_code\nexit({call})"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (2, "one result\n")
+    assert done.stderr == "error: /absent/file: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [(errno.EACCES, True), (errno.EROFS, True), (errno.ENOTDIR, True), (errno.ENOENT, False), (errno.EIO, False),
+     (errno.ENOSPC, False)],
+)  # fmt: skip
+def test_what_is_no_place_to_write_to_is_asked_for(number, hint):
+    with pytest.raises(UserError) as error, command.explained(torch.device("cpu"), 8, Path("runs")):
+        raise OSError(number, os.strerror(number), "a.wav")
+    assert ("is --out or --cache-dir a folder to write to?" in str(error.value)) == hint and "a.wav" in str(error.value)
 
 
 def tarred(mode):

@@ -4,11 +4,13 @@ import csv
 import importlib
 import json
 import math
+import ntpath
 import os
 from collections import Counter
 from dataclasses import astuple, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ from data import (
     spec_augment,
     to_input,
 )
-from sounds.clip import Clip, Listing, names_of
+from sounds import clip
+from sounds.clip import Clip, Listing, name_of, names_of
 from support.command import UserError
 
 STORED = np.load(REFERENCE / "fbank_torchaudio.npz")
@@ -352,3 +355,9 @@ def test_of_two_folds_none_validates(tmp_path):
 )  # fmt: skip
 def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
     assert names_of([Path(path)], Path(root)) == [os.path.relpath(path, root)]
+
+
+def test_a_clip_on_another_drive_has_its_whole_path_as_name(monkeypatch):
+    """On Windows there is no way from one to another."""
+    monkeypatch.setattr(clip, "os", SimpleNamespace(path=ntpath))
+    assert name_of(PureWindowsPath("D:/my sounds/a.wav"), PureWindowsPath("C:/data")) == "D:/my sounds/a.wav"

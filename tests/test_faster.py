@@ -150,7 +150,8 @@ def test_a_run_on_the_last_block_is_saved_and_loaded(train_main, tmp_path):
     ("words", "message"),
     [
         (["--blocks", "1-3"], "this backbone has the blocks 1 to 2"),
-        (["--blocks", "2-1"], "this backbone has the blocks 1 to 2"),
+        (["--blocks", "2-1"], "this backbone has the blocks 1 to 2; give the first and the last of them, or one"),
+        (["--blocks", "2-"], "argument --blocks: invalid span value: '2-'"),
         (["--blocks", "0-1"], "this backbone has the blocks 1 to 2"),
         (["--blocks", "last"], "--blocks"),
         (["--blocks", "2", "--method", "linear"], "'linear' changes what comes before or after the blocks"),

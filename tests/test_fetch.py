@@ -226,3 +226,22 @@ def test_where_a_dataset_is_looked_for(tmp_path, web):
     with pytest.raises(UserError, match=r"cannot download .* \(the connection ended .*: download it by hand and give"):
         locate(Source("More", "a", "b", url=f"{web[0]}/cut"), None, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("More*[!k]"))  # but the lock
+
+
+def test_only_ones_own_downloads_are_removed(tmp_path):
+    """One of another run stays, which holds another lock; those of killed runs go, and one that cannot be unpacked."""
+    write_csv(tmp_path / "release" / "meta" / "list.csv", "a")
+    archive = shutil.make_archive(str(tmp_path / "sounds"), "zip", tmp_path / "release")
+    cache, source = tmp_path / "cache", Source("Sounds", "meta/list.csv", "meta/list.csv", url=f"file://{archive}")
+    cache.mkdir()
+    downloads = [cache / name for name in ("Sounds.archive", ".Sounds.archive.12345678.tmp", ".More.archive.1.tmp")]
+    for file in downloads:
+        file.touch()
+    locate(source, tmp_path / "sounds.zip", cache)
+    assert all(file.exists() for file in downloads)
+    assert locate(source, None, cache) == cache / "Sounds" and [file.exists() for file in downloads] == [0, 0, 1]
+    (tmp_path / "sounds.zip").write_bytes(b"not found, said the server")
+    shutil.rmtree(cache / "Sounds")
+    with pytest.raises(UserError, match="is not a whole zip or tar archive"):
+        locate(source, None, cache)
+    assert not downloads[0].exists()

@@ -11,7 +11,7 @@ import soundfile
 from helpers import build_features, make_folder, result_of, split_of, train_on, write_csv, write_sound
 
 import train
-from data import Split, load_dataset
+from data import Dataset, Split, folds_of, load_dataset, random_split
 from sounds import audio
 from sounds.audio import length_of, lengths_of, read_audio
 from sounds.clip import PARTS, WHOLE
@@ -175,6 +175,11 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,"], "line 3: an empty split"),
         ("path,label,fold", ["a1.wav,a,", "b1.wav,b,1"], "line 2: an empty fold"),
         ("path,label", [",a"], "line 2: an empty path"),
+        ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2147483648"], "line 3: fold is '2147483648'; .* below 2147483648"),
+        ("path,label", ["a1.wav,a", ["a\0.wav", "a"]], r"line 3: path is 'a\\x00\.wav'; no file has|line contains NUL"),
+        ("path,label,fold", [[], "a1.wav,a,1", [], ["a2.wav", "a\nb", "x"]], "line 6: fold is 'x'"),
+        ("path,label", ["a1.wav,a", ["b1.wav", "b\r"]], r": 'b\\r': a carriage return in a label or a path"),
+        ("path,label", ["a1.wav,a", ["c\r.wav", "b"]], r": 'c\\r\.wav': a carriage return in a label or a path"),
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,train"], "no clips to test: say which in the data"),
         ("path,label,split", ["a1.wav,a,test", "b1.wav,b,test"], "no clips to train: say which in the data"),
         ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,1"], "no clips to train: say which in the data"),
@@ -183,7 +188,7 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
     ],
 )
 def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
-    for name in ("a1", "a2", "b1"):
+    for name in ("a1", "a2", "b1", "c\r"):
         write_sound(tmp_path / f"{name}.wav")
     (tmp_path / "link.wav").symlink_to("a1.wav")
     with pytest.raises(UserError, match=message) as error:
@@ -237,6 +242,28 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
         f"warning: {tmp_path}: class 'b' has one training clip in fold 1",
         f"warning: {tmp_path}: class 'c' has no test clips in fold 1",
     ]
+
+
+def test_classes_of_which_nothing_is_left_are_said(tmp_path, capsys):
+    """By a split that is drawn, in whole groups, or without bad clips; not once more what the data themselves lack."""
+
+    def said(labels, bad=(), folds=None, groups=()):
+        paths = [tmp_path / f"{i}.wav" for i in range(len(labels))]
+        data = Dataset("my", tmp_path, ["bell", "drum", "flute"], paths, labels, folds or {}, list(groups))
+        assert folds_of(data, 0, bad).keys() == (folds or {1: 0}).keys()
+        return capsys.readouterr().err
+
+    labels = [0] * 3 + [1] * 10 + [2] * 2
+    train, test = ({i for i in getattr(random_split(Dataset("my", tmp_path, [*"abc"], [], labels, {}), 0), part)
+                    if labels[i] != 1} for part in ("train", "test"))  # fmt: skip
+    start = f"warning: {tmp_path}: 2 classes have no"
+    assert said(labels) == ""
+    assert said(labels, train) == f"{start} training clips in fold 1 (bell, flute)\n"
+    assert said(labels, test) == f"{start} test clips in fold 1 (bell, flute)\n"
+    alone = f"warning: {tmp_path}: 1 classes have no test clips in fold"
+    assert said([0, 0, 1, 1, 2, 2], groups=["x", "y", "y", "z", "x", "z"]).startswith(f"{alone} 1 (")
+    folds = {2: Split([0, 3, 13], [], [1, 4]), 5: Split([0, 3, 13], [], [1, 4, 14])}
+    assert said(labels, folds=folds) == "" and said(labels, {1}, folds) == f"{alone} 2 (bell)\n{alone} 5 (bell)\n"
 
 
 # ------------------------------------------------------------------------------------------------- masks of short clips

@@ -5,10 +5,15 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +25,10 @@ from safetensors.torch import load_file, save_file
 import train
 from data import load_dataset
 from load_weights import load_trained
-from support import ledger, records
+from support import console, ledger, records
 from support.checkpoints import described, read_header, sha256_of
 from support.command import UserError
-from support.records import METRICS, Progress, mend, read_metrics, write_metrics
+from support.records import METRICS, Progress, Settings, mend, read_metrics, write_metrics
 from tools import export
 from tools.campaign import read_run
 
@@ -282,6 +287,43 @@ def test_seconds_of_a_fold(monkeypatch):
     progress = Progress(1, [], progress.best, progress.seconds, clock=20.0)
     progress.validated(*nothing)
     assert progress.seconds == 4.0
+
+
+def test_of_two_experiments_that_start_together_one_is_refused(finished, tmp_path, monkeypatch):
+    settings = Settings(**read_header(finished / "fold2.safetensors")["settings"])
+    dataset, options = SimpleNamespace(names=[]), dict.fromkeys(records.SOURCE)
+    both, settings_in = Barrier(2), records.settings_in
+
+    def compared(folder):
+        known = settings_in(folder)
+        with suppress(BrokenBarrierError):
+            both.wait(0.5)  # for the other one to have read as much
+        return known
+
+    def start(lr):
+        with suppress(UserError):
+            records.start_run(tmp_path, replace(settings, lr=lr), "fold,split,label,path\n", dataset, {}, options)
+            return lr
+
+    monkeypatch.setattr(records, "settings_in", compared)
+    with ThreadPoolExecutor() as pool:
+        (started,) = set(pool.map(start, (0.1, 0.2))) - {None}
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == started
+
+
+def test_the_state_of_a_finished_fold_goes_at_the_next_start(again):
+    """A kill between writing the fold file and removing its state leaves both."""
+    folder, call = again
+    for fold in (2, 4):
+        (folder / f"fold{fold}.resume.pt").touch()
+    assert call() == [] and [file.name for file in folder.glob("*.pt")] == ["fold4.resume.pt"]
+
+
+def test_the_command_that_is_printed_can_be_copied(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "my runs" / "seed0")
+    console.summarise(folder, Settings(**read_header(folder / "fold2.safetensors")["settings"]), 0.0)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "python -m tools.predict" in line]
+    assert shlex.split(line)[-2:] == [str(folder), "SOUND.wav"]
 
 
 def test_folds_in_the_order_of_their_numbers(tmp_path):
