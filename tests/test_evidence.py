@@ -271,7 +271,7 @@ def test_claims(better, than, holds, counts, weakest, tmp_path, monkeypatch):
     text = claims.as_text(records)
     assert text["holds"] == [holds] and text["the weakest"] == [weakest] and not why
     assert text["pairs: yes, no, untold"] == [counts] and text["dataset"] == ["demo"]
-    assert (text["points"] == ["-"]) == (weakest == "-")
+    assert (text["points"] == ["-"]) == (weakest == "-") and text["seeds"] == ["-" if weakest == "-" else "1"]
 
 
 @pytest.mark.parametrize(("better", "told"), [("lora rr=32", True), ("lora", False)])

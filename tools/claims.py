@@ -50,5 +50,6 @@ def as_text(records: list[dict]) -> dict[str, list[str]]:
             "pairs: yes, no, untold": ", ".join(str(verdicts.count(word)) for word in (YES, NO, UNTOLD)),
             "the weakest": "{better} over {than}".format(**weakest) if weakest else "-",
             "points": "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**weakest) if weakest else "-",
+            "seeds": f"{weakest['seeds']}" if weakest else "-",
         })  # fmt: skip
     return {head: [row[head] for row in rows] for head in rows[0]}
