@@ -452,7 +452,7 @@ def test_a_long_recording_is_listened_to_as_it_comes():
     def counted():
         for start in range(100):
             cut.append(start)
-            yield predict.Window(Path("a"), start, np.zeros(880, np.float32))
+            yield predict.Window(0, Path("a"), start, np.zeros(880, np.float32))
 
     model = petl.apply(load_ast(SMALL_AST, 36, 2), "linear").eval()
     classifier = predict.Classifier([model], ["a", "b"], lambda logits: logits.softmax(-1), [Calibration()])
