@@ -65,6 +65,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
+def check_suffix(out: Path) -> None:
+    """UserError unless `read_tensors` could read again what is to be written to `out`: it goes by the suffix."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: give the name of a file that ends in .safetensors")
+
+
 def unpickled(path: Path):
     """What is in a file of torch.save; nothing is executed. ValueError with the reason if it cannot be read."""
     try:
