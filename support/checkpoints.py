@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 import zipfile
 from contextlib import suppress
@@ -63,6 +64,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if kind := unusual(tensor):
             raise UserError(f"{path}: {name} {kind}: give a checkpoint of plain numbers")
     return {str(name): tensor.detach() for name, tensor in content.items()}
+
+
+def check_suffix(out: Path) -> None:
+    """UserError unless `read_tensors` could read again what is to be written to `out`: it goes by the suffix."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: give the name of a file that ends in .safetensors")
 
 
 def unpickled(path: Path):
@@ -194,7 +201,10 @@ def read_header(path: Path, *needed: str) -> dict:
 
 
 def no_whole_file(path: Path, reason: str) -> str:
-    return f"{path} is no whole file of trained parts ({reason}): delete it and train it again"
+    """What is wrong, and what to do: only what train.py wrote is to be deleted, any other file may be a sound."""
+    ours = re.fullmatch(r"fold\d+\.safetensors", path.name)
+    mend = "delete it and train it again" if ours else "give a run of train.py or a foldK.safetensors"
+    return f"{path} is no whole file of trained parts ({reason}): {mend}"
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **metadata: str) -> None:

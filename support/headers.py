@@ -308,6 +308,7 @@ class Adapter(Struct, kw_only=True):
 class LoRA(Adapter, kw_only=True):
     r: Size
     lora_alpha: Alpha
+    init_lora_weights: bool | Name | None = True
 
 
 class VeRA(Adapter, kw_only=True):

@@ -105,6 +105,21 @@ def test_from_python(tmp_path, answer):
     assert whole.classes == found.classes[:3]
 
 
+def test_each_sound_has_its_own_answer(tmp_path):
+    """Also arrays, which have no name, and a file that comes twice."""
+    save_random(tmp_path / "fold1.safetensors", "lora")
+    classify, file = load(tmp_path / "fold1.safetensors"), write_sound(tmp_path / "x.wav", seconds=0.9)
+    waves = [read_audio(file), read_audio(write_sound(tmp_path / "y.wav", 3, seconds=0.9))]
+    one, two = ([*classify.listen([wave])] for wave in waves)
+    assert one[-1].classes != two[-1].classes
+    for sounds, expected in ((waves, one + two), ([file, file], 2 * [*classify.listen([file])])):
+        found = [*classify.listen(sounds)]
+        assert [answer.what for answer in found] == ["window", "window", "file"] * 2
+        assert [(a.start, a.end) for a in found] == [(a.start, a.end) for a in expected]
+        for answer, alone in zip(found, expected, strict=True):
+            assert dict(answer.classes) == pytest.approx(dict(alone.classes), abs=1e-5)
+
+
 def test_sounds_that_are_none(tmp_path):
     classify = load(constant(tmp_path / "fold1.safetensors", 0.5, 0.5))
     with pytest.raises(ValueError, match=r"absent\.wav: No such file or directory"):
@@ -112,6 +127,10 @@ def test_sounds_that_are_none(tmp_path):
     for samples in (np.zeros(0), [np.nan, 0], np.zeros((2, 2, 2))):
         with pytest.raises(ValueError, match="no sound"):
             classify(samples, 16_000)
+    for samples in (np.array([0, 32_767], np.int16), np.ones((2, 16_000))):  # of a 16-bit file; (channels, samples)
+        with pytest.raises(ValueError, match=r"no sound: (int16|float64) .*; give floats in \[-1, 1\], \(samples,\)"):
+            classify(samples, 16_000)
+    assert classify(np.zeros((3, 2)), 16_000).end == classify(np.zeros((3, 8)), 16_000).end  # short, of many channels
     for rate in (0, 1e-9, 1e12, np.nan):
         with pytest.raises(ValueError, match="no sound"):
             classify(np.ones(9), rate)
@@ -160,6 +179,11 @@ def test_events_do_not_cross_files_and_errors_follow():
         ("y.wav", "event", 0.0, 1.5), ("y.wav", "file", 0.0, 0.0), ("z.wav", "event", 0.0, 1.0),
         ("z.wav", "file", 0.0, 1.0),
     ]  # fmt: skip
+
+
+def test_events_of_the_same_file_twice():
+    once = told(events_of(windows("ABA"), 0.5, 0.0))
+    assert told(events_of(windows("ABA") + windows("ABA"), 0.5, 0.0)) == 2 * once
 
 
 def test_events_come_as_they_are_heard():

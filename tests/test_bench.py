@@ -170,6 +170,12 @@ def test_parse_knows_the_defaults():
     assert setup == bench.Bench(torch.device("cpu"), compile=True, dtype="bfloat16", batch=2, quick=True)
 
 
+def test_a_fold_is_what_its_description_says():
+    """Whatever else is asked for, also a device that is not there."""
+    _, setup = bench.parse(["fold", "--device", "cuda:99", "--dtype", "bfloat16", "--compile"])
+    assert setup == bench.Bench(torch.device("cpu"), batch=8)
+
+
 def test_less_to_compute(capsys, tmp_path):
     file = tmp_path / "less.json"
     assert bench.main(["--less", "--weights", "random:demo", "--repeats", "1", "--json", str(file)]) == 0

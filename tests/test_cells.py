@@ -1,7 +1,10 @@
 """The paper's tables and their numbers, and the cells that they need."""
 
 import json
+import shutil
 from pathlib import Path
+
+from helpers import SMALL_AST
 
 import petl
 from data import DATASETS
@@ -139,3 +142,10 @@ def test_windows_and_sizes_of_the_published_version():
     assert cells.cells_of(experiments.parse(["kernels", "--methods", "conformer_pfeiffer_par"])) == cells.cells_of(plan)
     text = tables.render("newer", {}, experiments.parse(["newer"]))[0]
     assert "missing (91.16)" in text and "| AdaptFormer" in text
+
+
+def test_a_folder_with_the_name_of_a_size(tmp_path, monkeypatch):
+    """It is the folder that `--weights tiny` trains from, as train.py does."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(SMALL_AST, "tiny")
+    assert (cells.shape_of("random:tiny").dim, cells.shape_of("demo").dim, cells.shape_of("tiny").dim) == (192, 128, 64)

@@ -79,9 +79,10 @@ def test_tensors_that_fit_no_model():
 def test_not_a_file_of_trained_parts(tmp_path):
     with pytest.raises(UserError, match="it has no such header"):
         read_header(SMALL_AST / "model.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(UserError, match="no whole file of trained parts"):
-        load_trained(tmp_path / "cut.safetensors")
+    for name, mend in (("fold1", "delete it and train it again"), ("cut", "give a run of train.py or a fold")):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"\x10\x00")
+        with pytest.raises(UserError, match=rf"no whole file of trained parts \(.*\): {mend}"):
+            load_trained(tmp_path / f"{name}.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------- the hub

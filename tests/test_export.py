@@ -67,11 +67,11 @@ def test_merged_is_one_plain_ast(method, pool, tmp_path, fbank, command):
 
 def test_merged_in_half_the_size(tmp_path, fbank, command):
     model = save_random(tmp_path / "fold1.safetensors", "lora")
-    for name, options in (("whole", []), ("half", ["--half"])):
-        command("export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / name, *options)
-    assert (tmp_path / "half").stat().st_size < 0.52 * (tmp_path / "whole").stat().st_size
-    (tmp_path / "half").rename(tmp_path / "half.safetensors")
-    half = load_ast(tmp_path / "half.safetensors").eval()
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    for file, options in ((whole, []), (half, ["--half"])):
+        command("export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", file, *options)
+    assert half.stat().st_size < 0.52 * whole.stat().st_size
+    half = load_ast(half).eval()
     assert half.head.weight.dtype == torch.float32 and 0 < (half(fbank) - model(fbank)).abs().max() < 0.02
 
 
@@ -126,7 +126,7 @@ def test_other_heads_have_no_place_in_transformers(to, pool, tmp_path, command):
 ])  # fmt: skip
 def test_a_head_that_reads_all_layers_has_no_place_elsewhere(to, message, tmp_path, command):
     save_random(tmp_path / "fold1.safetensors", "probe")
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     assert command("export", tmp_path / "fold1.safetensors", "--to", to, "--out", out, code=2) == f"error: {message}\n"
     assert not out.exists()
 
@@ -185,6 +185,27 @@ def peft_lora(folder, base=SMALL_AST, **config):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     theirs.save_pretrained(folder)
     return theirs.eval()
+
+
+@pytest.mark.parametrize("start", [False, "gaussian", "orthogonal"])
+def test_a_lora_of_peft_that_starts_beside_its_backbone(start, tmp_path, command):
+    theirs = peft_lora(tmp_path / "peft", init_lora_weights=start)
+    command("import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors")
+    fbank = torch.randn(2, 100, 128)
+    with torch.no_grad():
+        ours = load_trained(tmp_path / "fold.safetensors").eval()(fbank)
+        assert (theirs(input_values=fbank).logits - ours).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_lora_of_peft_that_starts_in_its_backbone(start, tmp_path, command):
+    """The adapter is what was trained on another backbone than the one it names."""
+    peft_lora(tmp_path / "peft", init_lora_weights=start)
+    assert command("import", tmp_path / "peft", "--out", tmp_path / "fold.safetensors", code=2) == (
+        f"error: {tmp_path / 'peft'} started by init_lora_weights '{start}', which changed its backbone too: save "
+        "it by save_pretrained with path_initial_model_for_weight_conversion\n"
+    )
+    assert not (tmp_path / "fold.safetensors").exists()
 
 
 def test_what_a_config_leaves_out_is_what_transformers_leaves_out():
@@ -366,7 +387,7 @@ def test_a_header_of_another_method(tmp_path, command):
 
 def test_the_wrong_backbone(tmp_path, command):
     save_random(tmp_path / "fold1.safetensors", "lora")
-    words = ["export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "out"]
+    words = ["export", tmp_path / "fold1.safetensors", "--to", "merged", "--out", tmp_path / "out.safetensors"]
     assert "was trained on the backbone" in command(*words, "--weights", "random:tiny", code=2)
 
 
@@ -379,7 +400,11 @@ def test_words_that_do_not_fit(tmp_path, command):
     assert "is a folder" in command(*words, tmp_path, "--to", "onnx", code=2)
     assert "--help shows all options" in command(code=2)
     (tmp_path / "file").touch()
-    assert "cannot write" in command(*words, tmp_path / "file" / "x", "--to", "merged", code=2)
+    assert "cannot write" in command(*words, tmp_path / "file" / "x.safetensors", "--to", "merged", code=2)
+    for out in (tmp_path / "merged.bin", tmp_path / "fold2"):  # what no command could read again
+        message = f"error: --out {out}: give the name of a file that ends in .safetensors\n"
+        assert command(*words, out, "--to", "merged", code=2) == message and not out.exists()
+        assert command("import", tmp_path, "--out", out, code=2) == message
 
 
 # ---------------------------------------------------------------------- lines and numbers typed by hand

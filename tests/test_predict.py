@@ -301,6 +301,8 @@ def test_wrong_and_damaged_checkpoints(tmp_path, fold, fails):
     assert "no whole file of trained parts" in fails(tmp_path / "cut.safetensors")
     assert "it has no such header" in fails(SMALL_AST / "model.safetensors")
     assert "no such run or checkpoint" in fails(tmp_path / "absent")
+    sound = write(tmp_path / "first.wav", 0.3)  # the run was forgotten: nobody is to delete a sound
+    assert fails(sound).endswith("): give a run of train.py or a foldK.safetensors\n")
     (tmp_path / "run").mkdir()
     assert "holds no fold*.safetensors" in fails(tmp_path / "run")
 
@@ -452,7 +454,7 @@ def test_a_long_recording_is_listened_to_as_it_comes():
     def counted():
         for start in range(100):
             cut.append(start)
-            yield predict.Window(Path("a"), start, np.zeros(880, np.float32))
+            yield predict.Window(0, Path("a"), start, np.zeros(880, np.float32))
 
     model = petl.apply(load_ast(SMALL_AST, 36, 2), "linear").eval()
     classifier = predict.Classifier([model], ["a", "b"], lambda logits: logits.softmax(-1), [Calibration()])

@@ -28,6 +28,9 @@ def test_a_recording_is_read_once_and_only_if_something_is_heard(tmp_path, capsy
     assert "has 1 recordings of at least 0.1 s" in capsys.readouterr().err
     assert pretrain.main([str(tmp_path), "--out", str(tmp_path)]) == 2  # said before the training, not after it
     assert capsys.readouterr().err == f"error: --out {tmp_path} is a folder: give the name of a file\n"
+    assert pretrain.main([str(tmp_path), "--steps", "1", "--out", str(tmp_path / "x.bin")]) == 2
+    message = f"error: --out {tmp_path / 'x.bin'}: give the name of a file that ends in .safetensors\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_crop_is_a_part_of_the_sound_that_is_not_silent():

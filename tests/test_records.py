@@ -137,9 +137,9 @@ def test_a_fold_file_holds_what_is_needed_and_stays_what_it_was(finished, capsys
 def test_a_model_in_another_format_leaves_the_record_behind(tmp_path):
     record = {"history": [{"fold": 1, "epoch": 1}], "predictions": [3, 0], "millionths": [500_000, 10**6]}
     save_random(tmp_path / "fold1.safetensors", "lora", "cls_dist", record=record)
-    for to in ("merged", "hf", "peft"):
-        assert export.main(["export", f"{tmp_path}/fold1.safetensors", "--to", to, "--out", f"{tmp_path}/{to}"]) == 0
-    for file in (tmp_path / "merged", tmp_path / "hf" / "model.safetensors"):
+    for to, out in (("merged", "merged.safetensors"), ("hf", "hf"), ("peft", "peft")):
+        assert export.main(["export", f"{tmp_path}/fold1.safetensors", "--to", to, "--out", f"{tmp_path}/{out}"]) == 0
+    for file in (tmp_path / "merged.safetensors", tmp_path / "hf" / "model.safetensors"):
         with safe_open(file, "pt") as opened:
             assert "history" not in opened.metadata()["ast_petl"]
 

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from helpers import SMALL_AST, make_run, table_of
+from helpers import SMALL_AST, make_folder, make_run, table_of
 
 import petl
 import train
@@ -119,6 +119,18 @@ def test_no_validation_clips(here, monkeypatch, capsys):
     assert "there are no validation clips to judge learning rates by" in capsys.readouterr().err
 
 
+def test_own_sounds_without_validation_clips(here, tmp_path, capsys):
+    """Of two clips of a class one trains and one tests. That is said before the search, not after it."""
+    root = make_folder(tmp_path / "mine", 2)
+    words = ["tune", "table1", "--methods", "linear", "--datasets", "folder", "--data-dir", f"folder={root}"]
+    assert here(*words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line == "error: folder has no validation clips to judge learning rates by: leave it out, --datasets"
+    assert not here.started
+    make_folder(root, 5)
+    assert here(*words, "--dry-run") == 0 and "5 cells, 0 finished" in capsys.readouterr().out
+
+
 def entry(**changes) -> dict:
     tried = [[0.0005, 60.0], [0.0015, 61.0], [0.005, 62.0], [0.015, 63.0], [0.05, 63.5]]
     return {"dataset": "esc10", "method": "lora", "weights": str(SMALL_AST), "shots": None, "rr": None, "prompts": None,
@@ -178,6 +190,7 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
         "Avg, tuned",
     ]
     assert "(86.45)" in line[3] and "at 0.05" in line[5] and "(" not in line[5] and "at 0.005" in line[6]
+    assert "test clips of another. The search had the options `--folds 1 --seconds 0.5`. Best at" in text
     assert "Best at its edge, so that another may be better: lora on esc50, lora on gsc." in text
     assert [(r["setting"], r["lr"]) for r in records] == [
         ("paper", 0.005), ("paper", 0.005), ("tuned", 0.05), ("tuned", 0.005)]  # fmt: skip

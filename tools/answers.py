@@ -100,8 +100,8 @@ def heard_in(answer: Answer, threshold: float) -> str | None:
 
 
 def middles(answers: Iterable[Answer]) -> Iterator[Answer]:
-    """Answers on the windows of one file, which overlap, without the overlap: each but the first and last begins and
-    ends half-way between its middle and those of its neighbours."""
+    """Answers on the windows of a sound, or of several, without their overlap: each but the first and last of a sound
+    begins and ends half-way between its middle and those of its neighbours."""
     before, begin = None, 0.0
     for answer in answers:
         if before is not None:
@@ -112,7 +112,8 @@ def middles(answers: Iterable[Answer]) -> Iterator[Answer]:
             begin, before = edge, None
         if answer.what == "window":
             before = answer
-        else:
+        else:  # the last of its sound; the next may have the same file, or none either
+            begin = 0.0
             yield answer
 
 

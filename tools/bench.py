@@ -324,7 +324,12 @@ def describe(bench: Bench) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
-    add("what", nargs="?", choices=["fold"], help="time a fold end to end, on the CPU, beside transformers' Trainer")
+    add(
+        "what",
+        nargs="?",
+        choices=["fold"],
+        help="time a fold end to end, on the CPU, beside transformers' Trainer",
+    )
     add("--data-dir", type=Path, help="ESC-50 or its zip, for `fold`; without it the sounds are made here")
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--methods", metavar="M,M", help="time a training step of each of these instead, or of all")
@@ -341,6 +346,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.data_dir and not args.what:
         raise UserError(f"--data-dir {args.data_dir}: only `fold` reads sounds; add it, or leave the option out")
+    if args.what:  # bench_fold knows nothing else: what is printed and written must be what was measured
+        args.device, args.dtype, args.compile = "cpu", "float32", False
     device = choose_device(args.device)
     gpu, dtype = device.type == "cuda", choose_dtype(args.dtype, device)
     batch = args.batch or (8 if args.what else 32 if gpu else 2 if args.quick else 4)

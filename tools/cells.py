@@ -282,8 +282,9 @@ def shape_of(weights: str) -> ASTConfig:
     """The shape of a backbone; for names that tell it, without reading the checkpoint."""
     if weights == "audioset":
         return ASTConfig()
-    if weights.removeprefix("random:") in RANDOM:
-        dim, depth, heads = RANDOM[weights.removeprefix("random:")]
+    size = weights.removeprefix("random:")
+    if size in RANDOM and (size != weights or size == "demo"):  # "tiny" alone is a folder
+        dim, depth, heads = RANDOM[size]
         return ASTConfig(dim=dim, depth=depth, heads=heads)
     return shape_and_hash(weights)[0]
 

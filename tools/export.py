@@ -28,7 +28,7 @@ import load_weights
 import petl
 from ast_model import AST, ASTConfig
 from support import headers
-from support.checkpoints import read_header, read_json, read_names, read_tensors
+from support.checkpoints import check_suffix, read_header, read_json, read_names, read_tensors
 from support.command import Parser, UserError, exit_code, in_words, needed
 from support.files import whole_file, write_json
 from tools.predict import class_names
@@ -123,6 +123,7 @@ PEFT = {  # what we call the tensors of LoRA and its relatives, and what peft do
     "scale_d": "vera_lambda_d", "scale_b": "vera_lambda_b",
 }  # fmt: skip
 ALIKE = ("LoRA", "DoRA", "RsLoRA", "IA3", "VeRA")  # parts that peft has too
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of a LoRA in peft; others change the backbone too
 
 
 def start_of(model: AST, name: str):
@@ -198,8 +199,10 @@ def vera_pair(model: AST) -> list[torch.Tensor]:
 def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     """A LoRA that peft trained on transformers' AST, or a DoRA, rsLoRA, (IA)3 or VeRA, becomes a file of train.py.
 
-    Raises UserError for other adapters, places, several ranks, and a VeRA whose A and B are not ours of its seed.
+    Raises UserError for other adapters, places, several ranks, for a LoRA whose start has changed the backbone, and for
+    a VeRA whose A and B are not ours of its seed.
     """
+    check_suffix(out)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter_config.json: give a folder that peft's save_pretrained wrote")
     config = read_json(folder / "adapter_config.json", headers.Adapter)
@@ -210,6 +213,11 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
         raise UserError(f"{folder} holds {', '.join([kind, *unsupported])}: {known}")
     if kind != "IA3":
         config = read_json(folder / "adapter_config.json", headers.LoRA if kind == "LORA" else headers.VeRA)
+    if kind == "LORA" and config.init_lora_weights not in STARTS:
+        raise UserError(
+            f"{folder} started by init_lora_weights {config.init_lora_weights!r}, which changed its backbone too: save "
+            "it by save_pretrained with path_initial_model_for_weight_conversion"
+        )
     file = next((f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")), None)
     if file is None:
         raise UserError(f"{folder} holds no adapter_model.safetensors: give a folder that peft's save_pretrained wrote")
@@ -358,6 +366,8 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is a file; --to {args.to} writes a folder")
     if args.to in ("merged", "onnx") and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; --to {args.to} writes a file")
+    if args.to == "merged":
+        check_suffix(args.out)
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
     header.pop("record", None)  # says how it was trained, which belongs to the fold
     method = getattr(model, "method", petl.Method("this model", (), "-", "-"))

@@ -12,13 +12,15 @@ import torch
 
 from data import FPS, Clips, Dataset, load_clips, load_dataset
 from load_weights import load_trained
-from support.command import Parser, UserError, choose_device, choose_dtype, needed
+from support.checkpoints import read_header
+from support.command import Parser, UserError, choose_device, choose_dtype, first_of, needed
 from support.files import whole_file
 from support.records import read_metrics
 from support.scores import confusion, mistakes
 from support.speed import autocast
+from tools.answers import printable
 from tools.campaign import read_run
-from tools.evidence import wilson
+from tools.evidence import interval
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
@@ -46,6 +48,11 @@ def save(figure, path: Path) -> None:
             figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
     pyplot().close(figure)
     print(f"written to {path}.png and .svg", flush=True)
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib can show it: without bytes that are no text, and with dollars that begin no formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def draw_curves(panels: dict[str, dict[str, list[tuple[int, float, float, float]]]], path: Path) -> None:
@@ -90,7 +97,7 @@ def draw_tsne(panels: dict[str, np.ndarray], labels: list[int], classes: list[st
             axis = axes[row][column]
             for i, k in enumerate(shown):
                 axis.scatter(*plane[labels == k].T, s=11, c=COLOURS[i % 7], marker=MARKERS[i % 10], linewidths=0,
-                             alpha=0.85, label=classes[k])  # fmt: skip
+                             alpha=0.85, label=plain(classes[k]))  # fmt: skip
             axis.spines[:].set_visible(True)
             names = {"title": "" if row else title, "ylabel": "" if column else f"t-SNE of the {kind}"}
             axis.set(xticks=[], yticks=[], **names)
@@ -112,7 +119,8 @@ def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
 
     size, font = (2.5 + 0.28 * n, 8) if n <= 20 else (2.5 + 0.17 * n, 6)
     figure, axis = plt.subplots(figsize=(size, size))
-    shown = ConfusionMatrixDisplay(100 * counts / counts.sum(1, keepdims=True).clip(1), display_labels=classes)
+    names = [plain(name) for name in classes]
+    shown = ConfusionMatrixDisplay(100 * counts / counts.sum(1, keepdims=True).clip(1), display_labels=names)
     shown.plot(ax=axis, cmap="Blues", include_values=n <= 20, text_kw={"fontsize": 7}, xticks_rotation="vertical",
                im_kw={"vmin": 0, "vmax": 100}, colorbar=False)  # fmt: skip
     for text, count in zip(shown.text_.flat, counts.flat, strict=True) if n <= 20 else ():
@@ -129,7 +137,8 @@ def draw_mistakes(rows: list[dict], clips: Clips, title: str, path: Path) -> Non
     for axis, row in zip(axes[:, 0], rows, strict=True):
         picture = clips.features[row["clip"]].T.numpy()  # (n_mels, n_frames)
         axis.imshow(picture, aspect="auto", origin="lower", cmap="magma", extent=(0, picture.shape[1] / FPS, 0, 128))
-        axis.set_title(f"{row['path']}: {row['prediction']} ({row['probability']:.1%}), but it is {row['label']}")
+        clip, answer, label = (plain(row[key]) for key in ("path", "prediction", "label"))
+        axis.set_title(f"{clip}: {answer} ({row['probability']:.1%}), but it is {label}")
         axis.set(ylabel="Mel filter")
     axes[-1, 0].set(xlabel="seconds")
     figure.suptitle(f"the most confident mistakes of {title}")
@@ -164,7 +173,7 @@ def draw_history(rows: list[dict], title: str, path: Path) -> None:
 def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[dict, Dataset, Clips, dict]:
     """The settings of a run, its dataset, clips with their features, and the indices of the test clips of each fold.
 
-    Raises UserError if the run is not finished, or if the clips that it tested are not found.
+    Raises UserError if the run is not finished, if the clips that it tested are not found, or for other classes.
     """
     config, result, rows = read_run(run)
     cache_dir = cache_dir or Path(config["cache_dir"])
@@ -177,6 +186,12 @@ def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
     if missing:
         raise UserError(f"{run}: {len(missing)} of its test clips ({missing[0]}, ...) are not in {dataset.root}: give "
                         "the sounds it was trained on as --data-dir")  # fmt: skip
+    # The models answer with the number of a class, which one more class before it changes.
+    trained = read_header(run / f"fold{result['folds'][0]['fold']}.safetensors", "classes")["classes"]
+    if trained != dataset.classes:
+        other = first_of(sorted({*trained} ^ {*dataset.classes}))
+        raise UserError(f"{run} has other classes than {dataset.root} has now ({other}): give the sounds it was "
+                        "trained on as --data-dir")  # fmt: skip
     clips, _ = load_clips(dataset, config["n_frames"], torch.device("cpu"), cache_dir, skip_bad=True)
     return config, dataset, clips, {k: [index[name] for name in names] for k, names in tests.items()}
 
@@ -232,10 +247,12 @@ def plot(argv: list[str]) -> None:
     pyplot()  # missing? now, not after the work
     device = choose_device(args.device)
     config, dataset, clips, tests = clips_of_run(args.run, args.data_dir, args.cache_dir)
-    rows, names = [], dataset.names
+    rows, accuracies, names = [], [], dataset.names
     for fold, test in tests.items():
         model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)
         best = batched(model, clips, test, device).softmax(1).max(1)
+        labels = torch.tensor([dataset.labels[i] for i in test])
+        accuracies.append(100 * (best.indices == labels).double().mean().item())
         rows += [
             {"clip": i, "path": names[i], "label": dataset.classes[dataset.labels[i]],
              "prediction": dataset.classes[number], "probability": probability}
@@ -243,8 +260,8 @@ def plot(argv: list[str]) -> None:
         ]  # fmt: skip
     counts = confusion(rows, dataset.classes)  # of all folds
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
-    low, high = wilson(counts.trace(), counts.sum())
-    score = f"{100 * counts.trace() / counts.sum():.2f} % [{low:.2f}, {high:.2f}] of {counts.sum():,} test clips"
+    low, high = interval(accuracies, len(rows))
+    score = f"{np.mean(accuracies):.2f} % [{low:.2f}, {high:.2f}] of {len(rows):,} test clips"
     draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
     draw_history(read_metrics(args.run), title, args.run / "curves")
     if wrong := mistakes(rows):

@@ -94,6 +94,7 @@ class Classifier:
 class Window:
     """A piece of a sound, or the reason why there is none. A file that breaks off ends with such a reason."""
 
+    number: int  # of its sound: arrays have no name, and the same file may come twice
     file: Path | None
     start: int = 0  # samples at 16 kHz
     wave: np.ndarray | None = None  # (samples,)
@@ -180,7 +181,12 @@ def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
     """Samples (samples,) or (samples, channels) to mono float32, (samples,). ValueError if they are no sound."""
     import soxr
 
-    wave = np.asarray(samples, np.float32)
+    given = np.asarray(samples)
+    turned = given.ndim == 2 and given.shape[1] > max(64, given.shape[0])  # it is (channels, samples)
+    if given.dtype.kind != "f" or turned:  # integers, as of a 16-bit file, would be thousands of times too loud
+        wanted = "give floats in [-1, 1], (samples,) or (samples, channels)"
+        raise ValueError(f"no sound: {given.dtype} {given.shape}; {wanted}")
+    wave = given.astype(np.float32)
     if wave.ndim not in (1, 2) or not wave.size or not np.isfinite(wave).all() or not 1 <= rate <= 10_000_000:
         raise ValueError(f"no sound: {wave.shape} at {rate} Hz; give finite (samples,) or (samples, channels)")
     return soxr.resample(wave if wave.ndim == 1 else wave.mean(axis=1), rate, RATE)
@@ -188,14 +194,14 @@ def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
 
 def windows_of(sounds: Iterable[Path | str | np.ndarray], n_frames: int, hop: int) -> Iterator[Window]:
     """All windows of all sounds, one after the other. A file that cannot be read gives its reason instead."""
-    for sound in sounds:
+    for number, sound in enumerate(sounds):
         file = None if isinstance(sound, np.ndarray) else Path(sound)
         blocks = [sound] if file is None else stream_audio(file)
         try:
             for start, wave in cut(blocks, n_frames, hop):
-                yield Window(file, start, wave)
+                yield Window(number, file, start, wave)
         except ValueError as error:
-            yield Window(file, error=str(error))
+            yield Window(number, file, error=str(error))
 
 
 def cut(blocks: Iterable[np.ndarray], n_frames: int, hop: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -269,7 +275,7 @@ def score(
 
 def answers(scored: Iterable[tuple[Window, np.ndarray | None]], classifier: Classifier, top: int) -> Iterator[Answer]:
     """For each sound an answer on every window and then, from their mean, on the whole; or one with an error."""
-    for file, windows in groupby(scored, key=lambda pair: pair[0].file):
+    for (_, file), windows in groupby(scored, key=lambda pair: (pair[0].number, pair[0].file)):
         total, n, end = 0, 0, 0.0
         for window, row in windows:
             if window.error is not None:  # always the last of a file

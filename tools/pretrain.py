@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 from load_weights import load_ast, save_ast
 from sounds.audio import files_in, read_audio
-from support.checkpoints import sha256_of, unpickled
+from support.checkpoints import check_suffix, sha256_of, unpickled
 from support.command import Parser, UserError, exit_code, positive, warn
 from support.files import whole_file
 
@@ -172,6 +172,7 @@ def start(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder: give the name of a file")
+    check_suffix(args.out)
     pretrain(read_all(args.sounds), args.weights, args.steps, args.out)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 from msgspec import Struct, to_builtins
 
-from data import DATASETS
+from data import DATASETS, folds_of, load_dataset
 from support.checkpoints import read_json
 from support.command import UserError
 from support.files import write_json
@@ -98,8 +98,8 @@ def cells_to_try(plan: Plan) -> dict[Cell, dict[float, Cell]]:
     """
     if plan.search_seed in plan.seeds:
         raise UserError(f"--search-seed {plan.search_seed} is one of those to report: give another")
-    for dataset, _ in (column for target in plan.targets for column in columns_of(target, plan)):
-        if not DATASETS[dataset].validate:
+    for dataset in dict.fromkeys(dataset for target in plan.targets for dataset, _ in columns_of(target, plan)):
+        if not (own_validates(dataset, plan) if DATASETS[dataset].own else DATASETS[dataset].validate):
             raise UserError(f"{dataset} has no validation clips to judge learning rates by: leave it out, --datasets")
     left = {}
     for cell in cells_of(replace(plan, seeds=[plan.search_seed], setting="paper")):
@@ -112,6 +112,12 @@ def cells_to_try(plan: Plan) -> dict[Cell, dict[float, Cell]]:
         else:
             left[cell] = rates_of(cell)
     return left
+
+
+def own_validates(name: str, plan: Plan) -> bool:
+    """Whether the user's own sounds have validation clips in every fold of the search."""
+    dataset = load_dataset(name, plan.data_dir.get(name), plan.cache_dir)
+    return all(split.val for split in folds_of(dataset, plan.search_seed).values())
 
 
 def search(plan: Plan) -> dict[Cell, str]:
@@ -152,10 +158,12 @@ def note_of(cells: list[Cell], plan: Plan) -> str:
     """What a reader must know of tuned numbers; `cells` are those of a table, with the paper's rates."""
     found = {cell: plan.tuned[replace(cell, seed=0)] for cell in cells}
     seeds = ", ".join(sorted({str(one.seed) for one in found.values()}))
+    options = sorted({" ".join(one.options) for one in found.values() if one.options})
     edge = sorted({f"{cell.method} on {cell.dataset}" for cell, one in found.items() if one.at_the_edge()})
     return (
         f"Tuned: of {', '.join(f'{f:g}' for f in FACTORS)} times the method's learning rate the one with the best "
         f"validation accuracy, by seed {seeds}: the same search for every method. In cross-validation the validation "
         "clips of a fold are test clips of another."
+        + (f" The search had the options {', '.join(f'`{words}`' for words in options)}." if options else "")
         + (f" Best at its edge, so that another may be better: {', '.join(edge)}." if edge else "")
     )
