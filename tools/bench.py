@@ -324,12 +324,7 @@ def describe(bench: Bench) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
-    add(
-        "what",
-        nargs="?",
-        choices=["fold"],
-        help="time a fold end to end, on the CPU, beside transformers' Trainer",
-    )
+    add("what", nargs="?", choices=["fold"], help="time a fold end to end, on the CPU, beside transformers' Trainer")
     add("--data-dir", type=Path, help="ESC-50 or its zip, for `fold`; without it the sounds are made here")
     add("--quick", action="store_true", help="fewer rows, on a CPU with 2 clips at once: 3 minutes on 2 cores")
     add("--methods", metavar="M,M", help="time a training step of each of these instead, or of all")
