@@ -398,8 +398,8 @@ METHODS: dict[str, Method] = {
         Method("adapter_dpt", (*adapters(FFN_PAR), Prompts(25, deep=True)), "479K", "Table VI, Adapter + DPT-25"),
         Method("adapter_dpt_lora", ALL_THREE, "488K", "Table VI, Adapter + DPT-14 + LoRA"),
         # Residual connections the wrong way round.
-        Method("adapter_ffn_seq_no_residual", adapters(("ffn", "seq_after_no_residual")), "249K", "Table VII, Seq w/o"),
-        Method("adapter_ffn_par_residual", adapters(("ffn", "par_before_residual")), "249K", "Table VII, Par w/"),
+        Method("adapter_ffn_seq_no_residual", adapters(("ffn", "seq_after_no_residual")), "249K", "Table VII, Seq"),
+        Method("adapter_ffn_par_residual", adapters(("ffn", "par_before_residual")), "249K", "Table VII, Par"),
     ]
 }
 

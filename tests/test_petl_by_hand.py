@@ -81,9 +81,9 @@ ROWS = [
     Row("adapter_dpt", (FFN_PAR, DPT_25), 479_376, 5e-3, "479K", "Table VI, Adapter + DPT-25"),
     Row("adapter_dpt_lora", (FFN_PAR, DPT_14, LORA_256), 488_592, 5e-3, "488K", "Table VI, Adapter + DPT-14 + LoRA"),
     Row("adapter_ffn_seq_no_residual", (Part("ffn", "seq after without residual", "bottleneck", 64, 12),), 248_976,
-        5e-3, "249K", "Table VII, Seq w/o"),
+        5e-3, "249K", "Table VII, Seq"),
     Row("adapter_ffn_par_residual", (Part("ffn", "par before with residual", "bottleneck", 64, 12),), 248_976,
-        5e-3, "249K", "Table VII, Par w/"),
+        5e-3, "249K", "Table VII, Par"),
 ]
 # fmt: on
 OWN_NORM = ("full_ft", "bitfit")  # their counts in Table I hold what they train of the final LayerNorm
