@@ -261,7 +261,7 @@ def list_methods() -> None:
         print(f"{name:<30}{count['petl'] or count['head']:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
     heads = " / ".join(f"{counted('linear', 500, n)['head']:,}" for n in (50, 10, 35, 31))
     print(f"\nBase AST at 500 frames. On top come final LayerNorm and head, {heads}\nfor 50 / 10 / 35 / 31 classes: "
-          "all of linear. full_ft and bitfit count this LayerNorm already, and probe its head.\nfull_ft at 100 frames: "
+          "all of linear. full_ft and bitfit count this LayerNorm already, probe its head.\nAt 100 frames full_ft has "
           f"{counted('full_ft', 100, 35)['petl']:,}.")  # fmt: skip
 
 

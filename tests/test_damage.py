@@ -608,8 +608,8 @@ def test_a_full_disk_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    for to in ("merged", "hf", "peft"):
-        words = ["export", str(folder / "lora.safetensors"), "--to", to, "--out", str(tmp_path / to)]
+    for to, out in (("merged", "merged.safetensors"), ("hf", "hf"), ("peft", "peft")):
+        words = ["export", str(folder / "lora.safetensors"), "--to", to, "--out", str(tmp_path / out)]
         ends(lambda words=words: export.main(words), "the disk is full")(capsys)
         assert not [file for file in tmp_path.rglob("*") if file.is_file()]
     words = ["--out", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
