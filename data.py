@@ -145,7 +145,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of DATASETS: how its clips are listed, how it is trained; what the paper does not say as in its code."""
+    """A row of DATASETS: how its clips are listed, how it is trained; what the paper leaves open as in its code."""
 
     load: Callable[[Path | None, Path], Listing]  # (data_dir, cache_dir)
     n_frames: int | None  # one every 10 ms; None: as many as the clips have, see typical_seconds
@@ -262,7 +262,7 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
 
 @dataclass(frozen=True)
 class Clips:
-    """Float16 features (clips, n_frames, n_mels), or a probe's vectors, and labels (clips,), both on the device or not.
+    """Float16 features (clips, n_frames, n_mels) or a probe's vectors, and labels (clips,): on the device or the CPU.
 
     `file` has the features, if one does: vectors, what a probe reads of each clip, lie near it (support/vectors.py).
     `check` is called before features of these clips are read: of those in a file it mends the damaged ones.

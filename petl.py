@@ -450,7 +450,7 @@ def count(model: AST) -> dict[str, int]:
 def merge(model: AST) -> AST:
     """A plain AST with the logits of the adapted one: what wraps a weight is folded into it. `model` stays as it is.
 
-    Nobody else has its weights, so a file of what is trained on them alone would be of no use: `save_ast` writes all.
+    It has no `backbone`, as no checkpoint holds its weights: `save_ast` writes it, `save_trained` could not.
     Raises UserError for methods that no weight of an AST can express (most adapters, prompts, prefixes).
     """
     plain = copy.deepcopy(model)

@@ -98,7 +98,7 @@ def train_fold(
     Raises UserError when the loss is not finite.
     """
     progress, state = records.read_progress(state_file, fold, machine.resume)
-    network, clips = probed(model, clips, split, settings, machine)  # the head on vectors, if it learns alone; or both
+    network, clips = probed(model, clips, split, settings, machine)  # if only the head learns: it, on vectors
     learner = make_learner(network, settings, machine)
     if state:
         load_tensors(model, state["tensors"], state_file)

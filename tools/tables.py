@@ -109,9 +109,10 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
             text[heading("Avg", None, setting)] = beside(ours, theirs) if same else ours
     if any(theirs) and not set(datasets) & set(table.datasets):  # other sounds: at least the order can be compared
         text["Avg in the paper"] = [mark if n else "-" for mark, n in zip(marked(theirs), theirs, strict=True)]
-    once = [numbers for (setting, *_), numbers in measured.items() if setting == plan.settings[-1]]
-    once = [[m.seconds for m in line if m] for line in zip(*once, strict=True)]  # a cell may be in both settings
-    text["seconds"] = [f"{sum(line):.0f}" if line else "-" for line in once]
+    # Of the last setting alone: a cell may be in both.
+    last = [numbers for (setting, *_), numbers in measured.items() if setting == plan.settings[-1]]
+    seconds = [[m.seconds for m in line if m] for line in zip(*last, strict=True)]
+    text["seconds"] = [f"{sum(line):.0f}" if line else "-" for line in seconds]
     notes = notes_of(target, datasets, [m for line in found for m in line], plan)
     if "tuned" in plan.settings:
         notes.append(tune.note_of([replace(same[0], lr=None) for rows in grid.values() for same in rows], plan))
