@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-# Of an OSError: what stands there is no folder, or not one to write to.
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
@@ -154,6 +153,11 @@ def in_words(error: OSError, where: Path | str = "the output", mend: str = "", w
     return f"{what}{where}: {error.strerror or error}"
 
 
+def no_place(error: OSError, options: str) -> str:
+    """A question behind the message, where what stands there is no folder, or not one to write to."""
+    return f"; is {options} a folder to write to?" if error.errno in NO_PLACE else ""
+
+
 def forget_output() -> None:
     """What is still to be printed and cannot be is lost: Python would complain once more when it flushes at the end."""
     with suppress(OSError, ValueError):
@@ -173,8 +177,7 @@ def explained(device: torch.device, tried: int, out: Path):
         if isinstance(error, BrokenPipeError):
             raise
         said = in_words(error, out, mend=", then add --resume to go on")
-        hint = "; is --out or --cache-dir a folder to write to?" if error.errno in NO_PLACE else ""
-        raise UserError(f"{said}{hint}") from None
+        raise UserError(said + no_place(error, "--out or --cache-dir")) from None
     except KeyboardInterrupt:
         hint = "interrupted: the same command with --resume goes on after the last finished epoch"
         raise KeyboardInterrupt(hint) from None

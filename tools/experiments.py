@@ -23,7 +23,7 @@ import petl
 import train
 from data import DATASETS, Dataset, folds_of, load_dataset
 from sounds.paper import ESC50, FSC, GSC, US8K
-from support.command import Parser, UserError, choose_device, exit_code, in_words, nearest, numbers, positive
+from support.command import Parser, UserError, choose_device, exit_code, in_words, nearest, no_place, numbers, positive
 from support.files import default_cache_dir, table_of, write_text
 from support.processes import say
 from tools import cells, evidence, figures, tune
@@ -216,7 +216,7 @@ def start(argv: list[str]) -> int | None:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise UserError(f"{in_words(error, plan.out)}; is --out a folder to write to?") from None
+        raise UserError(in_words(error, plan.out) + no_place(error, "--out")) from None
     for cell, why in failed.items():
         print(f"missing: {cell.name}: {why}", file=sys.stderr)
     return 1 if failed else 0
