@@ -2,9 +2,9 @@
 
 The conformer adapter of the paper's published version, its authors' mixtures of adapters, three relatives of LoRA,
 (IA)3, and three methods from vision. All start at the pretrained function. AdamW's weight decay pulls every trained
-number to zero: so a factor that starts elsewhere is trained as its distance from there, and decays to the pretrained
-function. The last one, `probe`, changes nothing but what the head reads. `load_weights.py` puts the rows beside those
-of `petl.py`.
+number to zero: so a factor around frozen layers is trained as its distance from where it starts, and decays to the
+pretrained function; those of LayerNorm and BatchNorm are trained as they are. The last one, `probe`, changes nothing
+but what the head reads. `load_weights.py` puts the rows beside those of `petl.py`.
 """
 
 from dataclasses import dataclass
@@ -285,7 +285,7 @@ class SSF:
     """Scale and shift (Lian et al., NeurIPS 2022) behind every layer that computes: y -> scale * y + shift.
 
     Behind the patches too, before their positions are added, where all blocks are changed. The final LayerNorm is
-    trained anyway.
+    trained anyway. Its code draws both with a deviation of 0.02; here they start at 1 and 0.
     """
 
     def insert(self, model: AST) -> None:
@@ -345,7 +345,8 @@ class AdaptFormer:
 class AdapterPlusBlock(nn.Module):
     """y + scale * bottleneck(y), y = block(x) (Adapter+, Steitz and Roth, CVPR 2024), without it for 1 of 10 clips.
 
-    Its code starts both projections small and off zero; here `down` starts as there and `up` at zero.
+    Its code starts both projections small and off zero; here `down` starts as there and `up` at zero. There whole
+    frozen blocks are left out, too (stochastic depth); here they are not.
     """
 
     def __init__(self, wrapped: nn.Module, dim: int, rank: int):
@@ -424,8 +425,9 @@ class Statistics:
 
 # ---------------------------------------------------------------------------------------------- the table of methods
 
-# Learning rates are those of the sources where these have AdamW (of ia3: Adafactor), else proposals. On the demo ten
-# times as much suits rslora, adaptformer and adapter_plus; that of probe did best on its validation clips.
+# Learning rates of the conformers, mixtures, ia3 (there of Adafactor), ssf and adapter_plus are those of the sources;
+# of the others proposals: ten times as much suits rslora, adaptformer and adapter_plus on the demo, that of probe did
+# best on its validation clips.
 METHODS: dict[str, Method] = {
     method.name: method for method in [
         Method("conformer_pfeiffer_par", (Conformer("attn"),), "271K", "-"),

@@ -226,7 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rr", type=command.positive, help="reduction rate: the bottleneck is dim / RR wide")
     add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
     add("--prompts", type=command.positive, help="number of prompts or prefixes")
-    add("--kernel", type=command.positive, help="window of a conformer adapter, in tokens")
+    add("--kernel", type=command.positive, help="of a conformer adapter: tokens in its window (31; paper, ESC-50: 8)")
     add("--blocks", type=command.span, metavar="9-12", help="the method changes these blocks alone: faster")
     add("--keep", type=float, metavar="0.4", help="train on this random share of the patches only: faster")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

@@ -28,6 +28,11 @@ FSC = Source(
     by_hand="request it from Fluent.ai (https://fluent.ai/fluent-speech-commands-a-dataset-for-spoken-language-"
     "understanding-research/)",
 )  # fmt: skip
+# What in a clip's path is the recording, of ESC and UrbanSound8K, or else the speaker that it is of: tools/evidence.py.
+RECORDING = {
+    **dict.fromkeys(("esc50", "esc10"), r"/\d-(\d+)-[A-Z]+-\d+\.wav$"), "us8k": r"/(\d+)-\d+-\d+-\d+\.wav$",
+    "gsc": r"/(\w+)_nohash_\d+\.wav$", "fsc": r"speakers/([^/]+)/",
+}  # fmt: skip
 
 
 def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> Listing:

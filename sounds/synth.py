@@ -2,8 +2,9 @@
 
 Each kind of sound is a short recipe: sweeps, vowels, bells, plucked strings, clicks, noises, engines, and events that
 follow each other. SOURCE has 68 of them, on which the training of the small backbone in `weights/` began.
-TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to. They are five pairs of opposites
-made of the same events: what one does first, the other does last, and an average over time hardly tells which is which.
+TARGET has ten of other kinds, the task that `python train.py` adapts that backbone to: five pairs of opposites, where
+one rises the other falls. An average over time hardly tells three of the pairs apart; `eoe` from `oeo` it does, as each
+has more of another vowel, and often a tone around a noise from a noise around a tone.
 
     wave = render("bell", index=0)  # (16000,) float32: one second at 16 kHz
 
@@ -198,7 +199,7 @@ def click(rng) -> np.ndarray:
 
 
 def clicks(rng, *rates: float) -> np.ndarray:
-    """Clicks whose number per second follows `rates`, all times a random tempo."""
+    """Clicks whose number per second follows `rates`, each times a random tempo."""
     density = np.cumsum(glide(1, *(rate * rng.uniform(0.8, 1.25) for rate in rates)) / RATE) + rng.uniform(0, 1)
     starts = np.flatnonzero(np.diff(density.astype(int))) / RATE
     one = click(rng)

@@ -130,6 +130,8 @@ def test_sounds_that_are_none(tmp_path):
     for samples in (np.array([0, 32_767], np.int16), np.ones((2, 16_000))):  # of a 16-bit file; (channels, samples)
         with pytest.raises(ValueError, match=r"no sound: (int16|float64) .*; give floats in \[-1, 1\], \(samples,\)"):
             classify(samples, 16_000)
+        (answer,) = classify.listen([samples])
+        assert answer.error.startswith("no sound")
     assert classify(np.zeros((3, 2)), 16_000).end == classify(np.zeros((3, 8)), 16_000).end  # short, of many channels
     for rate in (0, 1e-9, 1e12, np.nan):
         with pytest.raises(ValueError, match="no sound"):

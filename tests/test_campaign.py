@@ -62,7 +62,7 @@ def test_a_campaign(here, capsys):
     records = list(csv.DictReader(file.read_text().splitlines()))
     assert [(r["row"], r["seeds"], r["runs"]) for r in records] == [("Linear", "2", "2"), ("PF par", "2", "2")]
     out = capsys.readouterr().out
-    assert "1 epoch instead of 50. Not as in the paper: dataset, weights, number of epochs." in out
+    assert "1 epoch instead of 50. Not as in the paper: dataset, weights, number of epochs. For a backbone so" in out
     assert "--folds 1 --seconds 0.5" in out
 
     before = times_of(here.out)

@@ -127,6 +127,7 @@ def test_windows_and_sizes_of_the_published_version():
     assert windows == {"esc50": 8, "us8k": 8, "gsc": None, "fsc": None}
     assert {cell.kernel for cell in listed if not cell.method.startswith("conformer")} == {None}
     assert {cell.kernel for cell in cells.cells_of(experiments.parse(["published2"]))} == {None}
+    assert cells.cell_of("esc10", "conformer_houlsby_par", 0, "audioset").kernel == 8  # clips of ESC-50
     plan = experiments.parse(["kernels"])
     assert cells.columns_of("kernels", plan) == [("esc50", 4), ("esc50", None), ("gsc", 32), ("gsc", None)]
     sweep = [(cell.dataset, cell.shots, cell.kernel) for cell in cells.cells_of(plan) if cell.dataset == "esc50"]

@@ -1,6 +1,7 @@
 """Intervals, paired tests and claims: against published examples, counts by hand, and predictions made up here."""
 
 import csv
+import json
 import sys
 from itertools import product
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import SMALL_AST, make_run, predict, table_of
 
+from sounds.paper import RECORDING
 from tools import campaign, cells, claims, evidence, experiments, tables
 from tools.cells import Cell
 
@@ -41,13 +43,13 @@ def test_holms_correction():
 
 
 def scores(*values: float, first=0) -> evidence.Scores:
-    return {("1", f"{i}.wav", "a"): value for i, value in enumerate(values, first)}
+    return {("1", f"{i}.wav", f"{i}.wav", "a"): value for i, value in enumerate(values, first)}
 
 
 def test_a_sign_test_counts_clips():
     """9 against 3: twice (220 + 66 + 12 + 1) / 2**12. Clips that both tell, or that seeds even out, have no say."""
     one = evidence.difference([scores(*[1] * 9, *[-1] * 3, *[0] * 8)])
-    assert (one.more, one.less, one.clips, one.seeds) == (9, 3, 20, 1)
+    assert (one.more, one.less, one.recordings, one.seeds) == (9, 3, 20, 1)
     assert one.p == pytest.approx(598 / 4096) and one.points == pytest.approx(30)
     assert one.holds(one.p) == evidence.UNTOLD
     two = evidence.difference([scores(1, 1, 1, 0), scores(-1, 1, 0, 0)])
@@ -93,16 +95,40 @@ def test_interval_and_sign_test_must_agree():
 
 def test_pieces_of_a_recording_are_one_clip():
     """By their spans: as many pieces as one likes make no recording surer. A number sign alone is a name."""
-    pieces = {("1", f"{r}.wav#{k / 2}-{k / 2 + 1}", "a"): 1 if r < 4 else -1 for r in range(6) for k in range(50)}
-    one = evidence.difference([pieces | {("1", "rain.wav#2-", "a"): 0, ("1", "take#1.wav", "a"): 0}])
-    assert (one.clips, one.more, one.less) == (8, 4, 2) and one.p == pytest.approx(44 / 64)
+    names = {f"{r}.wav#{k / 2}-{k / 2 + 1}": 1 if r < 4 else -1 for r in range(6) for k in range(50)}
+    names |= {"rain.wav#2-": 0, "take#1.wav": 0}
+    one = evidence.difference([{("1", evidence.recording_of(name, None), name, "a"): s for name, s in names.items()}])
+    assert (one.recordings, one.more, one.less) == (8, 4, 2) and one.p == pytest.approx(44 / 64)
     assert one.points == pytest.approx(100 * 100 / 302) and one.low < 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "paths", "recording"),
+    [
+        ("esc50", ("audio/1-100032-A-0.wav", "audio/1-100032-B-0.wav"), "100032"),
+        ("us8k", ("audio/fold1/101415-3-0-2.wav", "audio/fold1/101415-3-1-10.wav"), "101415"),
+        ("gsc", ("bed/0a7c2a8d_nohash_0.wav", "yes/0a7c2a8d_nohash_12.wav"), "0a7c2a8d"),
+        ("fsc", ("wavs/speakers/2BqVo8kVB2/0a31.wav", "wavs/speakers/2BqVo8kVB2/0b2.wav"), "2BqVo8kVB2"),
+    ],
+)
+def test_names_say_what_is_of_one_recording(dataset, paths, recording):
+    """As the releases describe their names. Another name is a recording of its own."""
+    assert [evidence.recording_of(path, RECORDING[dataset]) for path in paths] == [recording] * 2
+    assert evidence.recording_of("audio/dog.wav", RECORDING[dataset]) == "audio/dog.wav"
+
+
+def test_groups_are_of_one_recording(tmp_path):
+    """Those of --group, which config.json has, whatever the dataset."""
+    finish(tmp_path, "rw")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"group": r"^(\d)"}))
+    assert [recording for _, recording, _, _ in evidence.scores_in(tmp_path)] == ["0", "1"]
 
 
 def test_seeds_may_test_different_clips():
     """As they do where the seed draws them: the mean is over those that were tested."""
     one = evidence.difference([scores(*[1] * 10), scores(*[0] * 30, first=5)])
-    assert one.clips == 35 and one.points == pytest.approx(100 * 10 / 40) and (one.more, one.less) == (10, 0)
+    assert one.recordings == 35 and one.points == pytest.approx(100 * 10 / 40) and (one.more, one.less) == (10, 0)
 
 
 # ----------------------------------------------------------------------------------------------- what runs leave
@@ -116,8 +142,9 @@ def finish(run, *folds: str) -> None:
 
 def test_only_the_folds_that_are_asked_for(tmp_path):
     told = predict(tmp_path, "rw", "ww")
-    assert evidence.scores_of(tmp_path, told[:1]) == {("1", "0.wav", "bell"): 1, ("1", "1.wav", "bell"): 0}
-    assert len(evidence.scores_of(tmp_path, told)) == 4
+    first = {("1", "0.wav", "0.wav", "bell"): 1, ("1", "1.wav", "1.wav", "bell"): 0}
+    assert evidence.scores_of(tmp_path, told[:1], "folder") == first
+    assert len(evidence.scores_of(tmp_path, told, "folder")) == 4
 
 
 def compare(*runs) -> int:
@@ -130,7 +157,7 @@ def test_compare_two_runs(tmp_path, capsys):
     finish(tmp_path / "c", "r" * 16, "rrrrr" * 4)
     assert compare(tmp_path / "a", tmp_path / "b") == 0
     printed = capsys.readouterr().out
-    assert "+44.44 [" in printed and "36 clips, seeds: 1; right more often on 20, less often on 4" in printed
+    assert "+44.44 [" in printed and "36 recordings, seeds: 1; right more often on 20, less on 4" in printed
     assert "p = 0.0015: the first is better\n" in printed and "one seed says nothing of others" in printed
     assert compare(tmp_path / "b", tmp_path / "a") == 0 and "-44.44 [" in (printed := capsys.readouterr().out)
     assert ": the second is better\n" in printed
@@ -147,7 +174,7 @@ def test_compare_all_seeds_of_two_methods(tmp_path, capsys):
             finish(tmp_path / "b" / f"seed{seed}", b)
     assert compare(tmp_path / "a", tmp_path / "b") == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert "+75.00 [" in line and "20 clips, seeds: 2; right more often on 15, less often on 0" in line
+    assert "+75.00 [" in line and "20 recordings, seeds: 2; right more often on 15, less on 0" in line
     finish(tmp_path / "c" / "seed7", "r" * 20)
     assert compare(tmp_path / "a", tmp_path / "c") == 2
     assert "have no seed in common" in capsys.readouterr().err
@@ -176,7 +203,7 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
     assert f"{tmp_path / 'b'} has no predictions.csv, it is of an earlier version: make the run again" in error()
     finish(tmp_path / "a", "r")
     finish(tmp_path / "b", "w")
-    assert "1 test clip: nothing to compare" in error()
+    assert "test clips of 1 recording: nothing to compare" in error()
     assert compare(tmp_path / "a") == 2 and "two runs" in capsys.readouterr().err
     assert compare(tmp_path / "a", tmp_path / "no") == 2 and "is no finished run" in capsys.readouterr().err
 

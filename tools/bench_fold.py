@@ -2,11 +2,12 @@
 
     python -m tools.bench fold   # sounds made here, in the layout of ESC-10; or --data-dir ESC-50-master
 
-Both adapt one model by one LoRA: clips, fold, epochs, batch, rates and optimiser are the same, both write down every
-epoch, and test the best by the validation clips. In the first run nothing has been computed; in the second there is
-what the first has kept. transformers is used as its users do: its dataset decodes, resamples and extracts whenever a
-clip is read (`Trainer`), or keeps in files what was extracted, as `datasets.map` does (`Trainer, kept`). All run in
-turn in one process on the CPU, in which each has run before: imports do not count.
+Both adapt one model by one LoRA: clips, fold, epochs, batch, rates and AdamW are the same, but that the Trainer's
+decays no biases and LayerNorms. Both write down every epoch, and test the best by the validation clips. In the first
+run nothing has been computed; in the second there is what the first has kept. transformers is used as its users do: its
+dataset decodes, resamples and extracts whenever a clip is read (`Trainer`), or keeps in files what was extracted, as
+`datasets.map` does (`Trainer, kept`). All run in turn in one process on the CPU, in which each has run before: imports
+do not count.
 """
 
 import io

@@ -92,7 +92,7 @@ BUDGETS = (0.25, 0.5, 1, 2, 4)  # Figures 3 and 4: RR divided, or the number of 
 
 SHOTS = {"gsc": (2, 8, 32, 64)}
 OTHER_SHOTS = (1, 2, 4, 8)  # of ESC-50, and of every dataset that is not in Table II
-KERNELS = {"esc50": 8, "us8k": 8}  # of conformer adapters with all clips; elsewhere 31, as in METHODS
+KERNELS = {"esc50": 8, "esc10": 8, "us8k": 8}  # of conformer adapters with all clips; elsewhere 31, as in METHODS
 FEW_SHOT_EPOCHS = 30  # at least: with few clips an epoch is a step or two
 
 

@@ -7,7 +7,8 @@ Two methods are compared on the same clips, with the same seeds. They differ by 
 a bootstrap that draws clips and seeds, or Student's over the seeds where that is wider: of two or three seeds the first
 hardly sees how they scatter. And a sign test asks whether the clips on which one of them is right more often are too
 many for chance. With one seed that is McNemar's exact test. One is better where the interval leaves out zero and p, by
-Holm's correction for all the comparisons beside it, is below 5 %. Pieces of one recording count as one clip.
+Holm's correction for all the comparisons beside it, is below 5 %. Clips of one recording or speaker count as one, as
+far as their names or --group say which these are.
 """
 
 import csv
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sounds.paper import RECORDING
 from support.command import Parser, UserError, needed
 from support.processes import say
 from tools.campaign import read_run
@@ -29,8 +31,8 @@ RESAMPLES = 5_000
 YES, NO, UNTOLD = "yes", "no", "cannot be told"
 PIECE = re.compile(r"#[\d.]+-[\d.]*$")  # behind the path of a recording: sounds.clip.fragment
 
-# Of a run: {(fold, path and label of a test clip): 1 if it was told, 0 if not}; or sums and differences of these.
-Scores = dict[tuple[str, str, str], int]
+# Of a run: {(fold, recording, path and label of a test clip): 1 if it was told, 0 if not}; or differences of these.
+Scores = dict[tuple[str, str, str, str], int]
 
 
 def stats():
@@ -78,10 +80,10 @@ class Difference:
     points: float
     low: float  # of the 95 % interval
     high: float
-    more: int  # clips on which the first is right more often, over the seeds
+    more: int  # recordings on which the first is right more often, over the seeds
     less: int
     p: float  # that these two numbers differ so much by chance
-    clips: int
+    recordings: int  # clips, or what several are pieces of
     seeds: int
 
     def holds(self, p: float) -> str:
@@ -97,13 +99,13 @@ class Difference:
 
 def difference(seeds: list[Scores]) -> Difference:
     """What the `minus` of two methods says, over the seeds. UserError if they tested a single clip."""
-    number, places = {}, []  # of each clip, or of the recording that it is a piece of
+    number, places = {}, []
     for seed, scores in enumerate(seeds):  # each may have drawn its own clips
-        for (fold, path, _), score in scores.items():
-            places.append((seed, number.setdefault((fold, PIECE.sub("", path)), len(number)), score))
+        for (fold, recording, *_), score in scores.items():
+            places.append((seed, number.setdefault((fold, recording), len(number)), score))
     if len(number) < 2:
-        raise UserError(f"{len(number)} test clip: nothing to compare")
-    table, tested = np.zeros((2, len(seeds), len(number)), int)  # (seeds, clips)
+        raise UserError(f"test clips of {len(number)} recording: nothing to compare")
+    table, tested = np.zeros((2, len(seeds), len(number)), int)  # (seeds, recordings)
     for seed, clip, score in places:
         table[seed, clip] += score
         tested[seed, clip] += 1
@@ -155,10 +157,23 @@ def tested(run: Path, folds: Iterable[dict]) -> list[dict[str, str]]:
     return rows
 
 
-def scores_of(run: Path, folds: Iterable[dict]) -> Scores:
-    """What the run made of the test clips of these folds, as `tested` has them."""
-    return {(row["fold"], row["path"], row["label"]): int(row["label"] == row["prediction"])
-            for row in tested(run, folds)}  # fmt: skip
+def scores_of(run: Path, folds: Iterable[dict], dataset: str, group: str | None = None) -> Scores:
+    """What the run made of the test clips of these folds, as `tested` has them. group: the --group of its dataset."""
+    return {(row["fold"], recording_of(row["path"], group or RECORDING.get(dataset)), row["path"], row["label"]):
+            int(row["label"] == row["prediction"]) for row in tested(run, folds)}  # fmt: skip
+
+
+def scores_in(run: Path) -> Scores:
+    """Those of all folds of a finished run."""
+    config, result, _ = read_run(run)
+    return scores_of(run, result["folds"], config["dataset"], config.get("group"))
+
+
+def recording_of(path: str, pattern: str | None) -> str:
+    """Of a clip's path what the first parenthesis of the pattern finds, else the whole file that it is a piece of."""
+    file = PIECE.sub("", path)
+    found = re.search(pattern, file) if pattern else None
+    return found[1] if found else file
 
 
 def minus(first: list[Scores], second: list[Scores]) -> Scores:
@@ -173,7 +188,7 @@ def reader(done: dict[Cell, dict], plan: Plan) -> Callable[[list[list[list[Cell]
 
     @cache
     def scores(cell: Cell) -> Scores:
-        return scores_of(plan.out / cell.name, done[cell]["folds"])
+        return scores_of(plan.out / cell.name, done[cell]["folds"], cell.dataset)
 
     def compared(seeds: list[list[list[Cell]]]) -> Difference | None:
         whole = [sides for sides in seeds if all(cell in done for side in sides for cell in side)]
@@ -222,7 +237,7 @@ def compare(argv: list[str]) -> None:
     folders = parser.parse_args(argv).runs
     if len(folders) < 2:
         raise UserError("compare needs two runs, or more")
-    first, *others = [{seed: (run, read_run(run)[1]["folds"]) for seed, run in runs_in(f).items()} for f in folders]
+    first, *others = [{seed: scores_in(run) for seed, run in runs_in(folder).items()} for folder in folders]
     found = []
     for folder, other in zip(folders[1:], others, strict=True):
         seeds = [(first[seed], other[seed]) for seed in first if seed in other]
@@ -230,11 +245,11 @@ def compare(argv: list[str]) -> None:
             seeds = [(*first.values(), *other.values())]
         if not seeds:
             raise UserError(f"{folders[0]} and {folder} have no seed in common: give a run of each, .../seedS")
-        found.append(difference([minus([scores_of(*a)], [scores_of(*b)]) for a, b in seeds]))
+        found.append(difference([minus([a], [b]) for a, b in seeds]))
     for folder, one, p in zip(folders[1:], found, holm([one.p for one in found]), strict=True):
         words = {YES: "the first is better", NO: "the second is better", UNTOLD: "they cannot be told apart"}
         corrected = f", for {len(found)} comparisons {p:.2g}" if len(found) > 1 else ""
-        say(f"{folders[0]} - {folder}: {one} points; {one.clips:,} clips, seeds: {one.seeds}; right more often on "
-            f"{one.more}, less often on {one.less}, p = {one.p:.2g}{corrected}: {words[one.holds(p)]}")  # fmt: skip
+        say(f"{folders[0]} - {folder}: {one} points; {one.recordings:,} recordings, seeds: {one.seeds}; right more "
+            f"often on {one.more}, less on {one.less}, p = {one.p:.2g}{corrected}: {words[one.holds(p)]}")  # fmt: skip
     if any(one.seeds == 1 for one in found):
         say("The intervals of one seed are over the clips alone: one seed says nothing of others.")

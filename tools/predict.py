@@ -193,11 +193,11 @@ def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def windows_of(sounds: Iterable[Path | str | np.ndarray], n_frames: int, hop: int) -> Iterator[Window]:
-    """All windows of all sounds, one after the other. A file that cannot be read gives its reason instead."""
+    """All windows of all sounds, one after the other. One that cannot be read gives its reason instead."""
     for number, sound in enumerate(sounds):
         file = None if isinstance(sound, np.ndarray) else Path(sound)
-        blocks = [sound] if file is None else stream_audio(file)
         try:
+            blocks = [at_16_khz(sound, RATE)] if file is None else stream_audio(file)
             for start, wave in cut(blocks, n_frames, hop):
                 yield Window(number, file, start, wave)
         except ValueError as error:

@@ -9,12 +9,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
+import petl
 from data import DATASETS
 from support.files import table_of, write_text
 from support.processes import say
 from tools import cells, claims, evidence, tune
 from tools.campaign import method_of
 from tools.cells import FIGURES, PRINTED, TABLES, TARGETS, Cell, Plan, cell_of, columns_of, heading, lines_of, rated
+
+NARROW = (" For a backbone so narrow RR, prompts, s of LoRA and the rates of `full_ft` and `linear` are others, too "
+          "(support/variants.py): rows are named as at 768 dimensions.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,8 @@ def notes_of(target: str, datasets: tuple[str, ...], found: list[Measured], plan
         others = {"dataset": dataset not in table.datasets, "weights": cell.weights != "audioset",
                   "number of epochs": plan.epochs not in (None, usual)}  # fmt: skip
         others = ", ".join(name for name, other in others.items() if other)
-        notes.append(f"{text}." + (f" Not as in the paper: {others}." if others else ""))
+        narrow = method_of(replace(cell, method="lora")).parts != petl.find("lora").parts
+        notes.append(f"{text}." + (f" Not as in the paper: {others}." if others else "") + NARROW * narrow)
     heads = f" ({span({m.head for m in found})})" if found else ""
     return [
         *notes,
@@ -199,13 +204,13 @@ def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str,
     notes = [
         "A claim is made of pairs. It holds where in all of them the first is better on the same test clips, and does "
         "not where in one the second is (tools/evidence.py), by Holm's correction for all pairs of this table. Points "
-        "of accuracy of the weakest pair, with the 95 % interval over clips"
-        + (f" and {in_seeds(plan)}." if len(plan.seeds) > 1 else f", {in_seeds(plan)}: it says nothing of others."),
+        "of accuracy of the weakest pair, with the 95 % interval over clips and, where there are several, seeds.",
         *(f"{claim.claim} ({claim.where}): '{claim.sentence}'." for claim in cells.CLAIMS if claim.pairs(plan)),
         *(f"Missing: {reason}." for reason in why[:1]),
     ]
     if any("=" in record["better"] for record in records):
-        notes.append("rr and prompts are those for 768 dimensions; a narrow backbone has fewer (support/variants.py).")
+        notes.append("rr and prompts are those for 768 dimensions; a narrow backbone has fewer (support/variants.py). "
+                     "With the parameters of LoRA its s = alpha / RR grows, too.")  # fmt: skip
     if "tuned" in plan.settings:
         notes.append(tune.note_of(cells.cells_of(replace(plan, targets=["claims"], setting="paper")), plan))
     return f"### {TARGETS[target].title}\n\n{markdown(claims.as_text(records))}\n\n{listed(notes)}\n", records
