@@ -257,7 +257,7 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
 
 
 def live_tensors(model: AST) -> dict[str, torch.Tensor]:
-    """The model's own tensors that training changes: trained parameters, float buffers (BatchNorm, in petl_more.py)."""
+    """The model's own tensors that training changes: trained parameters, float buffers (of BatchNorm, of `probe`)."""
     state = model.state_dict(keep_vars=True).items()
     return {n: t for n, t in state if (t.requires_grad if isinstance(t, torch.nn.Parameter) else t.is_floating_point())}
 

@@ -109,7 +109,7 @@ def train_fold(
         seed_epoch(settings.seed, fold, epoch)
         rates = [cosine(settings.lr, steps * (epoch - 1) + i, steps * settings.epochs) for i in range(steps)]
         losses = train_epoch(learner, clips, torch.tensor(split.train), rates, settings, machine)
-        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # of BatchNorm
+        average(tensor for tensor in live_tensors(model).values() if not tensor.requires_grad)  # BatchNorm's
         progress.trained(losses, rates, len(split.train))
         validated = evaluate(network, clips, split.val, settings, machine)
         tensors = trained_tensors(model)

@@ -117,8 +117,9 @@ def normalised(fb):
     return (fb - data.MEAN) / (2 * data.STD)
 
 
-def first_columns(position, grid, steps):
-    return torch.cat([position[:, :2], position[:, 2:].unflatten(1, grid)[:, :, :steps].flatten(1, 2)], dim=1)
+def columns_from(position, grid, steps, start=0):
+    kept = position[:, 2:].unflatten(1, grid)[:, :, start : start + steps]
+    return torch.cat([position[:, :2], kept.flatten(1, 2)], dim=1)
 
 
 def post_norm(block, x):
@@ -203,7 +204,9 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.number_of_a_token, 32, "in front"),
     (checks.number_of_a_token, 65, "order of time"),
     (checks.cut_positions, lambda p, grid, n: p[:, : 2 + grid[0] * n], "flat table"),
-    (checks.cut_positions, lambda p, grid, n: first_columns(p, grid, n), "first columns"),
+    (checks.cut_positions, columns_from, "first columns"),
+    (checks.cut_positions, lambda p, grid, n: columns_from(p, grid, n, (grid[1] - n) // 2), "half of what is left"),
+    (checks.cut_positions, lambda p, grid, n: columns_from(p, grid, n, n // 2), "middle of the table"),
     (checks.sum_of_weights, 1.0, "one row"),
     (checks.attention, lambda q, k, v: (q @ k.mT).softmax(-1) @ v, "scale is missing"),
     (checks.attention, lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-2) @ v, "wrong axis"),

@@ -82,13 +82,18 @@ def cut_positions(answer):
     columns, front = table[:, 2:].unflatten(1, grid), table[:, :2]
     other = table[:, 2:].unflatten(1, grid[::-1])[:, 2:6].flatten(1, 2)
     middle = columns[:, :, 2:6].flatten(1, 2)
-    return compare(answer(table, grid, steps), torch.cat([front, middle], dim=1), {
+    wrong = compare(answer(table, grid, steps), torch.cat([front, middle], dim=1), {
         "these are the first columns; take the middle ones.": torch.cat([front, columns[:, :, :4].flatten(1, 2)], 1),
         "these are the first rows of the flat table: patches of other bands.": table[:, : 2 + 12],
         "the rows in front are missing.": middle,
         "the grid is flattened by bands first: (F, T), not (T, F).": torch.cat([front, other], dim=1),
         "flatten the grid as it was, by bands first.":
             torch.cat([front, columns[:, :, 2:6].transpose(1, 2).flatten(1, 2)], dim=1),
+    })  # fmt: skip
+    three = [torch.cat([front, columns[:, :, start : start + 3].flatten(1, 2)], dim=1) for start in range(4)]
+    return wrong or compare(answer(table, grid, 3), three[3], {
+        "half of what is left out is not T // 2 - steps // 2 if one of the two is odd.": three[2],
+        "the middle of the table counts as well: T // 2 - steps // 2.": three[1],
     })  # fmt: skip
 
 

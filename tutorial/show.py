@@ -139,7 +139,7 @@ def compare(answer, right, mistakes: dict | None = None) -> str | None:
             return word
     if answer.shape != right.shape:
         return f"the shape should be {tuple(right.shape)}, and yours is {tuple(answer.shape)}."
-    return "the value is not right, and it is none of the usual mistakes."
+    return "the value is not right, and it is none of the usual mistakes (a number: to a thousandth)."
 
 
 def check(judge, answer) -> None:
