@@ -139,8 +139,7 @@ class Dataset:
     @cached_property
     def names(self) -> list[str]:
         """Paths relative to `root`, with forward slashes and spans: the same wherever the dataset lies."""
-        names = enumerate(names_of(self.paths, self.root))
-        return [name + fragment(self.spans[i]) if i in self.spans else name for i, name in names]
+        return [name + fragment(self.spans.get(i, WHOLE)) for i, name in enumerate(names_of(self.paths, self.root))]
 
 
 @dataclass(frozen=True)
@@ -165,13 +164,15 @@ class Recipe:
 
 def load_dataset(name: str, data_dir: Path | None, cache_dir: Path, group=None, windows=None) -> Dataset:
     """A dataset of DATASETS, in `data_dir`, else `cache_dir`, else fetched; the rest: see sounds/own.py."""
-    recipe = DATASETS[nearest(name, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")]
+    recipe = DATASETS[nearest(name, DATASETS, "dataset")]
     found = recipe.load(data_dir, cache_dir, **({"group": group, "windows": windows} if recipe.own else {}))
     number = {label: i for i, label in enumerate(found.classes or sorted({clip.label for clip in found.clips}))}
     labels = [number[clip.label] for clip in found.clips]
     folds = splits_of([clip.part for clip in found.clips], recipe.validate)
     paths = [clip.path for clip in found.clips]
-    dataset = Dataset(found.name or name, found.root, list(number), paths, labels, folds, found.groups(), found.spans())
+    groups = [clip.group for clip in found.clips if clip.group]  # all clips have one, or none has
+    spans = {i: clip.span for i, clip in enumerate(found.clips) if clip.span != WHOLE}
+    dataset = Dataset(found.name or name, found.root, list(number), paths, labels, folds, groups, spans)
     if recipe.own:  # can these folds train and test?
         own.check_folds(dataset)
     return dataset

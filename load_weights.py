@@ -7,7 +7,7 @@ any `load_ast` reads. No pickle is ever executed.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
 from support.checkpoints import fetch, fill, read_header, read_metadata, read_names, read_tensors, remedy, write_tensors
 from support.command import UserError, first_of
-from support.headers import HuggingFace, checked
+from support.headers import Backbone, HuggingFace, checked
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
 DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # weights/README.md: how it was made
@@ -49,14 +49,6 @@ NAMES = [
 petl.METHODS |= petl_more.METHODS  # the later ones; here, as they import petl, and every program imports this file
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """Where weights came from, and their `fingerprint`: the same whatever the file format."""
-
-    name: str
-    sha256: str
-
-
 def load_ast(
     weights: str = "audioset", n_frames: int | None = None, n_classes: int | None = None, pool: str | None = None
 ) -> AST:
@@ -84,12 +76,11 @@ def load_ast(
     state["embed.position"] = resize_positions(state["embed.position"], old_grid, config.grid)
     if not keep_head:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state |= {f"head.{name}": tensor for name, tensor in make_head(config).state_dict().items()}
 
     with torch.device("meta"):  # no time spent on random numbers that the checkpoint replaces
         model = AST(config)
-    fill(model, state, weights, but=None if keep_head else "head.")
-    if not keep_head:
-        model.head = make_head(config)
+    fill(model, state, weights)
     model.backbone = backbone
     return model
 
@@ -253,7 +244,7 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
         raise UserError(f"{origin}: {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS has")
     parts = tuple(checked(part, known[part["part"]], f"{origin}: {part['part']}") for part in entry["parts"])
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
-    return petl.Method(entry["name"], parts, paper="-", where="-", lr=entry["lr"], blocks=blocks)
+    return petl.Method(entry["name"], parts, lr=entry["lr"], blocks=blocks)
 
 
 def live_tensors(model: AST) -> dict[str, torch.Tensor]:

@@ -341,8 +341,8 @@ class Method:
 
     name: str
     parts: tuple
-    paper: str  # trained parameters as the paper prints them
-    where: str  # the row of the paper's tables
+    paper: str = "-"  # trained parameters as the paper prints them
+    where: str = "-"  # the row of the paper's tables
     lr: float = 5e-3  # section III-A; full fine-tuning, linear and BitFit as in the authors' setup
     blocks: tuple[int, int] | None = None  # the first and last block, from 1, that the parts see; None: all
 
@@ -378,8 +378,8 @@ METHODS: dict[str, Method] = {
         Method("convpass_houlsby_seq", adapters(MHSA_SEQ, FFN_SEQ, kind="convpass"), "508K", "Table I, Conv HOU seq"),
         Method("lora", (LoRA("qv", rr=128),), "221K", "Table I, LoRA"),
         # The original, two-dimensional Convpass: not in the paper.
-        Method("convpass2d_pfeiffer_par", adapters(MHSA_PAR, kind="convpass_2d"), "-", "-"),
-        Method("convpass2d_houlsby_par", adapters(MHSA_PAR, FFN_PAR, kind="convpass_2d"), "-", "-"),
+        Method("convpass2d_pfeiffer_par", adapters(MHSA_PAR, kind="convpass_2d")),
+        Method("convpass2d_houlsby_par", adapters(MHSA_PAR, FFN_PAR, kind="convpass_2d")),
         # Where an adapter goes. FFN-Seq/Par-After is pfeiffer_seq, MHSA-Par-Before is pfeiffer_par.
         Method("adapter_ffn_seq_before", adapters(("ffn", "seq_before")), "249K", "Table III, FFN-Seq-Before"),
         Method("adapter_ffn_par_before", adapters(FFN_PAR), "249K", "Table III, FFN-Par-Before"),

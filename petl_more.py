@@ -430,17 +430,17 @@ class Statistics:
 # best on its validation clips.
 METHODS: dict[str, Method] = {
     method.name: method for method in [
-        Method("conformer_pfeiffer_par", (Conformer("attn"),), "271K", "-"),
-        Method("conformer_houlsby_par", (Conformer("attn"), Conformer("ffn")), "542K", "-"),
-        Method("soft_moa", (SoftMixture(),), "-", "-"),
-        Method("dense_moa", (DenseMixture(),), "-", "-"),
-        Method("dora", (DoRA(),), "-", "-"),
-        Method("ia3", (IA3(),), "-", "-", lr=3e-3),
-        Method("vera", (VeRA(),), "-", "-"),
-        Method("rslora", (RsLoRA(),), "-", "-", lr=1e-4),
-        Method("ssf", (SSF(),), "-", "-"),
-        Method("adaptformer", (AdaptFormer(),), "-", "-", lr=1e-3),
-        Method("adapter_plus", (AdapterPlus(),), "-", "-", lr=1e-3),
-        Method("probe", (Statistics(),), "-", "-", lr=2e-3),
+        Method("conformer_pfeiffer_par", (Conformer("attn"),), "271K"),
+        Method("conformer_houlsby_par", (Conformer("attn"), Conformer("ffn")), "542K"),
+        Method("soft_moa", (SoftMixture(),)),
+        Method("dense_moa", (DenseMixture(),)),
+        Method("dora", (DoRA(),)),
+        Method("ia3", (IA3(),), lr=3e-3),
+        Method("vera", (VeRA(),)),
+        Method("rslora", (RsLoRA(),), lr=1e-4),
+        Method("ssf", (SSF(),)),
+        Method("adaptformer", (AdaptFormer(),), lr=1e-3),
+        Method("adapter_plus", (AdapterPlus(),), lr=1e-3),
+        Method("probe", (Statistics(),), lr=2e-3),
     ]
 }  # fmt: skip

@@ -241,7 +241,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cache-dir", type=Path, default=default_cache_dir(), help="for downloads and features (%(default)s)")
     add("--list-methods", action="store_true", help="print all methods with their parameter counts")
     args = parser.parse_args(argv)
-    command.nearest(args.dataset, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
+    command.nearest(args.dataset, DATASETS, "dataset")
     command.check_options(args, DATASETS[args.dataset].own)  # --windows becomes seconds
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)

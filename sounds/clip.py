@@ -25,14 +25,6 @@ class Listing:
     classes: list[str] | None = None  # in the order of their numbers; None: in that of the alphabet
     name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS
 
-    def groups(self) -> list[str]:
-        """Those of all clips; empty where there are none."""
-        return [clip.group for clip in self.clips if clip.group]
-
-    def spans(self) -> dict[int, tuple[float, float]]:
-        """Those of the clips that are no whole files, by their number."""
-        return {i: clip.span for i, clip in enumerate(self.clips) if clip.span != WHOLE}
-
 
 def name_of(path: Path, root: Path) -> str:
     """A path relative to `root`, with forward slashes; the whole path where there is no way from one to the other."""

@@ -63,10 +63,7 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
         clips[group][label] += 1
     count = {"train": Counter(labels), "val": Counter(), "test": Counter()}  # of each class in each part
     fifth = {label: max(1, round(n / 5)) for label, n in count["train"].items()}
-    of_class = {label: [] for label in sorted(fifth)}
-    for group in clips:
-        for label in clips[group]:
-            of_class[label].append(group)
+    of_class = {label: [group for group in clips if label in clips[group]] for label in sorted(fifth)}
 
     def spare(group):
         return part_of[group] == "train" and all(count["train"][label] > n for label, n in clips[group].items())

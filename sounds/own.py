@@ -84,24 +84,21 @@ def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, wind
     if group and "group" in needed:
         raise UserError(f"{data_dir}: has a column group, and there is --group: only one of them can say what belongs "
                         "together")  # fmt: skip
-    spans = []
+    clips = []
     for row in rows:
-        where = f"{data_dir}, line {row.line}"
+        where, part = f"{data_dir}, line {row.line}", row[column] if column else ""
         if empty := [name for name in needed if not row[name]]:
             raise UserError(f"{where}: an empty {empty[0]}")
-        spans.append(span_of(row.get("start"), row.get("end"), where))
-        if column == "split" and row["split"] not in PARTS:
-            raise UserError(f"{where}: split is {row['split']!r}; it must be train, val or test")
+        span = span_of(row.get("start"), row.get("end"), where)
+        if column == "split" and part not in PARTS:
+            raise UserError(f"{where}: split is {part!r}; it must be train, val or test")
         if column == "fold":
-            require_whole(row["fold"], "fold", where)
+            require_whole(part, "fold", where)
+            part = int(part)
         if "\0" in row["path"]:
             raise UserError(f"{where}: path is {row['path'][:100]!r}; no file has a NUL byte in its name")
-    part = int if column == "fold" else str
-    names = [os.fsdecode(row["path"].encode()) for row in rows]  # where the locale has no UTF-8, too
-    clips = [
-        Clip(data_dir.parent / name, row["label"], part(row[column]) if column else "", span, row.get("group", ""))
-        for name, row, span in zip(names, rows, spans, strict=True)
-    ]
+        path = data_dir.parent / os.fsdecode(row["path"].encode())  # where the locale has no UTF-8, too
+        clips.append(Clip(path, row["label"], part, span, row.get("group", "")))
     require_each_once(data_dir, clips)
     require_files(data_dir.parent, list(dict.fromkeys(clip.path for clip in clips)))
     return own_sounds(data_dir.parent, data_dir.stem, clips, group)

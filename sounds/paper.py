@@ -53,9 +53,9 @@ def esc50(data_dir: Path | None, cache_dir: Path, only_esc10: bool = False) -> L
     classes = _in_order(table, rows, "target", "category")
     require_files(root, [clip.path for clip in clips])
     warn_of_recordings(root, rows, "src_file")
-    expected = (10, 400) if only_esc10 else (50, 2000)
-    if (len(classes), len(rows)) != expected:
-        warn(f"{root}: {len(rows)} clips of {len(classes)} classes, where the release has %d of %d" % expected[::-1])
+    n_classes, n_clips = (10, 400) if only_esc10 else (50, 2000)
+    if (len(classes), len(rows)) != (n_classes, n_clips):
+        warn(f"{root}: {len(rows)} clips of {len(classes)} classes, where the release has {n_clips} of {n_classes}")
     return Listing(root, clips, classes)
 
 

@@ -160,8 +160,7 @@ def vowel(rng, *names: str) -> np.ndarray:
     folds = buzz(glide(seconds, *base * rng.uniform(0.85, 1.15, 3)))
 
     def tract(name):  # three resonances, each 180 Hz wide
-        levels = zip((1, 0.6, 0.3), FORMANTS[name], strict=True)
-        resonances = [(level, size * formant) for level, formant in levels]
+        resonances = [*zip((1, 0.6, 0.3), (size * formant for formant in FORMANTS[name]), strict=True)]
         return lambda hz: sum(level / (1 + ((hz - formant) / 90) ** 2) for level, formant in resonances)
 
     spoken = [colour(folds, tract(name)) for name in names]
@@ -271,28 +270,28 @@ def insect(rng, carrier: tuple[float, float], pulse: tuple[float, float], song: 
     return wave * fast * ((t * rng.uniform(*song) + rng.uniform(0, 1)) % 1 < 0.6)
 
 
-def beep(rng, hz: float, seconds: float, timbre) -> np.ndarray:
+def beep(hz: float, seconds: float, timbre) -> np.ndarray:
     return shaped(tone(glide(seconds, hz), timbre), 0.01, 0.02)
 
 
 def beeps(rng, *lengths: int) -> np.ndarray:
     """One pitch in a rhythm, short (1) and long (3), as in Morse code."""
     unit, hz, timbre = rng.uniform(0.06, 0.085), pitch(rng, 300, 1500), voice(rng)
-    return row(*(beep(rng, hz, unit * length, timbre) for length in lengths), gap=unit)
+    return row(*(beep(hz, unit * length, timbre) for length in lengths), gap=unit)
 
 
 def notes(rng, *steps: int) -> np.ndarray:
     """Notes of one random length at these heights, in units of a random interval of three to eight semitones."""
     length, base = rng.uniform(0.14, 0.25), pitch(rng, 300, 700)
     size, timbre = rng.uniform(3, 8) / 12, voice(rng)
-    return row(*(beep(rng, base * 2 ** (size * step), length, timbre) for step in steps), gap=rng.uniform(0, 0.05))
+    return row(*(beep(base * 2 ** (size * step), length, timbre) for step in steps), gap=rng.uniform(0, 0.05))
 
 
 def tone_and_noise(rng, *kinds: str) -> np.ndarray:
     """A tone (t), a noise (n) or a click (c), in the given order."""
     length, hz, timbre, centre = rng.uniform(0.12, 0.22), pitch(rng, 300, 1500), voice(rng), pitch(rng, 800, 4000)
     make = {
-        "t": lambda: beep(rng, hz, length, timbre),
+        "t": lambda: beep(hz, length, timbre),
         "n": lambda: 2 * shaped(hiss(rng, length, centre / 1.5, centre * 1.5)),
         "c": lambda: row(1.5 * click(rng), gap=length / 2),
     }

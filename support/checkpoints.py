@@ -7,7 +7,6 @@ import warnings
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from msgspec import to_builtins
@@ -16,9 +15,8 @@ from safetensors.torch import load_file, save
 
 from support.command import UserError, first_of
 from support.files import whole_file
-from support.headers import HuggingFace, Names, Trained, Whole, checked
+from support.headers import HuggingFace, Names, T, Trained, Whole, checked
 
-T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 FORMER = "ce8a12f8beb7b8c9b1b6d2fd9e466cf4c912220e09543a9ac25fa343f3a1bee8"  # fingerprint of what lay in weights/ once
@@ -216,8 +214,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header, separators=(",", ":"))}))
 
 
-def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str, but: str | None = None) -> None:
-    """Let the tensors of `state` be those of the model; names that begin with `but` need not be among them.
+def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Let the tensors of `state` be those of the model.
 
     Raises UserError for tensors of another shape, for missing and for unknown ones; `origin` says where they are from.
     """
@@ -225,6 +223,5 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str, bu
         missing, unknown = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{origin} is no AST of one shape: {str(error).splitlines()[-1].strip()}") from None
-    missing = [name for name in missing if but is None or not name.startswith(but)]
     if missing or unknown:
         raise UserError(f"{origin} is no AST checkpoint: missing {first_of(missing)}; unknown {first_of(unknown)}")

@@ -127,7 +127,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         forget_output()
         return 1
     except OSError as error:  # the machine's state, not a mistake of the program
-        print(f"error: {in_words(error)}", file=sys.stderr)
+        print(f"error: {reason_of(error)}", file=sys.stderr)
         forget_output()
         return 2
     except KeyboardInterrupt as error:
@@ -144,7 +144,7 @@ def print_anything() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def in_words(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:
+def reason_of(error: OSError, where: Path | str = "the output", mend: str = "", what: str = "") -> str:
     """One line about `where`, unless the error itself says where: that the disk is full, or `what` went wrong."""
     where = str(error.filename or where)
     where = where if len(where) <= 1000 else f"{where[:100]}..."  # it is too long to be a name
@@ -176,7 +176,7 @@ def explained(device: torch.device, tried: int, out: Path):
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        said = in_words(error, out, mend=", then add --resume to go on")
+        said = reason_of(error, out, mend=", then add --resume to go on")
         raise UserError(said + no_place(error, "--out or --cache-dir")) from None
     except KeyboardInterrupt:
         hint = "interrupted: the same command with --resume goes on after the last finished epoch"
@@ -221,7 +221,7 @@ def nearest(name: str, known: Iterable[str], what: str, hint: str = "") -> str:
     if name in known:
         return name
     close = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    raise UserError(f"unknown {what} {name!r}: did you mean {close!r}?{hint}")
+    raise UserError(f"unknown {what} {name!r}: did you mean {close!r}?" + (hint or f" There are {', '.join(known)}"))
 
 
 def first_of(names: list[str]) -> str:

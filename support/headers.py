@@ -60,7 +60,10 @@ class Method(Struct):
         msgspec.convert(self.parts, list[Part])
 
 
-class Backbone(Struct):
+@dataclass(frozen=True)
+class Backbone:
+    """Where weights came from, and their `load_weights.fingerprint`: the same whatever the file format."""
+
     name: Text
     sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 

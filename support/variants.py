@@ -27,16 +27,6 @@ def override(method, rr: int | None = None, alpha: float | None = None, prompts:
     return method
 
 
-def shrink(method, factor: int):
-    """The method with reduction rates and numbers of prompts divided by `factor`; of prompts, an even number stays."""
-    scale = {"rr": lambda n: max(1, n // factor), "prompts": lambda n: max(2, n // factor // 2 * 2)}
-    parts = (
-        replace(part, **{name: f(getattr(part, name)) for name, f in scale.items() if hasattr(part, name)})
-        for part in method.parts
-    )
-    return method if factor == 1 else replace(method, parts=tuple(parts))
-
-
 NARROW_LR = {"full_ft": 5e-4, "linear": 1e-2}  # ten times that of METHODS
 
 
@@ -44,11 +34,18 @@ def narrowed(method, dim: int):
     """The method for a backbone of `dim` dimensions: what the paper chose for 768 does not suit a narrow one.
 
     RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Reduction rates are divided so that about 8
-    remain, by 4 at 128 dimensions and not at all from 384 on, and prompts become fewer. What trains the backbone's own
-    weights or the head alone learns faster there. Both were chosen on the demo backbone.
+    remain, by 4 at 128 dimensions and not at all from 384 on, and prompts become fewer, of which an even number stays.
+    What trains the backbone's own weights or the head alone learns faster there. Both were chosen on the demo backbone.
     """
-    factor = max(1, round(512 / dim))
-    return replace(shrink(method, factor), lr=NARROW_LR.get(method.name, method.lr)) if factor > 1 else method
+    factor = round(512 / dim)
+    if factor <= 1:
+        return method
+    scale = {"rr": lambda n: max(1, n // factor), "prompts": lambda n: max(2, n // factor // 2 * 2)}
+    parts = (
+        replace(part, **{name: f(getattr(part, name)) for name, f in scale.items() if hasattr(part, name)})
+        for part in method.parts
+    )
+    return replace(method, parts=tuple(parts), lr=NARROW_LR.get(method.name, method.lr))
 
 
 def fitted(method, config, lr=None, rr=None, alpha=None, prompts=None, blocks=None, keep=None, kernel=None):

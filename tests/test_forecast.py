@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import data
 from support import console, records
-from support.progress import Signs
+from support.progress import Signs, in_words
 from support.speed import Machine
 from tools.bench import Bench
 
@@ -106,7 +106,7 @@ def test_what_makes_a_run_bearable(monkeypatch):
     assert lines(1e6, 5, SETTINGS, gpu) == ["this will take about 12 days, 5 folds"]
     few = replace(SETTINGS, shots=8, epochs=5)
     assert lines(7000, 1, few, cpu) == ["this will take about 117 minutes", "on a CPU; what makes it bearable: a GPU"]
-    assert [console.in_words(s) for s in (119, 120, 7200, 172_799, 172_800)] == [
+    assert [in_words(s) for s in (119, 120, 7200, 172_799, 172_800)] == [
         "119 s", "2.0 minutes", "2.0 hours", "48 hours", "2.0 days"]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import pytest
 from ast_model import ASTConfig
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts
 from support.command import UserError
-from support.variants import fitted, narrowed, override, shrink
+from support.variants import fitted, narrowed, override
 
 # -------------------------------------------------------------------------------------------------- narrow backbones
 
@@ -47,9 +47,8 @@ def test_learning_rates_on_a_narrow_backbone():
 
 def test_shrink_leaves_at_least_one_rank_and_two_prompts():
     parts = (LoRA(rr=3), Adapter("attn", "seq_after", rr=4), Hydra(rr=5), Prompts(5), Prefix(2))
-    shrunk = shrink(Method("test", parts, "-", "-"), 4).parts
+    shrunk = narrowed(Method("test", parts, "-", "-"), 128).parts
     assert [getattr(part, "rr", None) or part.prompts for part in shrunk] == [1, 1, 1, 2, 2]
-    assert shrink(METHODS["dpt"], 1) is METHODS["dpt"]
 
 
 # ------------------------------------------------------------------------------------------------- what is asked for

@@ -5,7 +5,6 @@ Answers come one by one, as a recording is heard, and go through here one by one
 
 import json
 import os
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -139,22 +138,13 @@ def write_tracks(answers: Iterable[Answer]) -> Iterator[Answer]:
 # --------------------------------------------------------------------------------------------------------- embeddings
 
 
-@dataclass
-class Embeddings:
-    """Vectors and what they are of; nothing else is kept of a sound."""
-
-    vectors: array = field(default_factory=lambda: array("f"))
-    rows: list[tuple] = field(default_factory=list)
-
-    def add(self, answer: Answer) -> None:
-        self.vectors.frombytes(answer.vector.tobytes())
-        self.rows.append((printable(answer.file), answer.start, answer.end, answer.best, answer.confidence))
-
-    def save(self, path: Path) -> None:
-        """As .npz: vectors float32 (n, dim); names, start, end (seconds), classes and confidence, (n,) each."""
-        if not self.rows:
-            raise UserError("--embeddings: no sound could be read, so there are none")
-        columns = zip(("names", "start", "end", "classes", "confidence"), zip(*self.rows, strict=True), strict=False)
-        vectors = np.frombuffer(self.vectors, np.float32).reshape(len(self.rows), -1)
-        with open(path, "wb") as file:
-            np.savez(file, vectors=vectors, **{name: np.array(column) for name, column in columns})
+def save_embeddings(answers: list[Answer], path: Path) -> None:
+    """As .npz: vectors float32 (n, dim); names, start, end (seconds), classes and confidence, (n,) each."""
+    if not answers:
+        raise UserError("--embeddings: no sound could be read, so there are none")
+    with open(path, "wb") as file:
+        np.savez(
+            file, vectors=np.stack([a.vector for a in answers]), names=[printable(a.file) for a in answers],
+            start=[a.start for a in answers], end=[a.end for a in answers], classes=[a.best for a in answers],
+            confidence=[a.confidence for a in answers],
+        )  # fmt: skip

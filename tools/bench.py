@@ -346,7 +346,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
     device = choose_device(args.device)
     gpu, dtype = device.type == "cuda", choose_dtype(args.dtype, device)
     batch = args.batch or (8 if args.what else 32 if gpu else 2 if args.quick else 4)
-    repeats = args.repeats or (20 if gpu and not args.what else 3)
+    repeats = args.repeats or (20 if gpu else 3)
     own = {"dtype": dtype, "batch": batch, "repeats": repeats, "weights": args.weights, "quick": args.quick}
     return args, Bench(device, compile=args.compile, **own)
 

@@ -37,8 +37,6 @@ from tools.export import write_hf
 
 STAGES = ("reading", "training", "evaluation", "other")
 COLUMNS = ("filename", "fold", "target", "category", "esc10")  # of meta/esc50.csv
-
-
 CASES = [("random:base", 40, 1), ("random:demo", 100, 5)]  # weights, clips, epochs
 WARM = ("random:demo", 40, 1)
 
@@ -103,7 +101,6 @@ def make_sounds(folder: Path, count: int, data_dir: Path | None) -> Path:
         else:
             wave = np.concatenate([synth.render(row["category"], 5 * i + k) for k in range(5)])
             soundfile.write(file, soxr.resample(wave, RATE, 44_100), 44_100, subtype="PCM_16")
-    rows = [{column: row[column] for column in COLUMNS} for row in rows]
     (folder / "meta" / "esc50.csv").write_text(table_of(COLUMNS, rows))
     return folder
 

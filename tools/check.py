@@ -36,10 +36,10 @@ import petl
 import train
 from data import DATASETS, RATE, Clips, fbank, to_input
 from load_weights import load_ast
-from support import console, records
+from support import records
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code
 from support.files import default_cache_dir
-from support.progress import Bar
+from support.progress import Bar, in_words
 from support.speed import DTYPES, prepare
 from support.variants import fitted
 from tools import comparisons
@@ -202,7 +202,7 @@ def fold_of(dataset: str, weights: str, bench: Bench) -> str:
     n_train, n_val, n_test = SIZES[dataset]
     seconds = recipe.epochs * (n_train * step + n_val * test) + n_test * test
     used = "" if memory is None else f", {memory:,.0f} MB"
-    return f"{console.in_words(seconds)} ({1 / step:,.1f} clips/s in batches of {batch}{used})"
+    return f"{in_words(seconds)} ({1 / step:,.1f} clips/s in batches of {batch}{used})"
 
 
 def accuracy(method: str, weights: str | None, data_dir: Path | None, cache_dir: Path, device: str, out: Path) -> str:

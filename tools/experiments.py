@@ -23,7 +23,7 @@ import petl
 import train
 from data import DATASETS, Dataset, folds_of, load_dataset
 from sounds.paper import ESC50, FSC, GSC, US8K
-from support.command import Parser, UserError, choose_device, exit_code, in_words, nearest, no_place, numbers, positive
+from support.command import Parser, UserError, choose_device, exit_code, nearest, no_place, numbers, positive, reason_of
 from support.files import default_cache_dir, table_of, write_text
 from support.processes import say
 from tools import cells, evidence, figures, tune
@@ -151,9 +151,9 @@ def parse(argv: list[str]) -> Plan:
         plan = replace(plan, tune=True, targets=plan.targets[1:] or parser.error("tune what? Name a table or figure"))
     plan = replace(plan, setting=plan.setting or ("both" if tuning else "paper"))
     for name in plan.targets:
-        nearest(name, [*TARGETS, "all"], "target", f" There are {', '.join([*TARGETS, 'all'])}")
+        nearest(name, [*TARGETS, "all"], "target")
     for name in plan.datasets:
-        nearest(name, DATASETS, "dataset", f" There are {', '.join(DATASETS)}")
+        nearest(name, DATASETS, "dataset")
     tables = {name: TARGETS[name] for name in (TARGETS if "all" in plan.targets else plan.targets)}
     for name in [*plan.methods, *plan.add, *plan.random]:
         petl.find(name)
@@ -166,11 +166,10 @@ def parse(argv: list[str]) -> Plan:
     if unknown:
         raise UserError(f"{unknown[0]} behind --: of train.py's options only {', '.join(PASSED)} fit all cells")
     data_dir = data_dirs(plan.data_dir, [d for target in tables for d, _ in columns_of(target, plan)])
-    left = {target for target in tables if lines_of(target, plan)}
-    left -= {"claims"} if not any(claim.pairs(plan) for claim in cells.CLAIMS) else set()
-    if not left:
+    targets = [t for t in tables if lines_of(t, plan) and (t != "claims" or any(c.pairs(plan) for c in cells.CLAIMS))]
+    if not targets:
         raise UserError("--methods: no claim compares these with one another")
-    return replace(plan, data_dir=data_dir, targets=[target for target in tables if target in left])
+    return replace(plan, data_dir=data_dir, targets=targets)
 
 
 def data_dirs(words: list[str], datasets: list[str]) -> dict[str, Path]:
@@ -216,7 +215,7 @@ def start(argv: list[str]) -> int | None:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise UserError(in_words(error, plan.out) + no_place(error, "--out")) from None
+        raise UserError(reason_of(error, plan.out) + no_place(error, "--out")) from None
     for cell, why in failed.items():
         print(f"missing: {cell.name}: {why}", file=sys.stderr)
     return 1 if failed else 0

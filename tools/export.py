@@ -29,7 +29,7 @@ import petl
 from ast_model import AST, ASTConfig
 from support import headers
 from support.checkpoints import check_suffix, read_header, read_json, read_names, read_tensors
-from support.command import Parser, UserError, exit_code, in_words, needed
+from support.command import Parser, UserError, exit_code, needed, reason_of
 from support.files import whole_file, write_json
 from tools.predict import class_names
 
@@ -370,7 +370,7 @@ def export(args: argparse.Namespace) -> None:
         check_suffix(args.out)
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
     header.pop("record", None)  # says how it was trained, which belongs to the fold
-    method = getattr(model, "method", petl.Method("this model", (), "-", "-"))
+    method = getattr(model, "method", petl.Method("this model", ()))
     if args.to == "peft" and [type(part).__name__ in ALIKE for part in method.parts] != [True]:
         raise UserError(f"--to peft takes one of {', '.join(ALIKE)} alone, not {method.name!r}; --to onnx takes all")
     if args.to == "hf":
@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             if isinstance(error, BrokenPipeError) or not hasattr(args, "out"):
                 raise
-            raise UserError(in_words(error, args.out, what="cannot write ")) from None
+            raise UserError(reason_of(error, args.out, what="cannot write ")) from None
 
     return exit_code(run)
 

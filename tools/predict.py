@@ -37,8 +37,9 @@ from support.checkpoints import read_header, read_names
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
 from support.files import whole_file
 from support.progress import Bar
+from support.records import fold_files
 from support.speed import Machine, autocast, prepare
-from tools.answers import COLUMNS, Answer, Embeddings, events_of, printable, shown, write_tracks
+from tools.answers import COLUMNS, Answer, events_of, printable, save_embeddings, shown, write_tracks
 
 CPU = torch.device("cpu")
 
@@ -115,8 +116,7 @@ def load(
     path, device = Path(path), choose_device(device)
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint; give a folder or a foldK.safetensors that train.py wrote")
-    folds = sorted(path.glob("fold*.safetensors"), key=lambda file: (len(file.name), file.name))  # fold2 before fold10
-    files = folds if path.is_dir() else [path]
+    files = list(fold_files(path).values()) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no fold*.safetensors: give the folder of a run with a finished fold")
     headers = [read_header(file) for file in files]
@@ -361,18 +361,18 @@ def run(args: argparse.Namespace) -> int:
     width = 2 + max(len(printable(file)) for file in files)
     if args.form == "csv":
         print(COLUMNS)
-    failed, vectors = 0, Embeddings()
+    failed, embedded = 0, []
     with whole_file(args.embeddings) if args.embeddings else nullcontext() as embeddings:
         for answer in told:
             if answer.error is not None:
                 failed += 1
                 tqdm.write(f"error: {printable(answer.file)}: {answer.error}", file=sys.stderr)
             elif args.embeddings and answer.what == ("window" if args.windows else "file"):
-                vectors.add(answer)
+                embedded.append(answer)
             if answer.what in wanted if answer.error is None else args.form:
                 tqdm.write(shown(answer, args.form, width), file=sys.stdout)
         if args.embeddings:
-            vectors.save(embeddings)
+            save_embeddings(embedded, embeddings)
     return 1 if failed else 0
 
 

@@ -60,9 +60,7 @@ class Searches(Struct):
     searches: list[Search]
 
     def by_cell(self) -> dict[Cell, Search]:
-        told = [(search, to_builtins(search)) for search in self.searches]
-        keys = asdict(Cell("", "", 0, "")).keys() - {"seed", "lr"}
-        return {Cell(seed=0, **{key: entry[key] for key in keys}): search for search, entry in told}
+        return {Cell(s.dataset, s.method, 0, s.weights, s.shots, s.rr, s.prompts, s.kernel): s for s in self.searches}
 
 
 def best_of(tried: list[tuple[float, float | None]], usual: float) -> float | None:

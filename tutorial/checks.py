@@ -34,8 +34,7 @@ def change_of_half_the_volume(answer):
 
 
 def padded_input(answer):
-    generator = torch.Generator().manual_seed(1)
-    fb = torch.randn(2, 60, data.N_MELS, generator=generator) * data.STD + data.MEAN
+    fb = torch.randn(2, 60, data.N_MELS, generator=torch.Generator().manual_seed(1)) * data.STD + data.MEAN
     normal = (fb - data.MEAN) / (2 * data.STD)
     behind, before = (0, 0, 0, 38), (0, 0, 38, 0)
     right = data.to_input(fb, 98)

@@ -1,7 +1,6 @@
 """What the chapters share: code of the repository on the page, sounds and pictures, runs of train.py, exercises."""
 
 import ast
-import csv
 import inspect
 import sys
 import tempfile
@@ -73,12 +72,13 @@ def run(*words):
     """
     import train
     from load_weights import load_trained
+    from support.records import read_metrics
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         args = train.parse([str(word) for word in (*words, "--out", folder)])
         result = train.run(args)
         file = next(Path(folder).glob("*/*/seed*/fold*.safetensors"))
-        rows = list(csv.DictReader((file.parent / "metrics.csv").read_text().splitlines()))
+        rows = read_metrics(file.parent)
         history = [{name: float(row[name] or "nan") for name in ("epoch", "loss", "accuracy")} for row in rows]
         return SimpleNamespace(accuracy=result["accuracy"], history=history, model=load_trained(file), result=result)
 
