@@ -270,7 +270,7 @@ def start(argv: list[str] | None) -> None:
     if args.list_methods:
         return list_methods()
     tried = args.micro_batch or args.batch_size or DATASETS[args.dataset].batch_size
-    with command.explained(args.device, tried, args.out), process_group(args.device):
+    with command.explained(args.device, tried, args.out, args.cache_dir), process_group(args.device):
         run(args)
 
 

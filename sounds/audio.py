@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from support.command import UserError
+
 RATE = 16_000  # Hz
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
 
@@ -21,9 +23,13 @@ _MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no trunca
 
 def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The sounds anywhere beneath a folder, also by links, and its other files; hidden ones are neither."""
-    files = sorted(file for file in _beneath(folder) if file.is_file())
+    files = sorted(file for file in _beneath(folder) if file.is_file() or file.is_symlink())  # a broken link is told of
     sounds = [file for file in files if file.suffix.lower() in SUFFIXES]
     return sounds, [file for file in files if file.suffix.lower() not in SUFFIXES]
+
+
+def _told(error: OSError):
+    raise UserError(f"{error.filename}: {error.strerror}; all of a folder must be readable") from None
 
 
 def _beneath(folder: Path) -> Iterator[Path]:
@@ -31,7 +37,7 @@ def _beneath(folder: Path) -> Iterator[Path]:
     seen = {str(parent) for parent in folder.resolve().parents}  # a link to one of them leads back
     places = [folder]
     for root in places:  # grows by the links: a folder that lies here keeps its own name, whatever leads to it
-        for place, folders, names in os.walk(root):
+        for place, folders, names in os.walk(root, onerror=_told):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if (real := os.path.realpath(place)) in seen:
                 folders.clear()

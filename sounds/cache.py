@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from sounds.clip import WHOLE, fragment
 from support.command import UserError
+from support.files import locked
 from support.progress import Bar
 from support.rows import crc_of, map_rows, row_type, start_rows
 
@@ -23,7 +23,10 @@ Compute = Callable[[int], np.ndarray]  # of a clip's number; ValueError, with th
 
 def _row_key(path: Path, name: str, front_end: str) -> int:
     """Changes when the file, the clip's `name` in the dataset, which has its span, or the front end changes."""
-    info = os.stat(path)
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        info = os.lstat(path)  # a link that leads nowhere
     source = f"{front_end}, {name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
     return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
 
@@ -90,7 +93,7 @@ def cached(
     def reasons(index):  # read again for the reason: the file knows only that there was one
         return {i: _make_row(i, 0, kind, compute)[1] for i in np.flatnonzero(index["bad"]).tolist()}
 
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         index = _read_index(path, kind, check=False)
         whole = index is not None and np.array_equal(index["key"], keys)
         bad = reasons(index) if whole else {}
@@ -119,7 +122,7 @@ def cached(
             if not reason and _row_key(dataset.paths[i], names[i], front_end) != keys[i]:
                 raise UserError(f"{dataset.paths[i]} has changed since the start: start again")
             rows[i] = row[0]
-            with FileLock(f"{path}.lock"):
+            with locked(path):
                 kept = map_rows(path, kind)
                 # Another run may have built the file again since, of other clips: then this row has no place there.
                 if kept is not None and len(kept) == len(keys) and kept["key"][i] == keys[i]:

@@ -5,13 +5,11 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
-
 from sounds import synth
 from sounds.audio import RATE
 from sounds.clip import PARTS, Clip, Listing
 from support.command import UserError
-from support.files import whole_folder
+from support.files import locked, whole_folder
 from support.progress import Bar
 
 SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it hears
@@ -24,12 +22,12 @@ def rendered(
 ) -> Listing:
     """Sounds of `synth`, rendered once to 16-bit WAV files; `sizes`: clips per class to train, validate and test."""
     if data_dir is not None:
-        raise UserError(f"--data-dir {data_dir}: {name} makes its own sounds; leave --data-dir out")
+        raise UserError(f"--data-dir {data_dir}: {name} makes its own sounds; leave it out, or say --dataset folder")
     root = cache_dir / FOLDERS[name]
     parts = [part for part, size in zip(PARTS, sizes, strict=True) for _ in range(size)]  # of the clips of a class
     clips = [Clip(root / kind / f"{i:03d}.wav", kind, part) for kind in sorted(classes) for i, part in enumerate(parts)]
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{root}.lock"):  # two runs that start together render once
+    with locked(root):  # two runs that start together render once
         if not all(clip.path.is_file() for clip in clips):
             import soundfile  # here: what renders nothing starts without it
 

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
-
 from support.command import UserError
-from support.files import whole_file, whole_folder
+from support.files import locked, whole_file, whole_folder
 from support.progress import Bar
 
 # What zipfile and tarfile raise for an archive that is damaged, encrypted (RuntimeError) or of a kind they do not know.
@@ -52,7 +50,7 @@ def locate(source: Source, data_dir: Path | None, cache_dir: Path) -> Path:
         elif source.url is None and not folder.exists():
             raise UserError(f"{source.folder} cannot be downloaded: {by_hand}")
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # two runs that start together download once
+        with locked(folder):  # two runs that start together download once
             if not folder.exists():
                 if data_dir is None:
                     fetch(source, folder, by_hand)

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from sounds.groups import grouped
 from sounds.tables import folders_in, read_table, require_files, require_whole
 from support.command import UserError, first_of, warn
 from support.processes import is_first, say
+
+COLUMNS = ("path", "label", "split", "fold", "group", "start", "end")  # of a table
+LIKE_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None) -> Listing:
@@ -29,13 +33,19 @@ def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, win
         problem = "needs --data-dir" if data_dir is None else f"--data-dir {data_dir} is no folder"
         raise UserError(f"--dataset folder: {problem}: give the folder that holds one folder of sound files per class")
     given = any(path.is_dir() for path in data_dir.glob("train/[!.]*"))
+    names = {path.name.lower() for path in folders_in(data_dir)}
+    if names and names <= LIKE_PARTS and not given:
+        raise UserError(f"{data_dir}: {first_of(sorted(names))} look like parts, not like classes: call them train, "
+                        "val and test, and put a folder for each class into them")  # fmt: skip
     if given:
         unknown = [path.name for path in folders_in(data_dir) if path.name not in PARTS]
         if unknown:
             raise UserError(f"{data_dir}: beside train/ there may be val/ and test/ only, not {first_of(unknown)}")
-    clips, ignored = [], []
+    clips, ignored, loose = [], [], []
     for part in PARTS if given else ("",):
-        for class_folder in folders_in(data_dir / part) if (data_dir / part).is_dir() else []:
+        place = data_dir / part
+        loose += [file.name for file in place.glob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+        for class_folder in folders_in(place) if place.is_dir() else []:
             sounds, others = files_in(class_folder)
             if not sounds:
                 raise UserError(f"{class_folder} holds no sounds ({', '.join(SUFFIXES)}): fill it or remove it")
@@ -43,6 +53,8 @@ def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, win
             clips += [Clip(sound, class_folder.name, part) for sound in sounds]
     if ignored:
         warn(f"{data_dir}: {len(ignored)} files are no {', '.join(SUFFIXES)}, ignored ({first_of(ignored)})")
+    if loose:
+        warn(f"{data_dir}: {len(loose)} sounds are in no folder of a class, ignored ({first_of(sorted(loose))})")
     if windows:
         lengths = lengths_of([clip.path for clip in clips], {}).tolist()
         clips = [
@@ -77,6 +89,9 @@ def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, wind
     if data_dir.is_dir():
         return own_sounds(data_dir, data_dir.resolve().name, label_tracks(data_dir), group)
     rows = read_table(data_dir, ["path", "label"])
+    for name in rows[0]:
+        if name not in COLUMNS and (meant := name.strip().lower()) in COLUMNS:
+            raise UserError(f"{data_dir}: the column {name!r} would not be seen: call it {meant!r}")
     if "split" in rows[0] and "fold" in rows[0]:
         raise UserError(f"{data_dir}: has a column split and a column fold; only one of them can say what trains")
     column = next((column for column in ("split", "fold") if column in rows[0]), None)
@@ -86,6 +101,7 @@ def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, wind
                         "together")  # fmt: skip
     clips = []
     for row in rows:
+        row.update({name: row[name].strip() for name in needed[1:]})  # a blank is no part of a name
         where, part = f"{data_dir}, line {row.line}", row[column] if column else ""
         if empty := [name for name in needed if not row[name]]:
             raise UserError(f"{where}: an empty {empty[0]}")
@@ -174,6 +190,8 @@ def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> L
     paths = names_of([clip.path for clip in clips], root)
     if broken := [text for text in (*counts, *paths) if "\r" in text]:  # the tables of a run would not take it
         raise UserError(f"{root}: {broken[0][:100]!r}: a carriage return in a label or a path: give it another name")
+    if "unsure" in counts:
+        raise UserError(f"{root}: 'unsure' is what tools.predict says of sounds of no class: rename this class")
     if len(counts) < 2:
         raise UserError(f"{root}: {len(counts)} classes; there must be two or more to tell apart")
     if all(clip.part == "" for clip in clips) and 1 in counts.values():
@@ -228,8 +246,8 @@ def tell_of_cuts(dataset, lengths: np.ndarray, seconds: float) -> None:
     over = np.nan_to_num(lengths - seconds).clip(0)
     if count := int((over > 0.02).sum()):  # less is the end of the last frame
         say(f"{count} of {len(lengths)} clips are longer than {seconds:g} s: {over.sum():.1f} s of "
-            f"{np.nansum(lengths):.1f} s ({over.sum() / np.nansum(lengths):.1%}) are not heard; --windows, a table "
-            "with start and end, or longer --seconds keep them")  # fmt: skip
+            f"{np.nansum(lengths):.1f} s ({over.sum() / np.nansum(lengths):.1%}) are not heard; longer --seconds, a "
+            "table with start and end or, of folders, --windows keep them")  # fmt: skip
 
 
 def warn_of_copies(root: Path, clips: list[Clip]) -> None:
@@ -246,7 +264,8 @@ def warn_of_copies(root: Path, clips: list[Clip]) -> None:
         alike = defaultdict(list)
         for number, group in enumerate(groups):
             for clip in group:
-                alike[number, key(clip.path)].append(clip)
+                with suppress(OSError):  # those that cannot be read are told when they are
+                    alike[number, key(clip.path)].append(clip)
         groups = [group for group in alike.values() if len(group) > 1]
     where = "and may come into different splits"
     if any(clip.part != "" for clip in clips):

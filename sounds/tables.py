@@ -37,6 +37,8 @@ def read_table(path: Path, columns: Iterable[str], integers: Iterable[str] = ())
         where = f"{path}, line {row.line}"
         if any(row[column] is None for column in columns):
             raise UserError(f"{where}: too few columns; is the file whole?")
+        if any(row.pop(None, [])):
+            raise UserError(f"{where}: too many columns; put a cell that has a comma in it into quotes")
         for column in integers:
             require_whole(row[column], column, where)
     return rows

@@ -161,7 +161,7 @@ def read_metadata(path: Path) -> dict:
     UserError unless it is what support/headers.py says.
     """
     if not path.is_file():
-        raise UserError(no_whole_file(path, "it is no file"))
+        raise UserError(no_whole_file(path, "it is a folder" if path.is_dir() else "it is no file"))
     try:
         with safe_open(path, "pt") as file:
             header = parse_json((file.metadata() or {}).get("ast_petl", "{}"))

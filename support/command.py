@@ -153,9 +153,18 @@ def reason_of(error: OSError, where: Path | str = "the output", mend: str = "", 
     return f"{what}{where}: {error.strerror or error}"
 
 
-def no_place(error: OSError, options: str) -> str:
-    """A question behind the message, where what stands there is no folder, or not one to write to."""
-    return f"; is {options} a folder to write to?" if error.errno in NO_PLACE else ""
+def no_place(error: OSError, places: dict[str, Path]) -> str:
+    """A question behind the message, where what an option names is no folder, or not one to write to."""
+    at = Path(os.fsdecode(error.filename or "")).absolute()
+    for option, place in places.items():
+        if error.errno in NO_PLACE and (at.is_relative_to(place.absolute()) or place.absolute().is_relative_to(at)):
+            return f"; is {option} a folder to write to?"
+    return ""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Also that of a CPU, which PyTorch has no name for."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def forget_output() -> None:
@@ -167,17 +176,19 @@ def forget_output() -> None:
 
 
 @contextmanager
-def explained(device: torch.device, tried: int, out: Path):
+def explained(device: torch.device, tried: int, out: Path, cache_dir: Path):
     """What the machine has too little of becomes a UserError; `tried` is the batch that did not fit into its memory."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(f"out of memory on {device}: choose a --micro-batch smaller than {tried}") from None
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
         said = reason_of(error, out, mend=", then add --resume to go on")
-        raise UserError(said + no_place(error, "--out or --cache-dir")) from None
+        raise UserError(said + no_place(error, {"--out": out, "--cache-dir": cache_dir})) from None
     except KeyboardInterrupt:
         hint = "interrupted: the same command with --resume goes on after the last finished epoch"
         raise KeyboardInterrupt(hint) from None

@@ -7,15 +7,32 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 
 def default_cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("ast-petl", appauthor=False))
+
+
+@contextmanager
+def locked(path: Path):
+    """Holds the lock of what is at `path`, or will be. Who has to wait for another run says so."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        print(f"waiting for another run, which makes {path}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

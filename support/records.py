@@ -25,7 +25,7 @@ from msgspec import to_builtins
 from support import ledger
 from support.calibration import calibrated
 from support.checkpoints import read_header, read_json, remedy, sha256_of, unpickled
-from support.command import UserError, is_number, warn
+from support.command import UserError, first_of, is_number, warn
 from support.files import csv_of, json_of, table_of, whole_file
 from support.headers import ResumeState, RunConfig, RunResult, Settings, checked
 from support.processes import is_first, say
@@ -69,6 +69,18 @@ def start_run(folder: Path, settings: Settings, table: str, dataset, bad: dict[i
             ledger.write_files(folder, {"config.json": json_of(config), "split.csv": table})
             for file in fold_files(folder).values():  # a kill may have left the state of a fold that is finished
                 file.with_suffix(".resume.pt").unlink(missing_ok=True)
+            if source["data_dir"]:
+                warn_of_newer(folder, dataset, bad)
+
+
+def warn_of_newer(folder: Path, dataset, bad: dict[int, str]) -> None:
+    """Say which finished folds have not heard the sounds as they are now: they are not trained again."""
+    files = fold_files(folder).values()
+    times = {i: path.stat().st_mtime for i, path in enumerate(dataset.paths) if i not in bad} if files else {}
+    for file in files:
+        if newer := [dataset.names[i] for i, time in times.items() if time > file.stat().st_mtime]:
+            warn(f"{file} is older than {len(newer)} of the sounds ({first_of(newer)}): delete it to train on these, "
+                 "or give another --out")  # fmt: skip
 
 
 def settings_in(folder: Path) -> list[dict]:
@@ -91,6 +103,7 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
     """UserError that names the first of the `new` settings that differs from the `old` ones, those of the run there."""
     in_words = {
         "clips": "other clips or splits", "method": "other settings of the method",
+        "n_frames": f"--seconds {old.get('n_frames', 0) / 100:g}, not {new['n_frames'] / 100:g}",
         "backbone": f"the backbone {old.get('weights')} as it was then ({remedy(old.get('backbone'))})",
     }  # fmt: skip
     later = {field.name: field.default for field in fields(Settings)}  # what the runs before a field had

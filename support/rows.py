@@ -35,7 +35,12 @@ def map_rows(path: Path, kind: np.dtype) -> np.memmap | None:
 def start_rows(path: Path, kind: np.dtype, count: int) -> np.memmap:
     """A file of empty rows, mapped into memory. A full disk is an OSError now; later it would end work of hours."""
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(count,))
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:  # it does not say where
+        path.unlink()  # what has rows and no place for them would be gone on with
+        error.filename = str(path)
+        raise
     return rows

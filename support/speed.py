@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from support.command import out_of_memory
 from support.onednn_linear import onednn_helps, use_onednn
 from support.processes import ranks, sum_over_ranks
 from support.progress import Signs
@@ -127,8 +128,8 @@ def in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine
             found.append(function(mine[start : start + batch]).float())
             start += batch
             signs(min(start, len(mine)), "evaluation")
-        except torch.OutOfMemoryError:
-            if batch == 1:
+        except (RuntimeError, MemoryError) as error:
+            if batch == 1 or not out_of_memory(error):
                 raise
             batch //= 2
     found = torch.cat(found or [torch.zeros(0, 1, device=machine.device)])

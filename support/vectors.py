@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import nn
 
 from support.command import warn
-from support.files import whole_file
+from support.files import locked, whole_file
 from support.processes import ranks, wait_for_all
 from support.progress import Bar
 from support.rows import crc_of, map_rows, row_type, start_rows
@@ -77,7 +76,7 @@ def vectors_of(model, clips, needed: list[int], settings, machine: Machine) -> t
     model.eval()
     for shares in (world, 1):  # one of them is mine; then what the others have not left here, or not whole
         # Of several runs at the same time one computes, and the others wait for it.
-        with FileLock(f"{file}.{rank}of{world}.lock") if file else nullcontext():
+        with locked(file.with_name(f"{file.name}.{rank}of{world}")) if file else nullcontext():
             missing = [i for i in needed if rows["key"][i] != key or rows["crc"][i] != crc_of(rows[i])]
             if damaged := np.count_nonzero(rows["key"][missing]):
                 warn(f"{file}: {damaged} damaged rows, computing them again")
@@ -123,7 +122,7 @@ def open_rows(model, clips, batch: int, settings, machine: Machine) -> tuple[np.
         digest.update(block.cpu().contiguous().numpy())
     key = int.from_bytes(digest.digest()[:8], "little")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
+    with locked(file):
         rows = map_rows(file, kind)
         if rows is None or len(rows) != len(clips.labels) or not np.isin(rows["key"], np.array([0, key], "<u8")).all():
             with whole_file(file) as temporary:  # whoever has mapped the old one keeps it

@@ -133,6 +133,8 @@ def test_sounds_that_are_none(tmp_path):
         (answer,) = classify.listen([samples])
         assert answer.error.startswith("no sound")
     assert classify(np.zeros((3, 2)), 16_000).end == classify(np.zeros((3, 8)), 16_000).end  # short, of many channels
+    with pytest.raises(ValueError, match="samples need a rate"):
+        classify(np.zeros(16_000))
     for rate in (0, 1e-9, 1e12, np.nan):
         with pytest.raises(ValueError, match="no sound"):
             classify(np.ones(9), rate)

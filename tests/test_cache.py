@@ -25,7 +25,7 @@ from helpers import Terminal, build_features, make_bad_files, make_clips, make_e
 import data
 from data import Dataset, fbank, load_clips, load_dataset, to_input
 from sounds.audio import read_audio
-from sounds.cache import _read_index, crc_of, row_type
+from sounds.cache import _read_index, crc_of, row_type, start_rows
 from support.command import UserError
 
 ROW = np.dtype([("key", "<u8"), ("crc", "<u4"), ("bad", "<u4"), ("features", "<f2", (30, 128))])
@@ -282,6 +282,18 @@ def test_a_row_is_not_mended_in_a_file_of_other_clips(tmp_path, names):
     built = file.read_bytes()
     assert np.array_equal(clips.batch(torch.tensor([1]), torch.device("cpu"))[0], whole[1:2])
     assert file.read_bytes() == built
+
+
+def test_a_disk_that_is_full_leaves_no_file_of_rows(tmp_path, monkeypatch):
+    """It would be gone on with, and have no place for its rows; and the error says which disk."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left") as error:
+        start_rows(tmp_path / "x.npy", row_type((3,)), 5)
+    assert error.value.filename == str(tmp_path / "x.npy") and not (tmp_path / "x.npy").exists()
 
 
 def test_a_row_is_mended_under_the_lock(tmp_path):

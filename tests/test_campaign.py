@@ -85,7 +85,7 @@ def test_other_options_of_train_are_other_experiments(here, capsys):
     assert here(*folds, "1,2,3") == 0 and len(here.started) == 2  # the third is missing
     capsys.readouterr()
     assert here(*folds, "1", "--seconds", "1") == 1
-    assert "holds a run with n_frames 50, not 100" in capsys.readouterr().err
+    assert "holds a run with --seconds 0.5, not 1" in capsys.readouterr().err
     assert here("table1", "--methods", "linear", "--dtype", "bfloat16") == 1
     assert "holds a run with dtype float32, not bfloat16" in capsys.readouterr().err
     rewrite(here.started[0], '"mask": true', '"mask": false')  # as train.py --no-mask would leave it there

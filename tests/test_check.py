@@ -382,6 +382,11 @@ def test_a_projection_that_never_learns(monkeypatch, backbone):
         check.moves("pfeiffer_par", backbone, CPU)
 
 
+def test_adapter_plus_may_leave_out_whole_batches():
+    """In a step of two clips it leaves out both of them in some block of twelve: that is no mistake."""
+    check.moves("adapter_plus", load_ast("random:tiny", 100, 3), replace(CPU, batch=2))
+
+
 def test_decay_is_no_learning(monkeypatch, backbone):
     """What a loss does not depend on moves all the same, by weight decay."""
     make = train.make_learner

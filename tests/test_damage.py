@@ -554,10 +554,14 @@ def test_what_was_said_before_an_error_is_not_lost():
     [(errno.EACCES, True), (errno.EROFS, True), (errno.ENOTDIR, True), (errno.ENOENT, False), (errno.EIO, False),
      (errno.ENOSPC, False)],
 )  # fmt: skip
-def test_what_is_no_place_to_write_to_is_asked_for(number, hint):
-    with pytest.raises(UserError) as error, command.explained(torch.device("cpu"), 8, Path("runs")):
-        raise OSError(number, os.strerror(number), "a.wav")
-    assert ("is --out or --cache-dir a folder to write to?" in str(error.value)) == hint and "a.wav" in str(error.value)
+def test_what_is_no_place_to_write_to_is_asked_for(tmp_path, number, hint):
+    """Where it lies in that place, or above it; a sound that cannot be read is no such place."""
+    for at, option in (("runs/x", "--out"), ("", "--out"), ("cache/y.npy", "--cache-dir"), ("a.wav", None)):
+        where = command.explained(torch.device("cpu"), 8, tmp_path / "runs", tmp_path / "cache")
+        with pytest.raises(UserError) as error, where:
+            raise OSError(number, os.strerror(number), str(tmp_path / at))
+        asked = f"is {option} a folder to write to?" in str(error.value)
+        assert asked == bool(hint and option) and str(tmp_path / at) in str(error.value)
 
 
 def tarred(mode):

@@ -363,10 +363,11 @@ def test_show_of_a_merged_model_and_of_a_bare_one(tmp_path, command):
 
 def test_files_that_are_something_else(tmp_path, command):
     (tmp_path / "cut.safetensors").write_bytes(save_random_bytes(tmp_path)[:500])
-    for words in (["show"], ["export", "--to", "onnx", "--out", tmp_path / "out"]):
+    for words in (["show"], ["export", "--to", "onnx", "--out", tmp_path / "out.onnx"]):
         assert "no whole file of trained parts" in command(*words, tmp_path / "cut.safetensors", code=2)
         assert "it has no such header" in command(*words, SMALL_AST / "model.safetensors", code=2)
         assert "no whole file" in command(*words, tmp_path / "absent", code=2)
+        assert "it is a folder" in command(*words, tmp_path, code=2)
 
 
 def save_random_bytes(tmp_path) -> bytes:
@@ -398,6 +399,12 @@ def test_words_that_do_not_fit(tmp_path, command):
     assert "--half goes with --to merged" in command(*words, tmp_path / "x", "--to", "onnx", "--half", code=2)
     assert "is a file" in command(*words, tmp_path / "fold1.safetensors", "--to", "hf", code=2)
     assert "is a folder" in command(*words, tmp_path, "--to", "onnx", code=2)
+    assert "its name must end in .onnx" in command(*words, tmp_path / "rain.wav", "--to", "onnx", code=2)
+    before = (tmp_path / "fold1.safetensors").read_bytes()
+    (tmp_path / "link.safetensors").symlink_to("fold1.safetensors")
+    for name in ("fold1.safetensors", "link.safetensors"):
+        assert "is the file that is exported" in command(*words, tmp_path / name, "--to", "merged", code=2)
+    assert (tmp_path / "fold1.safetensors").read_bytes() == before
     assert "--help shows all options" in command(code=2)
     (tmp_path / "file").touch()
     assert "cannot write" in command(*words, tmp_path / "file" / "x.safetensors", "--to", "merged", code=2)

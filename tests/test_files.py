@@ -1,11 +1,15 @@
 """Files that are whole or not there, and where they are kept."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
+from filelock import FileLock, Timeout
 
-from support.files import default_cache_dir, table_of, whole_file
+from support.files import default_cache_dir, locked, table_of, whole_file
 
 
 def test_where_downloads_and_features_are_kept():
@@ -28,6 +32,26 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert path.read_text() == "one"
+
+
+def test_who_waits_for_another_run_says_so(tmp_path, capsys):
+    """After two seconds; a lock that is free is taken without a word."""
+    path, held = tmp_path / "features.npy", Event()
+
+    def another():
+        with FileLock(f"{path}.lock"):
+            held.set()
+            time.sleep(2.5)
+
+    with locked(path):
+        assert not capsys.readouterr().err
+    with ThreadPoolExecutor() as pool:
+        pool.submit(another)
+        held.wait()
+        with locked(path):
+            assert capsys.readouterr().err == f"waiting for another run, which makes {path}\n"
+            with pytest.raises(Timeout):
+                pool.submit(FileLock(f"{path}.lock").acquire, timeout=0).result()
 
 
 def test_only_files_are_replaced(tmp_path):

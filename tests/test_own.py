@@ -1,9 +1,11 @@
 """Your own sounds, in folders or in a table: what is found, how it is split, and what is said of mistakes."""
 
 import json
+import os
 import shutil
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +90,8 @@ def test_mistakes_in_folders(tmp_path, capsys):
     assert "no clips to test" in message(tmp_path / "given")
     make_folder(tmp_path / "given" / "test", classes=("bell", "drum", "flute", "horn"))
     assert "class 'horn' has no training clips" in message(tmp_path / "given")
+    for parts in (("Train", "Test"), ("training", "validation", "testing"), ("val", "test")):
+        assert "look like parts, not like classes" in message(make_folder(tmp_path / parts[0], classes=parts))
     shutil.rmtree(tmp_path / "given" / "test" / "horn")
     make_folder(tmp_path / "given" / "valid", 1)
     assert "val/ and test/ only, not valid" in message(tmp_path / "given")
@@ -106,16 +110,48 @@ def test_mistakes_in_folders(tmp_path, capsys):
 
 def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
     """Sounds anywhere beneath a class, of any known format; hidden files are none, other files are named."""
-    for name in ("b/1.wav", "b/deep/er/2.WAV", "a/3.flac", "a/4.Flac", "a/.5.wav", ".hidden/6.wav", "b/.old/7.wav"):
+    named = ("b/1.wav", "b/deep/er/2.WAV", "a/3.flac", "a/4.Flac", "a/.5.wav", ".hidden/6.wav", "b/.old/7.wav", "8.wav")
+    for name in named:
         write_sound(tmp_path / "my" / name)
     for name in ("a/notes.txt", "b/deep/cover.jpg", "readme.md"):
         (tmp_path / "my" / name).touch()
     dataset = load_dataset("folder", tmp_path / "my", tmp_path)
     assert dataset.names == ["a/3.flac", "a/4.Flac", "b/1.wav", "b/deep/er/2.WAV"]
     assert (dataset.name, dataset.classes, dataset.labels) == ("my", ["a", "b"], [0, 0, 1, 1])
-    error = capsys.readouterr().err
-    assert error.startswith(f"warning: {tmp_path}/my: 2 files are no .wav, .flac, ")
-    assert error.endswith("ignored (a/notes.txt, b/deep/cover.jpg)\n")
+    others, loose = capsys.readouterr().err.splitlines()
+    assert others.startswith(f"warning: {tmp_path}/my: 2 files are no .wav, .flac, ")
+    assert others.endswith("ignored (a/notes.txt, b/deep/cover.jpg)")
+    assert loose == f"warning: {tmp_path}/my: 1 sounds are in no folder of a class, ignored (8.wav)"
+
+
+def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, capsys):
+    """A link that leads nowhere is a sound that cannot be read; a folder that cannot be listed is an error."""
+    root = make_folder(tmp_path / "my")
+    (root / "bell" / "gone.wav").symlink_to(tmp_path / "absent.wav")
+    assert train_on("folder", root, tmp_path) == 2
+    assert "gone.wav: No such file or directory" in capsys.readouterr().err
+    assert train_on("folder", root, tmp_path, "--skip-bad") == 0
+
+    def refused(path, real=os.scandir):
+        if Path(path).name == "drum":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match="drum: Permission denied; all of a folder must be readable"):
+        load_dataset("folder", root, tmp_path)
+
+
+def test_sounds_that_were_changed_after_a_fold(tmp_path, capsys):
+    """It is not trained again, so its accuracy is not of these sounds."""
+    root = make_folder(tmp_path / "my")
+    assert train_on("folder", root, tmp_path) == 0
+    fold = tmp_path / "runs" / "folder" / "linear" / "seed0" / "fold1.safetensors"
+    write_sound(root / "drum" / "0.wav", 30)
+    os.utime(root / "drum" / "0.wav", (fold.stat().st_mtime + 5,) * 2)
+    capsys.readouterr()
+    assert train_on("folder", root, tmp_path) == 0
+    assert f"warning: {fold} is older than 1 of the sounds (drum/0.wav): delete it" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -178,13 +214,18 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2147483648"], "line 3: fold is '2147483648'; .* below 2147483648"),
         ("path,label", ["a1.wav,a", ["a\0.wav", "a"]], r"line 3: path is 'a\\x00\.wav'; no file has|line contains NUL"),
         ("path,label,fold", [[], "a1.wav,a,1", [], ["a2.wav", "a\nb", "x"]], "line 6: fold is 'x'"),
-        ("path,label", ["a1.wav,a", ["b1.wav", "b\r"]], r": 'b\\r': a carriage return in a label or a path"),
+        ("path,label", ["a1.wav,a", ["b1.wav", "b\rc"]], r": 'b\\rc': a carriage return in a label or a path"),
         ("path,label", ["a1.wav,a", ["c\r.wav", "b"]], r": 'c\\r\.wav': a carriage return in a label or a path"),
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,train"], "no clips to test: say which in the data"),
         ("path,label,split", ["a1.wav,a,test", "b1.wav,b,test"], "no clips to train: say which in the data"),
         ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,1"], "no clips to train: say which in the data"),
         ("path,label", ["a1.wav,a", "a2.wav,a", "b1.wav,b"], "class 'b' has one clip; one to train and one to test"),
         ("path,label", ["a1.wav,a", "a2.wav,a"], "1 classes; there must be two or more to tell apart"),
+        ("path,label,Split", ["a1.wav,a,train"], "the column 'Split' would not be seen: call it 'split'"),
+        ("path,label, start", ["a1.wav,a,1"], "the column ' start' would not be seen: call it 'start'"),
+        ("path,label", ["a1.wav,a", "b1.wav,b, loud"], "line 3: too many columns; put a cell that has a comma"),
+        ("path,label", ["a1.wav,a", "b1.wav,unsure"], "'unsure' is what tools.predict says of sounds of no class"),
+        ("path,label,split", ["a1.wav,a, ", "b1.wav,b,test"], "line 2: an empty split"),
     ],
 )
 def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
@@ -194,6 +235,15 @@ def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
     with pytest.raises(UserError, match=message) as error:
         load_dataset("csv", write_csv(tmp_path / "t.csv", header, *rows), tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_blanks_and_surplus_commas_in_a_table(tmp_path):
+    """A blank beside a name makes no class of its own, nor a comma at the end of a line a column."""
+    for name in ("a1", "a2", "b1", "b2"):
+        write_sound(tmp_path / f"{name}.wav")
+    rows = ["a1.wav,a ,train", "a2.wav, a,test ", "b1.wav,b,train,", "b2.wav,b,test"]
+    dataset = load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,split", *rows), tmp_path)
+    assert (dataset.classes, dataset.labels) == (["a", "b"], [0, 0, 1, 1]) and dataset.folds[1].test == [1, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------- warnings

@@ -200,6 +200,7 @@ def test_folders_are_walked(tmp_path, fold, rows, main):
     (root / "notes.txt").write_text("no sound")
     found = [Path(row["file"]).relative_to(root).as_posix() for row in rows(fold, root, root / "a.flac")]
     assert found == ["a.flac", "b.WAV", "deep/c.ogg", "deep/er/d.wav"]  # each once
+    assert "1 files are no .wav, .flac" in main(fold, root)[2] and "ignored (notes.txt)" in main(fold, root)[2]
     (root / "empty").mkdir()
     code, out, err = main(fold, root / "empty")
     assert code == 2 and not out and err.count("\n") == 1 and "holds no sounds (.wav, .flac" in err

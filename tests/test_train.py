@@ -345,9 +345,11 @@ def test_a_full_disk(fails, monkeypatch):
     assert "the disk is full (metrics.csv)" in fails()
 
 
-def test_out_of_memory(fails, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+def test_out_of_memory(fails, monkeypatch, tmp_path, error):
     def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(train, "train_fold", out_of_memory)
     for options, tried in (([], 32), (["--batch-size", 9], 9), (["--batch-size", 9, "--micro-batch", 4], 4)):

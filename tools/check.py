@@ -113,11 +113,12 @@ def steps(name: str, n: int, backbone, bench: Bench):
 
 
 def moves(name: str, backbone, bench: Bench) -> None:
-    """Two steps: in the first, what starts behind a zero has no gradient. A scaler of float16 skips some at first.
+    """Four steps: in the first, what starts behind a zero has no gradient, and adapter_plus may leave out all clips of
+    another. A scaler of float16 skips some at first.
 
     Weight decay moves a tensor that never gets a gradient, so what the optimiser has seen of it counts as well.
     """
-    model, before, optimizer, losses = steps(name, 10 if bench.dtype == "float16" else 2, backbone, bench)
+    model, before, optimizer, losses = steps(name, 10 if bench.dtype == "float16" else 4, backbone, bench)
     if not all(map(math.isfinite, losses)):
         raise Wrong(f"{name}: the losses are {losses}")
     for parameter_name, parameter in model.named_parameters():

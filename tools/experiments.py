@@ -215,7 +215,7 @@ def start(argv: list[str]) -> int | None:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise UserError(reason_of(error, plan.out) + no_place(error, "--out")) from None
+        raise UserError(reason_of(error, plan.out) + no_place(error, {"--out": plan.out})) from None
     for cell, why in failed.items():
         print(f"missing: {cell.name}: {why}", file=sys.stderr)
     return 1 if failed else 0

@@ -368,6 +368,10 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is a folder; --to {args.to} writes a file")
     if args.to == "merged":
         check_suffix(args.out)
+    if args.to == "onnx" and args.out.suffix != ".onnx":
+        raise UserError(f"--out {args.out}: its name must end in .onnx")
+    if args.out.exists() and args.out.samefile(args.file):
+        raise UserError(f"--out {args.out} is the file that is exported: give another name")
     header, model = read_header(args.file), load_weights.load_trained(args.file, args.weights)
     header.pop("record", None)  # says how it was trained, which belongs to the fold
     method = getattr(model, "method", petl.Method("this model", ()))

@@ -15,6 +15,7 @@ from load_weights import load_trained
 from support.checkpoints import read_header
 from support.command import Parser, UserError, choose_device, choose_dtype, first_of, needed
 from support.files import whole_file
+from support.progress import Bar
 from support.records import read_metrics
 from support.scores import confusion, mistakes
 from support.speed import autocast
@@ -200,7 +201,7 @@ def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tu
 def batched(forward, clips: Clips, chosen: list[int], device: torch.device) -> torch.Tensor:
     """`forward` of the chosen clips, in batches on `device`; what it returns is gathered on the CPU."""
     outputs = []
-    for index in torch.tensor(chosen).split(32):
+    for index in Bar(torch.tensor(chosen).split(32), "clips", unit="batch"):
         x, _ = clips.batch(index, device)
         with autocast(device, choose_dtype("auto", device)):
             outputs.append(forward(x).float().cpu())

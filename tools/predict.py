@@ -32,9 +32,10 @@ from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
 from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
+from support import command
 from support.calibration import Calibration
 from support.checkpoints import read_header, read_names
-from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
+from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, first_of, positive
 from support.files import whole_file
 from support.progress import Bar
 from support.records import fold_files
@@ -68,6 +69,8 @@ class Classifier:
 
         Raises ValueError with the reason for a sound that cannot be read.
         """
+        if rate is None and isinstance(sound, np.ndarray):
+            raise ValueError("samples need a rate: classify(samples, 44_100)")
         sound = Path(sound) if rate is None else at_16_khz(sound, rate)
         (answer,) = deque(self.listen([sound], top=len(self.classes)), maxlen=1)
         if answer.error is not None:
@@ -170,9 +173,12 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
     """Files as they are, folders with every sound beneath them; each only once. UserError for folders without any."""
     found = {}
     for path in paths:
-        files = files_in(path)[0] if path.is_dir() else [path]
+        files, others = files_in(path) if path.is_dir() else ([path], [])
         if not files:
             raise UserError(f"{path} holds no sounds ({', '.join(SUFFIXES)})")
+        if others:
+            names = first_of([file.name for file in others])
+            command.warn(f"{path}: {len(others)} files are no {', '.join(SUFFIXES)}, ignored ({names})")
         found.update(dict.fromkeys(files))
     return list(found)
 
@@ -252,7 +258,9 @@ def heard(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
             scores = classifier.activation(logits / calibration.temperature)
             sums = sums + torch.cat([scores, calibration.known(logits)[:, None]], dim=1)
             vectors.append(vector.float())
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not command.out_of_memory(error):
+            raise
         raise UserError(f"out of memory on {device} with {len(waves)} windows: choose a smaller --batch-size") from None
     return torch.cat([sums / len(vectors), *vectors], dim=1).cpu().numpy()
 
