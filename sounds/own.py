@@ -33,14 +33,12 @@ def folder(data_dir: Path | None, cache_dir: Path, group: str | None = None, win
         problem = "needs --data-dir" if data_dir is None else f"--data-dir {data_dir} is no folder"
         raise UserError(f"--dataset folder: {problem}: give the folder that holds one folder of sound files per class")
     given = any(path.is_dir() for path in data_dir.glob("train/[!.]*"))
-    names = {path.name.lower() for path in folders_in(data_dir)}
-    if names and names <= LIKE_PARTS and not given:
-        raise UserError(f"{data_dir}: {first_of(sorted(names))} look like parts, not like classes: call them train, "
-                        "val and test, and put a folder for each class into them")  # fmt: skip
-    if given:
-        unknown = [path.name for path in folders_in(data_dir) if path.name not in PARTS]
-        if unknown:
-            raise UserError(f"{data_dir}: beside train/ there may be val/ and test/ only, not {first_of(unknown)}")
+    names = [path.name for path in folders_in(data_dir)]
+    if given and (unknown := [name for name in names if name not in PARTS]):
+        raise UserError(f"{data_dir}: beside train/ there may be val/ and test/ only, not {first_of(unknown)}")
+    if names and not given and {name.lower() for name in names} <= LIKE_PARTS:
+        raise UserError(f"{data_dir}: {first_of(names)} look like parts, not like classes: call them train, val and "
+                        "test, and put a folder for each class into them")  # fmt: skip
     clips, ignored, loose = [], [], []
     for part in PARTS if given else ("",):
         place = data_dir / part
@@ -101,7 +99,7 @@ def table(data_dir: Path | None, cache_dir: Path, group: str | None = None, wind
                         "together")  # fmt: skip
     clips = []
     for row in rows:
-        row.update({name: row[name].strip() for name in needed[1:]})  # a blank is no part of a name
+        row.update({name: (row[name] or "").strip() for name in needed[1:]})  # a blank is no part of a name
         where, part = f"{data_dir}, line {row.line}", row[column] if column else ""
         if empty := [name for name in needed if not row[name]]:
             raise UserError(f"{where}: an empty {empty[0]}")

@@ -155,7 +155,7 @@ def reason_of(error: OSError, where: Path | str = "the output", mend: str = "", 
 
 def no_place(error: OSError, places: dict[str, Path]) -> str:
     """A question behind the message, where what an option names is no folder, or not one to write to."""
-    at = Path(os.fsdecode(error.filename or "")).absolute()
+    at = Path(str(error.filename or "")).absolute()
     for option, place in places.items():
         if error.errno in NO_PLACE and (at.is_relative_to(place.absolute()) or place.absolute().is_relative_to(at)):
             return f"; is {option} a folder to write to?"

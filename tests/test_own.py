@@ -226,6 +226,7 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label", ["a1.wav,a", "b1.wav,b, loud"], "line 3: too many columns; put a cell that has a comma"),
         ("path,label", ["a1.wav,a", "b1.wav,unsure"], "'unsure' is what tools.predict says of sounds of no class"),
         ("path,label,split", ["a1.wav,a, ", "b1.wav,b,test"], "line 2: an empty split"),
+        ("path,label,group", ["a1.wav,a,x", "b1.wav,b"], "line 3: an empty group"),
     ],
 )
 def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
