@@ -32,6 +32,7 @@ def test_folder_is_split_by_seed(tmp_path, capsys):
     assert train_on("folder", root, tmp_path, "--seed", "0,1,2", "--shots", 4) == 0
     output = capsys.readouterr()
     assert "0.3 s a clip" in output.out and not output.err
+    assert "never 'unsure': that takes ten right answers" in output.out  # six clips validate
     drawn = []
     for seed in (0, 1, 2):
         split = split_of("folder", tmp_path, seed=seed)
