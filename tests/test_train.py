@@ -333,8 +333,8 @@ def test_a_damaged_state_is_named(fails, train_main, tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written(fails, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    assert "--out or --cache-dir" in fails("--out", tmp_path / "file")
-    assert "--out or --cache-dir" in fails("--cache-dir", tmp_path / "file")
+    assert "is --out a folder to write to?" in fails("--out", tmp_path / "file")
+    assert "is --cache-dir a folder to write to?" in fails("--cache-dir", tmp_path / "file")
 
 
 def test_a_full_disk(fails, monkeypatch):
