@@ -23,9 +23,13 @@ _MAY_BE_MISSING = 0.1  # seconds: an encoder that rounds the length is no trunca
 
 def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The sounds anywhere beneath a folder, also by links, and its other files; hidden ones are neither."""
-    files = sorted(file for file in _beneath(folder) if file.is_file() or file.is_symlink())  # a broken link is told of
-    sounds = [file for file in files if file.suffix.lower() in SUFFIXES]
-    return sounds, [file for file in files if file.suffix.lower() not in SUFFIXES]
+    sounds, others = [], []
+    for file in sorted(_beneath(folder)):
+        if file.suffix.lower() not in SUFFIXES:
+            others += [file] * file.is_file()
+        elif file.is_file() or file.is_symlink():  # also one that leads nowhere: it is told that it cannot be read
+            sounds.append(file)
+    return sounds, others
 
 
 def _told(error: OSError):

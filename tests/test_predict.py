@@ -198,6 +198,7 @@ def test_folders_are_walked(tmp_path, fold, rows, main):
     for name in ("b.WAV", "a.flac", "deep/c.ogg", "deep/er/d.wav", ".hidden.wav"):
         write(root / name, 0.3)
     (root / "notes.txt").write_text("no sound")
+    (root / "b.WAV.events.txt").touch()
     found = [Path(row["file"]).relative_to(root).as_posix() for row in rows(fold, root, root / "a.flac")]
     assert found == ["a.flac", "b.WAV", "deep/c.ogg", "deep/er/d.wav"]  # each once
     assert "1 files are no .wav, .flac" in main(fold, root)[2] and "ignored (notes.txt)" in main(fold, root)[2]

@@ -176,9 +176,8 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
         files, others = files_in(path) if path.is_dir() else ([path], [])
         if not files:
             raise UserError(f"{path} holds no sounds ({', '.join(SUFFIXES)})")
-        if others:
-            names = first_of([file.name for file in others])
-            command.warn(f"{path}: {len(others)} files are no {', '.join(SUFFIXES)}, ignored ({names})")
+        if names := [file.name for file in others if not file.name.endswith(".events.txt")]:  # written here
+            command.warn(f"{path}: {len(names)} files are no {', '.join(SUFFIXES)}, ignored ({first_of(names)})")
         found.update(dict.fromkeys(files))
     return list(found)
 
