@@ -25,10 +25,9 @@ def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The sounds anywhere beneath a folder, also by links, and its other files; hidden ones are neither."""
     sounds, others = [], []
     for file in sorted(_beneath(folder)):
-        if file.suffix.lower() not in SUFFIXES:
-            others += [file] * file.is_file()
-        elif file.is_file() or file.is_symlink():  # also one that leads nowhere: it is told that it cannot be read
-            sounds.append(file)
+        sound = file.suffix.lower() in SUFFIXES
+        if file.is_file() or (sound and file.is_symlink()):  # a link that leads nowhere is a sound that cannot be read
+            (sounds if sound else others).append(file)
     return sounds, others
 
 
