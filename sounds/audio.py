@@ -31,7 +31,7 @@ def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     return sounds, others
 
 
-def _told(error: OSError):
+def _refuse(error: OSError):
     raise UserError(f"{error.filename}: {error.strerror}; all of a folder must be readable") from None
 
 
@@ -40,7 +40,7 @@ def _beneath(folder: Path) -> Iterator[Path]:
     seen = {str(parent) for parent in folder.resolve().parents}  # a link to one of them leads back
     places = [folder]
     for root in places:  # grows by the links: a folder that lies here keeps its own name, whatever leads to it
-        for place, folders, names in os.walk(root, onerror=_told):
+        for place, folders, names in os.walk(root, onerror=_refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if (real := os.path.realpath(place)) in seen:
                 folders.clear()

@@ -98,7 +98,7 @@ class Difference:
 
 
 def difference(seeds: list[Scores]) -> Difference:
-    """What the `minus` of two methods says, over the seeds. UserError if they tested a single clip."""
+    """What the `minus` of two methods says, over the seeds. UserError if they tested one recording alone."""
     number, places = {}, []
     for seed, scores in enumerate(seeds):  # each may have drawn its own clips
         for (fold, recording, *_), score in scores.items():
@@ -106,21 +106,21 @@ def difference(seeds: list[Scores]) -> Difference:
     if len(number) < 2:
         raise UserError(f"test clips of {len(number)} recording: nothing to compare")
     table, tested = np.zeros((2, len(seeds), len(number)), int)  # (seeds, recordings)
-    for seed, clip, score in places:
-        table[seed, clip] += score
-        tested[seed, clip] += 1
+    for seed, recording, score in places:
+        table[seed, recording] += score
+        tested[seed, recording] += 1
     points, low, high = bootstrap(table, tested)
     if len(seeds) > 1:
         half = student(100 * table.sum(1) / tested.sum(1))
         low, high = min(low, points - half), max(high, points + half)
-    of_clip = table.sum(0)
-    more, less = int((of_clip > 0).sum()), int((of_clip < 0).sum())
+    over_seeds = table.sum(0)
+    more, less = int((over_seeds > 0).sum()), int((over_seeds < 0).sum())
     p = stats().binomtest(more, more + less).pvalue if more + less else 1.0
     return Difference(points, low, high, more, less, float(p), len(number), len(seeds))
 
 
 def bootstrap(table: np.ndarray, tested: np.ndarray) -> tuple[float, float, float]:
-    """Mean in points and its 95 % interval, drawing clips and seeds. (seeds, clips): sums of scores, and how many."""
+    """Mean in points and its 95 % interval, drawing recordings and seeds; both (seeds, recordings): scores, clips."""
 
     def mean(clips, drawn=None, axis=-1):  # (..., clips), (..., seeds)
         sums = [np.moveaxis(np.take(one, clips, 1).sum(-1), 0, -1) for one in (table, tested)]  # (..., seeds)
