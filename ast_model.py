@@ -1,8 +1,13 @@
-"""The Audio Spectrogram Transformer (AST) in one file: section II-A of the paper, with the AST's [distillation] token.
+"""The Audio Spectrogram Transformer (AST) in one file, as section II-A of the paper describes it.
 
-Gong, Chung and Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021. A spectrogram is cut into overlapping
-16x16 patches, each patch becomes a token, and a pre-norm Transformer encoder reads the tokens. Nothing here
-depends on adapters, LoRA or prompts: `petl.py` wraps the modules defined here, so every name is a place to plug in.
+"The paper" is Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
+Transformers" (2023). The AST itself is the model of Gong, Chung and Glass, "AST: Audio Spectrogram
+Transformer" (Interspeech 2021). It cuts a spectrogram into overlapping 16x16 patches, makes a token
+of every patch, and reads the tokens with a pre-norm Transformer encoder.
+
+This file imports torch and nothing else. It knows no adapters, no LoRA and no prompts: `petl.py`
+replaces modules by their attribute names (`embed`, `blocks`, `attn`, `ffn`, `q`, `fc1`, ...), so
+these names are the interface.
 """
 
 from dataclasses import dataclass
@@ -11,10 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+POOL = ("mean", "cls", "cls_dist")  # how tokens become one vector, see AST.pool
+
 
 @dataclass(frozen=True)
 class ASTConfig:
-    """The shape of an AST. The defaults: the base model trained on AudioSet's clips of 10.24 s; `pool`: the paper's."""
+    """The shape of an AST.
+
+    The defaults are AST-Base as released for AudioSet (clips of 10.24 s). Only `pool` differs: the
+    paper takes the mean of all tokens.
+    """
 
     n_frames: int = 1024  # of the spectrogram, one every 10 ms
     n_mels: int = 128
@@ -25,8 +36,8 @@ class ASTConfig:
     heads: int = 12
     eps: float = 1e-12  # of every LayerNorm
     n_classes: int = 527
-    pool: str = "mean"  # how tokens become one vector, see POOL
-    hidden: int | None = None  # width of the feed-forward layer, 4 dim unless given
+    pool: str = "mean"  # one of POOL
+    hidden: int | None = None  # width of the feed-forward layer; None means 4 dim
 
     def __post_init__(self):
         if self.pool not in POOL:
@@ -34,12 +45,15 @@ class ASTConfig:
         if self.heads < 1 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
         if min(self.n_frames, self.n_mels) < self.patch:
-            raise ValueError(f"{self.n_frames} frames x {self.n_mels} bands do not hold one {self.patch}-wide patch")
+            shape = f"{self.n_frames} frames x {self.n_mels} bands"
+            raise ValueError(f"{shape} do not hold one {self.patch}-wide patch")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along frequency and along time: (12, 101) at 1024 frames, (12, 49) at 500, (12, 9) at 100."""
-        return (self.n_mels - self.patch) // self.stride + 1, (self.n_frames - self.patch) // self.stride + 1
+        """F x T patches, along frequency and time: 12 x 101 at 1024 frames, 12 x 49 at 500."""
+        bands = (self.n_mels - self.patch) // self.stride + 1
+        steps = (self.n_frames - self.patch) // self.stride + 1
+        return bands, steps
 
     @property
     def n_patches(self) -> int:
@@ -47,23 +61,16 @@ class ASTConfig:
 
     @property
     def n_tokens(self) -> int:
-        """N of section II-A: the patches, [CLS] and, one more than the paper counts, [distillation]."""
+        """N of section II-A: the patches, [CLS], and [distillation], which the paper leaves out."""
         return 2 + self.n_patches
 
 
-POOL = {
-    "mean": lambda tokens: tokens.mean(1),  # all tokens: "the entire output sequence" of section III-A
-    "cls": lambda tokens: tokens[:, 0],
-    "cls_dist": lambda tokens: (tokens[:, 0] + tokens[:, 1]) / 2,  # the checkpoint's AudioSet head
-}
-
-
 class Embedding(nn.Module):
-    """Spectrogram to tokens: patches through a strided convolution, two extra tokens in front, positions added."""
+    """Makes tokens of a spectrogram: one for every patch, two more in front; adds positions."""
 
     def __init__(self, config: ASTConfig):
         super().__init__()
-        self.shape = (config.n_frames, config.n_mels)
+        self.input_shape = (config.n_frames, config.n_mels)
         self.patches = nn.Conv2d(1, config.dim, config.patch, config.stride)
         self.cls = nn.Parameter(torch.empty(1, 1, config.dim))
         self.dist = nn.Parameter(torch.empty(1, 1, config.dim))
@@ -72,17 +79,24 @@ class Embedding(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, fbank):  # (batch, n_frames, n_mels)
-        if fbank.shape[1:] != self.shape:
-            raise ValueError(f"this AST reads (batch, {self.shape[0]}, {self.shape[1]}), not {tuple(fbank.shape)}")
+        if fbank.shape[1:] != self.input_shape:
+            shape = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"this AST reads (batch, {shape}), not {tuple(fbank.shape)}")
         image = fbank.transpose(1, 2).unsqueeze(1)  # (batch, 1, n_mels, n_frames)
-        patches = self.patches(image).flatten(2).transpose(1, 2)  # (batch, F * T, dim): patch index = f * T + t
-        batch = fbank.shape[0]  # not len(): an exporter would take it for a constant
-        tokens = torch.cat([self.cls.expand(batch, -1, -1), self.dist.expand(batch, -1, -1), patches], dim=1)
-        return tokens + self.position  # (batch, 2 + F * T, dim)
+        patches = self.patches(image)  # (batch, dim, F, T)
+        patches = patches.flatten(2).transpose(1, 2)  # (batch, F T, dim), row f T + t
+        batch = fbank.shape[0]  # not len(fbank), which an ONNX export would freeze
+        cls = self.cls.expand(batch, -1, -1)
+        dist = self.dist.expand(batch, -1, -1)
+        return torch.cat([cls, dist, patches], dim=1) + self.position  # (batch, 2 + F T, dim)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (MHSA), eq. (2) and (3), with four separate projections for LoRA to adapt."""
+    """Multi-head self-attention (MHSA), eq. (2) and (3).
+
+    The projections are four separate modules, so that LoRA can adapt each of them. k and v may
+    return more tokens than q: prefix-tuning (petl.PrefixLinear) adds tokens to both.
+    """
 
     def __init__(self, config: ASTConfig):
         super().__init__()
@@ -93,17 +107,21 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
 
     def forward(self, x):  # (batch, tokens, dim)
-        # Each keeps its own length: wrapped, k and v may return more rows than they read (the prefixes of petl.py).
-        q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)  # eq. (2) in each head: (batch, heads, tokens, dim / heads)
-        return self.o(mixed.transpose(1, 2).flatten(2))  # eq. (3), Concat(heads) W_o: (batch, tokens, dim)
+        q = self.split_heads(self.q(x))
+        k = self.split_heads(self.k(x))
+        v = self.split_heads(self.v(x))
+        heads = F.scaled_dot_product_attention(q, k, v)  # eq. (2): softmax(q k^T / sqrt(d_k)) v
+        return self.o(self.merge_heads(heads))  # eq. (3): Concat(head_1, ..., head_h) W_o
 
-    def split(self, x):  # (batch, tokens, dim) -> (batch, heads, tokens, dim / heads)
+    def split_heads(self, x):  # (batch, tokens, dim) -> (batch, heads, tokens, dim / heads)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, x):  # (batch, heads, tokens, dim / heads) -> (batch, tokens, dim)
+        return x.transpose(1, 2).flatten(2)
 
 
 class FFN(nn.Module):
-    """Feed-forward network, eq. (4), with the exact GELU of the pretrained AST (the paper writes ReLU)."""
+    """Feed-forward network, eq. (4). The paper writes ReLU; the pretrained AST has GELU."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -131,7 +149,7 @@ class Block(nn.Module):
 
 
 class AST(nn.Module):
-    """Audio Spectrogram Transformer: `fbank` (batch, n_frames, n_mels) to logits (batch, n_classes)."""
+    """The whole model: a spectrogram (batch, n_frames, n_mels) to logits (batch, n_classes)."""
 
     def __init__(self, config: ASTConfig):
         super().__init__()
@@ -141,44 +159,35 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.eps)
         self.head = make_head(config)
 
-    def states(self, fbank, kept=None):
-        """Tokens of the embedding and then after each block, one by one, (batch, tokens, dim): [CLS], [distillation] or
-        prompts, patches.
+    def forward(self, fbank):  # (batch, n_frames, n_mels)
+        return self.head(self.vector(fbank))  # (batch, n_classes)
 
-        kept: (batch, n), indices of the patches that go through the blocks (`data.patchout`); without it all do.
-        """
-        x = self.embed(fbank)
-        if kept is not None:  # counted from the end, as prompts may stand in front
-            front, patches = x[:, : -self.config.n_patches], x[:, -self.config.n_patches :]
-            x = torch.cat([front, patches.take_along_dim(kept[:, :, None], dim=1)], dim=1)
-        yield x
-        for block in self.blocks:
-            x = block(x)
-            yield x
+    def vector(self, fbank):
+        """What the head reads of each clip, (batch, dim)."""
+        return self.pool(self.features(fbank))
 
-    def encode(self, fbank, kept=None):
-        """Tokens after the last block, the last of `states`."""
-        for x in self.states(fbank, kept):
-            last = x
-        return last
-
-    def features(self, fbank, kept=None):
+    def features(self, fbank):
         """Tokens after the final LayerNorm, (batch, tokens, dim)."""
-        return self.norm(self.encode(fbank, kept))
+        return self.norm(self.encode(self.embed(fbank)))
+
+    def encode(self, tokens):
+        """Tokens through all blocks, (batch, tokens, dim) in and out."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
 
     def pool(self, tokens):
         """Tokens (batch, tokens, dim) to one vector (batch, dim)."""
-        return POOL[self.config.pool](tokens)
-
-    def vector(self, fbank, kept=None):
-        """What the head reads of each clip, (batch, dim)."""
-        return self.pool(self.features(fbank, kept))
-
-    def forward(self, fbank, kept=None):
-        return self.head(self.vector(fbank, kept))  # (batch, n_classes)
+        if self.config.pool == "cls":
+            return tokens[:, 0]
+        if self.config.pool == "cls_dist":  # as the AudioSet head of the checkpoint reads them
+            return (tokens[:, 0] + tokens[:, 1]) / 2
+        return tokens.mean(1)  # section III-A: the mean of "the entire output sequence"
 
 
 def make_head(config: ASTConfig) -> nn.Module:
-    """One linear layer; `cls_dist` puts a LayerNorm before it, as the AudioSet head of the checkpoint has it."""
+    """One linear layer. With `cls_dist` a LayerNorm comes first, as in the AudioSet checkpoint."""
     linear = nn.Linear(config.dim, config.n_classes)
-    return nn.Sequential(nn.LayerNorm(config.dim, config.eps), linear) if config.pool == "cls_dist" else linear
+    if config.pool == "cls_dist":
+        return nn.Sequential(nn.LayerNorm(config.dim, config.eps), linear)
+    return linear

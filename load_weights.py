@@ -1,32 +1,43 @@
-"""Pretrained checkpoints in, trained parts out and in again.
+"""Load pretrained checkpoints; save and load what a method trained.
 
-`load_ast` reads an AST checkpoint in any of its formats: Hugging Face names in .safetensors or .bin, the original AST
-repository's .pth, from the hub or from disk. `save_trained` writes what a method trained, 1 or 2 MB, with a header
-that says what it belongs to; `load_trained` rebuilds the adapted model from it. `save_ast` writes a whole model, which
-any `load_ast` reads. No pickle is ever executed.
+`load_ast` reads an AST checkpoint in any of its formats: names of Hugging Face in .safetensors or
+.bin, or the original AST repository's .pth, from the hub or from disk. `save_trained` writes what a
+method trained, 1 or 2 MB, with a header that describes it. `load_trained` rebuilds the adapted
+model from that file. `save_ast` writes a whole model, which `load_ast` reads. No pickle is ever
+executed.
+
+The functions of `support/checkpoints.py` read and write files. They check that a file is whole, and
+that its header and its tensors hold nothing unusual.
 """
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import petl
-import petl_more
+import petl_more  # noqa: F401, it adds rows to petl.METHODS
 from ast_model import AST, ASTConfig, make_head
 from data import FRONT_END
-from support.checkpoints import fetch, fill, read_header, read_metadata, read_names, read_tensors, remedy, write_tensors
-from support.command import UserError, first_of
-from support.headers import Backbone, HuggingFace, checked
+from support.checkpoints import (
+    fetch, read_hf_config, read_metadata, read_tensors, remedy, write_tensors,
+)  # fmt: skip
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
-DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # weights/README.md: how it was made
-RANDOM = {"base": (768, 12, 12), "small": (384, 12, 6), "tiny": (192, 12, 3), "demo": (128, 4, 2)}  # dim, depth, heads
+DEMO = Path(__file__).with_name("weights") / "ast_demo.safetensors"  # see weights/README.md
+RANDOM = {  # dim, depth, heads
+    "base": (768, 12, 12),
+    "small": (384, 12, 6),
+    "tiny": (192, 12, 3),
+    "demo": (128, 4, 2),
+}
 
-# Parts of tensor names: ours, as Hugging Face's files have it, then inside its library or in the original,
-# github.com/YuanGongND/ast. Replaced from top to bottom: `.attention.output.dense.` must come before `.output.dense.`.
+# Parts of tensor names. First comes our name, then the name in files of Hugging Face, then names of
+# its library, or of the original (github.com/YuanGongND/ast). They are replaced from top to
+# bottom: `.attention.output.dense.` must come before `.output.dense.`.
 NAMES = [
     (".embed.patches.", ".embeddings.patch_embeddings.projection.", ".v.patch_embed.proj."),
     (".embed.cls.", ".embeddings.cls_token.", ".v.cls_token."),
@@ -46,46 +57,89 @@ NAMES = [
     (".norm.", ".layernorm.", ".v.norm."),
 ]
 
-petl.METHODS |= petl_more.METHODS  # the later ones; here, as they import petl, and every program imports this file
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where the pretrained weights of a model came from."""
+
+    name: str
+    sha256: str  # their `fingerprint`, the same in every file format
 
 
 def load_ast(
-    weights: str = "audioset", n_frames: int | None = None, n_classes: int | None = None, pool: str | None = None
+    weights: str = "audioset",
+    n_frames: int | None = None,
+    n_classes: int | None = None,
+    pool: str | None = None,
 ) -> AST:
-    """An AST with pretrained weights, for spectrograms of `n_frames` and with a new head for `n_classes`.
+    """An AST with pretrained weights, for spectrograms of `n_frames`, with a head for `n_classes`.
 
-    weights: "audioset", "demo" (the small backbone in weights/), "hf:owner/name", the path of a file or of a Hugging
-    Face folder, or "random:base|small|tiny|demo" (by one version of PyTorch always the same random numbers, so that an
-    adapter finds its backbone again). `n_frames=None` keeps the length of the checkpoint; `n_classes=None` keeps its
-    head, if it has one (demo has none), and the pool of that; a new head reads the mean of all tokens unless `pool`, a
-    name in POOL, says otherwise. The result knows its origin as `model.backbone`.
-    Raises UserError for whatever is missing, damaged or not an AST: names, shapes and finite numbers are checked, not
-    their meaning. A square matrix that somebody transposed has the right shape.
+    weights: "audioset", "demo" (the small backbone in weights/), "hf:owner/name", the path of a
+    file or of a Hugging Face folder, or "random:base|small|tiny|demo", which always draws the same
+    numbers, so that an adapter trained on them can be loaded again.
+
+    None keeps what the checkpoint has: its length, or its head together with its pool. A new head
+    reads the mean of all tokens unless `pool` says otherwise. The result knows where its weights
+    came from as `model.backbone`.
+
+    A ValueError tells what is missing, damaged or not an AST. Names, shapes and finite numbers are
+    checked. A square matrix that somebody transposed is not noticed.
     """
-    weights, keep_head = str(weights), n_classes is None
+    weights = str(weights)
     state, config = read_checkpoint(weights)
-    if keep_head and not any(name.startswith("head.") for name in state):
-        raise UserError(f"{weights} has no head: n_classes makes one")
-    pool = pool or (config.pool if keep_head else "mean")
-    if keep_head and pool != config.pool:
-        raise UserError(f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; n_classes makes a new one")
-    named = weights in ("audioset", "demo") or weights.startswith(("hf:", "random:"))  # the same everywhere
-    origin = weights if named else str(Path(weights).expanduser().resolve())
-    backbone, old_grid = Backbone(origin, fingerprint(state, config)), config.grid
-    config = replace(config, n_frames=n_frames or config.n_frames, n_classes=n_classes or config.n_classes, pool=pool)
-    state["embed.position"] = resize_positions(state["embed.position"], old_grid, config.grid)
-    if not keep_head:
+    backbone = Backbone(origin_of(weights), fingerprint(state, config))
+    old_grid = config.grid
+    if n_classes is None:
+        check_head(state, config, pool, weights)
+    else:
+        config = replace(config, n_classes=n_classes, pool=pool or "mean")
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-        state |= {f"head.{name}": tensor for name, tensor in make_head(config).state_dict().items()}
+        for name, tensor in make_head(config).state_dict().items():
+            state[f"head.{name}"] = tensor
+    config = replace(config, n_frames=n_frames or config.n_frames)
+    state["embed.position"] = resize_positions(state["embed.position"], old_grid, config.grid)
 
-    with torch.device("meta"):  # no time spent on random numbers that the checkpoint replaces
+    with torch.device("meta"):  # draws no random numbers, which the checkpoint would replace
         model = AST(config)
     fill(model, state, weights)
     model.backbone = backbone
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- reading files
+def check_head(state: dict, config: ASTConfig, pool: str | None, weights: str) -> None:
+    """A ValueError unless the checkpoint has a head that reads tokens pooled in this way."""
+    if "head.bias" not in state and "head.1.bias" not in state:
+        raise ValueError(f"{weights} has no head: n_classes makes one")
+    if pool not in (None, config.pool):
+        needs = f"{weights}: its own head needs pool {config.pool!r}"
+        raise ValueError(f"{needs}, not {pool!r}; n_classes makes a new one")
+
+
+def origin_of(weights: str) -> str:
+    """The name of the weights, or the absolute path of their file."""
+    if weights in ("audioset", "demo") or weights.startswith(("hf:", "random:")):
+        return weights
+    return str(Path(weights).expanduser().resolve())
+
+
+def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Let the tensors of `state` be those of the model. A ValueError unless they fit exactly."""
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{origin} is no AST of one shape: {reason}") from None
+    if missing or unknown:
+        lacks = f"missing {some_of(missing)}; unknown {some_of(unknown)}"
+        raise ValueError(f"{origin} is no AST checkpoint: {lacks}")
+
+
+def some_of(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name[:100] for name in names[:5]) + more or "nothing"
+
+
+# ------------------------------------------------------------------------------------ reading files
 
 
 def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
@@ -98,22 +152,28 @@ def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
 
 
 def find_checkpoint(weights: str) -> tuple[Path, Path]:
-    """The file of weights, fetched if need be, and where its config.json is if it has one."""
-    if weights == "audioset" or weights.startswith("hf:"):
-        return fetch(AUDIOSET if weights == "audioset" else weights.removeprefix("hf:"))
+    """The file of weights, fetched if need be, and the path of a config.json, which may exist."""
+    if weights == "audioset":
+        return fetch(AUDIOSET)
+    if weights.startswith("hf:"):
+        return fetch(weights.removeprefix("hf:"))
     path = DEMO if weights == "demo" else Path(weights).expanduser()
     if path.is_dir():
-        candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-        path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+        folder = path
+        path = folder / "model.safetensors"
+        if not path.is_file() and (folder / "pytorch_model.bin").is_file():
+            path = folder / "pytorch_model.bin"
     if not path.is_file():
-        raise UserError(f"no weights at {weights}: give a file, a folder, hf:owner/name, audioset, demo or random:tiny")
+        give = "give a file, a folder, hf:owner/name, audioset, demo or random:tiny"
+        raise ValueError(f"no weights at {weights}: {give}")
     return path, path.parent / "config.json"
 
 
 def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
     size = weights.removeprefix("random:")
     if size not in RANDOM:
-        raise UserError(f"unknown weights {weights!r}: the random sizes are {', '.join(RANDOM)}")
+        sizes = ", ".join(RANDOM)
+        raise ValueError(f"unknown weights {weights!r}: the random sizes are {sizes}")
     dim, depth, heads = RANDOM[size]
     config = ASTConfig(dim=dim, depth=depth, heads=heads, pool="cls_dist")
     with torch.random.fork_rng(devices=[]):
@@ -122,16 +182,22 @@ def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]
 
 
 def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors in float32 under our names. The original's files carry ImageNet heads, used by nothing."""
-    translated, original = {}, any(name.endswith("v.pos_embed") for name in state)
+    """The same tensors in float32 under our names.
+
+    The original repository's files have ImageNet heads, which nothing uses, and one matrix for
+    query, key and value. Dots around a name let `replace` find whole parts only.
+    """
+    original = any(name.endswith("v.pos_embed") for name in state)
+    translated = {}
     for name, tensor in state.items():
-        name = f".{name.removeprefix('module.').removeprefix('audio_spectrogram_transformer.')}."
+        name = name.removeprefix("module.").removeprefix("audio_spectrogram_transformer.")
+        name = f".{name}."
         if original and name.startswith((".v.head.", ".v.head_dist.")):
             continue
         for ours, *others in NAMES:
             for theirs in others:
                 name = name.replace(theirs, ours)
-        if ".attn.qkv." in name and tensor.dim():  # of the original: three projections in one
+        if ".attn.qkv." in name and tensor.dim():
             for letter, part in zip("qkv", tensor.float().chunk(3), strict=False):
                 translated[name.replace(".qkv.", f".{letter}.").strip(".")] = part.clone()
         else:
@@ -140,7 +206,7 @@ def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def to_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors with our names under those of Hugging Face's files. A head on the mean of all tokens keeps its name."""
+    """The same tensors under Hugging Face's names. A head of one layer keeps its name."""
     translated = {}
     for name, tensor in state.items():
         prefix = "" if name.startswith("head.") else ".audio_spectrogram_transformer"
@@ -152,63 +218,87 @@ def to_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -> ASTConfig:
-    """The shape of the model: from its tensors, and from config.json what no tensor shows."""
+    """The shape of the model: from its tensors, and the rest from a header or config.json.
+
+    A file of `save_ast` has the whole shape in its header, which must agree with the tensors.
+    """
     header = read_metadata(path) if path.suffix == ".safetensors" else {}
     try:
         dim, _, patch, _ = state["embed.patches.weight"].shape
         _, n_tokens, _ = state["embed.position"].shape
         hidden = state["blocks.0.ffn.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        hint = "; it holds trained parts, whose backbone is wanted here" if "method" in header else ""
-        raise UserError(f"{path} is no AST checkpoint: {error} is missing or of another shape{hint}") from None
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    n_classes = next((state[name].numel() for name in ("head.1.bias", "head.bias") if name in state), 1)
-    shown = {"dim": dim, "depth": depth, "hidden": hidden, "patch": patch, "n_classes": n_classes}  # by the tensors
+        hint = (
+            "; it holds trained parts, whose backbone is wanted here" if "method" in header else ""
+        )
+        what = f"{error} is missing or of another shape{hint}"
+        raise ValueError(f"{path} is no AST checkpoint: {what}") from None
+    bias = state.get("head.1.bias", state.get("head.bias", torch.zeros(1)))
+    sizes = {
+        "dim": dim,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "hidden": hidden,
+        "patch": patch,
+        "n_classes": bias.numel(),
+    }
     try:
-        if "config" in header:  # of save_ast
+        if "config" in header:
             config = ASTConfig(**header["config"])
+            config = replace(config, hidden=config.hidden or 4 * config.dim)
         else:
-            config = complete(shown, n_tokens, "cls_dist" if "head.1.bias" in state else "mean", config_path)
-        config = replace(config, hidden=config.hidden or 4 * config.dim)
-        for name, size in shown.items():
-            if getattr(config, name) != size:
-                raise ValueError(f"config.{name}: Expected {size} as its tensors have it, got {getattr(config, name)}")
-        if config.n_tokens != n_tokens:
-            raise ValueError(f"a grid of {config.grid} patches does not have {n_tokens} positions")
+            pool = "cls_dist" if "head.1.bias" in state else "mean"
+            config = complete(sizes, n_tokens, pool, config_path)
     except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path} and its config.json do not make an AST: {error}") from None
+        raise ValueError(f"{path} and its config.json do not make an AST: {error}") from error
+    for name, size in sizes.items():
+        if getattr(config, name) != size:
+            was = getattr(config, name)
+            got = f"config.{name}: Expected {size} as its tensors have it, got {was}"
+            raise ValueError(f"{path} and its config.json do not make an AST: {got}")
+    if config.n_tokens != n_tokens:
+        got = f"a grid of {config.grid} patches does not have {n_tokens} positions"
+        raise ValueError(f"{path} and its config.json do not make an AST: {got}")
     return config
 
 
-def complete(shown: dict[str, int], n_tokens: int, pool: str, config_path: Path) -> ASTConfig:
-    """The shape that tensors show, with what only Hugging Face's config.json tells: heads, stride, bands, epsilon."""
-    names = read_names(config_path)
-    told = names if isinstance(names, HuggingFace) else HuggingFace()  # none, or another program's: the defaults
-    if told.time_stride != told.frequency_stride or told.hidden_act != "gelu" or not told.qkv_bias:
-        raise UserError(f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported")
-    stride, n_mels = told.frequency_stride, told.num_mel_bins
-    steps = (n_tokens - 2) // ((n_mels - shown["patch"]) // stride + 1)
+def complete(sizes: dict[str, int], n_tokens: int, pool: str, config_path: Path) -> ASTConfig:
+    """The shape that tensors show, with heads, stride, bands and epsilon of config.json."""
+    hf = read_hf_config(config_path)
+    if hf.time_stride != hf.frequency_stride or hf.hidden_act != "gelu" or not hf.qkv_bias:
+        only = "only ASTs with equal strides, exact GELU and biases are supported"
+        raise ValueError(f"{config_path}: {only}")
+    patch = sizes["patch"]
+    stride = hf.frequency_stride
+    bands = (hf.num_mel_bins - patch) // stride + 1
+    steps = (n_tokens - 2) // bands
     return ASTConfig(
-        n_frames=told.max_length or (steps - 1) * stride + shown["patch"], n_mels=n_mels, stride=stride, pool=pool,
-        heads=told.num_attention_heads or shown["dim"] // 64, eps=told.layer_norm_eps, **shown,
-    )  # fmt: skip
+        n_frames=hf.max_length or (steps - 1) * stride + patch,
+        n_mels=hf.num_mel_bins,
+        stride=stride,
+        heads=hf.num_attention_heads or sizes["dim"] // 64,
+        eps=hf.layer_norm_eps,
+        pool=pool,
+        **sizes,
+    )
 
 
-def resize_positions(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+def resize_positions(
+    position: torch.Tensor, old: tuple[int, int], new: tuple[int, int]
+) -> torch.Tensor:
     """Position embeddings (1, 2 + F T, dim) for another patch grid, as the original AST does it.
 
-    Time first, then frequency: fewer steps keep the middle ones, more are interpolated bilinearly. The rows of [CLS]
-    and [distillation] stay.
+    Time comes first, then frequency. Fewer steps keep the middle ones, and more are interpolated.
+    The rows of [CLS] and [distillation] stay.
     """
-    front, grid = position[:, :2], position[:, 2:]
-    grid = grid.transpose(1, 2).unflatten(2, old)  # (1, dim, F, T)
+    front = position[:, :2]
+    grid = position[:, 2:].transpose(1, 2).unflatten(2, old)  # (1, dim, F, T)
     grid = crop_or_stretch(grid, new[1])
     grid = crop_or_stretch(grid.mT, new[0]).mT  # (1, dim, F', T')
     return torch.cat([front, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def crop_or_stretch(grid: torch.Tensor, size: int) -> torch.Tensor:
-    """Last dimension of (1, dim, rows, columns) to `size`: the middle columns, or a bilinear interpolation."""
+    """The last dimension of (1, dim, rows, columns) to `size`: the middle, or an interpolation."""
     rows, columns = grid.shape[-2:]
     if size <= columns:
         start = columns // 2 - size // 2
@@ -217,7 +307,7 @@ def crop_or_stretch(grid: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
-    """SHA-256 over heads, stride, and the names and float32 values of all tensors but the head's."""
+    """SHA-256 of heads, stride, and the names and float32 values of all tensors but the head's."""
     digest = hashlib.sha256(f"{config.heads} heads, stride {config.stride}".encode())
     for name in sorted(state):
         if not name.startswith("head."):
@@ -226,42 +316,63 @@ def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- trained parts, alone
+# ----------------------------------------------------------------------------- trained parts, alone
 
 
 def to_dict(method: petl.Method) -> dict:
     """The method as plain JSON types; `from_dict` is the way back."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
-    blocks = {"blocks": list(method.blocks)} if method.blocks else {}
-    return {"name": method.name, "lr": method.lr, "parts": parts, **blocks}
+    entry = {"name": method.name, "lr": method.lr, "parts": parts}
+    if method.blocks:
+        entry["blocks"] = list(method.blocks)
+    return entry
 
 
 def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
-    """The Method of such a dict, `origin` being where it is from. UserError for a part that no row of METHODS has."""
-    known = {type(part).__name__: type(part) for method in petl.METHODS.values() for part in method.parts}
-    unknown = [part["part"] for part in entry["parts"] if part["part"] not in known]
-    if unknown:
-        raise UserError(f"{origin}: {entry['name']!r} has the part {unknown[0]!r}, which no row of METHODS has")
-    parts = tuple(checked(part, known[part["part"]], f"{origin}: {part['part']}") for part in entry["parts"])
+    """The Method of such a dict. `origin` says where the dict is from."""
+    kinds = {}
+    for method in petl.METHODS.values():
+        for part in method.parts:
+            kinds[type(part).__name__] = type(part)
+    parts = []
+    for part in entry["parts"]:
+        kind = kinds.get(part["part"])
+        if kind is None:
+            has = f"{entry['name']!r} has the part {part['part']!r}"
+            raise ValueError(f"{origin}: {has}, which no row of METHODS has")
+        names = {field.name for field in fields(kind)}
+        parts.append(kind(**{name: value for name, value in part.items() if name in names}))
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
-    return petl.Method(entry["name"], parts, lr=entry["lr"], blocks=blocks)
+    return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)
 
 
-def live_tensors(model: AST) -> dict[str, torch.Tensor]:
-    """The model's own tensors that training changes: trained parameters, float buffers (of BatchNorm, of `probe`)."""
-    state = model.state_dict(keep_vars=True).items()
-    return {n: t for n, t in state if (t.requires_grad if isinstance(t, torch.nn.Parameter) else t.is_floating_point())}
+def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own tensors that training changes.
+
+    These are its trained parameters and its buffers of floats, as BatchNorm and `probe` have them.
+    """
+    changed = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter):
+            changes = tensor.requires_grad
+        else:
+            changes = tensor.is_floating_point()
+        if changes:
+            changed[name] = tensor
+    return changed
 
 
-def trained_tensors(model: AST) -> dict[str, torch.Tensor]:
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of what training changes, on the CPU."""
-    return {name: t.detach().cpu().clone().contiguous() for name, t in live_tensors(model).items()}
+    live = live_tensors(model)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in live.items()}
 
 
 def save_trained(model: AST, path: Path, metadata: dict) -> None:
-    """Write only what the method trained, as safetensors whose header describes it.
+    """Write what the method trained as safetensors, with a header that describes it.
 
-    `metadata` (class names, accuracy, ...) joins the method, the shape and the backbone, which the model knows itself.
+    The header has `metadata` (class names, accuracy, ...) and what the model knows itself: method,
+    shape and backbone.
     """
     header = {
         **metadata,
@@ -276,49 +387,58 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
 
 
 def load_trained(path: Path, weights: str | None = None) -> AST:
-    """The adapted model of a file of `save_trained`: backbone, method and trained tensors; or that of `save_ast`.
+    """The model of a file of `save_trained` or `save_ast`, in evaluation mode.
 
-    `weights` says where the backbone is now, if not where the header has it. Another backbone is a UserError. The model
-    comes back in evaluation mode.
+    `weights` says where the backbone is, if it is not where the header says. Another backbone is a
+    ValueError.
     """
-    header = read_header(path)
-    if "config" in header:  # a whole model: it needs no backbone
+    header = read_metadata(path)
+    if "config" in header:  # a whole model, which needs no backbone
         return load_ast(path).eval()
+    if not header:
+        raise ValueError(f"{path} is no whole file of trained parts (it has no such header)")
     wanted = Backbone(**header["backbone"])
+    shape = (header["n_frames"], header["n_classes"], header["pool"])
     try:
-        model = load_ast(weights or wanted.name, header["n_frames"], header["n_classes"], header["pool"])
-    except UserError as error:
-        raise UserError(f"{path} needs its backbone: {error}; --weights says where it is") from None
+        model = load_ast(weights or wanted.name, *shape)
+    except ValueError as error:
+        needs = f"{path} needs its backbone: {error}"
+        raise ValueError(f"{needs}; --weights says where it is") from error
     if model.backbone.sha256 != wanted.sha256:
-        raise UserError(
-            f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), not on "
-            f"{model.backbone.name} ({model.backbone.sha256[:12]}): {remedy(wanted.sha256)}"
-        )
+        was = f"{wanted.name} (SHA-256 {wanted.sha256[:12]})"
+        given = f"{model.backbone.name} ({model.backbone.sha256[:12]})"
+        other = f"{path} was trained on the backbone {was}, not on {given}"
+        raise ValueError(f"{other}: {remedy(wanted.sha256)}")
     petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)
     return model.eval()
 
 
-def load_tensors(model: AST, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Put trained tensors back into an adapted model; UserError unless they are exactly what its method trains."""
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], origin="the state") -> None:
+    """Put trained tensors back into an adapted model. A ValueError unless they fit exactly."""
     expected = live_tensors(model)
     wrong = sorted(expected.keys() ^ tensors.keys())
-    wrong += [name for name, t in expected.items() if name in tensors and t.shape != tensors[name].shape]
+    for name, tensor in expected.items():
+        if name in tensors and tensor.shape != tensors[name].shape:
+            wrong.append(name)
     if wrong:
-        raise UserError(f"{path} does not fit the method {model.method.name!r}: {first_of(wrong)}")
+        method = model.method.name
+        raise ValueError(f"{origin} does not fit the method {method!r}: {some_of(wrong)}")
     with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
 
 
-# ------------------------------------------------------------------------------------------------ a whole model out
+# ------------------------------------------------------------------------------- a whole model out
 
 
 def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.float32) -> None:
-    """Write a plain AST as safetensors under Hugging Face names, with its shape and `metadata` in the header.
+    """Write a plain AST as safetensors under Hugging Face names. Its header has its shape.
 
-    float16 halves the file; `load_ast` computes in float32 either way.
+    float16 halves the file. `load_ast` computes in float32 either way.
     """
-    state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state[name] = tensor.detach().cpu().to(dtype).contiguous()
     header = {**metadata, "config": asdict(model.config)}
-    write_tensors(path, to_hugging_face(state), header, format="pt")  # transformers asks for the format
+    write_tensors(path, to_hugging_face(state), header, format="pt")  # transformers asks for "pt"

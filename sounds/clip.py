@@ -25,6 +25,11 @@ class Listing:
     classes: list[str] | None = None  # in the order of their numbers; None: in that of the alphabet
     name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS
 
+    @property
+    def spans(self) -> dict[int, tuple[float, float]]:
+        """Of the clips that are cut from a file, by their numbers."""
+        return {i: clip.span for i, clip in enumerate(self.clips) if clip.span != WHOLE}
+
 
 def name_of(path: Path, root: Path) -> str:
     """A path relative to `root`, with forward slashes; the whole path where there is no way from one to the other."""
@@ -42,12 +47,13 @@ def fragment(span: tuple[float, float]) -> str:
     return f"#{start}-{end}"
 
 
-def names_of(paths: list[Path], root: Path) -> list[str]:
-    """`name_of` each; for paths beneath `root`, without '..', thirty times as fast."""
-    start = str(root) + os.sep
-    return [
+def names_of(paths: list[Path], root: Path, spans: dict[int, tuple[float, float]] | None = None) -> list[str]:
+    """`name_of` each, with its `fragment`; for paths beneath `root`, without '..', thirty times as fast."""
+    start, spans = str(root) + os.sep, spans or {}
+    names = [
         text[len(start) :].replace(os.sep, "/")
         if (text := str(path)).startswith(start) and ".." not in text
         else name_of(path, root)
         for path in paths
     ]
+    return [name + fragment(spans.get(i, WHOLE)) for i, name in enumerate(names)] if spans else names

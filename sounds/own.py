@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sounds.audio import SUFFIXES, files_in, has_end, lengths_of
+from sounds.audio import SUFFIXES, files_in, has_end, lengths_of, typical_seconds
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, names_of
-from sounds.groups import grouped
+from sounds.groups import grouped, parts_of  # noqa: F401 (parts_of is for data.py)
 from sounds.tables import folders_in, read_table, require_files, require_whole
 from support.command import UserError, first_of, warn
 from support.processes import is_first, say
@@ -222,8 +222,8 @@ def check_folds(dataset) -> None:
                 warn(f"{where} no test clips in fold {fold}")
 
 
-def tell_of_gaps(dataset, folds: dict) -> dict:
-    """The `folds` of a run as they are, with a warning for classes that a drawn split or --skip-bad leaves no clips to
+def tell_of_gaps(dataset, folds: dict) -> None:
+    """A warning for classes that a drawn split or --skip-bad leaves no clips to
     train or to test; what the data say themselves is for `check_folds`."""
     for fold, split in folds.items():
         for part, what in (("train", "training"), ("test", "test")):
@@ -232,7 +232,15 @@ def tell_of_gaps(dataset, folds: dict) -> dict:
             if gone and is_first():
                 names = first_of([dataset.classes[label] for label in sorted(gone)])
                 warn(f"{dataset.root}: {len(gone)} classes have no {what} clips in fold {fold} ({names})")
-    return folds
+
+
+def seconds_of(dataset, seconds: float | None) -> float:
+    """`seconds`, or else so many that 95 % of the clips that may train fit; says what is cut."""
+    lengths = lengths_of(dataset.paths, dataset.spans)
+    may_train = set().union(*(split.train for split in dataset.folds.values())) or range(len(lengths))
+    seconds = seconds or typical_seconds(lengths[sorted(may_train)])
+    tell_of_cuts(dataset, lengths, seconds)
+    return seconds
 
 
 def tell_of_cuts(dataset, lengths: np.ndarray, seconds: float) -> None:

@@ -13,7 +13,7 @@ from msgspec import to_builtins
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from support.command import UserError, first_of
+from support.command import UserError
 from support.files import whole_file
 from support.headers import HuggingFace, Names, T, Trained, Whole, checked
 
@@ -131,9 +131,10 @@ def unusual(tensor: torch.Tensor) -> str | None:
 def read_json(path: Path, kind: type[T], mend: str = "download it again") -> T:
     """A JSON file that holds a table, as `kind`, one of those in support/headers.py."""
     try:
-        return checked(parse_json(path.read_bytes()), kind, path)
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): {mend}") from None
+    return checked(content, kind, path)
 
 
 def parse_json(text: str | bytes) -> dict:
@@ -153,6 +154,12 @@ def read_names(path: Path) -> Names:
         return HuggingFace()
     names = read_json(path, Names)
     return read_json(path, HuggingFace) if names.model_type == "audio-spectrogram-transformer" else names
+
+
+def read_hf_config(path: Path) -> HuggingFace:
+    """The config.json of a Hugging Face AST; the defaults if there is none, or it is another program's."""
+    names = read_names(path)
+    return names if isinstance(names, HuggingFace) else HuggingFace()
 
 
 def read_metadata(path: Path) -> dict:
@@ -212,16 +219,3 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict, **
     header["seal"] = sha256_of(json.loads(json.dumps(header)))
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": json.dumps(header, separators=(",", ":"))}))
-
-
-def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Let the tensors of `state` be those of the model.
-
-    Raises UserError for tensors of another shape, for missing and for unknown ones; `origin` says where they are from.
-    """
-    try:
-        missing, unknown = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{origin} is no AST of one shape: {str(error).splitlines()[-1].strip()}") from None
-    if missing or unknown:
-        raise UserError(f"{origin} is no AST checkpoint: missing {first_of(missing)}; unknown {first_of(unknown)}")

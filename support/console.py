@@ -4,7 +4,7 @@ import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
@@ -40,18 +40,6 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     return f"{line}\n{probe}" if probing else line
 
 
-def epochs_left(progress: Progress, epochs: int) -> Iterator[int]:
-    """The epochs still to train, with a progress bar that shows the last loss and accuracy."""
-    done = len(progress.history)
-    hidden = None if is_first() else True  # None leaves it to tqdm: no bar where the output is no terminal
-    numbers = range(done + 1, epochs + 1)
-    bar = tqdm(numbers, f"fold {progress.fold}", epochs, initial=done, unit="epoch", disable=hidden)
-    for epoch in bar:
-        progress.begin = time.perf_counter()
-        yield epoch
-        bar.set_postfix(loss=progress.history[-1]["loss"], accuracy=progress.history[-1]["accuracy"])
-
-
 def folds_left(folder: Path, seeds: Iterable[int], folds: Iterable[int]) -> int:
     """How many folds of these seeds have no file yet, `folder` being that above the seeds' own."""
     return sum(not (folder / f"seed{seed}" / f"fold{fold}.safetensors").exists() for seed in seeds for fold in folds)
@@ -64,9 +52,8 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def forecast(learner, progress: Progress, split, settings: Settings, machine) -> None:
-    """Say after the third step of a fold how long the `machine.forecast` folds will take of which it is the first; and
-    without a terminal every minute how far it is.
+def forecast(optimizer, progress: Progress, split, settings: Settings, device: torch.device, folds: int) -> None:
+    """Say after the third step of a fold how long the `folds` will take of which it is the first; and without a terminal every minute how far it is.
 
     The steps after the first one are timed, which is slower than the others. The clock is read twice, and only then is
     the device waited for. Nothing is said where it is less than a minute.
@@ -75,24 +62,24 @@ def forecast(learner, progress: Progress, split, settings: Settings, machine) ->
     steps = math.ceil(len(split.train) / batch)  # in an epoch
     before = steps * len(progress.history)
     signs = Signs(steps * settings.epochs, "steps", before)
-    last = min(3, steps) if machine.forecast and is_first() else 0
+    last = min(3, steps) if folds and is_first() else 0
     first = min(1, last - 1)  # an epoch of one step is timed from here on
-    start = now(machine.device) if last else 0.0
+    start = now(device) if last else 0.0
 
     def after_step(*_):
         nonlocal start, done
         done += 1
         signs(before + done, f"fold {progress.fold}, epoch {1 + (before + done - 1) // steps}")
         if done == first:
-            start = now(machine.device)
+            start = now(device)
         elif done == last:
             clips = min(last * batch, len(split.train)) - first * batch
-            seconds = (now(machine.device) - start) / clips * clips_left(progress, split, settings, machine.forecast)
+            seconds = (now(device) - start) / clips * clips_left(progress, split, settings, folds)
             with tqdm.external_write_mode():  # not into the progress bar
-                for line in forecast_lines(seconds, machine.forecast, settings, machine.device):
+                for line in forecast_lines(seconds, folds, settings, device):
                     say(line)
 
-    learner.optimizer.register_step_post_hook(after_step)
+    optimizer.register_step_post_hook(after_step)
 
 
 def clips_left(progress: Progress, split, settings: Settings, folds: int) -> float:

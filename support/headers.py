@@ -1,7 +1,7 @@
 """What files that describe something hold: a type and bounds for every key that is read, in one place.
 
 `checked` compares; what it returns holds nothing of another kind. Unknown keys are ignored; a key that came later has a
-default, so that files of earlier versions open. What parts of a method hold is said where they are, in petl.py.
+default, so that files of earlier versions open. The numbers of a method's parts have bounds by the names of their fields, so that petl.py needs none.
 """
 
 from dataclasses import dataclass, fields
@@ -46,14 +46,21 @@ def checked(content: Any, kind: type[T], origin: Path | str) -> T:
 # ------------------------------------------------------------------------------------------- fold files, whole models
 
 
-class Part(Struct):
-    part: Name
+# What the numbers of a method's parts may be, by the names of their fields in petl.py and petl_more.py.
+LIMITS = {
+    "at": Literal["attn", "ffn"],
+    "how": Literal["par_before", "seq_after", "seq_before", "par_before_residual", "seq_after_no_residual"],
+    "kind": Literal["bottleneck", "convpass", "convpass_2d"],
+    "rr": Rate, "alpha": Alpha, "prompts": PromptCount, "targets": Targets, "seed": Seed, "deep": bool,
+    "kernel": Size, "experts": Size, "slots": Size, "own_norm": bool,
+}  # fmt: skip
+Part = msgspec.defstruct("Part", [("part", Name), *((name, kind | UnsetType, UNSET) for name, kind in LIMITS.items())])
 
 
 class Method(Struct):
     name: Name
     lr: LearningRate
-    parts: Annotated[list[dict[str, Any]], Meta(max_length=8)]  # each is converted to the part that it names
+    parts: Annotated[list[dict[str, Any]], Meta(max_length=8)]
     blocks: Annotated[list[Size], Meta(min_length=2, max_length=2)] | UnsetType = UNSET
 
     def __post_init__(self):

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import io
 import json
-import math
 import platform
 import statistics
 import sys
@@ -23,13 +22,12 @@ import torch
 from msgspec import to_builtins
 
 from support import ledger
-from support.calibration import calibrated
 from support.checkpoints import read_header, read_json, remedy, sha256_of, unpickled
 from support.command import UserError, first_of, is_number, warn
 from support.files import csv_of, json_of, table_of, whole_file
 from support.headers import ResumeState, RunConfig, RunResult, Settings, checked
 from support.processes import is_first, say
-from support.scores import balanced_accuracy, confusion, confusion_table, scores
+from support.scores import confusion, confusion_table, scores
 
 SOURCE = ("data_dir", "cache_dir", "group", "windows")  # options of train.py: where and how the clips are found
 INPUTS = ("config.json", "split.csv")  # what no fold file holds
@@ -123,52 +121,14 @@ class Progress:
 
     fold: int
     history: list[dict] = field(default_factory=list)  # the rows of metrics.csv
-    best: dict = field(default_factory=lambda: {"accuracy": -1.0, "epoch": 0, "tensors": {}})
+    best: dict = field(default_factory=dict)  # see train.train_fold
     seconds: float = 0.0
     clock: float = field(default_factory=time.perf_counter)  # when it was last read
-    begin: float = 0.0  # of the present epoch
 
-    def trained(self, losses: list[float], rates: list[float], clips: int) -> None:
-        """The steps of one more epoch, on so many clips. UserError if a loss is not finite."""
-        epoch, steps = len(self.history) + 1, len(rates)
-        for i, (loss, lr) in enumerate(zip(losses, rates, strict=True), start=1):
-            if not math.isfinite(loss):
-                where = f"fold {self.fold}, epoch {epoch}, step {i} of {steps}, learning rate {lr:.2g}"
-                raise UserError(f"the loss is {loss} in {where}: choose a smaller --lr, or --dtype float32")
-        self.history.append({
-            "fold": self.fold, "epoch": epoch, "step": steps * epoch, "loss": round(statistics.mean(losses), 6),
-            "accuracy": "", "lr": f"{rates[-1]:.4g}", "clips/s": round(clips / (time.perf_counter() - self.begin), 1),
-        })  # fmt: skip
-
-    def validated(
-        self, accuracy: float | None, predicted: torch.Tensor, answered: tuple, tensors: dict, by: str
-    ) -> None:
-        """The end of the epoch, with what train.evaluate returned. The best has the highest accuracy, `by` "balanced"
-        balanced accuracy, the first of equals; without validation clips (None) it is the last."""
-        score = accuracy if accuracy is None or by == "accuracy" else balanced_accuracy(answered[1], predicted[:, 0])
-        if score is None or score > self.best.get("score", self.best["accuracy"]):
-            self.best = {"accuracy": accuracy, "epoch": len(self.history), "tensors": tensors, "predicted": predicted,
-                         "answered": answered, "score": score}  # fmt: skip
-        if accuracy is not None:
-            self.history[-1]["accuracy"] = round(accuracy, 4)
+    def tick(self) -> None:
+        """Add what has passed since the clock was last read."""
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
-
-    def outcome(self, accuracy: float, predicted: torch.Tensor, answered: tuple) -> dict:
-        """What the header of the fold file says, given what train.evaluate makes of the test clips."""
-        peak = peak_memory()
-        predicted = torch.cat([self.best.get("predicted", predicted[:0]), predicted])  # an earlier version kept none
-        outcome = {
-            "result": {
-                "fold": self.fold, "accuracy": accuracy, "validation_accuracy": self.best["accuracy"],
-                "epoch": self.best["epoch"], "seconds": round(self.seconds, 1), "peak_memory_mb": peak and peak >> 20,
-            },
-            "record": {
-                "history": self.history, "predictions": predicted[:, 0].int().tolist(),
-                "millionths": (1e6 * predicted[:, 1].double()).round().int().tolist(),
-            },
-        }  # fmt: skip
-        return calibrated(outcome, self.best.get("answered"), answered)
 
 
 def save_progress(file: Path, progress: Progress, state: dict) -> None:
@@ -176,7 +136,7 @@ def save_progress(file: Path, progress: Progress, state: dict) -> None:
     if is_first():
         write_metrics(file.parent, progress.fold, progress.history)
         known = {"history": progress.history, "best": progress.best, "seconds": progress.seconds}
-        state = {**state, **known}
+        state = {**state, **known}  # `best` may be in both
         buffer = io.BytesIO()  # torch would call a full disk something else
         torch.save({**state, "digest": sha256_of(state)}, buffer)
         with whole_file(file) as temporary:
@@ -199,6 +159,7 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
     except (OSError, ValueError, UserError):
         raise UserError(f"{file} is damaged: delete it, and the fold starts over") from None
     progress = Progress(fold, *(state.pop(name) for name in ("history", "best", "seconds")))
+    progress.best.setdefault("score", progress.best["accuracy"])  # an earlier version kept none
     say(f"fold {fold}: going on after epoch {len(progress.history)}")
     return progress, state
 
@@ -227,6 +188,8 @@ def read_metrics(folder: Path) -> list[dict]:
         if reader.fieldnames != [*METRICS] or any(None in row or None in row.values() for row in rows):
             raise ValueError
         return [{**row, "fold": int(row["fold"]), "epoch": int(row["epoch"])} for row in rows]
+    except UserError:
+        raise
     except (ValueError, csv.Error):
         warn(f"{path} is damaged or missing: it is made again from the fold files")
         records = [read_header(file).get("record", {}) for file in fold_files(folder).values()]

@@ -1,9 +1,8 @@
-"""What a confusion matrix says beyond accuracy, which clips it is most surely wrong about, and weights of classes."""
+"""What a confusion matrix says beyond accuracy, and which clips it is most surely wrong about."""
 
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 
 from support.files import csv_of
 
@@ -36,21 +35,6 @@ def scores(counts: np.ndarray, classes: list[str]) -> dict:
         for name, n, p, r, f in zip(classes, true, precision.tolist(), recall.tolist(), f1.tolist(), strict=True)
     }
     return {**{name: round(float(value), 4) for name, value in total.items()}, "classes": of_class}
-
-
-def balanced_accuracy(labels: torch.Tensor, predicted: torch.Tensor) -> float:
-    """The mean recall of the classes that there are, in percent. Both (clips,)."""
-    right = labels == predicted
-    return 100 * torch.stack([right[labels == label].double().mean() for label in labels.unique()]).mean().item()
-
-
-def class_weights(labels: torch.Tensor, clips: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Inverse to the number of clips of each class among `clips`, (classes,); their mean over these clips is 1.
-
-    labels: of all clips, those that do not train included.
-    """
-    counts = labels[clips].bincount(minlength=int(labels.max()) + 1)
-    return (len(clips) / (counts.count_nonzero() * counts.clamp(1))).to(device)
 
 
 def mistakes(rows: Iterable[dict], count: int = 5) -> list[dict]:

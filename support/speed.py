@@ -1,7 +1,7 @@
 """What makes a run faster or smaller and changes nothing in its result but rounding."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.command import out_of_memory
 from support.onednn_linear import onednn_helps, use_onednn
-from support.processes import ranks, sum_over_ranks
+from support.processes import average, is_first, mean_over_ranks, ranks, shares, sum_over_ranks
 from support.progress import Signs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,8 +27,43 @@ class Machine:
     micro_batch: int | None = None  # clips at once; None: the whole share of a batch
     compile: bool = False
     recompute: bool = False  # keep less for the backward pass and compute it again
-    resume: bool = False  # take up interrupted folds
-    forecast: int = 0  # how many folds are ahead, where the time for them is to be said
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the only process of torchrun that writes files."""
+        return is_first()
+
+    def prepare(self, model: nn.Module, dtype: str) -> nn.Module:
+        return prepare(model, dtype, self)
+
+    def autocast(self, dtype: str):
+        return autocast(self.device, dtype)
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """The forward pass of the network: compiled if asked, data-parallel where there are several processes."""
+        if self.recompute:
+            torch.compiler.reset()  # its blocks are new code in every fold, and torch gives up compiling after a few
+        forward = torch.compile(network) if self.compile else network
+        if ranks()[1] > 1:
+            gpu = [self.device.index] if self.device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, device_ids=gpu)
+            forward.broadcast_buffers = False  # each process takes its own running statistics, `average` all
+        return forward
+
+    def pieces(self, n: int) -> Iterator[tuple[slice, int]]:
+        """Which of the `n` clips of a batch to take one after the other, and what they weigh in the loss."""
+        return shares(n, self.micro_batch)
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes."""
+        return mean_over_ranks(tensor)
+
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Each becomes its mean over all processes."""
+        average(tensors)
+
+    def in_batches(self, function: Callable, index: torch.Tensor, batch_size: int) -> torch.Tensor:
+        return in_batches(function, index, batch_size, self)
 
 
 def autocast(device: torch.device, dtype: str):
@@ -62,49 +97,6 @@ def prepare(model: nn.Module, dtype: str, machine: Machine) -> nn.Module:
         for block in model.blocks:  # keep only the input of each block, and run it again for its gradients
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
-
-
-class Learner:
-    """A network in training: its forward and backward pass in the type of the arithmetic, and its optimizer.
-
-    Compiled if asked, and data-parallel where there are several processes.
-    """
-
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, dtype: str, machine: Machine):
-        self.network, self.optimizer, self.dtype, self.device = network, optimizer, dtype, machine.device
-        # Gradients of float16 losses would vanish; for other types the scaler does nothing.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "float16")
-        if machine.recompute:
-            torch.compiler.reset()  # its blocks are new code in every fold, and torch gives up compiling after a few
-        self.forward = torch.compile(network) if machine.compile else network
-        if ranks()[1] > 1:
-            gpu = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=gpu)
-            self.forward.broadcast_buffers = False  # each process takes its own running statistics, `average` all
-
-    def logits(self, *x: torch.Tensor) -> torch.Tensor:
-        """What the network reads, (batch, ...), to float32 logits (batch, n_classes)."""
-        with autocast(self.device, self.dtype):
-            logits = self.forward(*x)
-        return logits.float()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add to the gradients."""
-        self.scaler.scale(loss).backward()
-
-    def step(self, lr: float) -> None:
-        """One step of the optimizer at this learning rate, which clears the gradients."""
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
-    def state(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
 
 
 # -------------------------------------------------------------------------------------------------- without gradients

@@ -1,10 +1,10 @@
 """A method with other numbers: what --rr, --alpha and --prompts say, and what suits a narrow backbone."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from support.command import UserError
-from support.headers import checked
+from support.headers import LIMITS, checked
 
 
 def override(method, rr: int | None = None, alpha: float | None = None, prompts: int | None = None, kernel=None):
@@ -19,10 +19,12 @@ def override(method, rr: int | None = None, alpha: float | None = None, prompts:
             raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
         if not 0 < value < math.inf:
             raise UserError(f"--{setting} is {value}; it must be a positive number")
-        parts = (
-            checked({**asdict(part), setting: value}, type(part), f"--{setting} is {value}")
-            if hasattr(part, setting) else part for part in method.parts
-        )  # fmt: skip
+        said = f"--{setting} is {value}"
+        checked(value, LIMITS[setting], said)
+        try:
+            parts = [replace(part, **{setting: value}) if hasattr(part, setting) else part for part in method.parts]
+        except ValueError as error:  # the part itself refuses it
+            raise UserError(f"{said}: {error}") from None
         method = replace(method, parts=tuple(parts))
     return method
 

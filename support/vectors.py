@@ -19,16 +19,22 @@ from support.speed import Machine, autocast, near
 
 
 class LastLayers(nn.Module):
-    """Final LayerNorm and head of a model, the parameters themselves, on pooled tokens that are normalised already.
+    """The head of a model, and its final LayerNorm if that learns, on pooled tokens that are normalised already. The
+    parameters are the model's own, and have the same names.
 
     The scale and shift of the LayerNorm are the same for all tokens, so they may as well come after the pooling.
     """
 
     def __init__(self, model):
         super().__init__()
-        self.norm, self.head = model.norm, model.head
+        self.method = model.method
+        if model.norm.weight.requires_grad:
+            self.norm = model.norm
+        self.head = model.head
 
     def forward(self, pooled):  # (batch, dim)
+        if not hasattr(self, "norm"):
+            return self.head(pooled)
         return self.head(pooled * self.norm.weight + self.norm.bias)  # (batch, n_classes)
 
 
@@ -48,8 +54,7 @@ def probed(model, clips, split, settings, machine: Machine):
         model.head.standardise(*mean_and_std(vectors, torch.tensor(split.train)))
     if not same:
         return model, clips
-    network = LastLayers(model) if "norm" in learns else model.head
-    return network, replace(clips, features=vectors, labels=clips.labels.to(vectors.device))
+    return LastLayers(model), replace(clips, features=vectors, labels=clips.labels.to(vectors.device))
 
 
 def mean_and_std(vectors: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +101,7 @@ def compute(model, clips, index: torch.Tensor, settings, machine: Machine) -> np
     x, _ = clips.batch(index.to(clips.features.device), machine.device)
     with autocast(machine.device, settings.dtype):
         if model.norm.weight.requires_grad:
-            vectors = model.pool(F.layer_norm(model.encode(x), (model.config.dim,), eps=model.norm.eps))
+            vectors = model.pool(F.layer_norm(model.encode(model.embed(x)), (model.config.dim,), eps=model.norm.eps))
         else:
             vectors = model.vector(x)
     return vectors.float().cpu().numpy()

@@ -14,8 +14,10 @@ from helpers import SMALL_AST, SMALL_CONFIG, SMALL_STATE, write_ast
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
-from load_weights import load_ast, load_trained, read_header
-from support.checkpoints import fill, unusual
+from load_weights import load_ast, load_trained
+from support.checkpoints import read_header
+from load_weights import fill
+from support.checkpoints import unusual
 from support.command import UserError
 
 ROOT = Path(__file__).parents[1]

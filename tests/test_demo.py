@@ -15,11 +15,12 @@ from helpers import Terminal
 
 import train
 from data import DATASETS, fbank, load_dataset, to_input
-from load_weights import DEMO, load_ast, read_header
+from load_weights import DEMO, load_ast
 from sounds import demo
 from sounds.audio import read_audio
 from sounds.demo import rendered
 from sounds.synth import SOURCE, TARGET, render
+from support.checkpoints import read_header
 from support.command import UserError
 from support.variants import NARROW_LR
 
@@ -140,7 +141,8 @@ def test_the_shipped_backbone_tells_made_sounds_apart():
     right = {}
     for weights in ("demo", "random:demo"):
         with torch.inference_mode():
-            vectors = load_ast(weights, 98, 68).eval().encode(x).mean(1).unflatten(0, (68, 6))
+            model = load_ast(weights, 98, 68).eval()
+            vectors = model.encode(model.embed(x)).mean(1).unflatten(0, (68, 6))
         vectors = vectors - vectors[:, :3].mean((0, 1))
         means = F.normalize(vectors[:, :3].mean(1), dim=-1)
         nearest = (F.normalize(vectors[:, 3:], dim=-1) @ means.T).argmax(-1)

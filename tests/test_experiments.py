@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import campaign_words, table_of
 
-from load_weights import read_header
+from support.checkpoints import read_header
 from tools import experiments, tables
 from tools.cells import Cell
 

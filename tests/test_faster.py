@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 
 import petl
 import train
-from data import patchout
+from petl_more import Patchout, patchout
 from load_weights import from_dict, load_trained, to_dict
+from tools.merge import merge
+from support import records
 from support.command import UserError
 
 # -------------------------------------------------------------------------------------------------------------- patches
@@ -37,15 +40,14 @@ def test_the_chosen_patches_and_the_tokens_in_front_go_through_the_blocks():
     chosen = torch.stack([tokens[clip, [0, 1, *(2 + kept[clip])]] for clip in (0, 1)])
     for block in model.blocks:
         chosen = block(chosen)
-    torch.testing.assert_close(model.encode(x, kept), chosen)
-    torch.testing.assert_close(model(x, kept), model.head(model.norm(chosen)[:, :2].mean(1)))
-    torch.testing.assert_close(model(x, torch.arange(9).expand(2, 9)), model(x))
+    torch.testing.assert_close(Patchout(model)(x, kept), model.head(model.norm(chosen)[:, :2].mean(1)))
+    torch.testing.assert_close(Patchout(model)(x, torch.arange(9).expand(2, 9)), model(x))
 
 
 @pytest.mark.parametrize("method", [name for name in petl.METHODS if "2d" not in name and name != "probe"])
 def test_every_method_trains_on_a_share_of_the_patches(method):
     model = petl.apply(tiny_ast(), method).train()
-    out = model(torch.randn(2, 36, 36), torch.tensor([[0, 4, 8], [1, 2, 7]]))
+    out = Patchout(model)(torch.randn(2, 36, 36), torch.tensor([[0, 4, 8], [1, 2, 7]]))
     out.sum().backward()
     assert out.isfinite().all() and model.head.weight.grad is not None
 
@@ -59,7 +61,7 @@ def test_only_training_leaves_patches_out(train_main, tmp_path, monkeypatch):
     encode = train.AST.encode
     monkeypatch.setattr(
         train.AST, "encode",
-        lambda self, x, kept=None: seen.append((self.training, kept is not None)) or encode(self, x, kept),
+        lambda self, x: seen.append((self.training, x.shape[1] < self.config.n_tokens)) or encode(self, x),
     )  # fmt: skip
     assert train_main("--method", "lora", "--keep", 0.4) == 0
     assert set(seen) == {(True, True), (False, False)}
@@ -85,19 +87,19 @@ def test_micro_batches_and_processes_change_nothing(train_main, tmp_path, esc50_
 def test_an_interrupted_run_goes_on_to_the_same_bits(train_main, tmp_path, monkeypatch):
     words = ["--method", "lora", "--keep", "0.5", "--epochs", "3"]
     assert train_main(*words, "--out", tmp_path / "whole") == 0
-    save = train.records.save_progress
+    save = records.save_progress
 
     def once(file, progress, state):
         save(file, progress, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.records, "save_progress", once)
+        patch.setattr(records, "save_progress", once)
         assert train_main(*words, "--out", tmp_path / "broken") == 130
     assert train_main(*words, "--out", tmp_path / "broken", "--resume") == 0
     whole, broken = fold(tmp_path, "whole"), fold(tmp_path, "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    runs = [train.records.read_metrics(tmp_path / out / "esc10/lora/seed0") for out in ("whole", "broken")]
+    runs = [records.read_metrics(tmp_path / out / "esc10/lora/seed0") for out in ("whole", "broken")]
     assert [row["loss"] for row in runs[0]] == [row["loss"] for row in runs[1]]  # the best epoch may be the first
 
 
@@ -111,7 +113,7 @@ PLACED.remove("probe")  # which puts nothing into a block
 @pytest.mark.parametrize("method", PLACED)
 def test_parts_go_into_the_given_blocks_alone(method):
     row = petl.METHODS[method]
-    model = petl.apply(tiny_ast(depth=4), petl.replace(row, blocks=(2, 3)))
+    model = petl.apply(tiny_ast(depth=4), replace(row, blocks=(2, 3)))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     whole = petl.apply(tiny_ast(depth=4), row)
     everywhere = {name for name, p in whole.named_parameters() if p.requires_grad}
@@ -123,7 +125,7 @@ def test_parts_go_into_the_given_blocks_alone(method):
 
 def test_nothing_is_kept_of_what_lies_beneath():
     """No gradient is asked for, so none of its tensors waits for the backward pass."""
-    model = petl.apply(tiny_ast(depth=4), petl.replace(petl.METHODS["lora"], blocks=(3, 4)))
+    model = petl.apply(tiny_ast(depth=4), replace(petl.METHODS["lora"], blocks=(3, 4)))
     needs = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, out: needs.append(out.requires_grad))
@@ -134,7 +136,7 @@ def test_nothing_is_kept_of_what_lies_beneath():
 @pytest.mark.parametrize("method", ["spt", "dpt", "adapter_dpt"])
 def test_prompts_belong_to_no_block(method):
     with pytest.raises(UserError, match="cannot be kept to some of the blocks"):
-        petl.apply(tiny_ast(depth=4), petl.replace(petl.METHODS[method], blocks=(2, 3)))
+        petl.apply(tiny_ast(depth=4), replace(petl.METHODS[method], blocks=(2, 3)))
 
 
 def test_a_run_on_the_last_block_is_saved_and_loaded(train_main, tmp_path):
@@ -186,8 +188,8 @@ def test_a_run_that_knew_no_share_of_patches_goes_on(train_main, tmp_path, capsy
 
 @pytest.mark.parametrize("method", ["hydra", "adapter_ffn_par_before", "adapter_lora"])
 def test_blocks_of_unequal_width_are_no_plain_model(method):
-    model = petl.apply(tiny_ast(depth=3), petl.replace(petl.METHODS[method], blocks=(2, 3)))
+    model = petl.apply(tiny_ast(depth=3), replace(petl.METHODS[method], blocks=(2, 3)))
     with pytest.raises(UserError, match="cannot be merged with --blocks"):
-        petl.merge(model)
-    whole = petl.apply(tiny_ast(depth=3), petl.replace(petl.METHODS[method], blocks=(1, 3)))
-    petl.merge(whole)
+        merge(model)
+    whole = petl.apply(tiny_ast(depth=3), replace(petl.METHODS[method], blocks=(1, 3)))
+    merge(whole)

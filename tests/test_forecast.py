@@ -38,8 +38,8 @@ def said(monkeypatch, capsys, steps: int, seconds_a_step: float, split=SPLIT, ma
     """What is printed within so many steps that all take as long, but for the first one, which takes a minute more."""
     learner, clock = type("Learner", (), {"optimizer": Optimizer()}), [0.0]
     monkeypatch.setattr(console, "now", lambda device: clock[0])
-    progress, machine = progress or records.Progress(1), machine or Machine(CPU, forecast=2)
-    console.forecast(learner, progress, split, SETTINGS, machine)
+    progress = progress or records.Progress(1)
+    console.forecast(learner.optimizer, progress, split, SETTINGS, CPU, 2 if machine is None else machine)
     for step in range(steps):
         clock[0] += seconds_a_step + (60 if step == 0 else 0)
         learner.optimizer.hook(learner.optimizer, (), {})
@@ -68,21 +68,9 @@ def test_a_forecast_of_few_steps(monkeypatch, capsys):
 def test_no_forecast_of_a_short_run_or_twice_or_by_another_process(monkeypatch, capsys):
     assert said(monkeypatch, capsys, 4, 0.5) == []  # 41 s
     assert said(monkeypatch, capsys, 4, 1.0) == ["this will take about 82 s, 2 folds"]
-    assert said(monkeypatch, capsys, 4, 9.0, machine=Machine(CPU)) == []
+    assert said(monkeypatch, capsys, 4, 9.0, machine=0) == []
     monkeypatch.setattr(console, "is_first", lambda: False)
     assert said(monkeypatch, capsys, 4, 1.0) == []
-
-
-def test_the_bar_of_a_fold(monkeypatch):
-    """On a terminal: which fold, how far it is, also after an interruption, and the last numbers."""
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    progress, epochs = records.Progress(2, history=[{}]), []
-    for epoch in console.epochs_left(progress, 3):
-        epochs.append(epoch)
-        progress.history.append({"loss": epoch / 8, "accuracy": 10 * epoch})
-    bars = terminal.getvalue().split("\r")
-    assert epochs == [2, 3] and bars[1].startswith("fold 2:  33%") and "1/3" in bars[1]
-    assert bars[-1].startswith("fold 2: 100%") and "3/3" in bars[-1] and "accuracy=30, loss=0.375" in bars[-1]
 
 
 def test_a_line_a_minute_of_a_fold(monkeypatch, capsys):
@@ -90,7 +78,7 @@ def test_a_line_a_minute_of_a_fold(monkeypatch, capsys):
     times = iter(range(0, 1000, 25))
     monkeypatch.setattr(console, "Signs", lambda *args: Signs(*args, clock=lambda: next(times)))
     learner = type("Learner", (), {"optimizer": Optimizer()})
-    console.forecast(learner, records.Progress(3, history=[{}]), SPLIT, SETTINGS, Machine(CPU))
+    console.forecast(learner.optimizer, records.Progress(3, history=[{}]), SPLIT, SETTINGS, CPU, 0)
     for _ in range(6):
         learner.optimizer.hook(learner.optimizer, (), {})
     assert capsys.readouterr().err.splitlines() == [

@@ -22,7 +22,6 @@ from load_weights import (
     load_ast,
     load_trained,
     random_checkpoint,
-    read_header,
     resize_positions,
     save_ast,
     save_trained,
@@ -30,6 +29,7 @@ from load_weights import (
     trained_tensors,
 )
 from petl import METHODS, apply
+from support.checkpoints import read_header
 from support.checkpoints import FORMER
 from support.command import UserError
 
@@ -98,7 +98,7 @@ def test_eps_reaches_the_numbers(tmp_path):
     """The final LayerNorm written out, with an eps that no rounding hides."""
     model = small(tmp_path, layer_norm_eps=0.5)
     with torch.no_grad():
-        x = model.encode(torch.randn(1, 100, 128))
+        x = model.encode(model.embed(torch.randn(1, 100, 128)))
         centred = x - x.mean(-1, keepdim=True)
         expected = centred / (centred.square().mean(-1, keepdim=True) + 0.5).sqrt()
         expected = expected * SMALL_STATE[f"{PREFIX}layernorm.weight"] + SMALL_STATE[f"{PREFIX}layernorm.bias"]

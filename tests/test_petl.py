@@ -13,7 +13,8 @@ from helpers import SMALL_AST, tiny_ast
 import petl
 from ast_model import AST, ASTConfig
 from load_weights import load_ast
-from petl import METHODS, Adapter, LoRA, Method, Prefix, Prompts, apply, count, merge
+from petl import METHODS, Adapter, LoRA, Method, Prefix, Prompts, apply, count
+from tools.merge import merge
 from support.command import UserError
 
 README = Path(__file__).parents[1] / "README.md"

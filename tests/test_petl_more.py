@@ -26,7 +26,8 @@ import petl_more
 import train
 from ast_model import AST, ASTConfig
 from load_weights import live_tensors, load_ast, load_tensors, load_trained, save_trained, trained_tensors
-from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count, merge
+from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
+from tools.merge import merge
 from petl_more import (
     IA3,
     SSF,
@@ -40,6 +41,7 @@ from petl_more import (
     Statistics,
     VeRA,
 )
+from support import records
 from support.speed import Learner, Machine, prepare
 from support.variants import narrowed
 from tools import export
@@ -744,7 +746,7 @@ def test_running_statistics_are_remembered_and_put_back(tmp_path):
 def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(train_main, tmp_path, monkeypatch):
     options = ["--method", "conformer_houlsby_par", "--epochs", 3, "--batch-size", 9, "--no-mask"]
     assert train_main(*options, "--out", tmp_path / "whole") == 0
-    save_progress = train.records.save_progress
+    save_progress = records.save_progress
 
     def interrupted(file, progress, state):
         save_progress(file, progress, state)
@@ -752,9 +754,9 @@ def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(train_main, tmp_pat
         if len(progress.history) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.records, "save_progress", interrupted)
+    monkeypatch.setattr(records, "save_progress", interrupted)
     assert train_main(*options, "--out", tmp_path / "broken") == 130
-    monkeypatch.setattr(train.records, "save_progress", save_progress)
+    monkeypatch.setattr(records, "save_progress", save_progress)
     assert train_main(*options, "--out", tmp_path / "broken", "--resume") == 0
     one, two = (load_file(next((tmp_path / out).rglob("fold1.safetensors"))) for out in ("whole", "broken"))
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)

@@ -7,14 +7,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+
+import train
 import torch.nn.functional as F
 from helpers import make_folder, result_of, train_on, write_sound
 from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight
 
 from support import console
-from support.records import Progress
-from support.scores import balanced_accuracy, class_weights, confusion, mistakes, scores
+from support.scores import confusion, mistakes, scores
 
 CLASSES = ["a", "b", "c", "d", "e"]
 
@@ -50,7 +51,7 @@ def test_scores_are_those_of_scikit_learn(seed):
         assert [of["precision"], of["recall"], of["f1"]] == pytest.approx(
             [100 * precision, 100 * recall, 100 * f1], abs=1e-4
         )
-    assert balanced_accuracy(torch.tensor(true), torch.tensor(predicted).float()) == pytest.approx(100 * balanced)
+    assert train.score_of(torch.eye(len(CLASSES))[torch.tensor(predicted)], torch.tensor(true), "balanced") == pytest.approx(100 * balanced)
 
 
 def test_macro_f1_leaves_out_classes_that_nobody_names():
@@ -61,11 +62,11 @@ def test_macro_f1_leaves_out_classes_that_nobody_names():
 
 def test_weights_of_classes_are_balanced():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 0])  # the last clip does not train, and class 3 has none that does
-    train = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-    weights = class_weights(labels, train, torch.device("cpu"))
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels[train].numpy())
+    clips = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+    weights = train.weights_of_classes(labels, clips)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels[clips].numpy())
     assert weights[:3].tolist() == pytest.approx(expected.tolist())
-    assert weights[labels[train]].mean().item() == pytest.approx(1)
+    assert weights[labels[clips]].mean().item() == pytest.approx(1)
 
 
 def test_the_most_confident_mistakes():
@@ -76,16 +77,11 @@ def test_the_most_confident_mistakes():
     assert mistakes(rows[2:3]) == []
 
 
-def test_the_best_epoch_of_own_sounds_is_that_of_balanced_accuracy():
+def test_the_score_of_own_sounds_is_balanced_accuracy():
     labels = torch.tensor([0, 0, 0, 0, 1])
-    always, mixed = torch.tensor([[0.0, 1.0]] * 5), torch.tensor([[0.0, 1], [0, 1], [1, 1], [1, 1], [1, 1]])  # 80, 60 %
-    for by, epoch in (("accuracy", 1), ("balanced", 2)):
-        progress = Progress(1)
-        for accuracy, predicted in ((80.0, always), (60.0, mixed)):  # balanced: 50 and 75 %
-            progress.history.append({})
-            progress.validated(accuracy, predicted, (torch.zeros(5, 2), labels), {}, by)
-        assert progress.best["epoch"] == epoch
-        assert progress.history[-1]["accuracy"] == 60.0  # metrics.csv has accuracies
+    always, mixed = (torch.eye(2)[torch.tensor(answers)] for answers in ([0] * 5, [0, 0, 1, 1, 1]))
+    assert [train.score_of(x, labels, "accuracy") for x in (always, mixed)] == [80.0, 60.0]
+    assert [train.score_of(x, labels, "balanced") for x in (always, mixed)] == [50.0, 75.0]
 
 
 # -------------------------------------------------------------------------------------------------------------- runs

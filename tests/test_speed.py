@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import petl
 import train
 from data import Clips
-from support import onednn_linear, speed
+from support import recorder, onednn_linear, speed
 from support.onednn_linear import OneDNNLinear, use_onednn
 from support.records import Settings
 from support.speed import Machine, prepare
@@ -182,9 +182,8 @@ def test_each_process_has_the_gpu_it_is_given(device, ids, monkeypatch):
     told = []
     monkeypatch.setattr(speed, "ranks", lambda: (1, 2))
     monkeypatch.setattr(speed, "DistributedDataParallel", lambda *_, **options: told.append(options) or nn.Identity())
-    network = nn.Linear(2, 2)
-    learner = speed.Learner(network, torch.optim.SGD(network.parameters()), "float32", Machine(torch.device(device)))
-    assert told == [{"device_ids": ids}] and learner.forward.broadcast_buffers is False
+    forward = Machine(torch.device(device)).parallel(nn.Linear(2, 2))
+    assert told == [{"device_ids": ids}] and forward.broadcast_buffers is False
 
 
 @pytest.mark.parametrize(("device", "free", "there"), [("cuda", 201, True), ("cuda", 200, False), ("cpu", 900, False)])
@@ -219,18 +218,19 @@ def test_evaluation_takes_what_memory_allows(full):
         return model
 
     clips = Clips(torch.arange(4.0).repeat(5)[:, None], torch.tensor([0, 1, 2, 0]).repeat(5))
-    accuracy, predicted, _ = train.evaluate(model_with_room_for(4), clips, list(range(20)), settings(12), CPU)
-    assert accuracy == 75 and predicted[:, 0].tolist() == 5 * [0, 1, 2, 3]
+    logits, labels = train.evaluate(model_with_room_for(4), clips, list(range(20)), settings(12), CPU)
+    predicted = recorder.predicted(logits)
+    assert train.score_of(logits, labels, "accuracy") == 75 and predicted[:, 0].tolist() == 5 * [0, 1, 2, 3]
     torch.testing.assert_close(predicted[:, 1], torch.full((20,), math.e / (math.e + 3)))  # of one 1 and three 0
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
     with pytest.raises(type(full)):
         train.evaluate(model_with_room_for(0), clips, [3], settings(12), CPU)
-    accuracy, predicted, answered = train.evaluate(model_with_room_for(4), clips, [], settings(12), CPU)
-    assert accuracy is None and predicted.shape == (0, 2) and [len(each) for each in answered] == [0, 0]
+    answered = train.evaluate(model_with_room_for(4), clips, [], settings(12), CPU)
+    assert [len(each) for each in answered] == [0, 0] and train.score_of(*answered, "accuracy") is None
 
 
 def test_logits_that_are_no_numbers_have_no_probability():
     """As float16 may give: a fold file with a nan in its header could not be read."""
     clips = Clips(torch.tensor([[torch.nan, 0], [torch.inf, 0], [0, 1]]), torch.tensor([0, 0, 1]))
-    _, predicted, _ = train.evaluate(nn.Identity(), clips, [0, 1, 2], settings(3), CPU)
+    predicted = recorder.predicted(train.evaluate(nn.Identity(), clips, [0, 1, 2], settings(3), CPU)[0])
     torch.testing.assert_close(predicted[:, 1], torch.tensor([0.0, 0.0, math.e / (1 + math.e)]))

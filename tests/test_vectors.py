@@ -23,9 +23,11 @@ import ast_model
 import petl
 import train
 from data import Clips, Split, folds_of, load_dataset
-from load_weights import load_ast, load_trained, read_header, to_dict
+from load_weights import load_ast, load_trained, to_dict
 from petl_more import SSF, Statistics
 from sounds.audio import read_audio
+from support.checkpoints import read_header
+from support import records
 from support import vectors
 from support.calibration import Calibration
 from support.console import describe
@@ -194,14 +196,14 @@ def test_an_interrupted_probe_goes_on_to_the_same_bits(train_main, tmp_path, mon
     """With masks, on another machine: nothing of what was computed first is there."""
     words = ["--method", "probe", "--epochs", 3]
     assert train_main(*words, "--out", tmp_path / "whole") == 0
-    save = train.records.save_progress
+    save = records.save_progress
 
     def once(file, progress, state):
         save(file, progress, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.records, "save_progress", once)
+        patch.setattr(records, "save_progress", once)
         assert train_main(*words, "--out", tmp_path / "broken") == 130
     assert train_main(*words, "--out", tmp_path / "broken", "--resume", "--cache-dir", tmp_path / "cache") == 0
     assert same_bits(*(fold(tmp_path / name, "probe") for name in ("whole", "broken")))

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import petl
 import train
+from petl_more import Patchout
 from ast_model import AST, ASTConfig
 from load_weights import load_ast
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, positive
@@ -151,12 +152,11 @@ def pass_of(
     method: str | None, network: nn.Module, clips: data.Clips, bench: Bench, keep: float | None = None
 ) -> tuple[Callable, train.Learner]:
     """An epoch over all the clips by the loop of train.py, one step where they are one batch; for None their test."""
-    settings, every = bench.settings(keep=keep), torch.arange(len(clips.labels))
-    learner = train.make_learner(network, settings, bench)
+    settings, every = bench.settings(keep=keep, epochs=10**9), torch.arange(len(clips.labels))
+    learner = train.Learner(Patchout(network) if keep else network, settings, bench)
     if method is None:
         return partial(train.evaluate, learner.forward, clips, every.tolist(), settings, bench), learner
-    rates = [settings.lr] * len(every.split(bench.batch))
-    return partial(train.train_epoch, learner, clips, every, rates, settings, bench), learner
+    return partial(train.train_epoch, learner, clips, every.tolist(), 1, settings, bench), learner
 
 
 # --------------------------------------------------------------------------------------------------------- measuring

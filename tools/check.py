@@ -103,12 +103,12 @@ def clips_of(n: int, n_frames: int, bench: Bench) -> Clips:
 def steps(name: str, n: int, backbone, bench: Bench):
     """The model before and after `n` steps of a method, its optimiser, and the losses."""
     method, n_frames = fitted(petl.find(name), backbone.config), backbone.config.n_frames
-    settings = bench.settings(method={"name": name}, n_frames=n_frames, lr=method.lr, mask=True)
+    settings = bench.settings(method={"name": name}, n_frames=n_frames, lr=method.lr, mask=True, epochs=10**9)
     model = train.adapted(backbone, method, 1, settings, bench)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    learner, clips = train.make_learner(model, settings, bench), clips_of(n * bench.batch, n_frames, bench)
+    learner, clips = train.Learner(model, settings, bench), clips_of(n * bench.batch, n_frames, bench)
     train.seed_epoch(0, 1, 1)
-    losses = train.train_epoch(learner, clips, torch.arange(n * bench.batch), [method.lr] * n, settings, bench)
+    losses = train.train_epoch(learner, clips, [*range(n * bench.batch)], 1, settings, bench)
     return model, before, learner.optimizer, losses
 
 

@@ -31,6 +31,7 @@ from support import headers
 from support.checkpoints import check_suffix, read_header, read_json, read_names, read_tensors
 from support.command import Parser, UserError, exit_code, needed, reason_of
 from support.files import whole_file, write_json
+from tools.merge import merge
 from tools.predict import class_names
 
 # ------------------------------------------------------------------------------------------------------------- show
@@ -81,13 +82,13 @@ def listed(facts: dict) -> str:
 
 def export_merged(model: AST, header: dict, out: Path, half: bool = False) -> str:
     """Backbone and trained parts as one AST file, LoRA and Hydra folded in. Like all here, returns how to use it."""
-    load_weights.save_ast(petl.merge(model), out, header, torch.float16 if half else torch.float32)
+    load_weights.save_ast(merge(model), out, header, torch.float16 if half else torch.float32)
     return "a plain AST; `load_ast` and tools.predict read it"
 
 
 def export_hf(model: AST, header: dict, out: Path) -> str:
     """A folder for transformers' `AutoModelForAudioClassification.from_pretrained`, with the feature extractor's."""
-    write_hf(petl.merge(model), header, out)
+    write_hf(merge(model), header, out)
     return f'open it with transformers.AutoModelForAudioClassification.from_pretrained("{out}")'
 
 
@@ -378,7 +379,7 @@ def export(args: argparse.Namespace) -> None:
     if args.to == "peft" and [type(part).__name__ in ALIKE for part in method.parts] != [True]:
         raise UserError(f"--to peft takes one of {', '.join(ALIKE)} alone, not {method.name!r}; --to onnx takes all")
     if args.to == "hf":
-        petl.merge(model)  # what cannot be merged is not helped by another pool
+        merge(model)  # what cannot be merged is not helped by another pool
     if args.to in ("hf", "peft") and model.config.pool != "cls_dist":
         pooled = {"mean": "the mean of all tokens", "cls": "[CLS] alone"}[model.config.pool]
         raise UserError(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import data
 from load_weights import load_ast, save_ast
+from petl_more import Patchout, patchout
 from sounds.audio import files_in, read_audio
 from support.checkpoints import check_suffix, sha256_of, unpickled
 from support.command import Parser, UserError, exit_code, positive, warn
@@ -107,7 +108,7 @@ def batch(waves: list[np.ndarray], size: int, n_patches: int, step: int) -> tupl
     clips = torch.from_numpy(np.stack([heard(waves, i, rng) for i in labels]))
     x = data.to_input(data.fbank(clips) + gains(size, rng), N_FRAMES)
     x = data.spec_augment(x, torch.from_numpy(rng.random((size, 4))), max_frames=16)
-    return x, torch.from_numpy(labels), data.patchout(torch.from_numpy(rng.random((size, n_patches))), KEEP)
+    return x, torch.from_numpy(labels), patchout(torch.from_numpy(rng.random((size, n_patches))), KEEP)
 
 
 # --------------------------------------------------------------------------------------------------------- the training
@@ -123,6 +124,7 @@ def pretrain(
     """
     torch.manual_seed(SEED)  # of the head
     model = load_ast(weights, N_FRAMES, len(waves)).train()
+    network = Patchout(model)
     optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)
     file, first, warm = out.with_suffix(".resume.pt"), 0, max(1, min(200, steps // 10))
     which = sha256_of([model.state_dict(), [torch.from_numpy(wave) for wave in waves], steps, size, SEED])
@@ -143,7 +145,7 @@ def pretrain(
         for step in progress:
             (x, labels, patches), coming = coming.result(), pool.submit(draw, step + 1)
             optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / warm, (steps - step) / (COOL * steps))
-            loss = F.cross_entropy(model(x, patches), labels, label_smoothing=SMOOTHING)
+            loss = F.cross_entropy(network(x, patches), labels, label_smoothing=SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -108,11 +108,12 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
         clips="", n_frames=98, epochs=epochs, batch_size=16, lr=method.lr, mask=False, dtype="float32",
     )  # fmt: skip
     machine = train.Machine(cpu)
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()):
         model = train.adapted(pretrained, method, 1, settings, machine)
-        outcome = train.train_fold(model, clips, split, 1, settings, Path(folder) / "fold1.resume.pt", machine)
-    right = torch.tensor(outcome["record"]["predictions"][-len(split.test) :]) == clips.labels[split.test]
-    accuracy, trained = outcome["result"]["accuracy"], petl.count(model)["petl"]
+        network, inputs = train.probed(model, clips, split, settings, machine)
+        _, logits, labels = train.train_fold(network, inputs, split, 1, settings, machine, train.Log())
+    right = logits.argmax(1) == labels
+    accuracy, trained = train.score_of(logits, labels, "accuracy"), petl.count(model)["petl"]
     return SimpleNamespace(accuracy=accuracy, right=right, trained=trained, model=model.eval())
 
 
