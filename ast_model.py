@@ -5,9 +5,14 @@ Transformers" (2023). The AST itself is the model of Gong, Chung and Glass, "AST
 Transformer" (Interspeech 2021). It cuts a spectrogram into overlapping 16x16 patches, makes a token
 of every patch, and reads the tokens with a pre-norm Transformer encoder.
 
-This file imports torch and nothing else. It knows no adapters, no LoRA and no prompts: `petl.py`
-replaces modules by their attribute names (`embed`, `blocks`, `attn`, `ffn`, `q`, `fc1`, ...), so
-these names are the interface.
+This file imports torch and nothing else. It knows no adapters, no LoRA and no prompts. `petl.py`
+replaces modules of an AST by wrappers, and finds them by the names of their attributes:
+
+    AST        embed, blocks, norm, head
+    Embedding  patches
+    Block      norm1, attn, norm2, ffn
+    Attention  q, k, v, o
+    FFN        fc1, fc2
 """
 
 from dataclasses import dataclass
@@ -17,6 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 
 POOL = ("mean", "cls", "cls_dist")  # how tokens become one vector, see AST.pool
+
+
+class UserError(ValueError):
+    """An input that cannot be used. The message says what is wrong, where, and what to do.
+
+    The commands print the message as one line and exit with code 2. Every other exception is a
+    mistake in the program and keeps its traceback.
+    """
 
 
 @dataclass(frozen=True)
@@ -41,19 +54,21 @@ class ASTConfig:
 
     def __post_init__(self):
         if self.pool not in POOL:
-            raise ValueError(f"pool is {self.pool!r}; choose one of {', '.join(POOL)}")
+            raise UserError(f"pool is {self.pool!r}; choose one of {', '.join(POOL)}")
         if self.heads < 1 or self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+            raise UserError(f"dim {self.dim} is not a multiple of heads {self.heads}")
         if min(self.n_frames, self.n_mels) < self.patch:
-            shape = f"{self.n_frames} frames x {self.n_mels} bands"
-            raise ValueError(f"{shape} do not hold one {self.patch}-wide patch")
+            raise UserError(
+                f"{self.n_frames} frames x {self.n_mels} bands do not hold one patch of "
+                f"{self.patch} x {self.patch}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
-        """F x T patches, along frequency and time: 12 x 101 at 1024 frames, 12 x 49 at 500."""
-        bands = (self.n_mels - self.patch) // self.stride + 1
-        steps = (self.n_frames - self.patch) // self.stride + 1
-        return bands, steps
+        """(F, T), patches along frequency and time: (12, 101) at 1024 frames, (12, 49) at 500."""
+        n_frequency = (self.n_mels - self.patch) // self.stride + 1
+        n_time = (self.n_frames - self.patch) // self.stride + 1
+        return n_frequency, n_time
 
     @property
     def n_patches(self) -> int:
@@ -61,12 +76,19 @@ class ASTConfig:
 
     @property
     def n_tokens(self) -> int:
-        """N of section II-A: the patches, [CLS], and [distillation], which the paper leaves out."""
+        """Length of the token sequence: F T patches and two tokens in front of them.
+
+        Section II-A counts the patches and [CLS]. The pretrained checkpoint has a second token
+        behind [CLS], [distillation], because it started from a DeiT image model, which has both.
+        """
         return 2 + self.n_patches
 
 
 class Embedding(nn.Module):
-    """Makes tokens of a spectrogram: one for every patch, two more in front; adds positions."""
+    """A spectrogram to tokens: one for each patch, [CLS] and [distillation] in front of them.
+
+    A learned position embedding is added to every token.
+    """
 
     def __init__(self, config: ASTConfig):
         super().__init__()
@@ -80,12 +102,13 @@ class Embedding(nn.Module):
 
     def forward(self, fbank):  # (batch, n_frames, n_mels)
         if fbank.shape[1:] != self.input_shape:
-            shape = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"this AST reads (batch, {shape}), not {tuple(fbank.shape)}")
+            n_frames, n_mels = self.input_shape
+            given = tuple(fbank.shape)
+            raise UserError(f"this AST reads (batch, {n_frames}, {n_mels}), not {given}")
         image = fbank.transpose(1, 2).unsqueeze(1)  # (batch, 1, n_mels, n_frames)
         patches = self.patches(image)  # (batch, dim, F, T)
-        patches = patches.flatten(2).transpose(1, 2)  # (batch, F T, dim), row f T + t
-        batch = fbank.shape[0]  # not len(fbank), which an ONNX export would freeze
+        patches = patches.flatten(2).transpose(1, 2)  # (batch, F T, dim): row f T + t
+        batch = fbank.shape[0]  # an ONNX export would take len(fbank) for a constant
         cls = self.cls.expand(batch, -1, -1)
         dist = self.dist.expand(batch, -1, -1)
         return torch.cat([cls, dist, patches], dim=1) + self.position  # (batch, 2 + F T, dim)
@@ -94,8 +117,8 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention (MHSA), eq. (2) and (3).
 
-    The projections are four separate modules, so that LoRA can adapt each of them. k and v may
-    return more tokens than q: prefix-tuning (petl.PrefixLinear) adds tokens to both.
+    The projections are four separate modules, so that LoRA can adapt each of them. With
+    prefix-tuning (petl.PrefixLinear) k and v return more tokens than q.
     """
 
     def __init__(self, config: ASTConfig):
@@ -121,7 +144,7 @@ class Attention(nn.Module):
 
 
 class FFN(nn.Module):
-    """Feed-forward network, eq. (4). The paper writes ReLU; the pretrained AST has GELU."""
+    """Feed-forward network, eq. (4). The paper writes ReLU, but the pretrained AST has GELU."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -149,7 +172,10 @@ class Block(nn.Module):
 
 
 class AST(nn.Module):
-    """The whole model: a spectrogram (batch, n_frames, n_mels) to logits (batch, n_classes)."""
+    """The whole model: spectrograms (batch, n_frames, n_mels) to logits (batch, n_classes).
+
+    The spectrograms are normalised log-Mel filterbanks, as `data.to_input` returns them.
+    """
 
     def __init__(self, config: ASTConfig):
         super().__init__()
@@ -163,26 +189,32 @@ class AST(nn.Module):
         return self.head(self.vector(fbank))  # (batch, n_classes)
 
     def vector(self, fbank):
-        """What the head reads of each clip, (batch, dim)."""
+        """The vector of each clip that the head reads, (batch, dim)."""
         return self.pool(self.features(fbank))
 
     def features(self, fbank):
-        """Tokens after the final LayerNorm, (batch, tokens, dim)."""
-        return self.norm(self.encode(self.embed(fbank)))
+        """The tokens after the last block and the final LayerNorm, (batch, tokens, dim)."""
+        tokens = self.embed(fbank)
+        tokens = self.encode(tokens)
+        return self.norm(tokens)
 
     def encode(self, tokens):
-        """Tokens through all blocks, (batch, tokens, dim) in and out."""
+        """Tokens through all blocks, (batch, tokens, dim) to the same shape."""
         for block in self.blocks:
             tokens = block(tokens)
         return tokens
 
     def pool(self, tokens):
-        """Tokens (batch, tokens, dim) to one vector (batch, dim)."""
+        """Tokens (batch, tokens, dim) to one vector of each clip, (batch, dim).
+
+        Section III-A says that the head "uses the entire output sequence", and does not say how.
+        The authors' code takes the mean over all tokens, [distillation] and prompts included.
+        """
         if self.config.pool == "cls":
             return tokens[:, 0]
-        if self.config.pool == "cls_dist":  # as the AudioSet head of the checkpoint reads them
+        if self.config.pool == "cls_dist":  # the AudioSet head of the checkpoint reads this
             return (tokens[:, 0] + tokens[:, 1]) / 2
-        return tokens.mean(1)  # section III-A: the mean of "the entire output sequence"
+        return tokens.mean(1)
 
 
 def make_head(config: ASTConfig) -> nn.Module:

@@ -1,9 +1,9 @@
-"""Sounds to features, and datasets to clips, folds and draws.
+"""Sounds to features, and datasets to clips and folds.
 
-`fbank` and `to_input` turn a waveform into what the AST reads, and `spec_augment` masks it in
-training. `Dataset` and `Split` say which clips train and which test. `load_clips` computes the
-features of a dataset once, and `Clips` hands them out batch by batch. DATASETS has one row for each
-dataset: how it is trained, and a function of `sounds/` that lists its clips.
+`fbank` and `to_input` turn a waveform into what the AST reads. `spec_augment` masks it in training.
+`Dataset` and `Split` say which clips train, validate and test. `load_clips` computes the features
+of a dataset once, and `Clips` hands them out batch by batch. DATASETS has one row for each dataset:
+a function of `sounds/` that lists its clips, and how it is trained.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ast_model import ASTConfig
+from ast_model import ASTConfig, UserError
 from sounds import demo, own, paper
 from sounds.audio import read_audio
 from sounds.cache import cached
@@ -30,7 +30,7 @@ FPS = RATE / HOP  # frames per second
 N_MELS = 128
 MEAN = -4.2677393  # of the log-Mel values of AudioSet; the checkpoint was trained with it
 STD = 4.5689974  # likewise
-FRONT_END = {  # saved with every trained model
+FRONT_END = {  # the header of every trained model has it
     "sample_rate": RATE,
     "window": WINDOW,
     "hop": HOP,
@@ -44,10 +44,17 @@ FRONT_END = {  # saved with every trained model
 
 
 @lru_cache(maxsize=8)
-def window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric Hann window (400,) and the triangular Mel filters (257, 128).
+def hann_window(device: torch.device) -> torch.Tensor:
+    """The symmetric Hann window, (400,). It fades a frame out at both ends."""
+    return torch.hann_window(WINDOW, periodic=False).to(device)
 
-    The Mel scale is Kaldi's, 1127 ln(1 + Hz / 700). The filters span 20 Hz to 8 kHz.
+
+@lru_cache(maxsize=8)
+def mel_filters(device: torch.device) -> torch.Tensor:
+    """128 triangular filters between 20 Hz and 8 kHz, one in each column of (257, 128).
+
+    The Mel scale is Kaldi's, 1127 ln(1 + Hz / 700). It follows human hearing, which tells low
+    frequencies apart better than high ones: the filters are narrow below and wide above.
     """
     low = 1127 * math.log(1 + 20 / 700)
     high = 1127 * math.log(1 + RATE / 2 / 700)
@@ -61,40 +68,41 @@ def window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor
     falling = (right - bins) / (right - centre)
     filters = torch.minimum(rising, falling).clamp_min(0)
     filters[-1] = 0  # Kaldi leaves the Nyquist bin out
-    return torch.hann_window(WINDOW, periodic=False).to(device), filters.to(device)
+    return filters.to(device)
 
 
 def fbank(waveforms: torch.Tensor) -> torch.Tensor:
     """Kaldi's log-Mel filterbank: waveforms (batch, samples) in [-1, 1] to (batch, frames, 128).
 
-    A frame has 400 samples, a new frame starts every 160, and no frame reaches over the end. A
-    sound shorter than one frame is padded with zeros. The operations and their order are those of
-    `torchaudio.compliance.kaldi.fbank(waveform, sample_frequency=16000, window_type="hanning",
-    num_mel_bins=128)`, and so is the rounding of most clips.
+    A frame has 400 samples, a new frame starts every 160 samples, and no frame reaches over the
+    end. A sound shorter than one frame is padded with zeros. The logarithm makes ratios of loudness
+    to differences, as human hearing does.
+
+    The operations and their order are those of `torchaudio.compliance.kaldi.fbank(waveform,
+    sample_frequency=16000, window_type="hanning", num_mel_bins=128)`. Most clips come out equal to
+    the last bit.
     """
-    _, filters = window_and_filters(waveforms.device)
     waveforms = F.pad(waveforms, (0, max(0, WINDOW - waveforms.shape[-1])))
     frames = waveforms.unfold(-1, WINDOW, HOP)  # (batch, frames, 400)
     power = spectrum(frames).abs().square()  # (batch, frames, 257)
-    return (
-        (power @ filters).clamp_min(2**-23).log()
-    )  # the floor is the float32 epsilon, as in Kaldi
+    mel = power @ mel_filters(waveforms.device)  # (batch, frames, 128)
+    return mel.clamp_min(2**-23).log()  # the floor is the float32 epsilon, as in Kaldi
 
 
 def spectrum(frames: torch.Tensor) -> torch.Tensor:
-    """Frames (..., 400) to their complex spectrum (..., 257). An ONNX export replaces this part."""
-    hann, _ = window_and_filters(frames.device)
+    """Frames (..., 400) to their complex spectrum (..., 257)."""
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-    frames = (frames - 0.97 * previous) * hann  # pre-emphasis, the first sample against itself
-    return torch.fft.rfft(frames, N_FFT)
+    frames = frames - 0.97 * previous  # pre-emphasis, x[t] - 0.97 x[t - 1], with x[-1] = x[0]
+    return torch.fft.rfft(frames * hann_window(frames.device), N_FFT)
 
 
 def to_input(fb: torch.Tensor, n_frames: int) -> torch.Tensor:
     """Filterbank (..., frames, 128) to what the AST reads, (..., n_frames, 128).
 
-    First pad with zeros or cut, then normalise to the standard deviation 0.5. The order matters:
-    the padding becomes (0 + 4.27) / 9.14 = 0.47, as in the extractor of the checkpoint.
+    First pad with zeros or cut, then normalise. The order matters: the padding becomes
+    (0 + 4.27) / 9.14 = 0.47, as in the feature extractor of the checkpoint. Dividing by twice the
+    standard deviation leaves a standard deviation of 0.5, as in the original AST.
     """
     fb = F.pad(fb, (0, 0, 0, n_frames - fb.shape[-2]))  # negative padding cuts
     return (fb - MEAN) / (2 * STD)
@@ -103,14 +111,16 @@ def to_input(fb: torch.Tensor, n_frames: int) -> torch.Tensor:
 def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_frames: int = 80) -> torch.Tensor:
     """Set one frequency band and one time band of each clip to 0 (SpecAugment; Park et al., 2019).
 
-    x: normalised features (batch, n_frames, n_mels), whose mean is 0.
-    draws: (batch, 4), uniform in [0, 1), on the device of x.
+    x: normalised features (batch, n_frames, n_mels). Their mean over AudioSet is 0.
+    draws: (batch, 4), uniform in [0, 1), on the device of x. The caller draws them, so that a clip
+    gets the same mask however its batch is cut into pieces.
+
     The frequency band is U(0, 24) filters wide, and the time band U(0, max_frames) frames.
     """
 
-    def band(size, limit, pair):  # (batch, 2) -> (batch, size), True where masked
-        width = pair[:, :1] * min(limit, size)
-        start = (pair[:, 1:] * (size - width)).floor()
+    def band(size, widest, draws):  # draws (batch, 2) -> (batch, size), True where masked
+        width = draws[:, :1] * min(widest, size)
+        start = (draws[:, 1:] * (size - width)).floor()
         position = torch.arange(size, device=x.device)
         return (position >= start) & (position < start + width.floor())
 
@@ -156,39 +166,41 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of DATASETS. What the paper leaves open is as in its authors' code."""
+    """One row of DATASETS. Values that the paper does not give are those of its authors' code."""
 
-    load: Callable  # (data_dir, cache_dir) -> sounds.clip.Listing
+    load: Callable  # lists the clips: (data_dir, cache_dir) -> sounds.clip.Listing
     n_frames: int | None  # one every 10 ms; None: as many as the clips have
     batch_size: int
     epochs: int
-    mask: bool  # SpecAugment
-    validate: bool = True  # cross-validation: one of the folds chooses the epoch
+    mask: bool  # whether SpecAugment masks the training clips
+    validate: bool = True  # in cross-validation one of the folds chooses the epoch
     weights: str = "audioset"  # the backbone to start from
     lr: dict[str, float] = field(default_factory=dict)  # by method, if it is not that of METHODS
     own: bool = False  # the user's own sounds: of any length, in classes of any size
 
-    def masks(self, n_frames: int, wanted: bool = True) -> dict[str, bool | int]:
-        """SpecAugment's settings: 80 frames for the paper's datasets, 16 % of own sounds.
+    def widest_mask(self, n_frames: int) -> int:
+        """Frames of the widest time mask of SpecAugment; 0 means no masks.
 
-        Own sounds below 2 s get no mask, which might hide all there is to hear.
+        The paper's datasets have 80. Own sounds have 80 in 500 frames, at most 80, and none if they
+        are shorter than 2 s: a mask could cover the whole sound.
         """
-        mask = wanted and self.mask
+        if not self.mask:
+            return 0
         if not self.own:
-            return {"mask": mask, "mask_frames": 80}
-        mask = mask and n_frames >= 2 * FPS
-        return {"mask": mask, "mask_frames": min(80, n_frames * 80 // 500) if mask else 80}
+            return 80
+        return min(80, n_frames * 80 // 500) if n_frames >= 2 * FPS else 0
 
 
 def load_dataset(
     name: str, data_dir: Path | None, cache_dir: Path, group=None, windows=None
 ) -> Dataset:
-    """A dataset of DATASETS, from `data_dir` or `cache_dir`, or else fetched.
+    """A dataset of DATASETS, from `data_dir` or `cache_dir`, or else downloaded.
 
-    `group` and `windows` are for own sounds, see sounds/own.py.
+    For own sounds (see sounds/own.py): `group` is a regular expression that finds in a path what
+    must stay in one part, and `windows` are the seconds of the pieces that recordings are cut into.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}: there are {', '.join(DATASETS)}")
+        raise UserError(f"unknown dataset {name!r}: there are {', '.join(DATASETS)}")
     recipe = DATASETS[name]
     if recipe.own:
         found = recipe.load(data_dir, cache_dir, group=group, windows=windows)
@@ -234,10 +246,10 @@ def splits_of(parts: list[str | int], validate: bool) -> dict[int, Split]:
 
 def split_of_parts(parts: list[str]) -> Split:
     """The Split in which clip i belongs to `parts[i]`: train, val or test."""
-    split = Split([], [], [])
+    indices = {"train": [], "val": [], "test": []}
     for i, part in enumerate(parts):
-        getattr(split, part).append(i)
-    return split
+        indices[part].append(i)
+    return Split(**indices)
 
 
 def random_split(dataset: Dataset, seed: int) -> Split:
@@ -276,7 +288,7 @@ def folds_of(
             train = few_shot(dataset, train, shots, seed)
         if not train or not test:
             missing = "test" if train else "train"
-            raise ValueError(f"{dataset.root}: no clips left to {missing} on")
+            raise UserError(f"{dataset.root}: no clips left to {missing} on")
         folds[fold] = Split(train, val, test)
     own.tell_of_gaps(dataset, folds)
     return folds
@@ -289,8 +301,9 @@ def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[
     for label, name in enumerate(dataset.classes):
         available = [i for i in train if dataset.labels[i] == label]
         if len(available) < shots:
-            has = f"class {name!r} has only {len(available)} training clips"
-            raise ValueError(f"--shots {shots}: {has}")
+            raise UserError(
+                f"--shots {shots}: class {name!r} has only {len(available)} training clips"
+            )
         drawn += rng.choice(available, shots, replace=False).tolist()
     return sorted(drawn)
 
@@ -299,9 +312,10 @@ def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[
 
 
 def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -> int:
-    """How many frames the model reads: those of `seconds`, or those of the recipe.
+    """How many frames the model reads.
 
-    Own sounds have no such number: 95 % of their clips fit.
+    `seconds` decides, or else the recipe. The recipe of own sounds has no number: there it is so
+    many that 95 % of the clips fit.
     """
     if seconds is None and recipe.n_frames is not None:
         return recipe.n_frames
@@ -310,31 +324,25 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
     return max(ASTConfig.patch, round(seconds * FPS))
 
 
-def always_whole(index: torch.Tensor) -> None:
-    """The check of features that lie in memory."""
-
-
 @dataclass(frozen=True)
 class Clips:
     """Features (clips, n_frames, n_mels) in float16, and labels (clips,), in the same memory.
 
-    `probe` and `linear` replace the features by vectors of the backbone (support/vectors.py), which
-    are kept beside the `file` of the features. `check` mends damaged rows of that file, and gets
-    the indices of clips before their features are read.
+    `file` is where the features are kept, if anywhere. support/vectors.py makes Clips for `linear`
+    and `probe` whose features are vectors of the frozen backbone, (clips, numbers).
     """
 
     features: torch.Tensor
     labels: torch.Tensor
     file: Path | None = None
-    check: Callable[[torch.Tensor], None] = always_whole
 
     def batch(self, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips `index` on `device`, features in float32. `index` lies where the features lie.
+        """Features in float32 and labels of the clips `index`, on `device`.
 
-        From main memory to a GPU they go through pinned memory. Such a copy does not wait for the
-        GPU, so the next batch is gathered while the GPU computes with this one.
+        `index` lies where the features lie. From main memory to a GPU they go through pinned
+        memory. Such a copy does not wait for the GPU, so the next batch is gathered while the GPU
+        computes with this one.
         """
-        self.check(index)
         x = self.features[index]
         y = self.labels[index]
         if device.type == "cuda" and x.device.type == "cpu":
@@ -346,11 +354,11 @@ class Clips:
 def load_clips(
     dataset: Dataset, n_frames: int, device: torch.device, cache_dir: Path, skip_bad: bool
 ) -> tuple[Clips, dict[int, str]]:
-    """All clips of a dataset; and, by index, why a clip has no features.
+    """All clips of a dataset. And for each clip that has no features its index and the reason.
 
     The features are computed once, on all cores, and kept under `cache_dir`. They lie in the memory
-    of a GPU if they take at most half of it, and else stay on disk. Unreadable clips are an error
-    unless `skip_bad`.
+    of a GPU if they take at most half of it, and else stay on disk. Unreadable clips are a
+    UserError unless `skip_bad`.
     """
     longest = (n_frames * HOP + WINDOW) / RATE + 0.1  # seconds; the rest would be cut
 
@@ -362,15 +370,12 @@ def load_clips(
     # Increase the 2 when a formula above changes, so that old features are not used.
     numbers = f"{RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}"
     key = f"front end 2, {numbers}, {n_frames} frames"
-    rows, bad, check = cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
+    rows, bad = cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
     features = torch.from_numpy(rows)
-    if device.type == "cuda":
-        check(torch.arange(len(rows)))
-        check = always_whole
-        if 2 * features.nbytes < torch.cuda.mem_get_info(device)[0]:
-            features = features.to(device)
+    if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0]:
+        features = features.to(device)
     labels = torch.tensor(dataset.labels, device=features.device)
-    return Clips(features, labels, Path(rows.filename), check), bad
+    return Clips(features, labels, Path(rows.filename)), bad
 
 
 # ---------------------------------------------------------------------------- the table of datasets
@@ -386,7 +391,7 @@ DATASETS = {
     "csv": Recipe(own.table, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
     # One-second sounds. No masking: 80 of 98 frames would leave nothing to hear.
     "demo": Recipe(demo.target, n_frames=98, batch_size=16, epochs=4, mask=False, weights="demo"),
-    "demo_source": Recipe(
+    "demo_source": Recipe(  # the demo's task of 68 other kinds of sound, to pretrain on
         demo.source,
         n_frames=98,
         batch_size=32,

@@ -1,13 +1,13 @@
 """Load pretrained checkpoints; save and load what a method trained.
 
-`load_ast` reads an AST checkpoint in any of its formats: names of Hugging Face in .safetensors or
-.bin, or the original AST repository's .pth, from the hub or from disk. `save_trained` writes what a
-method trained, 1 or 2 MB, with a header that describes it. `load_trained` rebuilds the adapted
+`load_ast` reads an AST checkpoint from the hub or from disk: a .safetensors or .bin with the names
+of Hugging Face, or a .pth of the original AST repository. `save_trained` writes the tensors that a
+method trained, 1 or 2 MB, with a header that describes them. `load_trained` rebuilds the adapted
 model from that file. `save_ast` writes a whole model, which `load_ast` reads. No pickle is ever
 executed.
 
-The functions of `support/checkpoints.py` read and write files. They check that a file is whole, and
-that its header and its tensors hold nothing unusual.
+Files are read and written by support/checkpoints.py. It checks that a file is whole, and that its
+header and its tensors hold nothing unusual.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import petl
-import petl_more  # noqa: F401, it adds rows to petl.METHODS
-from ast_model import AST, ASTConfig, make_head
+import petl_more  # noqa: F401, adds the later methods to petl.METHODS
+from ast_model import AST, ASTConfig, UserError, make_head
 from data import FRONT_END
 from support.checkpoints import (
     fetch, read_hf_config, read_metadata, read_tensors, remedy, write_tensors,
@@ -35,9 +35,10 @@ RANDOM = {  # dim, depth, heads
     "demo": (128, 4, 2),
 }
 
-# Parts of tensor names. First comes our name, then the name in files of Hugging Face, then names of
-# its library, or of the original (github.com/YuanGongND/ast). They are replaced from top to
-# bottom: `.attention.output.dense.` must come before `.output.dense.`.
+# Each row translates a part of tensor names. First comes our name, then the one in files of Hugging
+# Face. After it come other spellings: those inside transformers, and those of the original AST
+# (github.com/YuanGongND/ast), whose names begin with `v.` or `mlp_head.`. The rows are applied from
+# top to bottom, so `.attention.output.dense.` must stand before `.output.dense.`.
 NAMES = [
     (".embed.patches.", ".embeddings.patch_embeddings.projection.", ".v.patch_embed.proj."),
     (".embed.cls.", ".embeddings.cls_token.", ".v.cls_token."),
@@ -60,7 +61,7 @@ NAMES = [
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where the pretrained weights of a model came from."""
+    """Where the pretrained weights of a model came from. It is kept as `model.backbone`."""
 
     name: str
     sha256: str  # their `fingerprint`, the same in every file format
@@ -72,17 +73,20 @@ def load_ast(
     n_classes: int | None = None,
     pool: str | None = None,
 ) -> AST:
-    """An AST with pretrained weights, for spectrograms of `n_frames`, with a head for `n_classes`.
+    """An AST with pretrained weights.
 
-    weights: "audioset", "demo" (the small backbone in weights/), "hf:owner/name", the path of a
-    file or of a Hugging Face folder, or "random:base|small|tiny|demo", which always draws the same
-    numbers, so that an adapter trained on them can be loaded again.
+    weights: one of
+      - "audioset", the checkpoint of the paper, and "hf:owner/name", another AST of the hub
+      - "demo", the small backbone in weights/
+      - a path: a file, or a folder with config.json and model.safetensors
+      - "random:base", "random:small", "random:tiny" or "random:demo". The seed is fixed, so an
+        adapter that was trained on random weights can be loaded again.
+    n_frames: length of the spectrograms; None: the length that the checkpoint was trained with.
+    n_classes: makes a new head; None: the checkpoint's own head.
+    pool: how tokens become one vector; None: as the checkpoint's head needs it, and the mean of all
+        tokens for a new head.
 
-    None keeps what the checkpoint has: its length, or its head together with its pool. A new head
-    reads the mean of all tokens unless `pool` says otherwise. The result knows where its weights
-    came from as `model.backbone`.
-
-    A ValueError tells what is missing, damaged or not an AST. Names, shapes and finite numbers are
+    A UserError says what is missing, damaged or not an AST. Names, shapes and finite numbers are
     checked. A square matrix that somebody transposed is not noticed.
     """
     weights = str(weights)
@@ -99,7 +103,7 @@ def load_ast(
     config = replace(config, n_frames=n_frames or config.n_frames)
     state["embed.position"] = resize_positions(state["embed.position"], old_grid, config.grid)
 
-    with torch.device("meta"):  # draws no random numbers, which the checkpoint would replace
+    with torch.device("meta"):  # no start at random: the checkpoint has every tensor
         model = AST(config)
     fill(model, state, weights)
     model.backbone = backbone
@@ -107,12 +111,14 @@ def load_ast(
 
 
 def check_head(state: dict, config: ASTConfig, pool: str | None, weights: str) -> None:
-    """A ValueError unless the checkpoint has a head that reads tokens pooled in this way."""
+    """Raise a UserError unless the checkpoint has a head, and `pool` is None or its own pool."""
     if "head.bias" not in state and "head.1.bias" not in state:
-        raise ValueError(f"{weights} has no head: n_classes makes one")
+        raise UserError(f"{weights} has no head: n_classes makes one")
     if pool not in (None, config.pool):
-        needs = f"{weights}: its own head needs pool {config.pool!r}"
-        raise ValueError(f"{needs}, not {pool!r}; n_classes makes a new one")
+        raise UserError(
+            f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; "
+            "n_classes makes a new one"
+        )
 
 
 def origin_of(weights: str) -> str:
@@ -123,18 +129,20 @@ def origin_of(weights: str) -> str:
 
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Let the tensors of `state` be those of the model. A ValueError unless they fit exactly."""
+    """Give the model the tensors of `state`. A UserError unless they are exactly those it needs."""
     try:
         missing, unknown = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{origin} is no AST of one shape: {reason}") from None
+        raise UserError(f"{origin} is no AST of one shape: {reason}") from None
     if missing or unknown:
-        lacks = f"missing {some_of(missing)}; unknown {some_of(unknown)}"
-        raise ValueError(f"{origin} is no AST checkpoint: {lacks}")
+        raise UserError(
+            f"{origin} is no AST checkpoint: missing {some_of(missing)}; unknown {some_of(unknown)}"
+        )
 
 
 def some_of(names: list[str]) -> str:
+    """The first five of a list, for a message."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(name[:100] for name in names[:5]) + more or "nothing"
 
@@ -152,7 +160,7 @@ def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
 
 
 def find_checkpoint(weights: str) -> tuple[Path, Path]:
-    """The file of weights, fetched if need be, and the path of a config.json, which may exist."""
+    """The file of weights, downloaded if necessary, and where its config.json is, if it has one."""
     if weights == "audioset":
         return fetch(AUDIOSET)
     if weights.startswith("hf:"):
@@ -164,16 +172,19 @@ def find_checkpoint(weights: str) -> tuple[Path, Path]:
         if not path.is_file() and (folder / "pytorch_model.bin").is_file():
             path = folder / "pytorch_model.bin"
     if not path.is_file():
-        give = "give a file, a folder, hf:owner/name, audioset, demo or random:tiny"
-        raise ValueError(f"no weights at {weights}: {give}")
+        raise UserError(
+            f"no weights at {weights}: "
+            "give a file, a folder, hf:owner/name, audioset, demo or random:tiny"
+        )
     return path, path.parent / "config.json"
 
 
 def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
+    """Weights as an untrained AST has them, drawn with the seed 0."""
     size = weights.removeprefix("random:")
     if size not in RANDOM:
         sizes = ", ".join(RANDOM)
-        raise ValueError(f"unknown weights {weights!r}: the random sizes are {sizes}")
+        raise UserError(f"unknown weights {weights!r}: the random sizes are {sizes}")
     dim, depth, heads = RANDOM[size]
     config = ASTConfig(dim=dim, depth=depth, heads=heads, pool="cls_dist")
     with torch.random.fork_rng(devices=[]):
@@ -184,8 +195,9 @@ def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]
 def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors in float32 under our names.
 
-    The original repository's files have ImageNet heads, which nothing uses, and one matrix for
-    query, key and value. Dots around a name let `replace` find whole parts only.
+    Files of the original repository also have ImageNet heads, which nothing uses, and one matrix
+    for query, key and value, which is cut in three. A dot before and after every name lets
+    `replace` find whole parts of names only.
     """
     original = any(name.endswith("v.pos_embed") for name in state)
     translated = {}
@@ -218,29 +230,20 @@ def to_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -> ASTConfig:
-    """The shape of the model: from its tensors, and the rest from a header or config.json.
+    """The shape of the model that the tensors of the file `path` make.
 
-    A file of `save_ast` has the whole shape in its header, which must agree with the tensors.
+    A file of `save_ast` has the whole shape in its header. Other files show the sizes by their
+    tensors, and config.json says the rest. A UserError if tensors and description disagree.
     """
     header = read_metadata(path) if path.suffix == ".safetensors" else {}
     try:
-        dim, _, patch, _ = state["embed.patches.weight"].shape
-        _, n_tokens, _ = state["embed.position"].shape
-        hidden = state["blocks.0.ffn.fc1.weight"].shape[0]
+        sizes, n_tokens = sizes_of(state)
     except (KeyError, ValueError, IndexError) as error:
-        hint = (
-            "; it holds trained parts, whose backbone is wanted here" if "method" in header else ""
-        )
-        what = f"{error} is missing or of another shape{hint}"
-        raise ValueError(f"{path} is no AST checkpoint: {what}") from None
-    bias = state.get("head.1.bias", state.get("head.bias", torch.zeros(1)))
-    sizes = {
-        "dim": dim,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        "hidden": hidden,
-        "patch": patch,
-        "n_classes": bias.numel(),
-    }
+        message = f"{path} is no AST checkpoint: {error} is missing or of another shape"
+        if "method" in header:
+            message += "; it holds trained parts, whose backbone is wanted here"
+        raise UserError(message) from None
+    problem = f"{path} and its config.json do not make an AST"
     try:
         if "config" in header:
             config = ASTConfig(**header["config"])
@@ -249,24 +252,42 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
             pool = "cls_dist" if "head.1.bias" in state else "mean"
             config = complete(sizes, n_tokens, pool, config_path)
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} and its config.json do not make an AST: {error}") from error
+        raise UserError(f"{problem}: {error}") from error
     for name, size in sizes.items():
-        if getattr(config, name) != size:
-            was = getattr(config, name)
-            got = f"config.{name}: Expected {size} as its tensors have it, got {was}"
-            raise ValueError(f"{path} and its config.json do not make an AST: {got}")
+        described = getattr(config, name)
+        if described != size:
+            raise UserError(
+                f"{problem}: config.{name}: Expected {size} as its tensors have it, got {described}"
+            )
     if config.n_tokens != n_tokens:
-        got = f"a grid of {config.grid} patches does not have {n_tokens} positions"
-        raise ValueError(f"{path} and its config.json do not make an AST: {got}")
+        raise UserError(
+            f"{problem}: a grid of {config.grid} patches does not have {n_tokens} positions"
+        )
     return config
 
 
+def sizes_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, int], int]:
+    """Fields of ASTConfig that tensors show, and the number of tokens."""
+    dim, _, patch, _ = state["embed.patches.weight"].shape
+    _, n_tokens, _ = state["embed.position"].shape
+    head_bias = state.get("head.1.bias", state.get("head.bias", torch.zeros(1)))
+    sizes = {
+        "dim": dim,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "hidden": state["blocks.0.ffn.fc1.weight"].shape[0],
+        "patch": patch,
+        "n_classes": head_bias.numel(),
+    }
+    return sizes, n_tokens
+
+
 def complete(sizes: dict[str, int], n_tokens: int, pool: str, config_path: Path) -> ASTConfig:
-    """The shape that tensors show, with heads, stride, bands and epsilon of config.json."""
+    """The `sizes` of the tensors, and heads, stride, bands and epsilon of config.json."""
     hf = read_hf_config(config_path)
     if hf.time_stride != hf.frequency_stride or hf.hidden_act != "gelu" or not hf.qkv_bias:
-        only = "only ASTs with equal strides, exact GELU and biases are supported"
-        raise ValueError(f"{config_path}: {only}")
+        raise UserError(
+            f"{config_path}: only ASTs with equal strides, exact GELU and biases are supported"
+        )
     patch = sizes["patch"]
     stride = hf.frequency_stride
     bands = (hf.num_mel_bins - patch) // stride + 1
@@ -287,8 +308,9 @@ def resize_positions(
 ) -> torch.Tensor:
     """Position embeddings (1, 2 + F T, dim) for another patch grid, as the original AST does it.
 
-    Time comes first, then frequency. Fewer steps keep the middle ones, and more are interpolated.
-    The rows of [CLS] and [distillation] stay.
+    `old` and `new` are (F, T). The time axis is resized first, then the frequency axis. A smaller
+    size keeps the middle, and a larger one is interpolated. The rows of [CLS] and [distillation]
+    stay.
     """
     front = position[:, :2]
     grid = position[:, 2:].transpose(1, 2).unflatten(2, old)  # (1, dim, F, T)
@@ -298,7 +320,7 @@ def resize_positions(
 
 
 def crop_or_stretch(grid: torch.Tensor, size: int) -> torch.Tensor:
-    """The last dimension of (1, dim, rows, columns) to `size`: the middle, or an interpolation."""
+    """Resize the last axis of (1, dim, rows, columns): its middle, or an interpolation."""
     rows, columns = grid.shape[-2:]
     if size <= columns:
         start = columns // 2 - size // 2
@@ -320,7 +342,7 @@ def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
 
 
 def to_dict(method: petl.Method) -> dict:
-    """The method as plain JSON types; `from_dict` is the way back."""
+    """The method as plain JSON types. `from_dict` is the inverse."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
     entry = {"name": method.name, "lr": method.lr, "parts": parts}
     if method.blocks:
@@ -329,7 +351,10 @@ def to_dict(method: petl.Method) -> dict:
 
 
 def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
-    """The Method of such a dict. `origin` says where the dict is from."""
+    """The Method that `to_dict` made this dict of. `origin` is the file it was read from.
+
+    Fields that a part does not have are ignored, as other programs do with headers.
+    """
     kinds = {}
     for method in petl.METHODS.values():
         for part in method.parts:
@@ -338,8 +363,10 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
     for part in entry["parts"]:
         kind = kinds.get(part["part"])
         if kind is None:
-            has = f"{entry['name']!r} has the part {part['part']!r}"
-            raise ValueError(f"{origin}: {has}, which no row of METHODS has")
+            raise UserError(
+                f"{origin}: {entry['name']!r} has the part {part['part']!r}, "
+                "which no row of METHODS has"
+            )
         names = {field.name for field in fields(kind)}
         parts.append(kind(**{name: value for name, value in part.items() if name in names}))
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
@@ -347,9 +374,9 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's own tensors that training changes.
+    """The tensors that training changes, by name: the model's own, not copies.
 
-    These are its trained parameters and its buffers of floats, as BatchNorm and `probe` have them.
+    These are the trained parameters, and the buffers of floats, as BatchNorm and `probe` have them.
     """
     changed = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -363,7 +390,7 @@ def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what training changes, on the CPU."""
+    """Copies of `live_tensors` on the CPU."""
     live = live_tensors(model)
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in live.items()}
 
@@ -389,33 +416,34 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
 def load_trained(path: Path, weights: str | None = None) -> AST:
     """The model of a file of `save_trained` or `save_ast`, in evaluation mode.
 
-    `weights` says where the backbone is, if it is not where the header says. Another backbone is a
-    ValueError.
+    `weights` says where the backbone is, if it is not where the header says. A UserError names both
+    backbones if it is another one.
     """
     header = read_metadata(path)
     if "config" in header:  # a whole model, which needs no backbone
         return load_ast(path).eval()
     if not header:
-        raise ValueError(f"{path} is no whole file of trained parts (it has no such header)")
+        raise UserError(f"{path} is no whole file of trained parts (it has no such header)")
     wanted = Backbone(**header["backbone"])
     shape = (header["n_frames"], header["n_classes"], header["pool"])
     try:
         model = load_ast(weights or wanted.name, *shape)
-    except ValueError as error:
-        needs = f"{path} needs its backbone: {error}"
-        raise ValueError(f"{needs}; --weights says where it is") from error
+    except UserError as error:
+        raise UserError(
+            f"{path} needs its backbone: {error}; --weights says where it is"
+        ) from error
     if model.backbone.sha256 != wanted.sha256:
-        was = f"{wanted.name} (SHA-256 {wanted.sha256[:12]})"
-        given = f"{model.backbone.name} ({model.backbone.sha256[:12]})"
-        other = f"{path} was trained on the backbone {was}, not on {given}"
-        raise ValueError(f"{other}: {remedy(wanted.sha256)}")
+        raise UserError(
+            f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), "
+            f"not on {model.backbone.name} ({model.backbone.sha256[:12]}): {remedy(wanted.sha256)}"
+        )
     petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)
     return model.eval()
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], origin="the state") -> None:
-    """Put trained tensors back into an adapted model. A ValueError unless they fit exactly."""
+    """Copy `tensors` into the `live_tensors` of a model. A UserError unless they fit exactly."""
     expected = live_tensors(model)
     wrong = sorted(expected.keys() ^ tensors.keys())
     for name, tensor in expected.items():
@@ -423,7 +451,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], origin="the
             wrong.append(name)
     if wrong:
         method = model.method.name
-        raise ValueError(f"{origin} does not fit the method {method!r}: {some_of(wrong)}")
+        raise UserError(f"{origin} does not fit the method {method!r}: {some_of(wrong)}")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])

@@ -1,29 +1,35 @@
 """Every method of the paper, as small modules around parts of the AST.
 
+    from ast_model import AST, ASTConfig
+    from petl import apply, count
+
     model = apply(AST(ASTConfig(n_frames=500, n_classes=50)), "houlsby_par")
     count(model)  # {'petl': 497952, 'head': 39986, 'total': 86207570}
 
 A *method* is a row of METHODS: a name and a tuple of parts. A *part* is a dataclass with one
-function, `insert(model)`, which puts modules around something in the AST: around a sub-layer
-(adapters, Hydra), a projection (LoRA, prefixes), the embedding or a block (prompts). Some parts
-only unfreeze what is there. To add a method, write the module, the part and the row.
+function, `insert(model, blocks)`. `model` is the AST, and `blocks` is the list of its Blocks that
+the method may change. `insert` puts modules around something in these blocks: around a sub-layer
+(adapters, Hydra) or around a projection (LoRA, prefixes). Prompts go around the embedding and
+around whole blocks. Some parts only unfreeze what is there. To add a method, write the module, the
+part and the row.
 
-A *wrapper* is a module that keeps what it wraps as `self.wrapped`. Wrappers may nest. `inner` finds
-the AST's own module at the bottom, and `put_beneath` inserts a new wrapper at the bottom. The code
+A *wrapper* is a module that keeps what it wraps as `self.wrapped`, so `attn.q` may become
+`LoRALinear(attn.q)`. Wrappers may nest. `inner` finds the AST's own module at the bottom. The code
 of the AST never changes.
 
-This file imports torch and ast_model. Errors of its users are ValueErrors.
+This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
 
+import copy
 import difflib
+import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ast_model import AST, ASTConfig
+from ast_model import AST, ASTConfig, UserError
 
 
 def inner(module: nn.Module) -> nn.Module:
@@ -33,18 +39,19 @@ def inner(module: nn.Module) -> nn.Module:
     return module
 
 
-def put_beneath(parent: nn.Module, name: str, layer) -> None:
-    """Replace `parent.name` by layer(parent.name), beneath all wrappers that are there already.
+def wrap(parent: nn.Module, name: str, wrapper) -> None:
+    """Replace `parent.name` by wrapper(parent.name).
 
-    LoRA thereby adapts W itself, even if a prefix is around W. A wrapper that `reads_weight` of
-    what it wraps (DoRA in petl_more.py) is not opened: the layer goes around it.
+    If `parent.name` is a wrapper already, the new one goes to the bottom: LoRA after a prefix
+    becomes PrefixLinear(LoRALinear(k)). A wrapper that reads the weight below it
+    (`reads_weight`, see petl_more.DoRALinear) stays at the bottom, and the new one goes around it.
     """
     module = getattr(parent, name)
     while hasattr(module, "wrapped") and not hasattr(module, "reads_weight"):
         parent = module
         name = "wrapped"
         module = module.wrapped
-    setattr(parent, name, layer(module))
+    setattr(parent, name, wrapper(module))
 
 
 def rank_of(dim: int, rr: float) -> int:
@@ -53,13 +60,14 @@ def rank_of(dim: int, rr: float) -> int:
 
 
 def zeros(linear: nn.Linear) -> nn.Linear:
-    """The same Linear, with weight and bias set to zero."""
+    """Set weight and bias of a Linear to zero, and return it."""
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
     return linear
 
 
 def quick_gelu(x):
+    """An approximation of GELU, x sigmoid(1.702 x). Convpass takes it."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -69,9 +77,9 @@ def quick_gelu(x):
 class Bottleneck(nn.Module):
     """The adapter of Houlsby et al. (ICML 2019): down to r numbers, GELU, up to dim numbers.
 
-    The up-projection starts at zero, so that the model starts as the pretrained one. Only one of
-    the two may start at zero: the gradient of each is a product with the other, so if both were
-    zero, neither weight would ever move.
+    The up-projection starts at zero, so the adapted model starts as the pretrained one. Only one of
+    the two projections may start at zero. The gradient of each is a product with the other, so if
+    both were zero, neither weight would ever move.
     """
 
     def __init__(self, dim: int, rank: int):
@@ -86,9 +94,12 @@ class Bottleneck(nn.Module):
 class Convpass(nn.Module):
     """A bottleneck with a convolution over the sequence of tokens (Jie and Deng, 2022).
 
-    Section II-B says 3x3, but only a one-dimensional window of 3 gives the 254K parameters of
-    Table I. As in the original Convpass, the convolution starts as the identity, a QuickGELU stands
-    before and after it, and dropout is 0.1.
+    Section II-B describes the 3x3 convolution of the original. But Table I counts 254K parameters,
+    which only a convolution of width 3 along the tokens has. So the paper must have used that one.
+    The authors' code computes a convolution and then drops its result; here the result is used.
+
+    As in the original, the convolution starts as the identity, a QuickGELU stands before and after
+    it, and dropout is 0.1.
     """
 
     convolution = nn.Conv1d
@@ -103,7 +114,7 @@ class Convpass(nn.Module):
         self.up = zeros(nn.Linear(rank, dim))
 
     def forward(self, x):  # (batch, tokens, dim)
-        h = quick_gelu(self.down(x))
+        h = quick_gelu(self.down(x))  # (batch, tokens, rank)
         h = quick_gelu(self.convolve(h))
         return self.up(self.dropout(h))
 
@@ -112,7 +123,7 @@ class Convpass(nn.Module):
 
 
 class Convpass2d(Convpass):
-    """The original Convpass, which the paper does not have: a 3x3 window over the patch grid.
+    """The original Convpass: a 3x3 convolution over the F x T grid of patches.
 
     The tokens in front of the patches are convolved as images of one pixel.
     """
@@ -134,77 +145,121 @@ class Convpass2d(Convpass):
         return torch.cat([front, patches], dim=1)
 
 
-class Adapted(nn.Module):
-    """A sub-layer S (MHSA or FFN) with an adapter A.
+# Five ways to connect an adapter A with a sub-layer S (MHSA or FFN). u is the output of the
+# LayerNorm before S. What a function returns takes the place of S(u) in the block.
 
-    The input u is the output of the LayerNorm before S. What comes out replaces S(u) in the block,
-    which adds it to its residual stream.
+
+def par_before(sublayer, adapter, u):
+    """S(u) + A(u). Eq. (7) prints A(x), with x before the LayerNorm; the authors' code has A(u)."""
+    return sublayer(u) + adapter(u)
+
+
+def seq_after(sublayer, adapter, u):
+    """S(u) + A(S(u)): eq. (6) with a residual path around A.
+
+    Table III has two names for this function, Seq-After and Par-After.
     """
+    s = sublayer(u)
+    return s + adapter(s)
 
-    def __init__(self, wrapped: nn.Module, adapter: nn.Module, how: str):
+
+def seq_before(sublayer, adapter, u):
+    """S(A(u)) + A(u), as in the authors' code; Table III gives no formula.
+
+    A(u) is 0 at the start, so S reads zeros: the model does not start as the pretrained one.
+    """
+    a = adapter(u)
+    return sublayer(a) + a
+
+
+def par_before_residual(sublayer, adapter, u):
+    """S(u) + A(u) + u. Table VII shows that a parallel adapter needs no residual path."""
+    return sublayer(u) + adapter(u) + u
+
+
+def seq_after_no_residual(sublayer, adapter, u):
+    """A(S(u)), eq. (6) as printed. Table VII shows that a sequential adapter needs a residual path.
+
+    A(S(u)) is 0 at the start, so the model does not start as the pretrained one.
+    """
+    return adapter(sublayer(u))
+
+
+INSERTIONS = {
+    "par_before": par_before,
+    "seq_after": seq_after,
+    "seq_before": seq_before,
+    "par_before_residual": par_before_residual,
+    "seq_after_no_residual": seq_after_no_residual,
+}
+
+
+class Adapted(nn.Module):
+    """A sub-layer with an adapter. `how` is a key of INSERTIONS."""
+
+    def __init__(self, wrapped, adapter: nn.Module, how: str):
         super().__init__()
         self.wrapped = wrapped
         self.adapter = adapter
         self.how = how
 
     def forward(self, u):  # (batch, tokens, dim)
-        if self.how == "par_before":  # S(u) + A(u): eq. (7), where A reads x before the LayerNorm
-            return self.wrapped(u) + self.adapter(u)
-        if self.how == "seq_after":  # S(u) + A(S(u)): eq. (6) and Table III, where Par-After is it
-            s = self.wrapped(u)
-            return s + self.adapter(s)
-        if (
-            self.how == "seq_before"
-        ):  # S(A(u)) + A(u): Table III. At first A(u) = 0, so S sees zeros
-            a = self.adapter(u)
-            return self.wrapped(a) + a
-        if self.how == "par_before_residual":  # S(u) + A(u) + u: Table VII, one residual too many
-            return self.wrapped(u) + self.adapter(u) + u
-        if self.how == "seq_after_no_residual":  # A(S(u)): Table VII and eq. (6) as printed
-            return self.adapter(self.wrapped(u))
-        raise ValueError(f"there is no adapter {self.how!r}")
-
-
-def put_adapter(block: nn.Module, at: str, adapter: nn.Module, how: str) -> None:
-    """Give an adapter to the MHSA ("attn") or FFN ("ffn") of a block, and train its LayerNorm.
-
-    Only with this LayerNorm does one adapter a block have 249K: 230,544 + 18,432 parameters.
-    """
-    norm = block.norm1 if at == "attn" else block.norm2
-    norm.requires_grad_(True)
-    setattr(block, at, Adapted(getattr(block, at), adapter, how))
+        connect = INSERTIONS[self.how]
+        return connect(self.wrapped, self.adapter, u)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter in every block, at its MHSA or its FFN."""
+    """A Bottleneck at the MHSA or at the FFN of every block. A subclass builds another adapter.
 
-    at: Literal["attn", "ffn"]
-    how: str  # a case of Adapted.forward
-    kind: Literal["bottleneck", "convpass", "convpass_2d"] = "bottleneck"
+    The LayerNorm before the sub-layer is trained, too. Only then a row with one adapter in each
+    block has the 249K of Table I: 230,544 + 18,432 parameters.
+    """
+
+    at: str  # "attn" or "ffn"
+    how: str  # a key of INSERTIONS
     rr: float = 64
 
-    def insert(self, model: AST) -> None:
-        for block in map(inner, model.blocks):
-            put_adapter(block, self.at, self.adapter(model.config), self.how)
+    def insert(self, model, blocks):
+        for block in blocks:
+            adapter = self.build(model.config)
+            if self.at == "attn":
+                block.norm1.requires_grad_(True)
+                block.attn = Adapted(block.attn, adapter, self.how)
+            else:
+                block.norm2.requires_grad_(True)
+                block.ffn = Adapted(block.ffn, adapter, self.how)
 
-    def adapter(self, config: ASTConfig) -> nn.Module:
-        rank = rank_of(config.dim, self.rr)
-        if self.kind == "convpass":
-            return Convpass(config.dim, rank)
-        if self.kind == "convpass_2d":
-            return Convpass2d(config.dim, rank, config.grid)
-        return Bottleneck(config.dim, rank)
+    def build(self, config):
+        return Bottleneck(config.dim, rank_of(config.dim, self.rr))
+
+
+@dataclass(frozen=True)
+class ConvpassAdapter(Adapter):
+    """A Convpass in place of the Bottleneck."""
+
+    def build(self, config):
+        return Convpass(config.dim, rank_of(config.dim, self.rr))
+
+
+@dataclass(frozen=True)
+class Convpass2dAdapter(Adapter):
+    """A Convpass2d in place of the Bottleneck."""
+
+    needs_all_patches = True  # a grid with holes cannot be convolved, so --keep is refused
+
+    def build(self, config):
+        return Convpass2d(config.dim, rank_of(config.dim, self.rr), config.grid)
 
 
 class HydraFFN(nn.Module):
-    """S(u) + P(u) + Q(S(u)): two bottlenecks without activation (Hydra, Kim et al., 2023).
+    """S(u) + P(u) + Q(S(u)), P and Q bottlenecks without activation (Hydra, Kim et al., 2023).
 
-    P is parallel to the FFN S, and Q comes after it. Table V has 470K parameters, so both branches
-    share the bias of `up_p`.
+    P is parallel to the FFN S, and Q comes after it. The 470K of Table V leave room for one bias
+    of the up-projections, so both branches share that of `up_p`.
     """
 
-    def __init__(self, wrapped: nn.Module, dim: int, rank: int):
+    def __init__(self, wrapped, dim: int, rank: int):
         super().__init__()
         self.wrapped = wrapped
         self.down_p = nn.Linear(dim, rank)
@@ -219,22 +274,25 @@ class HydraFFN(nn.Module):
 
 @dataclass(frozen=True)
 class Hydra:
-    """Hydra at the FFN of every block. Trains the LayerNorm before the FFN."""
+    """Hydra at the FFN of every block. The LayerNorm before the FFN is trained, too."""
 
     rr: float = 64
 
-    def insert(self, model: AST) -> None:
+    def insert(self, model, blocks):
         dim = model.config.dim
-        for block in map(inner, model.blocks):
-            block.ffn = HydraFFN(block.ffn, dim, rank_of(dim, self.rr))
+        for block in blocks:
             block.norm2.requires_grad_(True)
+            block.ffn = HydraFFN(block.ffn, dim, rank_of(dim, self.rr))
 
 
 # --------------------------------------------------------------------------------------------- LoRA
 
 
 class LoRALinear(nn.Module):
-    """LoRA (Hu et al., 2021), eq. (5): W x + bias + s B A x. B starts at zero."""
+    """LoRA (Hu et al., 2021), eq. (5): W x + bias + s B A x, with W (out, in) frozen.
+
+    A (r, in) starts at random and B (out, r) at zero, so the model starts as the pretrained one.
+    """
 
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__()
@@ -242,35 +300,37 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.a = nn.Linear(wrapped.in_features, rank, bias=False)
         self.b = nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False)
-        zeros(self.b)
+        zeros(self.b)  # skip_init draws no random numbers that zeros would replace
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.wrapped(x) + self.b(self.scale * self.a(x))
 
     def merged(self) -> nn.Linear:
-        """One plain Linear with the weight W + s B A. PyTorch keeps weights as (out, in)."""
+        """A new Linear with the weight W + s B A."""
+        linear = copy.deepcopy(self.wrapped)
         change = self.scale * self.b.weight @ self.a.weight
-        self.wrapped.weight = nn.Parameter(self.wrapped.weight + change)
-        return self.wrapped
+        linear.weight = nn.Parameter(self.wrapped.weight + change)
+        return linear
 
 
 @dataclass(frozen=True)
 class LoRA:
     """LoRA on some projections of every attention.
 
-    s = alpha / RR as in section III-A, that is 1/16, although section II-B has s >= 1.
+    The scale is s = alpha / RR = 8 / 128, as in section III-A. Section II-B says s >= 1, which
+    contradicts these values.
     """
 
     targets: str = "qv"  # any of q, k, v, o
     rr: float = 128
     alpha: float = 8
 
-    def insert(self, model: AST) -> None:
-        for block in map(inner, model.blocks):
+    def insert(self, model, blocks):
+        for block in blocks:
             for name in self.targets:
-                put_beneath(inner(block.attn), name, self.layer)
+                wrap(inner(block.attn), name, self.build)
 
-    def layer(self, linear: nn.Linear) -> LoRALinear:
+    def build(self, linear):
         return LoRALinear(linear, rank_of(linear.in_features, self.rr), self.alpha / self.rr)
 
 
@@ -278,9 +338,10 @@ class LoRA:
 
 
 def prompt_parameter(n: int, config: ASTConfig) -> nn.Parameter:
-    """n learned tokens, uniform in +-sqrt(6 / (3 patch^2 + dim)), as in visual prompt tuning.
+    """n learned tokens (n, dim), uniform in +-sqrt(6 / (3 patch^2 + dim)).
 
-    The 3 are the colours of an image; the authors' code keeps them.
+    This is the Xavier-uniform start of visual prompt tuning, where a patch has 3 colour channels.
+    The authors' code keeps the 3, although a spectrogram has one channel.
     """
     bound = (6 / (3 * config.patch**2 + config.dim)) ** 0.5
     return nn.Parameter(torch.empty(n, config.dim).uniform_(-bound, bound))
@@ -289,14 +350,14 @@ def prompt_parameter(n: int, config: ASTConfig) -> nn.Parameter:
 class PrefixLinear(nn.Module):
     """Prefix-tuning (Li and Liang, 2021): a key or value projection, n learned rows in front."""
 
-    def __init__(self, wrapped: nn.Module, prefix: nn.Parameter):
+    def __init__(self, wrapped, prefix: nn.Parameter):
         super().__init__()
         self.wrapped = wrapped
         self.prefix = prefix
 
     def forward(self, x):  # (batch, tokens, dim) -> (batch, n + tokens, dim)
-        y = self.wrapped(x)
-        prefix = self.prefix.to(y.dtype).expand(y.shape[0], -1, -1)  # autocast gives a half y
+        y = self.wrapped(x)  # in half precision under autocast
+        prefix = self.prefix.to(y.dtype).expand(y.shape[0], -1, -1)
         return torch.cat([prefix, y], dim=1)
 
 
@@ -304,44 +365,46 @@ class PrefixLinear(nn.Module):
 class Prefix:
     """Prefix-tuning in every layer: half of the prompts are keys, and the other half are values.
 
-    24 prompts make the 221K of Table I: 12 layers x 24 x 768.
+    With 24 prompts there are 12 layers x 24 x 768 = 221K parameters, as in Table I.
     """
 
     prompts: int = 24
 
     def __post_init__(self):
         if self.prompts % 2:
-            need = "prefix-tuning needs an even number of prompts (keys and values)"
-            raise ValueError(f"{need}, not {self.prompts}")
+            raise UserError(
+                "prefix-tuning needs an even number of prompts, half keys and half values, "
+                f"not {self.prompts}"
+            )
 
-    def insert(self, model: AST) -> None:
-        for block in map(inner, model.blocks):
+    def insert(self, model, blocks):
+        for block in blocks:
             attn = inner(block.attn)
             attn.k = PrefixLinear(attn.k, prompt_parameter(self.prompts // 2, model.config))
             attn.v = PrefixLinear(attn.v, prompt_parameter(self.prompts // 2, model.config))
 
 
 class PromptedEmbedding(nn.Module):
-    """The embedding with n prompts in place of [distillation], as in the authors' code.
+    """Replaces the [distillation] token by n learned prompts, as the authors' code does.
 
-    With the pool `cls_dist` the head then reads [CLS] and the first prompt.
+    With pool="cls_dist" the head then averages [CLS] and the first prompt.
     """
 
-    def __init__(self, wrapped: nn.Module, prompts: nn.Parameter):
+    def __init__(self, wrapped, prompts: nn.Parameter):
         super().__init__()
         self.wrapped = wrapped
         self.prompts = prompts
 
     def forward(self, fbank):  # (batch, n_frames, n_mels) -> (batch, 1 + n + patches, dim)
-        x = self.wrapped(fbank)
+        x = self.wrapped(fbank)  # (batch, 2 + patches, dim)
         prompts = self.prompts.expand(x.shape[0], -1, -1)
         return torch.cat([x[:, :1], prompts, x[:, 2:]], dim=1)
 
 
 class PromptedBlock(nn.Module):
-    """A block with n prompts of its own in place of those that the block before it returns."""
+    """Before this block, the n prompt tokens are replaced by new learned prompts."""
 
-    def __init__(self, wrapped: nn.Module, prompts: nn.Parameter):
+    def __init__(self, wrapped, prompts: nn.Parameter):
         super().__init__()
         self.wrapped = wrapped
         self.prompts = prompts
@@ -354,19 +417,21 @@ class PromptedBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompt-tuning (Jia et al., 2022). Shallow: prompts before the first layer. Deep: in each."""
+    """Prompt-tuning (Jia et al., 2022). Shallow: prompts before the first block. Deep: before each.
+
+    The mean of all tokens, which the head reads, contains the prompts.
+    """
 
     prompts: int
     deep: bool = False
 
-    def insert(self, model: AST) -> None:
-        if len(model.blocks) < model.config.depth:
-            where = "prompts enter before the first block"
-            raise ValueError(f"{where}: they cannot be kept to some of the blocks")
+    needs_all_blocks = True  # prompts enter before the first block
+
+    def insert(self, model, blocks):
         prompts = prompt_parameter(self.prompts, model.config)
         model.embed = PromptedEmbedding(model.embed, prompts)
         if self.deep:
-            for i in range(1, model.config.depth):
+            for i in range(1, len(model.blocks)):
                 prompts = prompt_parameter(self.prompts, model.config)
                 model.blocks[i] = PromptedBlock(model.blocks[i], prompts)
 
@@ -376,21 +441,33 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Biases:
-    """BitFit (Ben Zaken et al., 2022): the biases of every Linear and LayerNorm of the encoder."""
+    """BitFit (Ben Zaken et al., 2022): the biases of every Linear and LayerNorm of the encoder.
 
-    def insert(self, model: AST) -> None:
-        for module in [*model.blocks.modules(), model.norm]:
-            if isinstance(module, nn.Linear | nn.LayerNorm):
-                module.bias.requires_grad_(True)
+    Of the final LayerNorm only the bias is trained.
+    """
+
+    owns_final_norm = True  # Table I counts it as part of the method, see `count`
+
+    def insert(self, model, blocks):
         model.norm.weight.requires_grad_(False)
+        model.norm.bias.requires_grad_(True)
+        for block in blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Linear | nn.LayerNorm):
+                    module.bias.requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class Everything:
-    """Full fine-tuning."""
+    """Full fine-tuning: the blocks, and the embedding if the method changes all blocks."""
 
-    def insert(self, model: AST) -> None:
-        model.requires_grad_(True)
+    owns_final_norm = True
+
+    def insert(self, model, blocks):
+        for block in blocks:
+            block.requires_grad_(True)
+        if len(blocks) == len(model.blocks):
+            model.embed.requires_grad_(True)
 
 
 # ----------------------------------------------------------------------------- the table of methods
@@ -400,36 +477,20 @@ class Everything:
 class Method:
     """A row of METHODS.
 
-    All methods train the head, and all but BitFit and `probe` the whole final LayerNorm. Both
-    together are the 9-40K of Table I's row Linear.
+    The head is trained by every method, and the final LayerNorm by every method but BitFit (its
+    bias only) and `probe`. Head and LayerNorm together have the 9-40K parameters of Table I's row
+    Linear, although section III-A speaks of the head alone.
     """
 
     name: str
     parts: tuple
     paper: str = "-"  # trained parameters as the paper prints them
     where: str = "-"  # the row of the paper's tables
-    lr: float = 5e-3  # section III-A; for full fine-tuning, linear and BitFit the authors' setup
+    lr: float = 5e-3  # section III-A; full fine-tuning, Linear and BitFit: the authors' code
     blocks: tuple[int, int] | None = None  # first and last block to change, from 1; None: all
 
 
-MHSA_PAR = ("attn", "par_before")
-MHSA_SEQ = ("attn", "seq_after")
-FFN_PAR = ("ffn", "par_before")
-FFN_SEQ = ("ffn", "seq_after")
-MHSA_SEQ_BEFORE = ("attn", "seq_before")
-FFN_SEQ_BEFORE = ("ffn", "seq_before")
-
-
-def adapters(*places: tuple[str, str], **options) -> tuple[Adapter, ...]:
-    return tuple(Adapter(at, how, **options) for at, how in places)
-
-
-def convpass(*places: tuple[str, str]) -> tuple[Adapter, ...]:
-    return adapters(*places, kind="convpass")
-
-
-ALL_THREE = (*adapters(FFN_PAR), Prompts(14, deep=True), LoRA(rr=256))
-
+# fmt: off
 ROWS = [
     Method("full_ft", (Everything(),), "85.5M", "Table I, Full FT", lr=5e-5),
     Method("linear", (), "9-40K", "Table I, Linear", lr=1e-3),
@@ -437,113 +498,164 @@ ROWS = [
     Method("spt", (Prompts(300),), "230K", "Table I, SPT-300", lr=1e-2),
     Method("dpt", (Prompts(25, deep=True),), "230K", "Table I, DPT-25", lr=1e-2),
     Method("prefix", (Prefix(24),), "221K", "Table I, Pref-T 24", lr=1e-2),
-    # Pfeiffer: one adapter a block, parallel to the MHSA or in sequence after the FFN. Houlsby: one
-    # at each. Table I repeats these rows of Table III; section II-B names the FFN, III-A the MHSA.
-    Method("pfeiffer_par", adapters(MHSA_PAR), "249K", "Table I, PF par"),
-    Method("pfeiffer_seq", adapters(FFN_SEQ), "249K", "Table I, PF seq"),
-    Method("houlsby_par", adapters(MHSA_PAR, FFN_PAR), "498K", "Table I, HOU par"),
-    Method("houlsby_seq", adapters(MHSA_SEQ, FFN_SEQ), "498K", "Table I, HOU seq"),
-    Method("convpass_pfeiffer_par", convpass(MHSA_PAR), "254K", "Table I, Conv PF par"),
-    Method("convpass_pfeiffer_seq", convpass(FFN_SEQ), "254K", "Table I, Conv PF seq"),
-    Method("convpass_houlsby_par", convpass(MHSA_PAR, FFN_PAR), "508K", "Table I, Conv HOU par"),
-    Method("convpass_houlsby_seq", convpass(MHSA_SEQ, FFN_SEQ), "508K", "Table I, Conv HOU seq"),
+
+    # Pfeiffer adapters (PF): one in each block. The paper contradicts itself about the place:
+    # section II-B says FFN, section III-A MHSA. The accuracies that Table I shares with Table III
+    # decide: "PF par" is parallel to the MHSA, and "PF seq" comes after the FFN.
+    Method("pfeiffer_par", (Adapter("attn", "par_before"),), "249K", "Table I, PF par"),
+    Method("pfeiffer_seq", (Adapter("ffn", "seq_after"),), "249K", "Table I, PF seq"),
+    # Houlsby adapters (HOU): one at the MHSA and one at the FFN of each block.
+    Method("houlsby_par", (Adapter("attn", "par_before"), Adapter("ffn", "par_before")),
+           "498K", "Table I, HOU par"),
+    Method("houlsby_seq", (Adapter("attn", "seq_after"), Adapter("ffn", "seq_after")),
+           "498K", "Table I, HOU seq"),
+    Method("convpass_pfeiffer_par", (ConvpassAdapter("attn", "par_before"),),
+           "254K", "Table I, Conv PF par"),
+    Method("convpass_pfeiffer_seq", (ConvpassAdapter("ffn", "seq_after"),),
+           "254K", "Table I, Conv PF seq"),
+    Method("convpass_houlsby_par",
+           (ConvpassAdapter("attn", "par_before"), ConvpassAdapter("ffn", "par_before")),
+           "508K", "Table I, Conv HOU par"),
+    Method("convpass_houlsby_seq",
+           (ConvpassAdapter("attn", "seq_after"), ConvpassAdapter("ffn", "seq_after")),
+           "508K", "Table I, Conv HOU seq"),
     Method("lora", (LoRA("qv", rr=128),), "221K", "Table I, LoRA"),
-    # The original, two-dimensional Convpass: not in the paper.
-    Method("convpass2d_pfeiffer_par", adapters(MHSA_PAR, kind="convpass_2d")),
-    Method("convpass2d_houlsby_par", adapters(MHSA_PAR, FFN_PAR, kind="convpass_2d")),
-    # Where an adapter goes. FFN-Seq/Par-After is pfeiffer_seq, MHSA-Par-Before is pfeiffer_par.
-    Method("adapter_ffn_seq_before", adapters(FFN_SEQ_BEFORE), "249K", "Table III, FFN-Seq-Before"),
-    Method("adapter_ffn_par_before", adapters(FFN_PAR), "249K", "Table III, FFN-Par-Before"),
-    Method("adapter_mhsa_seq_after", adapters(MHSA_SEQ), "249K", "Table III, MHSA-Seq-After"),
-    Method(
-        "adapter_mhsa_seq_before", adapters(MHSA_SEQ_BEFORE), "249K", "Table III, MHSA-Seq-Before"
-    ),
-    # Which projections LoRA adapts, at a constant number of parameters.
+
+    # The original Convpass, which no table of the paper has.
+    Method("convpass2d_pfeiffer_par", (Convpass2dAdapter("attn", "par_before"),)),
+    Method("convpass2d_houlsby_par",
+           (Convpass2dAdapter("attn", "par_before"), Convpass2dAdapter("ffn", "par_before"))),
+
+    # Table III, where an adapter goes. FFN-Seq/Par-After is pfeiffer_seq, and MHSA-Par-Before is
+    # pfeiffer_par.
+    Method("adapter_ffn_seq_before", (Adapter("ffn", "seq_before"),),
+           "249K", "Table III, FFN-Seq-Before"),
+    Method("adapter_ffn_par_before", (Adapter("ffn", "par_before"),),
+           "249K", "Table III, FFN-Par-Before"),
+    Method("adapter_mhsa_seq_after", (Adapter("attn", "seq_after"),),
+           "249K", "Table III, MHSA-Seq-After"),
+    Method("adapter_mhsa_seq_before", (Adapter("attn", "seq_before"),),
+           "249K", "Table III, MHSA-Seq-Before"),
+
+    # Table IV, which projections LoRA adapts, at a constant number of parameters.
     Method("lora_q", (LoRA("q", rr=64),), "221K", "Table IV, q"),
     Method("lora_qk", (LoRA("qk", rr=128),), "221K", "Table IV, q k"),
     Method("lora_qkvo", (LoRA("qkvo", rr=256),), "221K", "Table IV, q k v o"),
-    Method("pfeiffer_seq_x2", adapters(FFN_SEQ, rr=32), "470K", "Table V, PF FFN-Seq-After x2"),
-    Method("pfeiffer_par_x2", adapters(MHSA_PAR, rr=32), "470K", "Table V, PF MHSA-Par-Before x2"),
-    Method("houlsby_mixed", adapters(MHSA_PAR, FFN_SEQ), "498K", "Table V, HOU mixed"),
+
+    Method("pfeiffer_seq_x2", (Adapter("ffn", "seq_after", rr=32),),
+           "470K", "Table V, PF FFN-Seq-After x2"),
+    Method("pfeiffer_par_x2", (Adapter("attn", "par_before", rr=32),),
+           "470K", "Table V, PF MHSA-Par-Before x2"),
+    Method("houlsby_mixed", (Adapter("attn", "par_before"), Adapter("ffn", "seq_after")),
+           "498K", "Table V, HOU mixed"),
     Method("hydra", (Hydra(),), "470K", "Table V, HYDRA FFN"),
+
     Method("lora_x2", (LoRA("qv", rr=64),), "442K", "Table VI, LoRA"),
-    Method("adapter_lora", (*adapters(FFN_PAR), LoRA()), "470K", "Table VI, Adapter + LoRA"),
-    Method(
-        "adapter_dpt",
-        (*adapters(FFN_PAR), Prompts(25, deep=True)),
-        "479K",
-        "Table VI, Adapter + DPT-25",
-    ),
-    Method("adapter_dpt_lora", ALL_THREE, "488K", "Table VI, Adapter + DPT-14 + LoRA"),
-    # Residual connections the wrong way round.
-    Method(
-        "adapter_ffn_seq_no_residual",
-        adapters(("ffn", "seq_after_no_residual")),
-        "249K",
-        "Table VII, Seq",
-    ),
-    Method(
-        "adapter_ffn_par_residual",
-        adapters(("ffn", "par_before_residual")),
-        "249K",
-        "Table VII, Par",
-    ),
+    Method("adapter_lora", (Adapter("ffn", "par_before"), LoRA("qv", rr=128)),
+           "470K", "Table VI, Adapter + LoRA"),
+    Method("adapter_dpt", (Adapter("ffn", "par_before"), Prompts(25, deep=True)),
+           "479K", "Table VI, Adapter + DPT-25"),
+    Method("adapter_dpt_lora",
+           (Adapter("ffn", "par_before"), Prompts(14, deep=True), LoRA("qv", rr=256)),
+           "488K", "Table VI, Adapter + DPT-14 + LoRA"),
+
+    # Table VII, the residual path left out where it is needed, and added where it is not.
+    Method("adapter_ffn_seq_no_residual", (Adapter("ffn", "seq_after_no_residual"),),
+           "249K", "Table VII, Seq"),
+    Method("adapter_ffn_par_residual", (Adapter("ffn", "par_before_residual"),),
+           "249K", "Table VII, Par"),
 ]
+# fmt: on
 
 METHODS: dict[str, Method] = {method.name: method for method in ROWS}
 
 
 def find(name: str) -> Method:
-    """The row of METHODS with this name. If there is none, a ValueError suggests the nearest."""
-    if name not in METHODS:
-        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0)[0]
-        hint = "(--list-methods shows all of them)"
-        raise ValueError(f"unknown method {name!r}: did you mean {nearest!r}? {hint}")
-    return METHODS[name]
+    """The row of METHODS with this name. A UserError suggests the nearest name if there is none."""
+    if name in METHODS:
+        return METHODS[name]
+    nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0)[0]
+    message = f"unknown method {name!r}: did you mean {nearest!r}?"
+    if "petl_more" not in sys.modules:
+        message += " The later methods are known after `import petl_more`."
+    raise UserError(message)
 
 
 def apply(model: AST, method: str | Method) -> AST:
-    """Freeze the model, insert the parts of the method, unfreeze what it trains.
+    """Freeze the model, insert the parts of the method, and unfreeze what it trains.
 
-    `method` is a name in METHODS or a Method of your own. The model is changed, remembers the
-    method as `model.method`, and is returned.
+    `method` is a name in METHODS or a Method of your own. The model is changed and returned, and
+    remembers the method as `model.method`.
     """
     if isinstance(method, str):
         method = find(method)
     if hasattr(model, "method"):
-        has = f"this model already carries the method {model.method.name!r}"
-        raise ValueError(f"{has}; load a fresh AST")
+        carried = model.method.name
+        raise UserError(f"this model already has the method {carried!r}; load a fresh AST")
+    blocks = [inner(block) for block in model.blocks]
+    if method.blocks:
+        first, last = method.blocks
+        blocks = blocks[first - 1 : last]
+        if any(hasattr(part, "needs_all_blocks") for part in method.parts):
+            raise UserError(f"the method {method.name!r} cannot be kept to some of the blocks")
+    device = model.norm.weight.device
+
     model.requires_grad_(False)
     model.norm.requires_grad_(True)
     model.head.requires_grad_(True)
-    device = model.norm.weight.device
-
-    first, last = method.blocks or (1, len(model.blocks))
-    below = model.blocks[: first - 1]
-    above = model.blocks[last:]
-    model.blocks = model.blocks[first - 1 : last]  # the parts see these blocks only
     for part in method.parts:
-        part.insert(model)
-    model.blocks = nn.ModuleList([*below, *model.blocks, *above])
-    if below or above:  # full fine-tuning has unfrozen the embedding
-        nn.ModuleList([model.embed, below, above]).requires_grad_(False)
-
+        part.insert(model, blocks)
     model.method = method
     return model.to(device)  # the parts were made on the CPU
 
 
 def count(model: AST) -> dict[str, int]:
-    """Trained parameters of the method (`petl`) and of final LayerNorm and head (`head`); `total`.
+    """Numbers of parameters: trained by the method, trained in the head, and all there are.
 
-    Full fine-tuning and BitFit unfreeze the final LayerNorm themselves. There it counts under
-    `petl`, as in Table I.
+    The keys are `petl`, `head` (with the final LayerNorm) and `total`. Full fine-tuning and BitFit
+    count the final LayerNorm under `petl`, as Table I does.
     """
-    owns_norm = any(isinstance(part, Everything | Biases) for part in model.method.parts)
-    head_modules = [model.head] if owns_norm else [model.norm, model.head]
-    head = sum(trained_parameters(module) for module in head_modules)
+    head = trained_parameters(model.head)
+    if not any(hasattr(part, "owns_final_norm") for part in model.method.parts):
+        head += trained_parameters(model.norm)
     total = sum(parameter.numel() for parameter in model.parameters())
     return {"petl": trained_parameters(model) - head, "head": head, "total": total}
 
 
 def trained_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def merged(module: nn.Module) -> nn.Module | None:
+    """What can stand in place of a wrapper; None if nothing can."""
+    if hasattr(module, "merged"):
+        return module.merged()
+    return None
+
+
+@torch.no_grad()
+def merge(model: AST, merged=merged) -> AST:
+    """A plain AST that computes the same as the adapted `model`, which stays as it is.
+
+    LoRA adds s B A to its weight. Most adapters, prefixes and prompts are no change of a weight:
+    they raise a UserError. tools/merge.py gives a function `merged` that knows some adapters.
+
+    The result has no `method` and no `backbone`: save it with `load_weights.save_ast`.
+    """
+    plain = copy.deepcopy(model)
+    for parent in reversed(list(plain.modules())):  # the innermost wrappers first
+        for name, module in list(parent.named_children()):
+            if not hasattr(module, "wrapped"):
+                continue
+            replacement = merged(module)
+            if replacement is None:
+                kind = type(getattr(module, "adapter", module)).__name__
+                raise UserError(
+                    f"{model.method.name!r} cannot be merged: "
+                    f"{kind} is no linear change of a weight"
+                )
+            setattr(parent, name, replacement)
+    plain.requires_grad_(True)
+    vars(plain).pop("method", None)
+    vars(plain).pop("backbone", None)
+    return plain

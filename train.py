@@ -3,22 +3,22 @@
     python train.py                                        # sounds made here, backbone in weights/
     python train.py --method houlsby_par --dataset esc50
 
-`train_epoch` is the training loop, `train_fold` trains and tests one fold, `run` goes over seeds
-and folds, and `parse` reads the command line. AdamW, the weight decay and the cosine rate are those
-of section III-A. Cross-entropy and the missing warm-up are those of the authors' code.
+Read from top to bottom: `train_epoch` is the training loop, `train_fold` chooses the best epoch and
+tests it, `run` goes over seeds and folds, and `parse` reads the command line.
 
-The test clips are classified once, with the weights of the epoch that was best on the validation
-clips. A dataset without validation clips takes the last epoch.
+AdamW, the weight decay and the cosine annealing of the learning rate are those of section III-A.
+Cross-entropy and the missing warm-up are those of the authors' code. The test clips are classified
+once, with the weights of the epoch that was best on the validation clips. A dataset without
+validation clips uses the last epoch.
 
-What makes a run robust is in `support/`, behind two objects. A `Machine` knows the device and the
-processes of torchrun. A `Recorder` writes files, shows progress and resumes an interrupted fold.
+Two objects of `support/` make a run fast and robust. A `Machine` knows the device and the processes
+of torchrun. A `Recorder` writes files, prints progress, and continues an interrupted fold.
 """
 
 import argparse
 import copy
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,20 +27,32 @@ import torch.nn.functional as F
 from torch import nn
 
 import petl
-from ast_model import AST, POOL, ASTConfig, make_head
+from ast_model import AST, POOL, ASTConfig, UserError, make_head
 from data import (
-    DATASETS, Clips, Split, folds_of, frames_for, load_clips, load_dataset, spec_augment,
-)  # fmt: skip
+    DATASETS,
+    Clips,
+    Split,
+    folds_of,
+    frames_for,
+    load_clips,
+    load_dataset,
+    spec_augment,
+)
 from load_weights import (
-    live_tensors, load_ast, load_tensors, save_trained, to_dict, trained_tensors,
-)  # fmt: skip
-from petl_more import Patchout, patchout
+    live_tensors,
+    load_ast,
+    load_tensors,
+    save_trained,
+    to_dict,
+    trained_tensors,
+)
+from petl_more import Patchout
 from support import command
 from support.files import default_cache_dir
 from support.recorder import Recorder, protected
 from support.speed import Machine
-from support.variants import fitted, override
-from support.vectors import probed
+from support.variants import check_method, fitted
+from support.vectors import skip_frozen
 
 BETAS = (0.9, 0.98)  # of AdamW, as in the authors' code
 EPS = 1e-6  # of AdamW, as in the authors' code
@@ -49,7 +61,11 @@ WEIGHT_DECAY = 0.1  # section III-A
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result of a run. Runs with equal settings are one experiment."""
+    """Everything that decides the result of a run.
+
+    A finished fold is not trained again while the settings are the same. So if you change how
+    training works, add a field here, or give another --out.
+    """
 
     dataset: str
     weights: str  # the backbone as the user named it
@@ -63,43 +79,64 @@ class Settings:
     epochs: int
     batch_size: int
     lr: float
-    mask: bool  # SpecAugment
+    mask_frames: int  # the widest time mask of SpecAugment; 0: no masks
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
-    mask_frames: int = 80  # the widest time mask
     balance: bool = False  # the loss weighs all classes alike
-    best: str = "accuracy"  # what chooses the best epoch: "accuracy" or "balanced" accuracy
+    best: str = "accuracy"  # what chooses the best epoch, see score_of
 
 
 # ------------------------------------------------------------------------------------ the training
 
 
 class Learner:
-    """A network, the optimizer of what trains in it, and the scaler that float16 gradients need."""
+    """A network with what trains it: an optimizer, and a scaler for the gradients of float16.
+
+    `network` is the adapted AST. `forward` computes the same in training: on some of the patches
+    only (--keep), compiled (--compile) or in several processes (torchrun), if that is asked for.
+    """
 
     def __init__(self, network: nn.Module, settings: Settings, machine: Machine):
         self.network = network
-        self.forward = machine.parallel(network)  # the network, compiled or distributed if asked
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.settings = settings
+        self.machine = machine
+        self.forward = Patchout(network, settings.keep) if settings.keep else network
+        self.forward = machine.parallel(self.forward)
         fused = machine.device.type == "cuda"
+        groups = parameter_groups(network, settings)
         self.optimizer = torch.optim.AdamW(
-            trained, settings.lr, BETAS, EPS, WEIGHT_DECAY, fused=fused
+            groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=fused
         )
         self.first_rates = [group["lr"] for group in self.optimizer.param_groups]
-        is_half = settings.dtype == "float16"  # small gradients would vanish: they are scaled
+        is_half = settings.dtype == "float16"  # small gradients would vanish, so they are scaled
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_half)
 
     def state(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """What the next epochs need, beside the random seed."""
+        return {
+            "tensors": trained_tensors(self.network),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state(self, state: dict) -> None:
+        load_tensors(self.network, state["tensors"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
-def cosine(lr: float, step: int, steps: int) -> float:
-    """Cosine annealing from `lr` at step 0 to zero at `steps`."""
-    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+def parameter_groups(network: nn.Module, settings: Settings) -> list[dict]:
+    """The trained parameters with their first learning rate, as groups for AdamW.
+
+    There is one group. With several, each is annealed from its own first rate.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [{"params": trained, "lr": settings.lr}]
+
+
+def cosine(first_rate: float, step: int, steps: int) -> float:
+    """Cosine annealing, from `first_rate` at step 0 to zero at `steps`."""
+    return first_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def seed_epoch(seed: int, fold: int, epoch: int) -> None:
@@ -107,60 +144,70 @@ def seed_epoch(seed: int, fold: int, epoch: int) -> None:
     torch.manual_seed((seed * 1000 + fold) * 100_000 + epoch)
 
 
-def train_epoch(
-    learner: Learner,
-    clips: Clips,
-    indices: list[int],
-    epoch: int,
-    settings: Settings,
-    machine: Machine,
-) -> list[float]:
-    """One pass over the training clips `indices`, in random order. Returns the loss of each step.
+def train_epoch(learner: Learner, clips: Clips, indices: list[int], epoch: int) -> torch.Tensor:
+    """Train on the clips `indices` once, in random order. Epochs count from 1.
 
-    --micro-batch and several GPUs cut a batch into pieces; else it is one piece. Random numbers are
-    drawn for the whole batch, so the masks do not depend on the pieces. The gradients of the pieces
-    add up, and `weight` undoes the mean that is taken over several GPUs.
+    Returns the loss of each step, (steps,), on the device. Nothing here waits for a GPU.
     """
+    settings = learner.settings
+    machine = learner.machine
     optimizer = learner.optimizer
+    scaler = learner.scaler
     learner.network.train()
+
     indices = torch.tensor(indices)
-    order = indices[torch.randperm(len(indices))].to(clips.features.device)
-    batches = order.split(settings.batch_size)
     class_weights = None
     if settings.balance:
         class_weights = weights_of_classes(clips.labels, indices).to(machine.device)
+    order = indices[torch.randperm(len(indices))].to(clips.features.device)
+    batches = order.split(settings.batch_size)
     losses = torch.zeros(len(batches), device=machine.device)
     for step, batch in enumerate(batches):
-        # The learning rate of this step, for every group of parameters.
-        step_of_all = (epoch - 1) * len(batches) + step
+        # Every group of parameters gets the learning rate of this step.
+        steps_before = (epoch - 1) * len(batches) + step
         for group, first_rate in zip(optimizer.param_groups, learner.first_rates, strict=True):
-            group["lr"] = cosine(first_rate, step_of_all, settings.epochs * len(batches))
+            group["lr"] = cosine(first_rate, steps_before, settings.epochs * len(batches))
 
-        draws = torch.rand(len(batch), 4, device=machine.device)
-        if settings.keep:
-            n_patches = learner.network.model.config.n_patches
-            kept = patchout(torch.rand(len(batch), n_patches, device=machine.device), settings.keep)
-
-        for piece, weight in machine.pieces(len(batch)):
-            x, y = clips.batch(batch[piece], machine.device)
-            if settings.mask:
-                x = spec_augment(x, draws[piece], max_frames=settings.mask_frames)
-            inputs = (x, kept[piece]) if settings.keep else (x,)
+        # Usually the batch is one piece, and its weight is 1.
+        for x, y, weight in pieces(batch, clips, settings, machine):
             with machine.autocast(settings.dtype):
-                logits = learner.forward(*inputs)
+                logits = learner.forward(x)  # (clips of the piece, classes)
             loss = F.cross_entropy(logits.float(), y, class_weights, reduction="sum") / len(batch)
             loss = loss * weight
-            learner.scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # the gradients of the pieces add up
             losses[step] += loss.detach()
 
-        learner.scaler.step(optimizer)
-        learner.scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
-    return machine.mean(losses).tolist()
+
+    # BatchNorm has running statistics, and each of several processes has seen its own clips.
+    machine.average(t for t in live_tensors(learner.network).values() if not t.requires_grad)
+    return machine.mean(losses)
+
+
+def pieces(batch: torch.Tensor, clips: Clips, settings: Settings, machine: Machine):
+    """Yield the clips of a batch as (x, y, weight): features, labels, and a factor for the loss.
+
+    x: (clips, n_frames, n_mels), masked by SpecAugment. y: (clips,).
+
+    Without torchrun and --micro-batch there is one piece of weight 1. --micro-batch cuts the batch,
+    so that less memory is needed at once. torchrun starts several processes, and each gets its own
+    pieces. PyTorch then takes the mean of the gradients over the processes, where their sum is
+    wanted. So the weight is the number of processes. (It is 0 for a process that gets no clip.)
+
+    The masks are drawn for the whole batch, so they do not depend on how it is cut.
+    """
+    draws = torch.rand(len(batch), 4, device=machine.device)
+    for piece, weight in machine.shares(len(batch)):
+        x, y = clips.batch(batch[piece], machine.device)
+        if settings.mask_frames:
+            x = spec_augment(x, draws[piece], settings.mask_frames)
+        yield x, y, weight
 
 
 def weights_of_classes(labels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Weights (classes,) inverse to the counts of the classes among the clips `indices`.
+    """Weights (classes,) for the loss, inverse to the counts of the classes among `indices`.
 
     The mean of the weights over these clips is 1.
     """
@@ -169,86 +216,100 @@ def weights_of_classes(labels: torch.Tensor, indices: torch.Tensor) -> torch.Ten
 
 
 def train_fold(
-    network: nn.Module,
-    clips: Clips,
-    split: Split,
-    fold: int,
-    settings: Settings,
-    machine: Machine,
-    log,
+    learner: Learner, clips: Clips, split: Split, fold: int, log
 ) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """Train on split.train, choose the epoch on split.val, test on split.test.
+    """Train on split.train, choose the best epoch on split.val, and test on split.test.
 
-    `log` is told about every epoch and may return the state of an interrupted fold; `Log` is the
-    simplest one. Returns the best epoch, and the logits and labels of the test clips. The network
-    ends with the weights of the best epoch.
+    `log` hears of every epoch, see `Log`. Returns the best epoch, and logits (clips, classes) and
+    labels (clips,) of the test clips. The network keeps the weights of the best epoch.
     """
-    learner = Learner(Patchout(network) if settings.keep else network, settings, machine)
-    best = {"score": -1.0}
-    done = 0
+    settings = learner.settings
+    best = None
+    first_epoch = 1
     state = log.start(learner, split)
-    if state:
-        load_tensors(network, state["tensors"])
+    if state:  # an interrupted fold goes on
         learner.load_state(state)
         best = state["best"]
-        done = state["epoch"]
+        first_epoch = state["epoch"] + 1
 
-    for epoch in range(done + 1, settings.epochs + 1):
+    for epoch in range(first_epoch, settings.epochs + 1):
         seed_epoch(settings.seed, fold, epoch)
-        started = time.perf_counter()
-        losses = train_epoch(learner, clips, split.train, epoch, settings, machine)
-        seconds = time.perf_counter() - started
-        for step, loss in enumerate(losses, start=1):
-            if not math.isfinite(loss):
-                where = f"fold {fold}, epoch {epoch}, step {step} of {len(losses)}"
-                mend = f"choose a --lr smaller than {settings.lr:g}, or --dtype float32"
-                raise ValueError(f"the loss is {loss} in {where}: {mend}")
+        losses = train_epoch(learner, clips, split.train, epoch).tolist()
+        check_losses(losses, settings, f"fold {fold}, epoch {epoch}")
+        log.trained(epoch, losses)
 
-        # BatchNorm has running statistics: each of several processes has seen its own clips.
-        machine.average(t for t in live_tensors(network).values() if not t.requires_grad)
-        logits, labels = evaluate(network, clips, split.val, settings, machine)
-        tensors = trained_tensors(network)  # a copy
-        accuracy = score_of(logits, labels, "accuracy")
+        logits, labels = evaluate(learner, clips, split.val)
+        state = learner.state()
         score = score_of(logits, labels, settings.best)
-        if score is None or score > best["score"]:  # the first of equals; None: no validation clips
+        if is_better(score, best):
             best = {
                 "epoch": epoch,
                 "score": score,
-                "accuracy": accuracy,
-                "tensors": tensors,
-                "answered": (logits, labels),
+                "accuracy": score_of(logits, labels, "accuracy"),
+                "tensors": state["tensors"],  # copies, which the next epochs do not change
+                "validation": (logits, labels),
             }
-        log.epoch(epoch, losses, seconds, accuracy)
-        log.save({**learner.state(), "tensors": tensors, "best": best})
+        log.validated(epoch, score_of(logits, labels, "accuracy"), {**state, "best": best})
 
-    load_tensors(network, best["tensors"])
-    return best, *evaluate(network, clips, split.test, settings, machine)
+    load_tensors(learner.network, best["tensors"])
+    return best, *evaluate(learner, clips, split.test)
 
 
 class Log:
-    """What `train_fold` talks to. This one prints; the one in support/recorder.py also saves."""
+    """What `train_fold` tells of its progress. This one prints it.
+
+    support/recorder.py has one that also writes files and continues an interrupted fold.
+    """
 
     def start(self, learner: Learner, split: Split) -> dict | None:
-        """Called before the first epoch. Returns the state of an interrupted fold, if any."""
+        """Called before the first epoch. Returns the state of an interrupted fold, if there is one.
 
-    def epoch(self, epoch: int, losses: list, seconds: float, accuracy: float | None) -> None:
-        print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}, accuracy {accuracy}")
+        The state is what `validated` was given, and the number of its epoch under "epoch".
+        """
 
-    def save(self, state: dict) -> None:
-        """Called with everything that the next epochs need."""
+    def trained(self, epoch: int, losses: list[float]) -> None:
+        """Called when the training clips of an epoch are through."""
+        print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}")
+
+    def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
+        """Called at the end of an epoch, with everything that the next epochs need."""
+        print(f"epoch {epoch}: validation accuracy {accuracy}")
+
+
+def check_losses(losses: list[float], settings: Settings, where: str) -> None:
+    """Raise a UserError if a loss is not a finite number."""
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} in {where}, step {step} of {len(losses)}: "
+                f"choose a --lr smaller than {settings.lr:g}, or --dtype float32"
+            )
+
+
+def is_better(score: float | None, best: dict | None) -> bool:
+    """Whether an epoch with this score is better than the best one before it.
+
+    Of equal epochs the first one stays. Without validation clips there is no score, and every epoch
+    is better than those before it, so that the last one is used.
+    """
+    if best is None or score is None:
+        return True
+    return score > best["score"]
 
 
 @torch.inference_mode()
 def evaluate(
-    network: nn.Module, clips: Clips, indices: list[int], settings: Settings, machine: Machine
+    learner: Learner, clips: Clips, indices: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (clips, classes) and labels (clips,) of the clips `indices`, both on the CPU."""
-    network.eval()
+    settings = learner.settings
+    machine = learner.machine
+    learner.network.eval()
 
     def logits_of(index):
         x, _ = clips.batch(index, machine.device)
         with machine.autocast(settings.dtype):
-            return network(x)
+            return learner.network(x)
 
     index = torch.tensor(indices, dtype=torch.long, device=clips.features.device)
     logits = machine.in_batches(logits_of, index, settings.batch_size)
@@ -258,7 +319,7 @@ def evaluate(
 def score_of(logits: torch.Tensor, labels: torch.Tensor, by: str) -> float | None:
     """The percentage of right answers; None without clips.
 
-    by: "accuracy" counts all clips alike, "balanced" is the mean over the classes.
+    by: "accuracy" counts all clips alike. "balanced" is the mean of the percentages of the classes.
     """
     if len(labels) == 0:
         return None
@@ -275,22 +336,14 @@ def score_of(logits: torch.Tensor, labels: torch.Tensor, by: str) -> float | Non
 def run(args: argparse.Namespace) -> dict:
     """Train and test all folds that are not finished. Returns what result.json holds."""
     recipe = DATASETS[args.dataset]
-    weights = args.weights or recipe.weights
-    machine = Machine(args.device, args.micro_batch, args.compile, args.recompute)
-    changes = {"rr": args.rr, "alpha": args.alpha, "prompts": args.prompts, "kernel": args.kernel}
-    override(petl.find(args.method), **changes)  # its errors come before a download
+    machine = Machine(args.device, args.micro_batch, args.compile)
     dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir, args.group, args.windows)
     recorder = Recorder(args, dataset, machine)
     n_frames = frames_for(recipe, dataset, args.seconds)
+    weights = args.weights or recipe.weights
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
-    method = fitted(  # a narrow backbone gets smaller numbers than the table has
-        petl.find(args.method),
-        pretrained.config,
-        args.lr or recipe.lr.get(args.method),
-        blocks=args.blocks,
-        keep=args.keep,
-        **changes,
-    )
+    # The method with the numbers of the command line. A narrow backbone gets smaller bottlenecks.
+    method = fitted(petl.find(args.method), pretrained.config, args, recipe.lr.get(args.method))
     clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
 
     for seed in args.seed:
@@ -308,23 +361,25 @@ def run(args: argparse.Namespace) -> dict:
             epochs=args.epochs or recipe.epochs,
             batch_size=args.batch_size or recipe.batch_size,
             lr=method.lr,
+            mask_frames=0 if args.no_mask else recipe.widest_mask(n_frames),
             dtype=args.dtype,
             keep=args.keep,
             balance=args.balance,
             best="balanced" if recipe.own else "accuracy",
-            **recipe.masks(n_frames, not args.no_mask),
         )
         recorder.start(settings)
         for fold in recorder.folds:
             if not recorder.file(fold).exists():
                 model = adapted(pretrained, method, fold, settings, machine)
-                # `linear` and `probe` train on what the frozen backbone makes of the clips.
-                network, inputs = probed(model, clips, folds[fold], settings, machine)
-                outcome = train_fold(
-                    network, inputs, folds[fold], fold, settings, machine, recorder.log(fold)
-                )
-                finish_fold(model, recorder.file(fold), recorder.header(*outcome), machine)
-            recorder.tell(fold)
+                # If only the head learns, and no mask changes the clips from epoch to epoch, the
+                # frozen part computes a vector of each clip once, and the head trains on vectors.
+                network, inputs = skip_frozen(model, clips, folds[fold], settings, machine)
+                learner = Learner(network, settings, machine)
+                outcome = train_fold(learner, inputs, folds[fold], fold, recorder.log(fold))
+                if machine.is_first:
+                    header = {**recorder.header(*outcome), "parameters": petl.count(model)}
+                    save_trained(model, recorder.file(fold), header)
+            recorder.finish_fold(fold)
         recorder.finish()
     return recorder.results()
 
@@ -335,15 +390,8 @@ def adapted(
     """A copy of the pretrained model with a new head and the parts of the method."""
     seed_epoch(settings.seed, fold, epoch=0)
     model = copy.deepcopy(pretrained)
-    model.head = make_head(model.config)  # load_ast has drawn its head without the seed
+    model.head = make_head(model.config)  # the head of load_ast was drawn without the seed
     return machine.prepare(petl.apply(model, method), settings.dtype)
-
-
-def finish_fold(model: AST, file: Path, header: dict, machine: Machine) -> None:
-    """Write the trained tensors. With this file the fold counts as finished."""
-    if machine.is_first:
-        save_trained(model, file, {**header, "parameters": petl.count(model)})
-        file.with_suffix(".resume.pt").unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -389,7 +437,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--micro-batch", **number, help="clips at once; changes only dropout and BatchNorm")
     add("--compile", **switch, help="torch.compile the model for training")
-    add("--recompute", **switch, help="save memory: compute the forward pass twice")
     add("--resume", **switch, help="continue an interrupted fold after its last finished epoch")
     add("--out", type=Path, default=Path("runs"), help="results: OUT/DATASET/METHOD/seedS")
     add("--cache-dir", type=Path, default=default_cache_dir(), help="default: %(default)s")
@@ -398,6 +445,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset")
     command.check_options(args, DATASETS[args.dataset].own)  # --windows becomes seconds
+    check_method(petl.find(args.method), args)
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)
     return args
@@ -406,29 +454,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def list_methods() -> None:
     """Print all methods with the parameters that each trains in AST-Base."""
 
-    def counted(name, n_frames, n_classes):
+    def counted(name, n_frames=500, n_classes=50):
         with torch.device("meta"):  # shapes without numbers
             model = AST(ASTConfig(n_frames=n_frames, n_classes=n_classes))
             return petl.count(petl.apply(model, name))
 
     print(f"{'method':<30}{'trained':>12}{'paper':>8}   {'lr':<8}{'row of the paper'}")
     for name, method in petl.METHODS.items():
-        count = counted(name, 500, 50)
+        count = counted(name)
         trained = count["petl"] or count["head"]
         print(f"{name:<30}{trained:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
-    heads = " / ".join(f"{counted('linear', 500, n)['head']:,}" for n in (50, 10, 35, 31))
-    print(
-        f"\nBase AST at 500 frames. On top come final LayerNorm and head, {heads}\n"
-        "for 50 / 10 / 35 / 31 classes: all of linear. full_ft and bitfit count this LayerNorm "
-        "already, probe its head.\n"
-        f"At 100 frames full_ft has {counted('full_ft', 100, 35)['petl']:,}."
-    )
+    heads = [f"{counted('linear', n_classes=n)['head']:,}" for n in (50, 10, 35, 31)]
+    short = counted("full_ft", 100, 35)["petl"]
+    print()
+    print(f"Base AST at 500 frames. full_ft has {short:,} at 100 frames.")
+    print("Final LayerNorm and head are trained, too, but not counted.")
+    print(f"They have {' / '.join(heads)} parameters for 50 / 10 / 35 / 31 classes.")
+    print("Exceptions: linear trains nothing else. full_ft and bitfit count the LayerNorm.")
+    print("probe has a head of its own, and counts it.")
 
 
 def start(argv: list[str] | None) -> None:
     args = parse(argv)
     if args.list_methods:
-        return list_methods()
+        list_methods()
+        return
     with protected(args, DATASETS[args.dataset].batch_size):
         run(args)
 

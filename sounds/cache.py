@@ -71,7 +71,7 @@ def _read_index(path: Path, kind: np.dtype, check: bool = True) -> np.ndarray | 
 
 def cached(
     dataset, shape: tuple[int, int], front_end: str, compute: Compute, cache_dir: Path, skip_bad: bool = False
-) -> tuple[np.ndarray, dict[int, str], Callable[[torch.Tensor], None]]:
+) -> tuple[np.ndarray, dict[int, str]]:
     """`compute` of the number of every clip of a `data.Dataset`, float16 (clips, *shape), memory-mapped; and why clips
     have none, by their number. `front_end` is text that changes when `compute` computes something else.
 
@@ -79,9 +79,6 @@ def cached(
     goes on where it was; clips that changed on disk are built again, the others kept. The file lands by one rename
     under a lock, so any number of processes may ask for it at once. Unreadable clips are listed, and a UserError is
     raised unless `skip_bad`.
-
-    Checksums take longest: they are compared by what is returned last, a function to be called with the numbers of
-    clips, (n,), before their rows are read. It computes a damaged row again, or raises UserError.
     """
     where = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:8]
     path = cache_dir / "features" / f"{dataset.name}-{shape[0]}-{where}.npy"
@@ -110,28 +107,7 @@ def cached(
                 "train without them"
             )
         print(f"--skip-bad: going on without {len(bad)} of {len(rows)} clips", file=sys.stderr)
-    unread = np.ones(len(rows), bool)
-
-    def check(index):
-        index = index.numpy()
-        for i in index[unread[index]].tolist():
-            if crc_of(rows[i]) == rows["crc"][i]:
-                continue
-            print(f"{path}: a damaged row, building it again", file=sys.stderr)
-            row, reason = _make_row(i, keys[i], kind, compute)
-            if not reason and _row_key(dataset.paths[i], names[i], front_end) != keys[i]:
-                raise UserError(f"{dataset.paths[i]} has changed since the start: start again")
-            rows[i] = row[0]
-            with locked(path):
-                kept = map_rows(path, kind)
-                # Another run may have built the file again since, of other clips: then this row has no place there.
-                if kept is not None and len(kept) == len(keys) and kept["key"][i] == keys[i]:
-                    np.load(path, mmap_mode="r+")[i] = row[0]
-            if reason:
-                raise UserError(f"{dataset.paths[i]} {reason}: mend it, or add --skip-bad to train without it")
-        unread[index] = False
-
-    return rows["features"], bad, check
+    return rows["features"], bad
 
 
 def _build_rows(

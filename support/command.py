@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import dis
 import errno
 import gc
 import os
@@ -15,39 +14,9 @@ from pathlib import Path
 
 import torch
 
+from ast_model import UserError
+
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-
-
-class UserError(ValueError):
-    """A mistake the user can mend. The message says what, where and what to do; the commands print it and exit 2."""
-
-
-CORE = ("ast_model.py", "petl.py", "petl_more.py", "data.py", "load_weights.py", "train.py")
-
-
-def is_for_people(error: BaseException) -> bool:
-    """Whether a `raise` in a file of the core has raised this ValueError. Any other is a mistake in the program: that of
-    a library, or one that Python itself raises in the core, as where it cannot unpack."""
-    last = error.__traceback__
-    while last.tb_next:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    if error.__cause__ is not None and not isinstance(error.__cause__, UserError) and not is_for_people(error.__cause__):
-        return False  # it tells of a mistake in the program
-    return Path(code.co_filename).name in CORE and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-
-
-@contextmanager
-def told_by_core():
-    """What the core finds wrong, a plain ValueError, becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        if not is_for_people(error):
-            raise
-        raise UserError(str(error)) from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,8 +115,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
     gc.freeze()
     gc.set_threshold(50_000)
     try:
-        with told_by_core():
-            code = command() or 0
+        code = command() or 0
         sys.stdout.flush()  # an error of what is still to be written shows now
         return code
     except UserError as error:

@@ -24,7 +24,7 @@ from support.scores import mistakes
 def describe(settings: Settings, seconds: float, device: torch.device) -> str:
     """What is about to be trained, on clips that last `seconds`."""
     shots = f"{settings.shots} clips per class, " if settings.shots else ""
-    masked = "masked" if settings.mask else "unmasked"
+    masked = "masked" if settings.mask_frames else "unmasked"
     masked += f", {settings.keep:.0%} of the patches" if settings.keep else ""
     masked += ", classes weighed alike" if settings.balance else ""
     line = (
@@ -33,7 +33,7 @@ def describe(settings: Settings, seconds: float, device: torch.device) -> str:
         f"{settings.seed}, {settings.dtype}, {device}"
     )
     probe = "linear probe: each clip goes through the backbone once, the epochs train on what is kept of it"
-    if settings.mask:
+    if settings.mask_frames:
         probe = ("linear probe, masked: every epoch masks the clips anew, so each goes through the backbone in every "
                  "epoch; with --no-mask it does so once")  # fmt: skip
     probing = {part["part"] for part in settings.method["parts"]} <= {"Statistics"} and not settings.keep

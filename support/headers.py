@@ -50,9 +50,8 @@ def checked(content: Any, kind: type[T], origin: Path | str) -> T:
 LIMITS = {
     "at": Literal["attn", "ffn"],
     "how": Literal["par_before", "seq_after", "seq_before", "par_before_residual", "seq_after_no_residual"],
-    "kind": Literal["bottleneck", "convpass", "convpass_2d"],
     "rr": Rate, "alpha": Alpha, "prompts": PromptCount, "targets": Targets, "seed": Seed, "deep": bool,
-    "kernel": Size, "experts": Size, "slots": Size, "own_norm": bool,
+    "kernel": Size, "experts": Size, "slots": Size,
 }  # fmt: skip
 Part = msgspec.defstruct("Part", [("part", Name), *((name, kind | UnsetType, UNSET) for name, kind in LIMITS.items())])
 
@@ -148,10 +147,9 @@ class Settings:
     epochs: Count
     batch_size: Count
     lr: LearningRate
-    mask: bool
+    mask_frames: Count
     dtype: Name
     keep: Annotated[float, Meta(gt=0, lt=1)] | None = None  # share of the patches in training
-    mask_frames: Count = 80  # widest time mask, where there are masks
     balance: bool = False  # the loss weighs all classes alike
     best: Literal["accuracy", "balanced"] = "accuracy"  # by which the best epoch on the validation clips is chosen
 
@@ -221,25 +219,12 @@ class ResumeState(Struct):
     """foldK.resume.pt; its tensors are compared with the model's when it takes them over."""
 
     history: Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    best: "Best"
+    best: dict[str, Any]
     seconds: Seconds
     tensors: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
-    digest: Name | None = None
-
-    def __post_init__(self):  # a version that kept no digest kept none of these
-        if self.digest is None and not self.best.predicted is self.best.answered is self.best.score is None:
-            raise ValueError("digest: Expected one, where there are predictions")
-
-
-class Best(Struct):
-    accuracy: Annotated[float, Meta(ge=-1, le=100)] | None
-    epoch: Count
-    tensors: dict[str, Any]
-    predicted: Any = None
-    score: Annotated[float, Meta(ge=-1, le=100)] | None = None  # the accuracy or balanced accuracy that was compared
-    answered: Any = None
+    digest: Name
 
 
 class ClassScores(Struct):

@@ -18,10 +18,7 @@ from support.processes import is_first, process_group, say, wait_for_all
 def protected(args, batch_size: int):
     """Processes of torchrun joined, and one line in place of a traceback for what a person can mend."""
     tried = args.micro_batch or args.batch_size or batch_size
-    with (
-        command.explained(args.device, tried, args.out, args.cache_dir), process_group(args.device),
-        command.told_by_core(),
-    ):  # fmt: skip
+    with command.explained(args.device, tried, args.out, args.cache_dir), process_group(args.device):
         yield
 
 
@@ -60,8 +57,10 @@ class Recorder:
         known = {"classes": self.dataset.classes, "settings": asdict(self.settings), "versions": records.versions()}
         return {**outcome, **known}
 
-    def tell(self, fold: int) -> None:
+    def finish_fold(self, fold: int) -> None:
+        """The fold file is there: its state is not needed any more, and its result is printed."""
         if is_first():
+            self.file(fold).with_suffix(".resume.pt").unlink(missing_ok=True)
             say(console.describe_fold(read_header(self.file(fold), "result")["result"], self.settings.best))
 
     def finish(self) -> None:
@@ -90,30 +89,30 @@ class FoldLog:
         self.bar = tqdm(None, f"fold {self.fold}", run.settings.epochs, initial=done, unit="epoch", disable=hidden)
         return state and {**state, "best": self.progress.best, "epoch": done}
 
-    def epoch(self, epoch: int, losses: list[float], seconds: float, accuracy: float | None) -> None:
-        self.progress.history.append({
+    def trained(self, epoch: int, losses: list[float]) -> None:
+        self.losses, self.trained_at = losses, time.perf_counter()
+
+    def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
+        progress, losses = self.progress, self.losses
+        progress.history.append({
             "fold": self.fold, "epoch": epoch, "step": len(losses) * epoch, "loss": round(statistics.mean(losses), 6),
             "accuracy": "" if accuracy is None else round(accuracy, 4),
             "lr": f"{self.learner.optimizer.param_groups[0]['lr']:.4g}",
-            "clips/s": round(len(self.split.train) / seconds, 1),
+            "clips/s": round(len(self.split.train) / (self.trained_at - progress.clock), 1),
         })  # fmt: skip
-
-    def save(self, state: dict) -> None:
-        self.progress.best = state["best"]
-        self.progress.tick()
-        records.save_progress(self.state_file, self.progress, state)
-        last = self.progress.history[-1]
+        progress.best = state["best"]
+        progress.tick()
+        records.save_progress(self.state_file, progress, state)
+        last = progress.history[-1]
         self.bar.set_postfix(loss=last["loss"], accuracy=last["accuracy"], refresh=False)
         self.bar.update()
-        if len(self.progress.history) == self.run.settings.epochs:
+        if len(progress.history) == self.run.settings.epochs:
             self.bar.close()
 
     def outcome(self, best: dict, logits: torch.Tensor, labels: torch.Tensor) -> dict:
         """Of the header of the fold file what comes from training and testing it."""
-        peak, answered = records.peak_memory(), best.get("answered")
-        before = best.get("predicted")  # of an earlier version
-        before = predicted(answered[0]) if before is None and answered else before
-        answers = predicted(logits) if before is None else torch.cat([before, predicted(logits)])
+        peak, validation = records.peak_memory(), best["validation"]
+        answers = torch.cat([predicted(validation[0]), predicted(logits)]) if len(validation[0]) else predicted(logits)
         right = (logits.argmax(1) == labels).sum().item()
         outcome = {
             "result": {
@@ -126,7 +125,7 @@ class FoldLog:
                 "millionths": (1e6 * answers[:, 1].double()).round().int().tolist(),
             },
         }  # fmt: skip
-        return calibrated(outcome, answered, (logits, labels))
+        return calibrated(outcome, validation, (logits, labels))
 
 
 def predicted(logits: torch.Tensor) -> torch.Tensor:

@@ -153,13 +153,11 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
     try:
         state = unpickled(file)
         checked(state, ResumeState, file)
-        digest = state.pop("digest", None)
-        if digest is not None and digest != sha256_of(state):
+        if state.pop("digest") != sha256_of(state):
             raise ValueError
     except (OSError, ValueError, UserError):
         raise UserError(f"{file} is damaged: delete it, and the fold starts over") from None
     progress = Progress(fold, *(state.pop(name) for name in ("history", "best", "seconds")))
-    progress.best.setdefault("score", progress.best["accuracy"])  # an earlier version kept none
     say(f"fold {fold}: going on after epoch {len(progress.history)}")
     return progress, state
 

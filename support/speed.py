@@ -4,12 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from support.command import out_of_memory
 from support.onednn_linear import onednn_helps, use_onednn
@@ -21,28 +19,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything that decides how fast a run is and how much memory it takes, and nothing of its result."""
+    """The device and the processes of a run: what decides how fast it is, and nothing of its result."""
 
     device: torch.device
     micro_batch: int | None = None  # clips at once; None: the whole share of a batch
     compile: bool = False
-    recompute: bool = False  # keep less for the backward pass and compute it again
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the only process of torchrun that writes files."""
+        """Whether this process is the one that writes files and prints: without torchrun it is."""
         return is_first()
 
     def prepare(self, model: nn.Module, dtype: str) -> nn.Module:
+        """The adapted model on its device, ready for training. Changes `model` and returns it."""
         return prepare(model, dtype, self)
 
     def autocast(self, dtype: str):
+        """A context in which products are computed in `dtype`."""
         return autocast(self.device, dtype)
 
     def parallel(self, network: nn.Module) -> nn.Module:
-        """The forward pass of the network: compiled if asked, data-parallel where there are several processes."""
-        if self.recompute:
-            torch.compiler.reset()  # its blocks are new code in every fold, and torch gives up compiling after a few
+        """The network, compiled if asked, and data-parallel if there are several processes."""
         forward = torch.compile(network) if self.compile else network
         if ranks()[1] > 1:
             gpu = [self.device.index] if self.device.type == "cuda" else None
@@ -50,8 +47,8 @@ class Machine:
             forward.broadcast_buffers = False  # each process takes its own running statistics, `average` all
         return forward
 
-    def pieces(self, n: int) -> Iterator[tuple[slice, int]]:
-        """Which of the `n` clips of a batch to take one after the other, and what they weigh in the loss."""
+    def shares(self, n: int) -> Iterator[tuple[slice, int]]:
+        """Which of the `n` clips of a batch this process takes, piece by piece, and their weight in the loss."""
         return shares(n, self.micro_batch)
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -63,6 +60,7 @@ class Machine:
         average(tensors)
 
     def in_batches(self, function: Callable, index: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """What `function` computes for each of `index`, in pieces, (n, numbers)."""
         return in_batches(function, index, batch_size, self)
 
 
@@ -90,12 +88,6 @@ def prepare(model: nn.Module, dtype: str, machine: Machine) -> nn.Module:
                         parameter.data = parameter.to(DTYPES[dtype])
     elif machine.device.type == "cpu" and not machine.compile and onednn_helps():
         use_onednn(model)
-    if machine.recompute:
-        for module in model.modules():  # sees every batch twice, compiled code once: two short steps make one whole
-            if isinstance(module, nn.BatchNorm1d) and not machine.compile:
-                module.momentum = 1 - (1 - module.momentum) ** 0.5
-        for block in model.blocks:  # keep only the input of each block, and run it again for its gradients
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
 
 

@@ -50,21 +50,27 @@ def narrowed(method, dim: int):
     return replace(method, parts=tuple(parts), lr=NARROW_LR.get(method.name, method.lr))
 
 
-def fitted(method, config, lr=None, rr=None, alpha=None, prompts=None, blocks=None, keep=None, kernel=None):
-    """The method as a run trains it: `narrowed` to the backbone of shape `config`, then with whatever was asked for.
+def check_method(method, args) -> None:
+    """UserError for a number on the command line that the method has not, or that is out of its bounds."""
+    override(method, args.rr, args.alpha, args.prompts, args.kernel)
 
-    Raises UserError for what the method cannot do.
+
+def fitted(method, config, args, lr: float | None = None):
+    """The method as a run trains it: `narrowed` to the backbone of shape `config`, then with the numbers of `args`.
+
+    `lr` is the dataset's own rate for this method, if it has one. Raises UserError for what the method cannot do.
     """
+    keep, blocks = args.keep, args.blocks
     method = narrowed(method, config.dim)
-    method = override(replace(method, lr=lr or method.lr, blocks=blocks), rr, alpha, prompts, kernel)
-    kinds = {getattr(part, "kind", "") for part in method.parts}
-    if keep and kinds & {"convpass_2d", "statistics"}:
+    method = replace(method, lr=args.lr or lr or method.lr, blocks=blocks)
+    method = override(method, args.rr, args.alpha, args.prompts, args.kernel)
+    if keep and any(hasattr(part, "needs_all_patches") for part in method.parts):
         raise UserError(f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method")
     if blocks and not 1 <= blocks[0] <= blocks[1] <= config.depth:
         what = f"this backbone has the blocks 1 to {config.depth}; give the first and the last of them, or one"
         raise UserError(f"--blocks {blocks[0]}-{blocks[1]}: {what}")
-    if blocks and (not method.parts or any(hasattr(part, "deep") for part in method.parts) or "statistics" in kinds):
+    if blocks and (not method.parts or any(hasattr(part, "needs_all_blocks") for part in method.parts)):
         raise UserError(f"--blocks: {method.name!r} changes what comes before or after the blocks; leave it out")
-    if "statistics" in kinds and config.pool != "mean":
+    if config.pool != "mean" and any(hasattr(part, "pools_itself") for part in method.parts):
         raise UserError(f"--pool {config.pool}: {method.name!r} pools in its own way; leave it out")
     return method

@@ -432,7 +432,7 @@ HEADER = {
 def test_show_line_by_line(tmp_path, command):
     file = tmp_path / "fold3.safetensors"
     save_trained(petl.apply(load_ast(SMALL_AST, N_FRAMES, 2), "adapter_lora"), file, HEADER)
-    part = "Adapter(at='ffn', how='par_before', kind='bottleneck', rr=64) + LoRA(targets='qv', rr=128, alpha=8)"
+    part = "Adapter(at='ffn', how='par_before', rr=64) + LoRA(targets='qv', rr=128, alpha=8)"
     lines = [
         f"file        {file}, {file.stat().st_size:,} bytes",
         "holds       trained parts only: needs its backbone",

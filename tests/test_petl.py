@@ -146,7 +146,7 @@ def test_what_parts_are_unless_told():
     """`lr` is 5e-3, adapters are bottlenecks of RR 64, LoRA is that of Table I, prefixes are 24."""
     own = Method("own", (Adapter("ffn", "seq_after"), LoRA(), Prefix()), "-", "-")
     assert own.lr == 5e-3
-    assert own.parts == (Adapter("ffn", "seq_after", "bottleneck", 64), LoRA("qv", 128, 8), Prefix(24))
+    assert own.parts == (Adapter("ffn", "seq_after", 64), LoRA("qv", 128, 8), Prefix(24))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ import torch
 
 import petl_more
 from ast_model import AST, ASTConfig
-from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
+from petl import METHODS, Adapter, Convpass2dAdapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
 
 
 class Part(NamedTuple):
@@ -366,7 +366,7 @@ def test_logits_and_gradients(row, pool, training):
 @pytest.mark.parametrize("step", [1, -1])
 def test_parts_of_all_kinds_together(step):
     """In either order: LoRA beneath prefixes beneath an adapter, and prompts convolved as 1x1 images."""
-    ours = Adapter("attn", "par_before", "convpass_2d"), Hydra(), Prompts(5, deep=True), Prefix(6), LoRA("qvko", rr=64)
+    ours = Convpass2dAdapter("attn", "par_before"), Hydra(), Prompts(5, deep=True), Prefix(6), LoRA("qvko", rr=64)
     theirs = (
         CONV2D_MHSA_PAR,
         Part("ffn", "both", "hydra", 64),

@@ -12,7 +12,7 @@ from helpers import tiny_ast
 
 import petl_more
 from ast_model import AST, ASTConfig
-from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply
+from petl import METHODS, Adapter, Convpass2dAdapter, ConvpassAdapter, Hydra, LoRA, Method, Prefix, Prompts, apply
 
 PAPERS = [name for name in METHODS if name not in petl_more.METHODS]  # those have test_petl_more.py
 
@@ -23,7 +23,7 @@ INPUTS = {"patches": 256, "q": 192, "k": 192, "v": 192, "o": 192, "fc1": 192, "f
 ZERO = r"(up|up_p|up_q|b)\.weight|(up|up_p|conv|norm|norm1|norm2|head\.0)\.bias"  # all that is exactly zero
 EXAMPLES = {
     "bottleneck": (Adapter("attn", "par_before", rr=4), Adapter("ffn", "seq_after", rr=4)),
-    "convpass": (Adapter("attn", "par_before", "convpass", rr=4), Adapter("ffn", "seq_after", "convpass_2d", rr=4)),
+    "convpass": (ConvpassAdapter("attn", "par_before", rr=4), Convpass2dAdapter("ffn", "seq_after", rr=4)),
     "hydra": (Hydra(rr=4),),
     "lora": (LoRA("qkvo", rr=4),),
     "prefix": (Prefix(24),),

@@ -1,38 +1,26 @@
-"""An adapted model as a plain AST: what a method put around a weight is folded into that weight."""
+"""Merge an adapted model into a plain AST: `petl.merge`, and two kinds of adapters that it does not know."""
 
-import copy
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ast_model import AST, FFN
+import petl
+from ast_model import AST, FFN, UserError
 from petl import Adapted, Bottleneck, HydraFFN
-from support.command import UserError
 
 
 @torch.no_grad()
 def merge(model: AST) -> AST:
     """A plain AST with the logits of the adapted one. `model` stays as it is.
 
-    It has no `backbone`, as no checkpoint holds its weights: `save_ast` writes it, `save_trained` could not.
     Raises UserError for methods that no weight of an AST can express (most adapters, prompts, prefixes).
     """
-    plain = copy.deepcopy(model)
-    for parent in reversed(list(plain.modules())):  # from the inside outwards
-        for name, module in list(parent.named_children()):
-            new = merged(module)
-            if new is not None:
-                setattr(parent, name, new)
-            elif hasattr(module, "wrapped"):
-                kind = type(getattr(module, "adapter", module)).__name__
-                raise UserError(f"{model.method.name!r} cannot be merged: {kind} is no linear change of a weight")
-    if len({block.ffn.fc1.out_features for block in plain.blocks}) > 1:
+    plain = petl.merge(model, merged)
+    hidden = {block.ffn.fc1.out_features for block in plain.blocks}
+    if len(hidden) > 1:
         raise UserError(f"{model.method.name!r} cannot be merged with --blocks: FFNs of other blocks would be narrower")
-    plain.requires_grad_(True)
-    plain.config = replace(plain.config, hidden=plain.blocks[0].ffn.fc1.out_features)
-    for name in ("method", "backbone"):  # neither describes the new weights
-        vars(plain).pop(name, None)
+    plain.config = replace(plain.config, hidden=hidden.pop())
     return plain
 
 
@@ -42,7 +30,7 @@ def merged(module: nn.Module) -> nn.Module | None:
         return merged_hydra(module)
     if isinstance(module, Adapted):
         return merged_adapter(module)
-    return module.merged() if hasattr(module, "merged") else None
+    return petl.merged(module)
 
 
 def merged_adapter(module: Adapted) -> FFN | None:
