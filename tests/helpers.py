@@ -215,17 +215,26 @@ def predict(run: Path, *folds: str) -> list[dict]:
              "seconds": 1.0, "tested": len(letters)} for fold, letters in enumerate(folds, 1)]  # fmt: skip
 
 
+def settings_of(**changes) -> train.Settings:
+    """Settings of a run that trains on what a test gives it."""
+    known = {
+        "dataset": "", "weights": "", "backbone": "", "method": {}, "pool": "mean", "seed": 0, "shots": None,
+        "clips": "", "n_frames": 36, "epochs": 1, "batch_size": 4, "lr": 1e-2, "mask_frames": 0, "dtype": "float32",
+    }  # fmt: skip
+    return train.Settings(**{**known, **changes})
+
+
 def make_run(run: Path, words: list[str], *folds: str, validation: float | None = 0.0) -> str:
     """What train.py with these options leaves, but for its models, with made-up predictions. Returns the answer of a
     worker, that all went well."""
     args, recipe = train.parse(words), data.DATASETS[words[words.index("--dataset") + 1]]
     config, backbone = shape_and_hash(args.weights)
-    method = fitted(petl.find(args.method), config, args.lr, args.rr, prompts=args.prompts, kernel=args.kernel)
+    method = fitted(petl.find(args.method), config, args, recipe.lr.get(args.method))
     settings = Settings(
         dataset=args.dataset, weights=args.weights, backbone=backbone, method=to_dict(method), pool=args.pool,
         seed=args.seed[0], shots=args.shots, clips="made up", n_frames=data.frames_for(recipe, None, args.seconds),
         epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
-        mask=recipe.mask, dtype=args.dtype,
+        mask_frames=recipe.widest_mask(data.frames_for(recipe, None, args.seconds)), dtype=args.dtype,
     )  # fmt: skip
     told = [{**fold, "validation_accuracy": validation} for fold in predict(run, *folds)]
     result = {"accuracy": 0.0, "std": None, "folds": told, "seconds": 1.0, "parameters": dict(petl=1, head=1, total=9)}

@@ -104,7 +104,7 @@ def test_wrong_shapes_are_refused():
     for wrong, message in (
         ({"pool": "max"}, "pool is 'max'; choose one of mean, cls, cls_dist"),
         ({"dim": 32, "heads": 5}, "dim 32 is not a multiple of heads 5"),
-        ({"n_frames": 10, "n_mels": 36}, "10 frames x 36 bands do not hold one 16-wide patch"),
+        ({"n_frames": 10, "n_mels": 36}, "10 frames x 36 bands do not hold one patch of 16 x 16"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_ast(**wrong)

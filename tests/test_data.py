@@ -183,11 +183,9 @@ def test_masks_of_own_sounds_take_at_most_their_share():
         (1024, 80),
     ):
         for name in ("folder", "csv"):
-            assert DATASETS[name].masks(n_frames) == {"mask": widest is not None, "mask_frames": widest or 80}
-            assert DATASETS[name].masks(n_frames, wanted=False) == {"mask": False, "mask_frames": 80}
-        masked = {name: recipe.masks(n_frames) for name, recipe in DATASETS.items() if not recipe.own}
-        mask = dict.fromkeys(masked, False) | dict.fromkeys(("esc50", "esc10", "us8k"), True)
-        assert masked == {name: {"mask": mask[name], "mask_frames": 80} for name in masked}
+            assert DATASETS[name].widest_mask(n_frames) == (widest or 0)
+        masked = {name: recipe.widest_mask(n_frames) for name, recipe in DATASETS.items() if not recipe.own}
+        assert masked == dict.fromkeys(masked, 0) | dict.fromkeys(("esc50", "esc10", "us8k"), 80)
 
 
 # ----------------------------------------------------------------------------------------------------------- recipes
@@ -226,12 +224,12 @@ def test_every_number_of_a_row_comes_to_use(tmp_path, monkeypatch):
         return json.loads((tmp_path / "runs" / "mine" / method / "seed0" / "config.json").read_text())
 
     found = config("bitfit")
-    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask", "lr")] == [31, 3, 2, True, 0.125]
+    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask_frames", "lr")] == [31, 3, 2, 80, 0.125]
     assert found["weights"] == str(SMALL_AST)
     rows = list(csv.DictReader((tmp_path / "runs/mine/bitfit/seed0/metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["2", "4"]  # four clips in batches of three
     found = config("linear", "--batch-size", "4", "--epochs", "1", "--no-mask", "--lr", "0.25", "--seconds", "0.2")
-    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask", "lr")] == [20, 4, 1, False, 0.25]
+    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask_frames", "lr")] == [20, 4, 1, 0, 0.25]
 
 
 def test_the_length_of_clips_is_that_of_all_that_ever_train(tmp_path):

@@ -138,7 +138,7 @@ def test_an_unknown_method_leaves_the_model_as_it_was():
 
 
 def test_applying_twice_is_an_error():
-    with pytest.raises(ValueError, match="already carries the method 'lora'"):
+    with pytest.raises(ValueError, match="already has the method 'lora'"):
         apply(apply(tiny_ast(), "lora"), "bitfit")
 
 

@@ -163,6 +163,7 @@ def trained_shapes(row: Row, plain: dict[str, tuple], dim: int, depth: int, rank
 def by_plain_name(model: AST) -> dict[str, torch.Tensor]:
     """The tensors of an adapted model under the names they have without the wrappers."""
     named = {name.replace("wrapped.", ""): tensor for name, tensor in model.named_parameters()}
+    named = {name.replace(".ffn.norm.", ".norm2."): tensor for name, tensor in named.items()}  # AdaptFormer moves it
     assert len(named) == len(list(model.parameters()))
     return named
 

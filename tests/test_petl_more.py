@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import SMALL_AST, save_random, tiny_ast
+from helpers import SMALL_AST, save_random, settings_of, tiny_ast
 from safetensors.torch import load_file
 from test_petl_by_hand import GRID, SHAPE, affine, by_plain_name, embedding, gelu, layer_norm
 from torch import nn
@@ -25,6 +25,7 @@ import petl
 import petl_more
 import train
 from ast_model import AST, ASTConfig
+from data import Clips
 from load_weights import live_tensors, load_ast, load_tensors, load_trained, save_trained, trained_tensors
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
 from tools.merge import merge
@@ -42,7 +43,7 @@ from petl_more import (
     VeRA,
 )
 from support import records
-from support.speed import Learner, Machine, prepare
+from support.speed import Machine, prepare
 from support.variants import narrowed
 from tools import export
 
@@ -59,10 +60,10 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "conformer_pfeiffer_par": Row(270_720, 5e-3, (Conformer("attn", 96, 31, True),), "271K"),
-    "conformer_houlsby_par": Row(541_440, 5e-3, (Conformer("attn", 96, 31), Conformer("ffn", 96, 31)), "542K"),
-    "soft_moa": Row(922_104, 5e-3, (SoftMixture("attn", 128, experts=7, slots=1),)),
-    "dense_moa": Row(922_188, 5e-3, (DenseMixture("attn", 128, experts=7),)),
+    "conformer_pfeiffer_par": Row(270_720, 5e-3, (Conformer("attn", "par_before", 96, 31),), "271K"),
+    "conformer_houlsby_par": Row(541_440, 5e-3, (Conformer("attn", "par_before", 96, 31), Conformer("ffn", "par_before", 96, 31)), "542K"),
+    "soft_moa": Row(922_104, 5e-3, (SoftMixture("attn", "par_before", 128, experts=7, slots=1),)),
+    "dense_moa": Row(922_188, 5e-3, (DenseMixture("attn", "par_before", 128, experts=7),)),
     "dora": Row(239_616, 5e-3, (DoRA("qv", 128, 8),)),
     "ia3": Row(55_296, 3e-3, (IA3(),)),
     "vera": Row(24_576, 5e-3, (VeRA("qv", 3, seed=0),), frozen=2 * 256 * 768),
@@ -99,15 +100,15 @@ def test_what_the_table_says_of_a_method(name):
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        (Conformer("attn", kernel=8), 268_512),
-        (Conformer("ffn", own_norm=False), 252_288),
-        (Conformer("attn", rr=768), 74_160),  # r = 1, 2, 16, 32: the x-values of the published scaling figure
-        (Conformer("attn", rr=384), 102_240),
-        (Conformer("attn", rr=48), 495_360),
-        (Conformer("attn", rr=24), 944_640),
-        (SoftMixture(slots=2), 12 * (7 * 9_990 + 2 * 5_376 + 1_536)),
-        (SoftMixture(experts=2), 12 * (2 * 9_990 + 2 * 768 + 1_536)),
-        (DenseMixture(experts=2), 12 * (2 * 9_990 + 2 * 769 + 1_536)),
+        (Conformer("attn", "par_before", kernel=8), 268_512),
+        (Conformer("ffn", "par_before"), 270_720),
+        (Conformer("attn", "par_before", rr=768), 74_160),  # r = 1, 2, 16, 32: the x-values of the published scaling figure
+        (Conformer("attn", "par_before", rr=384), 102_240),
+        (Conformer("attn", "par_before", rr=48), 495_360),
+        (Conformer("attn", "par_before", rr=24), 944_640),
+        (SoftMixture("attn", "par_before", slots=2), 12 * (7 * 9_990 + 2 * 5_376 + 1_536)),
+        (SoftMixture("attn", "par_before", experts=2), 12 * (2 * 9_990 + 2 * 768 + 1_536)),
+        (DenseMixture("attn", "par_before", experts=2), 12 * (2 * 9_990 + 2 * 769 + 1_536)),
         (DoRA("qkvo"), 2 * 239_616),
         (VeRA("q"), 12_288),
         (VeRA(rr=6), 12 * 2 * (768 + 128)),
@@ -331,7 +332,7 @@ def test_logits_and_gradients(name, training):
 
 def test_two_slots_each():
     """The softmax of a token runs over slots and experts together; slots of one expert lie beside each other."""
-    part = SoftMixture(rr=64, experts=3, slots=2)
+    part = SoftMixture("attn", "par_before", rr=64, experts=3, slots=2)
     model = random_model(Method("soft_moa", (part,), "-", "-")).eval()
     fbank = torch.randn(2, 49, 38, dtype=torch.float64)
     expected = logits_by_hand(by_plain_name(model), "soft_moa", fbank, False, {})
@@ -365,20 +366,14 @@ def test_thirds_of_the_time(steps, thirds):
 
 @pytest.mark.parametrize("kernel", [1, 2, 5, 8, 31])
 def test_windows_of_the_conformer(kernel):
-    """Odd and even, wider than the sequence too; and without the LayerNorm of its own."""
+    """Odd and even, and wider than the sequence, too."""
     torch.manual_seed(0)
-    for own_norm in (True, False):
-        module = petl_more.ConformerModule(dim=12, rank=3, kernel=kernel, own_norm=own_norm).double()
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, std=0.5)
-        t = {f"m.{n}": tensor for n, tensor in module.state_dict().items()}
-        u = torch.randn(2, 9, 12, dtype=torch.float64)
-        if own_norm:
-            torch.testing.assert_close(module(u), conformer(t, "m", u, True), rtol=0, atol=1e-12)
-        else:  # what a LayerNorm has to do already: mean 0, variance 1 (but for its eps)
-            u = F.layer_norm(u, (12,), eps=0)
-            t |= {"m.norm.weight": torch.full((12,), (1 + 1e-5) ** 0.5), "m.norm.bias": torch.zeros(12)}
-            torch.testing.assert_close(module(u), conformer(t, "m", u, True), rtol=0, atol=1e-7)
+    module = petl_more.ConformerModule(dim=12, rank=3, kernel=kernel).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    t = {f"m.{n}": tensor for n, tensor in module.state_dict().items()}
+    u = torch.randn(2, 9, 12, dtype=torch.float64)
+    torch.testing.assert_close(module(u), conformer(t, "m", u, True), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -390,7 +385,7 @@ def test_the_conformer_module_of_transformers(training):
     sizes = {"hidden_size": 8, "conv_depthwise_kernel_size": 5}
     config = transformers.Wav2Vec2ConformerConfig(**sizes, hidden_act="swish", conformer_conv_dropout=0)
     theirs = Wav2Vec2ConformerConvolutionModule(config).double().train(training)
-    ours = petl_more.ConformerModule(8, 8, 5, True).double().train(training)
+    ours = petl_more.ConformerModule(8, 8, 5).double().train(training)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.5)
@@ -418,7 +413,7 @@ def test_how_often_clips_go_without_their_adapter():
     kept = added[:, 0, 0] > 0
     assert 0.87 < kept.float().mean() < 0.93 and (added == torch.where(kept, 1 / 0.9, 0.0)[:, None, None]).all()
     assert (block.eval()(torch.zeros(2000, 3, 4)) == 1).all()
-    ffn = petl_more.AdaptFormerFFN(nn.Identity(), dim=4, rank=3)
+    ffn = petl_more.AdaptFormerFFN(nn.Identity(), nn.Identity(), dim=4, rank=3)
     assert ffn.dropout.p == 0.1
 
 
@@ -763,38 +758,18 @@ def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(train_main, tmp_pat
     assert len(statistics(one)) == 8 and all(tensor.abs().max() > 0 for tensor in statistics(one).values())
 
 
-def three_steps(model: AST, machine: Machine) -> dict[str, torch.Tensor]:
-    """Trained tensors after three steps with the same clips."""
-    model = prepare(model, "float32", machine).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    learner, generator = Learner(model, optimizer, "float32", machine), torch.Generator().manual_seed(1)
-    for _ in range(3):
-        logits = learner.logits(torch.randn(4, 36, 36, generator=generator))
-        learner.backward(F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])))
-        learner.step(1e-2)
-    return trained_tensors(model)
-
-
-@each
-def test_computing_blocks_twice_changes_nothing(name):
-    """--recompute: dropout draws the same numbers, and running statistics are moved twice by what makes one step."""
-    results = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        results.append(three_steps(apply(tiny_ast(), name), Machine(CPU, recompute=recompute)))
-    once, twice = results
-    for n, tensor in once.items():
-        assert (tensor - twice[n]).abs().max() <= (1e-6 if "running" in n else 0), n
-
-
 def test_compiled_code_moves_running_statistics_once(monkeypatch):
-    """Even with --recompute. Traced as for the default compiler, without the minutes that it takes to write code."""
+    """Traced as for the default compiler, without the minutes that it takes to write code."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="aot_eager"))
+    clips = Clips(torch.randn(12, 36, 36), torch.tensor([0, 1, 2] * 4))
     results = []
-    for machine in (Machine(CPU), Machine(CPU, compile=True, recompute=True)):
+    for machine in (Machine(CPU), Machine(CPU, compile=True)):
         torch.manual_seed(0)
-        results.append(statistics(three_steps(apply(tiny_ast(), "conformer_pfeiffer_par"), machine)))
+        model = prepare(apply(tiny_ast(), "conformer_pfeiffer_par"), "float32", machine)
+        learner = train.Learner(model, settings_of(batch_size=4), machine)
+        train.train_epoch(learner, clips, list(range(12)), 1)
+        results.append(statistics(trained_tensors(model)))
     for n, tensor in results[0].items():
         torch.testing.assert_close(results[1][n], tensor, rtol=0.02, atol=2e-3)
 
@@ -802,12 +777,11 @@ def test_compiled_code_moves_running_statistics_once(monkeypatch):
 TWO = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1] + "/tests")
-from helpers import tiny_ast
+from helpers import settings_of, tiny_ast
 import load_weights, petl, train
 from data import Clips, Split
 from support.processes import average, process_group, ranks
-from support.records import Settings
-from support.speed import Learner, Machine
+from support.speed import Machine
 from pathlib import Path
 cpu, out = torch.device("cpu"), Path(sys.argv[2])
 torch.set_num_threads(1)
@@ -816,16 +790,17 @@ with process_group(cpu):
     torch.manual_seed(0)
     model, machine = petl.apply(tiny_ast(), "conformer_pfeiffer_par").train(), Machine(cpu)
     clips = torch.randn(4, 3, 36, 36)
-    learner = Learner(model, torch.optim.SGD(model.norm.parameters()), "float32", machine)
+    settings = settings_of(epochs=2, batch_size=4)
+    learner = train.Learner(model, settings, machine)
     for i in range(2):
-        learner.backward(learner.logits(clips[2 * i + rank]).sum())
+        learner.forward(clips[2 * i + rank]).sum().backward()
     steps = {"own": load_weights.trained_tensors(model)}
     average(t for t in load_weights.live_tensors(model).values() if not t.requires_grad)
     steps["mean"] = load_weights.trained_tensors(model)
-    settings = Settings("", "", "", {}, "mean", 0, None, "", 36, 2, 4, 1e-2, False, "float32")
     labels = torch.tensor([0, 1, 2] * 4)
     split = Split(list(range(8)), [], list(range(8, 12)))
-    train.train_fold(model, Clips(clips.flatten(0, 1), labels), split, 1, settings, out / f"{rank}.resume.pt", machine)
+    learner = train.Learner(model, settings, machine)
+    train.train_fold(learner, Clips(clips.flatten(0, 1), labels), split, 1, train.Log())
     steps["run"] = load_weights.trained_tensors(model)
     torch.save(steps, out / f"{rank}.pt")
 """

@@ -2,6 +2,7 @@
 
 import pytest
 
+import train
 from ast_model import ASTConfig
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts
 from support.command import UserError
@@ -77,5 +78,5 @@ def test_three_settings_at_once():
 
 def test_what_is_asked_for_comes_before_what_suits_the_width():
     demo = ASTConfig(dim=128, depth=4, heads=2)
-    assert fitted(METHODS["full_ft"], demo, lr=1e-3).lr == 1e-3
-    assert fitted(METHODS["dpt"], demo, prompts=9).parts == (Prompts(9, deep=True),)
+    assert fitted(METHODS["full_ft"], demo, train.parse(["--lr", "1e-3"])).lr == 1e-3
+    assert fitted(METHODS["dpt"], demo, train.parse(["--prompts", "9"])).parts == (Prompts(9, deep=True),)
