@@ -470,8 +470,8 @@ def list_methods() -> None:
     print(f"Base AST at 500 frames. full_ft has {short:,} at 100 frames.")
     print("Final LayerNorm and head are trained, too, but not counted.")
     print(f"They have {' / '.join(heads)} parameters for 50 / 10 / 35 / 31 classes.")
-    print("Exceptions: linear trains nothing else. full_ft and bitfit count the LayerNorm.")
-    print("probe has a head of its own, and counts it.")
+    print("Exceptions: the row of linear has both, full_ft and bitfit count the LayerNorm,")
+    print("and probe has a larger head, which it counts.")
 
 
 def start(argv: list[str] | None) -> None:

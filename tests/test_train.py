@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
     assert {"seconds", "peak_memory_mb"} <= result.keys()
     assert result["versions"] == dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     config = json.loads((run / "config.json").read_text())
-    assert (config["epochs"], config["lr"], config["batch_size"], config["mask"]) == (2, 5e-3, 32, True)
+    assert (config["epochs"], config["lr"], config["batch_size"], config["mask_frames"]) == (2, 5e-3, 32, 80)
     assert "fold 5: test accuracy" in capsys.readouterr().out
     trained = load_file(run / "fold3.safetensors")
     assert trained.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
