@@ -6,9 +6,9 @@ Transformer" (Interspeech 2021). It cuts a spectrogram into overlapping 16x16 pa
 of every patch, and reads the tokens with a pre-norm Transformer encoder.
 
 This file imports torch and nothing else. It knows no adapters, no LoRA and no prompts. `petl.py`
-replaces modules of an AST by wrappers, and finds them by the names of their attributes:
+replaces modules of an AST by wrappers. It finds them by the names of these attributes:
 
-    AST        embed, blocks, norm, head
+    AST        config, embed, blocks, norm, head
     Embedding  patches
     Block      norm1, attn, norm2, ffn
     Attention  q, k, v, o
@@ -36,8 +36,8 @@ class UserError(ValueError):
 class ASTConfig:
     """The shape of an AST.
 
-    The defaults are AST-Base as released for AudioSet (clips of 10.24 s). Only `pool` differs: the
-    paper takes the mean of all tokens.
+    The defaults are AST-Base as released for AudioSet (clips of 10.24 s). Only `pool` differs: it
+    is that of the paper's authors, see AST.pool.
     """
 
     n_frames: int = 1024  # of the spectrogram, one every 10 ms
@@ -65,7 +65,7 @@ class ASTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(F, T), patches along frequency and time: (12, 101) at 1024 frames, (12, 49) at 500."""
+        """Patches along frequency and along time: (12, 101) at 1024 frames, (12, 49) at 500."""
         n_frequency = (self.n_mels - self.patch) // self.stride + 1
         n_time = (self.n_frames - self.patch) // self.stride + 1
         return n_frequency, n_time
@@ -76,10 +76,11 @@ class ASTConfig:
 
     @property
     def n_tokens(self) -> int:
-        """Length of the token sequence: F T patches and two tokens in front of them.
+        """Length of the token sequence: the patches and two tokens in front of them.
 
         Section II-A counts the patches and [CLS]. The pretrained checkpoint has a second token
-        behind [CLS], [distillation], because it started from a DeiT image model, which has both.
+        behind [CLS], [distillation], because its training began with the image model DeiT, which
+        has both. (Section III-A names ImageNet-21K instead.)
         """
         return 2 + self.n_patches
 
@@ -100,22 +101,23 @@ class Embedding(nn.Module):
         for parameter in (self.cls, self.dist, self.position):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, fbank):  # (batch, n_frames, n_mels)
-        if fbank.shape[1:] != self.input_shape:
+    def forward(self, spectrogram):  # (batch, n_frames, n_mels)
+        if spectrogram.shape[1:] != self.input_shape:
             n_frames, n_mels = self.input_shape
-            given = tuple(fbank.shape)
+            given = tuple(spectrogram.shape)
             raise UserError(f"this AST reads (batch, {n_frames}, {n_mels}), not {given}")
-        image = fbank.transpose(1, 2).unsqueeze(1)  # (batch, 1, n_mels, n_frames)
-        patches = self.patches(image)  # (batch, dim, F, T)
-        patches = patches.flatten(2).transpose(1, 2)  # (batch, F T, dim): row f T + t
-        batch = fbank.shape[0]  # an ONNX export would take len(fbank) for a constant
+        image = spectrogram.transpose(1, 2).unsqueeze(1)  # (batch, 1, n_mels, n_frames)
+        patches = self.patches(image)  # (batch, dim, n_frequency, n_time)
+        # One row for each patch, band after band: patch (f, t) is row f * n_time + t.
+        patches = patches.flatten(2).transpose(1, 2)  # (batch, n_patches, dim)
+        batch = spectrogram.shape[0]  # an ONNX export would take len(spectrogram) for a constant
         cls = self.cls.expand(batch, -1, -1)
         dist = self.dist.expand(batch, -1, -1)
-        return torch.cat([cls, dist, patches], dim=1) + self.position  # (batch, 2 + F T, dim)
+        return torch.cat([cls, dist, patches], dim=1) + self.position  # (batch, n_tokens, dim)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (MHSA), eq. (2) and (3).
+    """Multi-head self-attention (MHSA), eq. (2) and (3), with biases, which the paper leaves out.
 
     The projections are four separate modules, so that LoRA can adapt each of them. With
     prefix-tuning (petl.PrefixLinear) k and v return more tokens than q.
@@ -133,8 +135,8 @@ class Attention(nn.Module):
         q = self.split_heads(self.q(x))
         k = self.split_heads(self.k(x))
         v = self.split_heads(self.v(x))
-        heads = F.scaled_dot_product_attention(q, k, v)  # eq. (2): softmax(q k^T / sqrt(d_k)) v
-        return self.o(self.merge_heads(heads))  # eq. (3): Concat(head_1, ..., head_h) W_o
+        mixed = F.scaled_dot_product_attention(q, k, v)  # eq. (2): softmax(q k^T / sqrt(d_h)) v
+        return self.o(self.merge_heads(mixed))  # eq. (3): Concat(head_1, ..., head_Nh) W_o
 
     def split_heads(self, x):  # (batch, tokens, dim) -> (batch, heads, tokens, dim / heads)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -174,7 +176,8 @@ class Block(nn.Module):
 class AST(nn.Module):
     """The whole model: spectrograms (batch, n_frames, n_mels) to logits (batch, n_classes).
 
-    The spectrograms are normalised log-Mel filterbanks, as `data.to_input` returns them.
+    The spectrograms are normalised log-Mel filterbanks, as `data.to_input` returns them. What
+    `data.fbank` returns is not normalised yet.
     """
 
     def __init__(self, config: ASTConfig):
@@ -185,16 +188,16 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.eps)
         self.head = make_head(config)
 
-    def forward(self, fbank):  # (batch, n_frames, n_mels)
-        return self.head(self.vector(fbank))  # (batch, n_classes)
+    def forward(self, spectrogram):  # (batch, n_frames, n_mels)
+        return self.head(self.vector(spectrogram))  # (batch, n_classes)
 
-    def vector(self, fbank):
+    def vector(self, spectrogram):
         """The vector of each clip that the head reads, (batch, dim)."""
-        return self.pool(self.features(fbank))
+        return self.pool(self.features(spectrogram))
 
-    def features(self, fbank):
+    def features(self, spectrogram):
         """The tokens after the last block and the final LayerNorm, (batch, tokens, dim)."""
-        tokens = self.embed(fbank)
+        tokens = self.embed(spectrogram)
         tokens = self.encode(tokens)
         return self.norm(tokens)
 
@@ -208,7 +211,8 @@ class AST(nn.Module):
         """Tokens (batch, tokens, dim) to one vector of each clip, (batch, dim).
 
         Section III-A says that the head "uses the entire output sequence", and does not say how.
-        The authors' code takes the mean over all tokens, [distillation] and prompts included.
+        The authors' code takes the mean over all tokens: [CLS], [distillation] or the prompts that
+        replace it, and the patches.
         """
         if self.config.pool == "cls":
             return tokens[:, 0]

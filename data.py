@@ -42,6 +42,8 @@ FRONT_END = {  # the header of every trained model has it
 
 # ----------------------------------------------------------------------------------------- features
 
+FRONT_END_VERSION = 2  # increase it when a formula below changes, so that old features are not used
+
 
 @lru_cache(maxsize=8)
 def hann_window(device: torch.device) -> torch.Tensor:
@@ -58,11 +60,11 @@ def mel_filters(device: torch.device) -> torch.Tensor:
     """
     low = 1127 * math.log(1 + 20 / 700)
     high = 1127 * math.log(1 + RATE / 2 / 700)
-    width = (high - low) / (N_MELS + 1)
+    step = (high - low) / (N_MELS + 1)
     number = torch.arange(N_MELS)
-    left = low + number * width
-    centre = low + (number + 1.0) * width
-    right = low + (number + 2.0) * width
+    left = low + number * step
+    centre = low + (number + 1.0) * step
+    right = low + (number + 2.0) * step
     bins = 1127 * torch.log(1 + torch.arange(N_FFT // 2 + 1)[:, None] * (RATE / N_FFT) / 700)
     rising = (bins - left) / (centre - left)
     falling = (right - bins) / (right - centre)
@@ -75,8 +77,8 @@ def fbank(waveforms: torch.Tensor) -> torch.Tensor:
     """Kaldi's log-Mel filterbank: waveforms (batch, samples) in [-1, 1] to (batch, frames, 128).
 
     A frame has 400 samples, a new frame starts every 160 samples, and no frame reaches over the
-    end. A sound shorter than one frame is padded with zeros. The logarithm makes ratios of loudness
-    to differences, as human hearing does.
+    end. A sound shorter than one frame is padded with zeros. Hearing judges loudness by ratios, and
+    the logarithm turns ratios into differences.
 
     The operations and their order are those of `torchaudio.compliance.kaldi.fbank(waveform,
     sample_frequency=16000, window_type="hanning", num_mel_bins=128)`. Most clips come out equal to
@@ -93,7 +95,7 @@ def spectrum(frames: torch.Tensor) -> torch.Tensor:
     """Frames (..., 400) to their complex spectrum (..., 257)."""
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-    frames = frames - 0.97 * previous  # pre-emphasis, x[t] - 0.97 x[t - 1], with x[-1] = x[0]
+    frames = frames - 0.97 * previous  # pre-emphasis; the first sample precedes itself
     return torch.fft.rfft(frames * hann_window(frames.device), N_FFT)
 
 
@@ -115,18 +117,18 @@ def spec_augment(x: torch.Tensor, draws: torch.Tensor, max_frames: int = 80) -> 
     draws: (batch, 4), uniform in [0, 1), on the device of x. The caller draws them, so that a clip
     gets the same mask however its batch is cut into pieces.
 
-    The frequency band is U(0, 24) filters wide, and the time band U(0, max_frames) frames.
+    The widths are U(0, 24) filters and U(0, max_frames) frames, rounded down.
     """
 
-    def band(size, widest, draws):  # draws (batch, 2) -> (batch, size), True where masked
-        width = draws[:, :1] * min(widest, size)
-        start = (draws[:, 1:] * (size - width)).floor()
+    def band(size, widest, uniform):  # uniform (batch, 2) -> (batch, size), True where masked
+        width = uniform[:, :1] * min(widest, size)
+        start = (uniform[:, 1:] * (size - width)).floor()
         position = torch.arange(size, device=x.device)
         return (position >= start) & (position < start + width.floor())
 
-    mels = band(x.shape[2], 24, draws[:, :2])
-    frames = band(x.shape[1], max_frames, draws[:, 2:])
-    return x.masked_fill(mels[:, None, :] | frames[:, :, None], 0)
+    masked_mels = band(x.shape[2], 24, draws[:, :2])
+    masked_frames = band(x.shape[1], max_frames, draws[:, 2:])
+    return x.masked_fill(masked_mels[:, None, :] | masked_frames[:, :, None], 0)
 
 
 # -------------------------------------------------------------------------------- what a dataset is
@@ -156,7 +158,8 @@ class Dataset:
     labels: list[int]
     folds: dict[int, Split]
     groups: list[str] = field(default_factory=list)  # a random split does not divide a group
-    spans: dict[int, tuple[float, float]] = field(default_factory=dict)  # start and end in seconds
+    # Clips that are a piece of a file: by their index, start and end in seconds.
+    spans: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> list[str]:
@@ -166,9 +169,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of DATASETS. Values that the paper does not give are those of its authors' code."""
+    """One row of DATASETS: how to list the clips of a dataset, and how to train on them.
 
-    load: Callable  # lists the clips: (data_dir, cache_dir) -> sounds.clip.Listing
+    Where the paper does not give a value for its four datasets, it is that of the authors' code.
+    """
+
+    load: Callable  # (data_dir, cache_dir) -> sounds.clip.Listing; own sounds: see load_dataset
     n_frames: int | None  # one every 10 ms; None: as many as the clips have
     batch_size: int
     epochs: int
@@ -179,10 +185,11 @@ class Recipe:
     own: bool = False  # the user's own sounds: of any length, in classes of any size
 
     def widest_mask(self, n_frames: int) -> int:
-        """Frames of the widest time mask of SpecAugment; 0 means no masks.
+        """Frames of the widest time mask of SpecAugment; 0 means no masks at all.
 
-        The paper's datasets have 80. Own sounds have 80 in 500 frames, at most 80, and none if they
-        are shorter than 2 s: a mask could cover the whole sound.
+        Datasets of the paper that are masked have 80 frames, which is 16 % of ESC-50's 500. Own
+        sounds have 16 % of their frames, at most 80. Below 2 s they have no masks, because most of
+        such a clip may be padding, and a mask could cover the sound.
         """
         if not self.mask:
             return 0
@@ -196,8 +203,13 @@ def load_dataset(
 ) -> Dataset:
     """A dataset of DATASETS, from `data_dir` or `cache_dir`, or else downloaded.
 
-    For own sounds (see sounds/own.py): `group` is a regular expression that finds in a path what
-    must stay in one part, and `windows` are the seconds of the pieces that recordings are cut into.
+    Two options are for own sounds (see sounds/own.py). `group` is a regular expression that finds
+    in a path what must stay together. `windows` are the seconds of the pieces that recordings are
+    cut into.
+
+    The loader of the dataset returns a Listing: root folder, clips, and perhaps class names. A clip
+    has a path, a label, a span in seconds, and perhaps a group. Its `part` says what it is for:
+    train, val, test or the number of a fold.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}: there are {', '.join(DATASETS)}")
@@ -215,7 +227,7 @@ def load_dataset(
         paths=[clip.path for clip in found.clips],
         labels=[number[clip.label] for clip in found.clips],
         folds=splits_of([clip.part for clip in found.clips], recipe.validate),
-        groups=[clip.group for clip in found.clips if clip.group],  # all clips have one, or none
+        groups=[clip.group for clip in found.clips if clip.group],  # of every clip, or of none
         spans=found.spans,
     )
     if recipe.own:
@@ -226,10 +238,12 @@ def load_dataset(
 def splits_of(parts: list[str | int], validate: bool) -> dict[int, Split]:
     """The Split of every fold. Clip i lies in `parts[i]`: train, val, test or the number of a fold.
 
+    The part "" of all clips means that the dataset does not say it. Then there are no folds yet.
+
     Cross-validation: fold k tests the clips of part k and trains on the others. With `validate`,
     and three folds or more, the part before k (before the first: the last) chooses the epoch.
     """
-    if set(parts) == {""}:  # nobody has said it
+    if set(parts) == {""}:
         return {}
     if set(parts) <= {"train", "val", "test"}:
         return {1: split_of_parts(parts)}
@@ -255,8 +269,8 @@ def split_of_parts(parts: list[str]) -> Split:
 def random_split(dataset: Dataset, seed: int) -> Split:
     """A fifth of each class tests, a fifth validates, and the rest trains, drawn with the seed.
 
-    At least one clip of each class tests. In classes of three or more, at least one validates.
-    Groups stay whole.
+    At least one clip of each class tests, so a class of one clip does not train. In classes of
+    three or more, at least one validates. Groups stay whole.
     """
     if dataset.groups:
         return split_of_parts(own.parts_of(dataset.labels, dataset.groups, seed))
@@ -315,7 +329,7 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
     """How many frames the model reads.
 
     `seconds` decides, or else the recipe. The recipe of own sounds has no number: there it is so
-    many that 95 % of the clips fit.
+    many that 95 % of the clips fit. Only own sounds need `dataset`, and print what is cut off.
     """
     if seconds is None and recipe.n_frames is not None:
         return recipe.n_frames
@@ -326,10 +340,11 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
 
 @dataclass(frozen=True)
 class Clips:
-    """Features (clips, n_frames, n_mels) in float16, and labels (clips,), in the same memory.
+    """What a network reads of each clip, and labels (clips,), both on the same device.
 
-    `file` is where the features are kept, if anywhere. support/vectors.py makes Clips for `linear`
-    and `probe` whose features are vectors of the frozen backbone, (clips, numbers).
+    `features` are those of `load_clips`: (clips, n_frames, n_mels), float16. If only the last
+    layers train, support/vectors.py makes Clips whose features are the vectors that these layers
+    read, (clips, numbers). `file` is where the features are kept, if anywhere.
     """
 
     features: torch.Tensor
@@ -354,28 +369,27 @@ class Clips:
 def load_clips(
     dataset: Dataset, n_frames: int, device: torch.device, cache_dir: Path, skip_bad: bool
 ) -> tuple[Clips, dict[int, str]]:
-    """All clips of a dataset. And for each clip that has no features its index and the reason.
+    """All clips of a dataset, and {index: reason} of the clips that cannot be read.
 
-    The features are computed once, on all cores, and kept under `cache_dir`. They lie in the memory
-    of a GPU if they take at most half of it, and else stay on disk. Unreadable clips are a
-    UserError unless `skip_bad`.
+    The features are computed once, on all cores, and kept under `cache_dir`. They go to the memory
+    of a GPU if they take less than half of what is free there, and else stay on disk. Unreadable
+    clips are a UserError unless `skip_bad`.
     """
-    longest = (n_frames * HOP + WINDOW) / RATE + 0.1  # seconds; the rest would be cut
+    longest = (n_frames * HOP + WINDOW) / RATE + 0.1  # seconds to read, with a margin to resample
 
     def compute(i: int) -> np.ndarray:
         start, end = dataset.spans.get(i, (0.0, math.inf))
         wave = torch.from_numpy(read_audio(dataset.paths[i], min(longest, end - start), start))
         return to_input(fbank(wave[None]), n_frames)[0].numpy()  # (n_frames, 128)
 
-    # Increase the 2 when a formula above changes, so that old features are not used.
     numbers = f"{RATE} {WINDOW} {HOP} {N_FFT} {N_MELS} {MEAN} {STD}"
-    key = f"front end 2, {numbers}, {n_frames} frames"
+    key = f"front end {FRONT_END_VERSION}, {numbers}, {n_frames} frames"
     rows, bad = cached(dataset, (n_frames, N_MELS), key, compute, cache_dir, skip_bad)
     features = torch.from_numpy(rows)
     if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0]:
         features = features.to(device)
     labels = torch.tensor(dataset.labels, device=features.device)
-    return Clips(features, labels, Path(rows.filename)), bad
+    return Clips(features, labels, Path(rows.filename)), bad  # rows are mapped from a file
 
 
 # ---------------------------------------------------------------------------- the table of datasets
@@ -385,11 +399,12 @@ DATASETS = {
     "esc50": Recipe(paper.esc50, n_frames=500, batch_size=32, epochs=50, mask=True),
     "esc10": Recipe(paper.esc10, n_frames=500, batch_size=32, epochs=50, mask=True),
     "us8k": Recipe(paper.us8k, n_frames=400, batch_size=32, epochs=30, mask=True, validate=False),
+    # One second, too, and two frames of padding, as in the authors' code.
     "gsc": Recipe(paper.gsc, n_frames=100, batch_size=128, epochs=75, mask=False),
     "fsc": Recipe(paper.fsc, n_frames=400, batch_size=32, epochs=75, mask=False),
     "folder": Recipe(own.folder, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
     "csv": Recipe(own.table, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
-    # One-second sounds. No masking: 80 of 98 frames would leave nothing to hear.
+    # Sounds of one second make 98 frames. No masking: 80 of 98 frames would leave nothing to hear.
     "demo": Recipe(demo.target, n_frames=98, batch_size=16, epochs=4, mask=False, weights="demo"),
     "demo_source": Recipe(  # the demo's task of 68 other kinds of sound, to pretrain on
         demo.source,

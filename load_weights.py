@@ -2,12 +2,11 @@
 
 `load_ast` reads an AST checkpoint from the hub or from disk: a .safetensors or .bin with the names
 of Hugging Face, or a .pth of the original AST repository. `save_trained` writes the tensors that a
-method trained, 1 or 2 MB, with a header that describes them. `load_trained` rebuilds the adapted
-model from that file. `save_ast` writes a whole model, which `load_ast` reads. No pickle is ever
-executed.
+method trained, about 1 MB for adapters and LoRA, with a header that describes them. `load_trained`
+rebuilds the adapted model from that file. `save_ast` writes a whole model, which `load_ast` reads.
 
-Files are read and written by support/checkpoints.py. It checks that a file is whole, and that its
-header and its tensors hold nothing unusual.
+Files are read and written by support/checkpoints.py. It checks that a file is whole and that all
+numbers are finite. It reads .bin and .pth with `weights_only`, so no code in them is executed.
 """
 
 import hashlib
@@ -36,9 +35,10 @@ RANDOM = {  # dim, depth, heads
 }
 
 # Each row translates a part of tensor names. First comes our name, then the one in files of Hugging
-# Face. After it come other spellings: those inside transformers, and those of the original AST
-# (github.com/YuanGongND/ast), whose names begin with `v.` or `mlp_head.`. The rows are applied from
-# top to bottom, so `.attention.output.dense.` must stand before `.output.dense.`.
+# Face. After it come other spellings: those of the modules inside newer versions of transformers,
+# and those of the original AST (github.com/YuanGongND/ast), which begin with `v.` or `mlp_head.`.
+# The rows are applied from top to bottom, so `.attention.output.dense.` must stand before
+# `.output.dense.`.
 NAMES = [
     (".embed.patches.", ".embeddings.patch_embeddings.projection.", ".v.patch_embed.proj."),
     (".embed.cls.", ".embeddings.cls_token.", ".v.cls_token."),
@@ -61,7 +61,7 @@ NAMES = [
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where the pretrained weights of a model came from. It is kept as `model.backbone`."""
+    """Where the pretrained weights of a model came from, kept as `model.backbone`."""
 
     name: str
     sha256: str  # their `fingerprint`, the same in every file format
@@ -82,12 +82,11 @@ def load_ast(
       - "random:base", "random:small", "random:tiny" or "random:demo". The seed is fixed, so an
         adapter that was trained on random weights can be loaded again.
     n_frames: length of the spectrograms; None: the length that the checkpoint was trained with.
-    n_classes: makes a new head; None: the checkpoint's own head.
-    pool: how tokens become one vector; None: as the checkpoint's head needs it, and the mean of all
-        tokens for a new head.
+    n_classes: the classes of a new head; None: the checkpoint's own head.
+    pool: how tokens become one vector; None: the checkpoint's pool, and "mean" for a new head.
 
     A UserError says what is missing, damaged or not an AST. Names, shapes and finite numbers are
-    checked. A square matrix that somebody transposed is not noticed.
+    checked. Wrong numbers cannot be noticed, such as those of a square matrix that was transposed.
     """
     weights = str(weights)
     state, config = read_checkpoint(weights)
@@ -113,11 +112,11 @@ def load_ast(
 def check_head(state: dict, config: ASTConfig, pool: str | None, weights: str) -> None:
     """Raise a UserError unless the checkpoint has a head, and `pool` is None or its own pool."""
     if "head.bias" not in state and "head.1.bias" not in state:
-        raise UserError(f"{weights} has no head: n_classes makes one")
+        raise UserError(f"{weights} has no head: give n_classes, and it gets a new one")
     if pool not in (None, config.pool):
         raise UserError(
             f"{weights}: its own head needs pool {config.pool!r}, not {pool!r}; "
-            "n_classes makes a new one"
+            "give n_classes, and it gets a new one"
         )
 
 
@@ -134,7 +133,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
         missing, unknown = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{origin} is no AST of one shape: {reason}") from None
+        raise UserError(f"{origin} is no AST: its tensors do not fit together: {reason}") from None
     if missing or unknown:
         raise UserError(
             f"{origin} is no AST checkpoint: missing {some_of(missing)}; unknown {some_of(unknown)}"
@@ -209,7 +208,7 @@ def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for ours, *others in NAMES:
             for theirs in others:
                 name = name.replace(theirs, ours)
-        if ".attn.qkv." in name and tensor.dim():
+        if ".attn.qkv." in name and tensor.dim():  # a lone number is refused later
             for letter, part in zip("qkv", tensor.float().chunk(3), strict=False):
                 translated[name.replace(".qkv.", f".{letter}.").strip(".")] = part.clone()
         else:
@@ -249,6 +248,7 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
             config = ASTConfig(**header["config"])
             config = replace(config, hidden=config.hidden or 4 * config.dim)
         else:
+            # The AudioSet head has a LayerNorm and a Linear. A head of one Linear was trained here.
             pool = "cls_dist" if "head.1.bias" in state else "mean"
             config = complete(sizes, n_tokens, pool, config_path)
     except (ValueError, ZeroDivisionError) as error:
@@ -270,7 +270,8 @@ def sizes_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, int], int]:
     """Fields of ASTConfig that tensors show, and the number of tokens."""
     dim, _, patch, _ = state["embed.patches.weight"].shape
     _, n_tokens, _ = state["embed.position"].shape
-    head_bias = state.get("head.1.bias", state.get("head.bias", torch.zeros(1)))
+    no_head = torch.zeros(1)  # it counts as one class
+    head_bias = state.get("head.1.bias", state.get("head.bias", no_head))
     sizes = {
         "dim": dim,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
@@ -353,7 +354,7 @@ def to_dict(method: petl.Method) -> dict:
 def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
     """The Method that `to_dict` made this dict of. `origin` is the file it was read from.
 
-    Fields that a part does not have are ignored, as other programs do with headers.
+    Every part must occur in a row of METHODS. A UserError names a part or a field that is unknown.
     """
     kinds = {}
     for method in petl.METHODS.values():
@@ -367,8 +368,12 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
                 f"{origin}: {entry['name']!r} has the part {part['part']!r}, "
                 "which no row of METHODS has"
             )
-        names = {field.name for field in fields(kind)}
-        parts.append(kind(**{name: value for name, value in part.items() if name in names}))
+        options = {name: value for name, value in part.items() if name != "part"}
+        unknown = options.keys() - {field.name for field in fields(kind)}
+        if unknown:
+            names = some_of(sorted(unknown))
+            raise UserError(f"{origin}: the part {part['part']!r} has no field {names}")
+        parts.append(kind(**options))
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
     return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)
 
@@ -376,7 +381,8 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that training changes, by name: the model's own, not copies.
 
-    These are the trained parameters, and the buffers of floats, as BatchNorm and `probe` have them.
+    These are the trained parameters, and all persistent buffers of floats: running statistics of
+    BatchNorm, mean and deviation of `probe`.
     """
     changed = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -390,7 +396,7 @@ def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of `live_tensors` on the CPU."""
+    """Copies of the `live_tensors`, on the CPU, which further training does not change."""
     live = live_tensors(model)
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in live.items()}
 
@@ -416,8 +422,8 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
 def load_trained(path: Path, weights: str | None = None) -> AST:
     """The model of a file of `save_trained` or `save_ast`, in evaluation mode.
 
-    `weights` says where the backbone is, if it is not where the header says. A UserError names both
-    backbones if it is another one.
+    `weights` says where the backbone is, if it is not where the header says. A file of `save_ast`
+    needs none. A UserError names both backbones if it is another one.
     """
     header = read_metadata(path)
     if "config" in header:  # a whole model, which needs no backbone

@@ -6,16 +6,25 @@
     model = apply(AST(ASTConfig(n_frames=500, n_classes=50)), "houlsby_par")
     count(model)  # {'petl': 497952, 'head': 39986, 'total': 86207570}
 
-A *method* is a row of METHODS: a name and a tuple of parts. A *part* is a dataclass with one
-function, `insert(model, blocks)`. `model` is the AST, and `blocks` is the list of its Blocks that
-the method may change. `insert` puts modules around something in these blocks: around a sub-layer
-(adapters, Hydra) or around a projection (LoRA, prefixes). Prompts go around the embedding and
-around whole blocks. Some parts only unfreeze what is there. To add a method, write the module, the
-part and the row.
+A *method* is a row of METHODS: a name and a tuple of parts. A *part* is a dataclass with a function
+`insert(model, blocks)`. `model` is the AST. `blocks` is the list of its Blocks that the method
+changes: all of them, unless Method.blocks names some. `insert` puts modules around something in
+these blocks: around a sub-layer (adapters, Hydra) or around a projection (LoRA, prefixes). Prompts
+go around the embedding and around whole blocks. Some parts only unfreeze what is there.
+
+A part may have these marks, attributes that are True:
+
+    needs_all_blocks   `apply` refuses a method with Method.blocks
+    needs_all_patches  the method cannot be trained on some of the patches (--keep of train.py)
+    owns_final_norm    `count` counts the final LayerNorm as a part of the method
+    pools_itself       the method ignores ASTConfig.pool
 
 A *wrapper* is a module that keeps what it wraps as `self.wrapped`, so `attn.q` may become
 `LoRALinear(attn.q)`. Wrappers may nest. `inner` finds the AST's own module at the bottom. The code
 of the AST never changes.
+
+To add a method, write the module, the part and the row. A file of trained tensors can be loaded
+again if its parts occur in a row of METHODS.
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -32,26 +41,28 @@ from torch import nn
 from ast_model import AST, ASTConfig, UserError
 
 
-def inner(module: nn.Module) -> nn.Module:
+def inner(module):
     """The AST's own module at the bottom of all wrappers."""
     while hasattr(module, "wrapped"):
         module = module.wrapped
     return module
 
 
-def wrap(parent: nn.Module, name: str, wrapper) -> None:
-    """Replace `parent.name` by wrapper(parent.name).
+def wrap(parent, name, make_wrapper):
+    """Replace `parent.name` by make_wrapper(parent.name), below all wrappers that are there.
 
-    If `parent.name` is a wrapper already, the new one goes to the bottom: LoRA after a prefix
-    becomes PrefixLinear(LoRALinear(k)). A wrapper that reads the weight below it
-    (`reads_weight`, see petl_more.DoRALinear) stays at the bottom, and the new one goes around it.
+    This is for whatever changes the output of a projection: LoRA after a prefix must become
+    PrefixLinear(LoRALinear(k)). Modules around a whole sub-layer are assigned directly.
+
+    A wrapper that reads the weight of the Linear below it is marked `reads_weight` (DoRALinear in
+    petl_more.py). Nothing comes between the two, so the new wrapper goes around both.
     """
     module = getattr(parent, name)
     while hasattr(module, "wrapped") and not hasattr(module, "reads_weight"):
         parent = module
         name = "wrapped"
         module = module.wrapped
-    setattr(parent, name, wrapper(module))
+    setattr(parent, name, make_wrapper(module))
 
 
 def rank_of(dim: int, rr: float) -> int:
@@ -59,7 +70,7 @@ def rank_of(dim: int, rr: float) -> int:
     return max(1, round(dim / rr))
 
 
-def zeros(linear: nn.Linear) -> nn.Linear:
+def zeros(linear: nn.Linear):
     """Set weight and bias of a Linear to zero, and return it."""
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
@@ -77,12 +88,14 @@ def quick_gelu(x):
 class Bottleneck(nn.Module):
     """The adapter of Houlsby et al. (ICML 2019): down to r numbers, GELU, up to dim numbers.
 
+    The residual path around their adapter is not here, but in `seq_after`.
+
     The up-projection starts at zero, so the adapted model starts as the pretrained one. Only one of
     the two projections may start at zero. The gradient of each is a product with the other, so if
     both were zero, neither weight would ever move.
     """
 
-    def __init__(self, dim: int, rank: int):
+    def __init__(self, dim, rank):
         super().__init__()
         self.down = nn.Linear(dim, rank)
         self.up = zeros(nn.Linear(rank, dim))
@@ -94,9 +107,10 @@ class Bottleneck(nn.Module):
 class Convpass(nn.Module):
     """A bottleneck with a convolution over the sequence of tokens (Jie and Deng, 2022).
 
-    Section II-B describes the 3x3 convolution of the original. But Table I counts 254K parameters,
-    which only a convolution of width 3 along the tokens has. So the paper must have used that one.
-    The authors' code computes a convolution and then drops its result; here the result is used.
+    Section II-B describes the 3x3 convolution of the original. But the 254K parameters of Table I
+    are those of a convolution of width 3 along the tokens, as in the authors' code. That code
+    computes the convolution and discards its result, so the accuracies of Table I probably come
+    without it. Here the result is used.
 
     As in the original, the convolution starts as the identity, a QuickGELU stands before and after
     it, and dropout is 0.1.
@@ -104,7 +118,7 @@ class Convpass(nn.Module):
 
     convolution = nn.Conv1d
 
-    def __init__(self, dim: int, rank: int):
+    def __init__(self, dim, rank):
         super().__init__()
         self.down = nn.Linear(dim, rank)
         self.conv = self.convolution(rank, rank, kernel_size=3, padding=1)
@@ -123,23 +137,23 @@ class Convpass(nn.Module):
 
 
 class Convpass2d(Convpass):
-    """The original Convpass: a 3x3 convolution over the F x T grid of patches.
+    """The original Convpass: a 3x3 convolution over the grid of patches.
 
     The tokens in front of the patches are convolved as images of one pixel.
     """
 
     convolution = nn.Conv2d
 
-    def __init__(self, dim: int, rank: int, grid: tuple[int, int]):
+    def __init__(self, dim, rank, grid):
         super().__init__(dim, rank)
-        self.grid = grid
+        self.grid = grid  # (n_freq, n_time)
 
     def convolve(self, h):  # (batch, tokens, rank)
         n_patches = self.grid[0] * self.grid[1]
         front = h[:, :-n_patches]
         patches = h[:, -n_patches:]
-        image = patches.transpose(1, 2).unflatten(2, self.grid)  # (batch, rank, F, T)
-        patches = self.conv(image).flatten(2).transpose(1, 2)  # (batch, F T, rank)
+        image = patches.transpose(1, 2).unflatten(2, self.grid)  # (batch, rank, n_freq, n_time)
+        patches = self.conv(image).flatten(2).transpose(1, 2)  # (batch, n_patches, rank)
         pixels = front.flatten(0, 1)[:, :, None, None]  # (batch * tokens in front, rank, 1, 1)
         front = self.conv(pixels).view_as(front)
         return torch.cat([front, patches], dim=1)
@@ -173,7 +187,10 @@ def seq_before(sublayer, adapter, u):
 
 
 def par_before_residual(sublayer, adapter, u):
-    """S(u) + A(u) + u. Table VII shows that a parallel adapter needs no residual path."""
+    """S(u) + A(u) + u. Table VII shows that a residual path harms a parallel adapter.
+
+    A(u) is 0 at the start, and S(u) + u is not the pretrained function.
+    """
     return sublayer(u) + adapter(u) + u
 
 
@@ -197,15 +214,14 @@ INSERTIONS = {
 class Adapted(nn.Module):
     """A sub-layer with an adapter. `how` is a key of INSERTIONS."""
 
-    def __init__(self, wrapped, adapter: nn.Module, how: str):
+    def __init__(self, wrapped, adapter, how: str):
         super().__init__()
         self.wrapped = wrapped
         self.adapter = adapter
         self.how = how
 
     def forward(self, u):  # (batch, tokens, dim)
-        connect = INSERTIONS[self.how]
-        return connect(self.wrapped, self.adapter, u)
+        return INSERTIONS[self.how](self.wrapped, self.adapter, u)
 
 
 @dataclass(frozen=True)
@@ -217,8 +233,12 @@ class Adapter:
     """
 
     at: str  # "attn" or "ffn"
-    how: str  # a key of INSERTIONS
+    how: str  # a key of INSERTIONS; text, because files of trained tensors describe it in JSON
     rr: float = 64
+
+    def __post_init__(self):
+        if self.at not in ("attn", "ffn") or self.how not in INSERTIONS:
+            raise UserError(f"there is no adapter at {self.at!r} that is put in {self.how!r}")
 
     def insert(self, model, blocks):
         for block in blocks:
@@ -246,7 +266,7 @@ class ConvpassAdapter(Adapter):
 class Convpass2dAdapter(Adapter):
     """A Convpass2d in place of the Bottleneck."""
 
-    needs_all_patches = True  # a grid with holes cannot be convolved, so --keep is refused
+    needs_all_patches = True  # a grid with holes cannot be convolved
 
     def build(self, config):
         return Convpass2d(config.dim, rank_of(config.dim, self.rr), config.grid)
@@ -259,7 +279,7 @@ class HydraFFN(nn.Module):
     of the up-projections, so both branches share that of `up_p`.
     """
 
-    def __init__(self, wrapped, dim: int, rank: int):
+    def __init__(self, wrapped, dim, rank):
         super().__init__()
         self.wrapped = wrapped
         self.down_p = nn.Linear(dim, rank)
@@ -292,15 +312,17 @@ class LoRALinear(nn.Module):
     """LoRA (Hu et al., 2021), eq. (5): W x + bias + s B A x, with W (out, in) frozen.
 
     A (r, in) starts at random and B (out, r) at zero, so the model starts as the pretrained one.
+    Eq. (5) has row vectors, x W + s x A B: its matrices are the transposes of these.
     """
 
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__()
         self.wrapped = wrapped
         self.scale = scale
-        self.a = nn.Linear(wrapped.in_features, rank, bias=False)
-        self.b = nn.utils.skip_init(nn.Linear, rank, wrapped.out_features, bias=False)
-        zeros(self.b)  # skip_init draws no random numbers that zeros would replace
+        linear = inner(wrapped)
+        self.a = nn.Linear(linear.in_features, rank, bias=False)
+        # Unlike nn.Linear, skip_init draws no random numbers, which zeros would replace.
+        self.b = zeros(nn.utils.skip_init(nn.Linear, rank, linear.out_features, bias=False))
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.wrapped(x) + self.b(self.scale * self.a(x))
@@ -317,8 +339,8 @@ class LoRALinear(nn.Module):
 class LoRA:
     """LoRA on some projections of every attention.
 
-    The scale is s = alpha / RR = 8 / 128, as in section III-A. Section II-B says s >= 1, which
-    contradicts these values.
+    The scale is s = alpha / RR = 8 / 128, as in section III-A. Hu et al. have alpha / r instead.
+    Section II-B says s >= 1, which contradicts these values. A row with another RR has another s.
     """
 
     targets: str = "qv"  # any of q, k, v, o
@@ -331,13 +353,14 @@ class LoRA:
                 wrap(inner(block.attn), name, self.build)
 
     def build(self, linear):
-        return LoRALinear(linear, rank_of(linear.in_features, self.rr), self.alpha / self.rr)
+        rank = rank_of(inner(linear).in_features, self.rr)
+        return LoRALinear(linear, rank, self.alpha / self.rr)
 
 
 # ----------------------------------------------------------------------------- prompts and prefixes
 
 
-def prompt_parameter(n: int, config: ASTConfig) -> nn.Parameter:
+def prompt_parameter(n: int, config: ASTConfig):
     """n learned tokens (n, dim), uniform in +-sqrt(6 / (3 patch^2 + dim)).
 
     This is the Xavier-uniform start of visual prompt tuning, where a patch has 3 colour channels.
@@ -356,8 +379,9 @@ class PrefixLinear(nn.Module):
         self.prefix = prefix
 
     def forward(self, x):  # (batch, tokens, dim) -> (batch, n + tokens, dim)
-        y = self.wrapped(x)  # in half precision under autocast
-        prefix = self.prefix.to(y.dtype).expand(y.shape[0], -1, -1)
+        y = self.wrapped(x)
+        prefix = self.prefix.to(y.dtype)  # y has half precision under autocast
+        prefix = prefix.expand(y.shape[0], -1, -1)
         return torch.cat([prefix, y], dim=1)
 
 
@@ -368,7 +392,7 @@ class Prefix:
     With 24 prompts there are 12 layers x 24 x 768 = 221K parameters, as in Table I.
     """
 
-    prompts: int = 24
+    prompts: int = 24  # in every layer, keys and values together
 
     def __post_init__(self):
         if self.prompts % 2:
@@ -395,10 +419,10 @@ class PromptedEmbedding(nn.Module):
         self.wrapped = wrapped
         self.prompts = prompts
 
-    def forward(self, fbank):  # (batch, n_frames, n_mels) -> (batch, 1 + n + patches, dim)
-        x = self.wrapped(fbank)  # (batch, 2 + patches, dim)
+    def forward(self, spectrogram):  # (batch, n_frames, n_mels)
+        x = self.wrapped(spectrogram)  # (batch, 2 + patches, dim)
         prompts = self.prompts.expand(x.shape[0], -1, -1)
-        return torch.cat([x[:, :1], prompts, x[:, 2:]], dim=1)
+        return torch.cat([x[:, :1], prompts, x[:, 2:]], dim=1)  # (batch, 1 + n + patches, dim)
 
 
 class PromptedBlock(nn.Module):
@@ -422,10 +446,10 @@ class Prompts:
     The mean of all tokens, which the head reads, contains the prompts.
     """
 
-    prompts: int
+    prompts: int  # n: shallow in all, deep before each block
     deep: bool = False
 
-    needs_all_blocks = True  # prompts enter before the first block
+    needs_all_blocks = True
 
     def insert(self, model, blocks):
         prompts = prompt_parameter(self.prompts, model.config)
@@ -446,14 +470,14 @@ class Biases:
     Of the final LayerNorm only the bias is trained.
     """
 
-    owns_final_norm = True  # Table I counts it as part of the method, see `count`
+    owns_final_norm = True
 
     def insert(self, model, blocks):
         model.norm.weight.requires_grad_(False)
         model.norm.bias.requires_grad_(True)
         for block in blocks:
             for module in block.modules():
-                if isinstance(module, nn.Linear | nn.LayerNorm):
+                if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
                     module.bias.requires_grad_(True)
 
 
@@ -484,13 +508,15 @@ class Method:
 
     name: str
     parts: tuple
-    paper: str = "-"  # trained parameters as the paper prints them
-    where: str = "-"  # the row of the paper's tables
-    lr: float = 5e-3  # section III-A; full fine-tuning, Linear and BitFit: the authors' code
+    paper: str = "-"  # trained parameters as the paper prints or implies them
+    where: str = "-"  # table and row of the paper
+    lr: float = 5e-3  # section III-A for adapters and LoRA
     blocks: tuple[int, int] | None = None  # first and last block to change, from 1; None: all
 
 
 # fmt: off
+# The learning rates of prompts and prefixes are from section III-A. Those of full_ft and linear are
+# from the authors' code, where BitFit has the default.
 ROWS = [
     Method("full_ft", (Everything(),), "85.5M", "Table I, Full FT", lr=5e-5),
     Method("linear", (), "9-40K", "Table I, Linear", lr=1e-3),
@@ -533,7 +559,7 @@ ROWS = [
     Method("adapter_ffn_par_before", (Adapter("ffn", "par_before"),),
            "249K", "Table III, FFN-Par-Before"),
     Method("adapter_mhsa_seq_after", (Adapter("attn", "seq_after"),),
-           "249K", "Table III, MHSA-Seq-After"),
+           "249K", "Table III, MHSA-Seq/Par-After"),
     Method("adapter_mhsa_seq_before", (Adapter("attn", "seq_before"),),
            "249K", "Table III, MHSA-Seq-Before"),
 
@@ -582,10 +608,11 @@ def find(name: str) -> Method:
 
 
 def apply(model: AST, method: str | Method) -> AST:
-    """Freeze the model, insert the parts of the method, and unfreeze what it trains.
+    """Give the model a method: a name in METHODS or a Method of your own.
 
-    `method` is a name in METHODS or a Method of your own. The model is changed and returned, and
-    remembers the method as `model.method`.
+    Everything is frozen, head and final LayerNorm are unfrozen, and then every part inserts its
+    modules and unfreezes or freezes what it must. The model is changed and returned, and remembers
+    the method as `model.method`.
     """
     if isinstance(method, str):
         method = find(method)
@@ -596,8 +623,8 @@ def apply(model: AST, method: str | Method) -> AST:
     if method.blocks:
         first, last = method.blocks
         blocks = blocks[first - 1 : last]
-        if any(hasattr(part, "needs_all_blocks") for part in method.parts):
-            raise UserError(f"the method {method.name!r} cannot be kept to some of the blocks")
+    if len(blocks) < len(model.blocks) and has_mark(method, "needs_all_blocks"):
+        raise UserError(f"the method {method.name!r} cannot be kept to some of the blocks")
     device = model.norm.weight.device
 
     model.requires_grad_(False)
@@ -609,46 +636,54 @@ def apply(model: AST, method: str | Method) -> AST:
     return model.to(device)  # the parts were made on the CPU
 
 
-def count(model: AST) -> dict[str, int]:
-    """Numbers of parameters: trained by the method, trained in the head, and all there are.
+def has_mark(method, mark):
+    """Whether a part of the method has this mark. The docstring of this file lists the marks."""
+    return any(getattr(part, mark, False) for part in method.parts)
 
-    The keys are `petl`, `head` (with the final LayerNorm) and `total`. Full fine-tuning and BitFit
-    count the final LayerNorm under `petl`, as Table I does.
+
+def count(model: AST) -> dict[str, int]:
+    """Numbers of parameters of an adapted model: of the method, of the head, and all there are.
+
+    Method and head count what is trained. The keys are `petl`, `head` (with the final LayerNorm)
+    and `total`. Full fine-tuning and BitFit count the final LayerNorm under `petl`, as in Table I.
     """
     head = trained_parameters(model.head)
-    if not any(hasattr(part, "owns_final_norm") for part in model.method.parts):
+    if not has_mark(model.method, "owns_final_norm"):
         head += trained_parameters(model.norm)
     total = sum(parameter.numel() for parameter in model.parameters())
     return {"petl": trained_parameters(model) - head, "head": head, "total": total}
 
 
-def trained_parameters(module: nn.Module) -> int:
+def trained_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def merged(module: nn.Module) -> nn.Module | None:
-    """What can stand in place of a wrapper; None if nothing can."""
-    if hasattr(module, "merged"):
-        return module.merged()
+def replacement_of(wrapper):
+    """A plain module that computes the same as the wrapper; None if there is none."""
+    if hasattr(wrapper, "merged"):
+        return wrapper.merged()
     return None
 
 
 @torch.no_grad()
-def merge(model: AST, merged=merged) -> AST:
+def merge(model: AST, replacement_of=replacement_of) -> AST:
     """A plain AST that computes the same as the adapted `model`, which stays as it is.
 
     LoRA adds s B A to its weight. Most adapters, prefixes and prompts are no change of a weight:
-    they raise a UserError. tools/merge.py gives a function `merged` that knows some adapters.
+    they raise a UserError. (tools/merge.py has a function `replacement_of` that knows some
+    adapters.)
 
     The result has no `method` and no `backbone`: save it with `load_weights.save_ast`.
     """
     plain = copy.deepcopy(model)
-    for parent in reversed(list(plain.modules())):  # the innermost wrappers first
+    # modules() lists a module before what it contains. So the reverse begins with the innermost.
+    for parent in reversed(list(plain.modules())):
         for name, module in list(parent.named_children()):
             if not hasattr(module, "wrapped"):
                 continue
-            replacement = merged(module)
+            replacement = replacement_of(module)
             if replacement is None:
+                # For an adapter, name the adapter and not the Adapted around it.
                 kind = type(getattr(module, "adapter", module)).__name__
                 raise UserError(
                     f"{model.method.name!r} cannot be merged: "

@@ -5,9 +5,10 @@ three relatives of LoRA, (IA)3, SSF, and two adapters from vision. All of them s
 pretrained function. `probe` trains a linear layer on what all blocks compute. `Patchout` is no
 method: it trains on some of the patches.
 
-AdamW's weight decay pulls every trained number towards zero. A scaling factor should be pulled
-towards its start, which is the pretrained function. So factors are stored as offsets from their
-start. Only the weights of LayerNorm and BatchNorm are trained as they are.
+AdamW's weight decay pulls every trained number towards zero. A factor, though, leaves the model as
+it was pretrained when it is 1, not when it is 0. So factors are stored as offsets from their start:
+a tensor `scale` of zeros means the factor 1. Only the weights of LayerNorm and BatchNorm are
+trained as they are.
 
 `import petl_more` adds the rows to `petl.METHODS`. This file needs torch, numpy, ast_model.py and
 petl.py.
@@ -30,7 +31,7 @@ from petl import Adapter, Bottleneck, LoRA, LoRALinear, Method, inner, rank_of, 
 
 
 def offset(*shape: int) -> nn.Parameter:
-    """A trained offset from a starting value; it is zero at the start."""
+    """A trained offset from the value at the start, so it starts at zero."""
     return nn.Parameter(torch.zeros(shape))
 
 
@@ -71,14 +72,14 @@ class Conformer(Adapter):
     """A ConformerModule in place of the Bottleneck."""
 
     rr: float = 96
-    kernel: int = 31  # its paper takes 31 tokens for speech, and 8 for ESC-50 and UrbanSound8K
+    kernel: int = 31  # tokens; arXiv 2312.03694v4 has 31 for speech, 8 for ESC-50 and UrbanSound8K
 
     def build(self, config):
         return ConformerModule(config.dim, rank_of(config.dim, self.rr), self.kernel)
 
 
 class Experts(nn.Module):
-    """n bottlenecks of size r, the experts of a mixture, in three tensors.
+    """n bottlenecks of size r, the experts of a mixture, side by side in the same tensors.
 
     Expert i owns the rows i r to (i + 1) r of `down`, the same columns of `up`, and row i of
     `up_bias`.
@@ -160,7 +161,7 @@ class DenseMixture(Adapter):
 
 
 def without_autocast(device: torch.device):
-    """A context in which products are computed in the type of their factors."""
+    """A context in which autocast is off: products of float32 matrices stay in float32."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -178,8 +179,8 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, wrapped: nn.Linear, rank: int, scale: float):
         super().__init__(wrapped, rank, scale)
-        square = wrapped.weight.detach().square().sum(1)
-        self.register_buffer("square", square, persistent=False)  # |W|^2, in float32
+        w_square = wrapped.weight.detach().square().sum(1)
+        self.register_buffer("w_square", w_square, persistent=False)  # |W|^2, in float32
         self.magnitude = offset(wrapped.out_features)  # m - |W|
 
     def gain(self):  # (out,)
@@ -192,8 +193,8 @@ class DoRALinear(LoRALinear):
         with torch.no_grad(), without_autocast(weight.device):
             a = self.scale * self.a.weight
             change = 2 * weight.to(a.dtype) @ a.T + b @ (a @ a.T)
-            square = self.square + (change * b).sum(1)
-        return (self.square.sqrt() + self.magnitude) / square.sqrt()
+            v_square = self.w_square + (change * b).sum(1)
+        return (self.w_square.sqrt() + self.magnitude) / v_square.sqrt()
 
     def forward(self, x):  # (..., in) -> (..., out)
         g = self.gain()
@@ -212,15 +213,19 @@ class DoRA(LoRA):
     """DoRA on some projections of every attention."""
 
     def build(self, linear):
-        return DoRALinear(linear, rank_of(linear.in_features, self.rr), self.alpha / self.rr)
+        rank = rank_of(inner(linear).in_features, self.rr)
+        return DoRALinear(linear, rank, self.alpha / self.rr)
 
 
 @dataclass(frozen=True)
 class RsLoRA(LoRA):
-    """LoRA with s = alpha / sqrt(r) (Kalajdzievski, 2023), so that ranks are compared fairly."""
+    """LoRA with s = alpha / sqrt(r) (Kalajdzievski, 2023), so that ranks can be compared.
+
+    alpha stays 8, so at rank 6 s is 3.27, where the row `lora` has 0.0625.
+    """
 
     def build(self, linear):
-        rank = rank_of(linear.in_features, self.rr)
+        rank = rank_of(inner(linear).in_features, self.rr)
         return LoRALinear(linear, rank, self.alpha / rank**0.5)
 
 
@@ -253,11 +258,11 @@ class VeRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class VeRA:
-    """VeRA on some projections of every attention. `seed` draws A and B, so no file holds them."""
+    """VeRA on some projections of every attention."""
 
     targets: str = "qv"  # any of q, k, v, o
     rr: float = 3
-    seed: int = 0
+    seed: int = 0  # draws A and B, so that no file needs to hold them; not the seed of the run
 
     def insert(self, model, blocks):
         dim = model.config.dim
@@ -295,8 +300,8 @@ class Scaled(nn.Module):
         self.shift = offset(channels) if shift else None
 
     def forward(self, x):
-        is_image = isinstance(self.wrapped, nn.Conv2d)
-        shape = (-1, 1, 1) if is_image else (-1,)  # (batch, channels, F, T) or (..., channels)
+        is_image = isinstance(self.wrapped, nn.Conv2d)  # (batch, channels, height, width)
+        shape = (-1, 1, 1) if is_image else (-1,)
         y = (1 + self.scale).view(shape) * self.wrapped(x)
         if self.shift is None:
             return y
@@ -345,11 +350,11 @@ class IA3:
 
 @dataclass(frozen=True)
 class SSF:
-    """SSF (Lian et al., NeurIPS 2022): y -> scale * y + shift behind every layer that computes.
+    """SSF (Lian et al., NeurIPS 2022): y -> scale * y + shift behind every Linear and LayerNorm.
 
-    The final LayerNorm is trained anyway. The patches are scaled and shifted before their positions
-    are added, but only if the method changes all blocks. The authors' code draws scale and shift
-    with a deviation of 0.02 around 1 and 0; here they start at 1 and 0.
+    The final LayerNorm is trained anyway. The patches, which a Conv2d makes, are scaled and shifted
+    before their positions are added, but only if the method changes all blocks. The authors' code
+    draws scale and shift with a deviation of 0.02 around 1 and 0; here they start at 1 and 0.
     """
 
     def insert(self, model, blocks):
@@ -390,7 +395,10 @@ class AdaptFormerFFN(nn.Module):
 
 @dataclass(frozen=True)
 class AdaptFormer:
-    """AdaptFormer at the FFN of every block. The LayerNorm before the FFN stays frozen."""
+    """AdaptFormer at the FFN of every block. The LayerNorm before the FFN stays frozen.
+
+    It moves into AdaptFormerFFN, which needs x before it. So no other part may adapt this FFN.
+    """
 
     rr: float = 12
 
@@ -398,7 +406,7 @@ class AdaptFormer:
         dim = model.config.dim
         for block in blocks:
             block.ffn = AdaptFormerFFN(block.ffn, block.norm2, dim, rank_of(dim, self.rr))
-            block.norm2 = nn.Identity()  # AdaptFormerFFN has it now, because it needs x before it
+            block.norm2 = nn.Identity()
 
 
 class AdapterPlusBlock(nn.Module):
@@ -460,19 +468,22 @@ def statistics(tokens, config: ASTConfig):  # (batch, tokens, dim) -> (batch, 4 
     standard deviation over all patches.
     """
     patches = F.layer_norm(tokens[:, -config.n_patches :], (config.dim,), eps=config.eps)
-    grid = patches.unflatten(1, config.grid)  # (batch, F, T, dim)
+    grid = patches.unflatten(1, config.grid)  # (batch, n_freq, n_time, dim)
     steps = config.grid[1]
-    numbers = []
+    vectors = []  # each (batch, dim)
     for third in range(3):
         start = third * steps // 3
         end = max(start + 1, (third + 1) * steps // 3)  # at least one step
-        numbers.append(grid[:, :, start:end].mean((1, 2)))
-    numbers.append(patches.std(1, correction=0))
-    return torch.cat(numbers, dim=1)
+        vectors.append(grid[:, :, start:end].mean((1, 2)))
+    vectors.append(patches.std(1, correction=0))
+    return torch.cat(vectors, dim=1)
 
 
 class Standardised(nn.Module):
-    """W (x - mean) / std + bias, with mean and std of every number of x over the training clips."""
+    """W (x - mean) / std + bias, with mean and std of every number of x over the training clips.
+
+    Call `standardise` before training. (support/vectors.py does it for train.py.)
+    """
 
     def __init__(self, wrapped: nn.Linear):
         super().__init__()
@@ -495,13 +506,13 @@ class Statistics:
 
     needs_all_patches = True
     needs_all_blocks = True
-    pools_itself = True  # --pool says nothing to it
+    pools_itself = True
 
     def insert(self, model, blocks):
         config = model.config
-        model.vector = MethodType(vector_of_all_layers, model)  # in place of AST.vector
-        numbers = 4 * config.dim * (config.depth + 1)
-        model.head = Standardised(nn.Linear(numbers, config.n_classes))
+        model.vector = MethodType(vector_of_all_layers, model)  # this model's own, not AST.vector
+        inputs = 4 * config.dim * (config.depth + 1)
+        model.head = Standardised(nn.Linear(inputs, config.n_classes))
         model.norm.requires_grad_(False)
 
 
@@ -544,8 +555,10 @@ class Patchout(nn.Module):
 # ----------------------------------------------------------------------------- the table of methods
 
 # The learning rates of the conformers, mixtures, ia3 (for Adafactor), ssf and adapter_plus are from
-# their sources. The others are proposals. On the demo ten times as much suits rslora, adaptformer
-# and adapter_plus, and the rate of probe did best on the demo's validation clips.
+# their sources; for conformers, mixtures and ssf that is the default, 5e-3. The others are
+# proposals. On the demo ten times as much suits rslora, adaptformer and adapter_plus, and the rate
+# of probe did best on the demo's validation clips. The counts of the conformers are those of their
+# paper.
 # fmt: off
 ROWS = [
     Method("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),
@@ -564,5 +577,5 @@ ROWS = [
 ]
 # fmt: on
 
-METHODS: dict[str, Method] = {method.name: method for method in ROWS}
+METHODS = {method.name: method for method in ROWS}  # the later methods alone
 petl.METHODS |= METHODS

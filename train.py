@@ -1,18 +1,28 @@
 """Adapt an Audio Spectrogram Transformer to a dataset, test it, and write down what came out.
 
-    python train.py                                        # sounds made here, backbone in weights/
+    python train.py                                        # makes sounds, adapts the small backbone
     python train.py --method houlsby_par --dataset esc50
 
 Read from top to bottom: `train_epoch` is the training loop, `train_fold` chooses the best epoch and
 tests it, `run` goes over seeds and folds, and `parse` reads the command line.
 
-AdamW, the weight decay and the cosine annealing of the learning rate are those of section III-A.
-Cross-entropy and the missing warm-up are those of the authors' code. The test clips are classified
-once, with the weights of the epoch that was best on the validation clips. A dataset without
-validation clips uses the last epoch.
+AdamW, the weight decay and the cosine annealing of the learning rate are those of section III-A. As
+in the authors' code, the loss is cross-entropy and there is no warm-up. The test clips are
+classified once, with the weights of the epoch that was best on the validation clips. A dataset
+without validation clips uses the last epoch.
 
-Two objects of `support/` make a run fast and robust. A `Machine` knows the device and the processes
-of torchrun. A `Recorder` writes files, prints progress, and continues an interrupted fold.
+Two objects of `support/` make a run fast and robust. A `Recorder` writes files, prints progress,
+and with --resume continues an interrupted fold. A `Machine` knows the device and the processes of
+torchrun. This is what it does in one process, without options, on a CPU:
+
+    machine.prepare(model, dtype)       the model, on the device
+    machine.parallel(network)           the network
+    machine.autocast(dtype)             a context in which nothing changes
+    machine.shares(n)                   yields one slice, all n clips of a batch, and the factor 1
+    machine.mean(tensor)                the tensor
+    machine.average_(tensors)           nothing
+    machine.in_batches(f, index, n)     f of n indices at a time, one below the other, in float32
+    machine.is_first                    True
 """
 
 import argparse
@@ -61,29 +71,30 @@ WEIGHT_DECAY = 0.1  # section III-A
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result of a run.
+    """All options that decide the result of a run.
 
-    A finished fold is not trained again while the settings are the same. So if you change how
-    training works, add a field here, or give another --out.
+    The Recorder compares all fields with those of an earlier run in the same folder. If they are
+    the same, a finished fold is not trained again. So if you change how training works, give
+    another --out. For an option of your own add a field here, and set it in `run`.
     """
 
     dataset: str
     weights: str  # the backbone as the user named it
-    backbone: str  # its SHA-256, which identifies it
+    backbone: str  # the SHA-256 of its weights
     method: dict  # as load_weights.to_dict returns it
     pool: str
     seed: int
     shots: int | None  # training clips per class; None: all
-    clips: str  # SHA-256 of split.csv, which says what every clip is used for
+    clips: str  # the SHA-256 of split.csv, which says what every clip is used for
     n_frames: int
     epochs: int
     batch_size: int
     lr: float
-    mask_frames: int  # the widest time mask of SpecAugment; 0: no masks
+    mask_frames: int  # the widest time mask of SpecAugment; 0: no masks in time or frequency
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
     balance: bool = False  # the loss weighs all classes alike
-    best: str = "accuracy"  # what chooses the best epoch, see score_of
+    best: str = "accuracy"  # the score that chooses the best epoch, see score_of
 
 
 # ------------------------------------------------------------------------------------ the training
@@ -92,27 +103,31 @@ class Settings:
 class Learner:
     """A network with what trains it: an optimizer, and a scaler for the gradients of float16.
 
-    `network` is the adapted AST. `forward` computes the same in training: on some of the patches
-    only (--keep), compiled (--compile) or in several processes (torchrun), if that is asked for.
+    `network` is the adapted AST, or its last layers if nothing else trains (see `run`).
+    `train_network` is what a training step calls: the network itself, unless it is wrapped to read
+    some of the patches only (--keep), to be compiled (--compile) or to work in several processes
+    (torchrun). Its parameters are those of `network`.
     """
 
     def __init__(self, network: nn.Module, settings: Settings, machine: Machine):
         self.network = network
         self.settings = settings
         self.machine = machine
-        self.forward = Patchout(network, settings.keep) if settings.keep else network
-        self.forward = machine.parallel(self.forward)
+        train_network = Patchout(network, settings.keep) if settings.keep else network
+        self.train_network = machine.parallel(train_network)
         fused = machine.device.type == "cuda"
         groups = parameter_groups(network, settings)
         self.optimizer = torch.optim.AdamW(
             groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=fused
         )
+        # The optimizer's own rates change in every step, and in `load_state`.
         self.first_rates = [group["lr"] for group in self.optimizer.param_groups]
-        is_half = settings.dtype == "float16"  # small gradients would vanish, so they are scaled
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_half)
+        # Small gradients vanish in float16, so they are scaled. Otherwise the scaler does nothing.
+        is_float16 = settings.dtype == "float16"
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_float16)
 
     def state(self) -> dict:
-        """What the next epochs need, beside the random seed."""
+        """What the next epochs need. The tensors are copies; the optimizer's state is its own."""
         return {
             "tensors": trained_tensors(self.network),
             "optimizer": self.optimizer.state_dict(),
@@ -140,14 +155,24 @@ def cosine(first_rate: float, step: int, steps: int) -> float:
 
 
 def seed_epoch(seed: int, fold: int, epoch: int) -> None:
-    """Seed all random numbers of an epoch, so that a resumed run draws the same ones."""
+    """Seed PyTorch's random numbers, so that a resumed run draws the same ones.
+
+    Epochs count from 1. Epoch 0 is the making of the new head and of the method's modules.
+    """
     torch.manual_seed((seed * 1000 + fold) * 100_000 + epoch)
 
 
-def train_epoch(learner: Learner, clips: Clips, indices: list[int], epoch: int) -> torch.Tensor:
-    """Train on the clips `indices` once, in random order. Epochs count from 1.
+def train_epoch(
+    learner: Learner,
+    clips: Clips,
+    indices: list[int],
+    epoch: int,
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Train once on every clip of `indices`, in random order. Epochs count from 1.
 
-    Returns the loss of each step, (steps,), on the device. Nothing here waits for a GPU.
+    Returns the loss of each step, (steps,), on the device. Asking a GPU for a number would stop the
+    loop until the GPU has computed it, so nothing here does.
     """
     settings = learner.settings
     machine = learner.machine
@@ -155,124 +180,130 @@ def train_epoch(learner: Learner, clips: Clips, indices: list[int], epoch: int) 
     scaler = learner.scaler
     learner.network.train()
 
-    indices = torch.tensor(indices)
-    class_weights = None
-    if settings.balance:
-        class_weights = weights_of_classes(clips.labels, indices).to(machine.device)
-    order = indices[torch.randperm(len(indices))].to(clips.features.device)
-    batches = order.split(settings.batch_size)
+    shuffled = torch.tensor(indices)[torch.randperm(len(indices))]
+    batches = shuffled.to(clips.features.device).split(settings.batch_size)  # of indices
+    steps_of_run = settings.epochs * len(batches)
     losses = torch.zeros(len(batches), device=machine.device)
     for step, batch in enumerate(batches):
         # Every group of parameters gets the learning rate of this step.
-        steps_before = (epoch - 1) * len(batches) + step
+        step_of_run = (epoch - 1) * len(batches) + step
         for group, first_rate in zip(optimizer.param_groups, learner.first_rates, strict=True):
-            group["lr"] = cosine(first_rate, steps_before, settings.epochs * len(batches))
+            group["lr"] = cosine(first_rate, step_of_run, steps_of_run)
 
-        # Usually the batch is one piece, and its weight is 1.
-        for x, y, weight in pieces(batch, clips, settings, machine):
+        # Usually the batch is one piece, with the factor 1.
+        for x, y, factor in pieces(batch, clips, settings, machine):
             with machine.autocast(settings.dtype):
-                logits = learner.forward(x)  # (clips of the piece, classes)
-            loss = F.cross_entropy(logits.float(), y, class_weights, reduction="sum") / len(batch)
-            loss = loss * weight
-            scaler.scale(loss).backward()  # the gradients of the pieces add up
+                logits = learner.train_network(x)  # (clips of the piece, classes)
+            loss = F.cross_entropy(logits.float(), y, weight=class_weights, reduction="sum")
+            loss = loss / len(batch) * factor  # what the piece adds to the mean over the batch
+            scaler.scale(loss).backward()  # adds to the gradients
             losses[step] += loss.detach()
 
+        # Now the gradients are those of the batch. To clip them, first scaler.unscale_(optimizer).
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-    # BatchNorm has running statistics, and each of several processes has seen its own clips.
-    machine.average(t for t in live_tensors(learner.network).values() if not t.requires_grad)
+    # Each process of torchrun has seen other clips. So its running statistics of BatchNorm, which
+    # are the only tensors here without a gradient, and its losses become the means over all.
+    machine.average_(t for t in live_tensors(learner.network).values() if not t.requires_grad)
     return machine.mean(losses)
 
 
 def pieces(batch: torch.Tensor, clips: Clips, settings: Settings, machine: Machine):
-    """Yield the clips of a batch as (x, y, weight): features, labels, and a factor for the loss.
+    """Yield the clips of a batch as (x, y, factor): inputs, labels, and a factor for the loss.
 
-    x: (clips, n_frames, n_mels), masked by SpecAugment. y: (clips,).
+    batch: indices of clips. x: (clips, n_frames, n_mels), masked by SpecAugment if there are masks;
+    or (clips, numbers), the vectors that last layers read. y: (clips,).
 
-    Without torchrun and --micro-batch there is one piece of weight 1. --micro-batch cuts the batch,
-    so that less memory is needed at once. torchrun starts several processes, and each gets its own
-    pieces. PyTorch then takes the mean of the gradients over the processes, where their sum is
-    wanted. So the weight is the number of processes. (It is 0 for a process that gets no clip.)
-
-    The masks are drawn for the whole batch, so they do not depend on how it is cut.
+    There is one piece, with the factor 1, without --micro-batch and torchrun. --micro-batch cuts
+    the batch into several pieces, so that less memory is needed at once. With torchrun every
+    process gets its own pieces. PyTorch then takes the mean of the gradients over the processes,
+    but their sum is wanted, so the factor is the number of processes. All processes must do the
+    same number of pieces. One that has no clip left gets a clip of another with the factor 0.
     """
+    # Drawn for the whole batch and always, so that neither pieces nor masks shift later draws.
     draws = torch.rand(len(batch), 4, device=machine.device)
-    for piece, weight in machine.shares(len(batch)):
+    for piece, factor in machine.shares(len(batch)):  # a slice
         x, y = clips.batch(batch[piece], machine.device)
         if settings.mask_frames:
             x = spec_augment(x, draws[piece], settings.mask_frames)
-        yield x, y, weight
+        yield x, y, factor
 
 
 def weights_of_classes(labels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Weights (classes,) for the loss, inverse to the counts of the classes among `indices`.
 
-    The mean of the weights over these clips is 1.
+    The mean of the weights over these clips is 1. A class that does not occur gets some number.
     """
     counts = labels[indices].bincount(minlength=int(labels.max()) + 1)
-    return len(indices) / (counts.count_nonzero() * counts.clamp(1))
+    return len(indices) / (counts.count_nonzero() * counts.clamp(min=1))
 
 
 def train_fold(
-    learner: Learner, clips: Clips, split: Split, fold: int, log
+    learner: Learner, clips: Clips, split: Split, fold: int, progress
 ) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Train on split.train, choose the best epoch on split.val, and test on split.test.
 
-    `log` hears of every epoch, see `Log`. Returns the best epoch, and logits (clips, classes) and
-    labels (clips,) of the test clips. The network keeps the weights of the best epoch.
+    `progress` is told what happens, see `Progress`. Returns the best epoch, a dict, and logits
+    (clips, classes) and labels (clips,) of the test clips. The network keeps the weights of the
+    best epoch.
     """
     settings = learner.settings
+    class_weights = None
+    if settings.balance:
+        class_weights = weights_of_classes(clips.labels, torch.tensor(split.train))
+        class_weights = class_weights.to(learner.machine.device)
     best = None
     first_epoch = 1
-    state = log.start(learner, split)
-    if state:  # an interrupted fold goes on
-        learner.load_state(state)
-        best = state["best"]
-        first_epoch = state["epoch"] + 1
+    interrupted = progress.start(learner, split)
+    if interrupted:
+        learner.load_state(interrupted)
+        best = interrupted["best"]
+        first_epoch = interrupted["epoch"] + 1
 
     for epoch in range(first_epoch, settings.epochs + 1):
         seed_epoch(settings.seed, fold, epoch)
-        losses = train_epoch(learner, clips, split.train, epoch).tolist()
+        losses = train_epoch(learner, clips, split.train, epoch, class_weights).tolist()
         check_losses(losses, settings, f"fold {fold}, epoch {epoch}")
-        log.trained(epoch, losses)
+        progress.trained(epoch, losses)
 
         logits, labels = evaluate(learner, clips, split.val)
-        state = learner.state()
+        accuracy = score_of(logits, labels, "accuracy")
         score = score_of(logits, labels, settings.best)
+        state = learner.state()
         if is_better(score, best):
             best = {
                 "epoch": epoch,
                 "score": score,
-                "accuracy": score_of(logits, labels, "accuracy"),
-                "tensors": state["tensors"],  # copies, which the next epochs do not change
-                "validation": (logits, labels),
+                "accuracy": accuracy,
+                "tensors": state["tensors"],
+                "validation": (logits, labels),  # the header of the fold file is made of it
             }
-        log.validated(epoch, score_of(logits, labels, "accuracy"), {**state, "best": best})
+        progress.validated(epoch, accuracy, {**state, "best": best, "epoch": epoch})
 
     load_tensors(learner.network, best["tensors"])
     return best, *evaluate(learner, clips, split.test)
 
 
-class Log:
-    """What `train_fold` tells of its progress. This one prints it.
+class Progress:
+    """What `train_fold` tells of its progress. This one prints it, for scripts of your own.
 
-    support/recorder.py has one that also writes files and continues an interrupted fold.
+    `run` takes the one of support/recorder.py. It also writes files, and with --resume it returns
+    the state of an interrupted fold.
     """
 
     def start(self, learner: Learner, split: Split) -> dict | None:
-        """Called before the first epoch. Returns the state of an interrupted fold, if there is one.
-
-        The state is what `validated` was given, and the number of its epoch under "epoch".
-        """
+        """Called before the first epoch. Returns the last state of an interrupted fold, or None."""
 
     def trained(self, epoch: int, losses: list[float]) -> None:
-        """Called when the training clips of an epoch are through."""
+        """Called when the training clips of an epoch are through, with the loss of each step."""
         print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}")
 
     def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
-        """Called at the end of an epoch, with everything that the next epochs need."""
+        """Called at the end of an epoch. `state` is all that the next epochs need: save it at once,
+        because they change it.
+        """
         print(f"epoch {epoch}: validation accuracy {accuracy}")
 
 
@@ -287,10 +318,10 @@ def check_losses(losses: list[float], settings: Settings, where: str) -> None:
 
 
 def is_better(score: float | None, best: dict | None) -> bool:
-    """Whether an epoch with this score is better than the best one before it.
+    """Whether an epoch with this score is better than the best one before it. Higher is better.
 
-    Of equal epochs the first one stays. Without validation clips there is no score, and every epoch
-    is better than those before it, so that the last one is used.
+    Of equal epochs the first one stays. Without validation clips the score is None, and every epoch
+    counts as better than those before it. So the last one is used.
     """
     if best is None or score is None:
         return True
@@ -306,8 +337,8 @@ def evaluate(
     machine = learner.machine
     learner.network.eval()
 
-    def logits_of(index):
-        x, _ = clips.batch(index, machine.device)
+    def logits_of(some):
+        x, _ = clips.batch(some, machine.device)
         with machine.autocast(settings.dtype):
             return learner.network(x)
 
@@ -319,7 +350,8 @@ def evaluate(
 def score_of(logits: torch.Tensor, labels: torch.Tensor, by: str) -> float | None:
     """The percentage of right answers; None without clips.
 
-    by: "accuracy" counts all clips alike. "balanced" is the mean of the percentages of the classes.
+    by: "accuracy" counts all clips alike. "balanced" is the mean of the percentages of the classes
+    that occur.
     """
     if len(labels) == 0:
         return None
@@ -342,12 +374,14 @@ def run(args: argparse.Namespace) -> dict:
     n_frames = frames_for(recipe, dataset, args.seconds)
     weights = args.weights or recipe.weights
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
-    # The method with the numbers of the command line. A narrow backbone gets smaller bottlenecks.
+    # The method with the numbers of the command line, or else those of METHODS. For a backbone that
+    # is narrower than AST-Base, RR and prompts of METHODS are divided, see support/variants.py.
     method = fitted(petl.find(args.method), pretrained.config, args, recipe.lr.get(args.method))
-    clips, bad = load_clips(dataset, n_frames, args.device, args.cache_dir, args.skip_bad)
+    clips, bad = load_clips(dataset, n_frames, machine.device, args.cache_dir, args.skip_bad)
 
     for seed in args.seed:
         folds = folds_of(dataset, seed, bad, args.shots)
+        split_hash = recorder.describe_clips(folds, bad)
         settings = Settings(
             dataset=args.dataset,
             weights=weights,
@@ -356,7 +390,7 @@ def run(args: argparse.Namespace) -> dict:
             pool=args.pool,
             seed=seed,
             shots=args.shots,
-            clips=recorder.describe_clips(folds, bad),
+            clips=split_hash,
             n_frames=n_frames,
             epochs=args.epochs or recipe.epochs,
             batch_size=args.batch_size or recipe.batch_size,
@@ -368,16 +402,20 @@ def run(args: argparse.Namespace) -> dict:
             best="balanced" if recipe.own else "accuracy",
         )
         recorder.start(settings)
-        for fold in recorder.folds:
+        for fold in recorder.folds:  # those of --folds, or all
             if not recorder.file(fold).exists():
                 model = adapted(pretrained, method, fold, settings, machine)
-                # If only the head learns, and no mask changes the clips from epoch to epoch, the
-                # frozen part computes a vector of each clip once, and the head trains on vectors.
+                # If nothing but the final LayerNorm and the head trains, and the inputs are the
+                # same in every epoch, then the frozen part computes each clip once. `network` is
+                # those last layers, which the model still contains, and `inputs` what they read.
+                # Otherwise these are `model` and `clips`.
                 network, inputs = skip_frozen(model, clips, folds[fold], settings, machine)
                 learner = Learner(network, settings, machine)
-                outcome = train_fold(learner, inputs, folds[fold], fold, recorder.log(fold))
+                progress = recorder.progress(fold)
+                best, logits, labels = train_fold(learner, inputs, folds[fold], fold, progress)
                 if machine.is_first:
-                    header = {**recorder.header(*outcome), "parameters": petl.count(model)}
+                    header = recorder.header(best, logits, labels)
+                    header["parameters"] = petl.count(model)
                     save_trained(model, recorder.file(fold), header)
             recorder.finish_fold(fold)
         recorder.finish()
@@ -387,11 +425,15 @@ def run(args: argparse.Namespace) -> dict:
 def adapted(
     pretrained: AST, method: petl.Method, fold: int, settings: Settings, machine: Machine
 ) -> AST:
-    """A copy of the pretrained model with a new head and the parts of the method."""
+    """A copy of the pretrained model with a new head and the parts of the method.
+
+    On the device, and if `dtype` is not float32, its frozen weights are in that type.
+    """
     seed_epoch(settings.seed, fold, epoch=0)
     model = copy.deepcopy(pretrained)
-    model.head = make_head(model.config)  # the head of load_ast was drawn without the seed
-    return machine.prepare(petl.apply(model, method), settings.dtype)
+    model.head = make_head(model.config)  # the head of load_ast does not depend on the seed
+    model = petl.apply(model, method)
+    return machine.prepare(model, settings.dtype)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -416,7 +458,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model and method").add_argument
     add("--method", default="houlsby_par", help="a name that --list-methods prints")
     add("--weights", help="audioset, demo, hf:owner/name, a path, random:base|small|tiny|demo")
-    add("--pool", default="mean", choices=POOL, help="how tokens become one vector; paper: mean")
+    add("--pool", default="mean", choices=POOL, help="how tokens become one vector: %(default)s")
     add("--rr", **number, help="reduction rate: the bottleneck is dim / RR wide")
     add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
     add("--prompts", **number, help="number of prompts or prefixes")
@@ -435,7 +477,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("machine and files").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--micro-batch", **number, help="clips at once; changes only dropout and BatchNorm")
+    add("--micro-batch", **number, help="clips at once; changes dropout, BatchNorm and --keep")
     add("--compile", **switch, help="torch.compile the model for training")
     add("--resume", **switch, help="continue an interrupted fold after its last finished epoch")
     add("--out", type=Path, default=Path("runs"), help="results: OUT/DATASET/METHOD/seedS")
@@ -468,7 +510,7 @@ def list_methods() -> None:
     short = counted("full_ft", 100, 35)["petl"]
     print()
     print(f"Base AST at 500 frames. full_ft has {short:,} at 100 frames.")
-    print("Final LayerNorm and head are trained, too, but not counted.")
+    print("Final LayerNorm and head are trained, too, but not counted in these rows.")
     print(f"They have {' / '.join(heads)} parameters for 50 / 10 / 35 / 31 classes.")
     print("Exceptions: the row of linear has both, full_ft and bitfit count the LayerNorm,")
     print("and probe has a larger head, which it counts.")

@@ -47,7 +47,7 @@ class Recorder:
     def file(self, fold: int):
         return self.folder / f"fold{fold}.safetensors"
 
-    def log(self, fold: int) -> "FoldLog":
+    def progress(self, fold: int) -> "FoldLog":
         self.current, self.ahead = FoldLog(self, fold, self.ahead), 0  # saying how long it takes once is enough
         return self.current
 

@@ -55,7 +55,7 @@ class Machine:
         """The mean over all processes."""
         return mean_over_ranks(tensor)
 
-    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+    def average_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Each becomes its mean over all processes."""
         average(tensors)
 

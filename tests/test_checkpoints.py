@@ -74,7 +74,7 @@ def test_a_config_that_is_no_table(tmp_path, text):
 
 def test_tensors_that_fit_no_model():
     """In one line, which names the tensor: torch's own message begins with a line that says nothing."""
-    with pytest.raises(UserError, match=r"^x\.bin is no AST of one shape: size mismatch for bias: .*\[4\].*\[3\]\)\.$"):
+    with pytest.raises(UserError, match=r"^x\.bin is no AST: its tensors do not fit together: size mismatch for bias: .*\[4\].*\[3\]\)\.$"):
         fill(torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.ones(4)}, "x.bin")
 
 

@@ -130,7 +130,7 @@ def test_the_shipped_backbone_is_the_one_that_is_described():
     files, minutes = sum(int(row["files"]) for row in sources), sum(float(row["minutes"]) for row in sources)
     assert f"{files:,} files, {minutes:.0f} minutes" in told and "2,897 and" in told and "--steps 6000" in told
     assert all(row["licence"] and row["copyright"] for row in sources)
-    with pytest.raises(UserError, match="demo has no head: n_classes makes one"):
+    with pytest.raises(UserError, match="demo has no head: give n_classes"):
         load_ast("demo")
 
 

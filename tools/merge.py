@@ -30,7 +30,7 @@ def merged(module: nn.Module) -> nn.Module | None:
         return merged_hydra(module)
     if isinstance(module, Adapted):
         return merged_adapter(module)
-    return petl.merged(module)
+    return petl.replacement_of(module)
 
 
 def merged_adapter(module: Adapted) -> FFN | None:

@@ -263,7 +263,7 @@ def test_a_backbone_without_a_head(tmp_path):
     folder = write_ast(tmp_path, make_state(head=0))
     assert load_ast(folder, n_classes=4).head.weight.shape == (4, 64)
     for pool in ("mean", "cls_dist"):
-        with pytest.raises(UserError, match="has no head: n_classes makes one"):
+        with pytest.raises(UserError, match="has no head: give n_classes"):
             load_ast(folder, pool=pool)
     with pytest.raises(UserError, match="its own head needs pool 'cls_dist'"):
         load_ast(SMALL_AST, pool="mean")

@@ -219,7 +219,7 @@ def test_two_learning_rates_after_an_interruption(monkeypatch):
     assert rates == [pytest.approx([0.2 * share, 0.4 * share]) for share in shares]
 
 
-class Remembered(train.Log):
+class Remembered(train.Progress):
     """Keeps what the loop tells it."""
 
     def __init__(self):

@@ -64,7 +64,7 @@ ROWS = [
     Row("adapter_ffn_seq_before", (Part("ffn", "seq before", "bottleneck", 64, 12),), 248_976, 5e-3, "249K",
         "Table III, FFN-Seq-Before"),
     Row("adapter_ffn_par_before", (FFN_PAR,), 248_976, 5e-3, "249K", "Table III, FFN-Par-Before"),
-    Row("adapter_mhsa_seq_after", (MHSA_SEQ,), 248_976, 5e-3, "249K", "Table III, MHSA-Seq-After"),
+    Row("adapter_mhsa_seq_after", (MHSA_SEQ,), 248_976, 5e-3, "249K", "Table III, MHSA-Seq/Par-After"),
     Row("adapter_mhsa_seq_before", (Part("attn", "seq before", "bottleneck", 64, 12),), 248_976, 5e-3, "249K",
         "Table III, MHSA-Seq-Before"),
     Row("lora_q", (Part("q", "beside", "lora", 64, 12),), 221_184, 5e-3, "221K", "Table IV, q"),

@@ -793,14 +793,14 @@ with process_group(cpu):
     settings = settings_of(epochs=2, batch_size=4)
     learner = train.Learner(model, settings, machine)
     for i in range(2):
-        learner.forward(clips[2 * i + rank]).sum().backward()
+        learner.train_network(clips[2 * i + rank]).sum().backward()
     steps = {"own": load_weights.trained_tensors(model)}
     average(t for t in load_weights.live_tensors(model).values() if not t.requires_grad)
     steps["mean"] = load_weights.trained_tensors(model)
     labels = torch.tensor([0, 1, 2] * 4)
     split = Split(list(range(8)), [], list(range(8, 12)))
     learner = train.Learner(model, settings, machine)
-    train.train_fold(learner, Clips(clips.flatten(0, 1), labels), split, 1, train.Log())
+    train.train_fold(learner, Clips(clips.flatten(0, 1), labels), split, 1, train.Progress())
     steps["run"] = load_weights.trained_tensors(model)
     torch.save(steps, out / f"{rank}.pt")
 """
