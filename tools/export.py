@@ -131,7 +131,7 @@ def start_of(model: AST, name: str):
     """What peft's tensor is more than ours: here factors are trained as their distance from where they start."""
     module, _, last = name.rpartition(".")
     if last == "magnitude":
-        return model.get_submodule(module).square.sqrt()
+        return model.get_submodule(module).w_square.sqrt()
     return {"scale": 1, "scale_d": 0.1}.get(last, 0)
 
 

@@ -240,7 +240,7 @@ def test_no_tensor_may_be_missing_and_none_unknown(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.update({"audio_spectrogram_transformer.layernorm.weight": torch.ones(7)}), "one shape"),
+        (lambda state: state.update({"audio_spectrogram_transformer.layernorm.weight": torch.ones(7)}), "do not fit together"),
         (lambda state: (state.clear(), state.update({"conv.weight": torch.ones(2, 2)})), "no AST checkpoint"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from petl import METHODS, Adapter, LoRA, Method, Prefix, Prompts, apply, count
 from tools.merge import merge
 from support.command import UserError
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def randomised(model: AST) -> AST:

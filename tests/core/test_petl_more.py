@@ -287,7 +287,7 @@ def random_model(method: str | Method, shape: dict = SHAPE) -> AST:
                 module.mean.normal_(std=0.3)
                 module.std.uniform_(0.2, 0.5)
             if hasattr(module, "square"):
-                module.square = module.wrapped.weight.square().sum(1)
+                module.w_square = module.wrapped.weight.square().sum(1)
     return model
 
 
