@@ -286,7 +286,7 @@ def random_model(method: str | Method, shape: dict = SHAPE) -> AST:
             if isinstance(module, petl_more.Standardised):
                 module.mean.normal_(std=0.3)
                 module.std.uniform_(0.2, 0.5)
-            if hasattr(module, "square"):
+            if hasattr(module, "w_square"):
                 module.w_square = module.wrapped.weight.square().sum(1)
     return model
 
