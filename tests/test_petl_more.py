@@ -775,24 +775,12 @@ def three_steps(model: AST, machine: Machine) -> dict[str, torch.Tensor]:
     return trained_tensors(model)
 
 
-@each
-def test_computing_blocks_twice_changes_nothing(name):
-    """--recompute: dropout draws the same numbers, and running statistics are moved twice by what makes one step."""
-    results = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        results.append(three_steps(apply(tiny_ast(), name), Machine(CPU, recompute=recompute)))
-    once, twice = results
-    for n, tensor in once.items():
-        assert (tensor - twice[n]).abs().max() <= (1e-6 if "running" in n else 0), n
-
-
 def test_compiled_code_moves_running_statistics_once(monkeypatch):
-    """Even with --recompute. Traced as for the default compiler, without the minutes that it takes to write code."""
+    """Traced as for the default compiler, without the minutes that it takes to write code."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="aot_eager"))
     results = []
-    for machine in (Machine(CPU), Machine(CPU, compile=True, recompute=True)):
+    for machine in (Machine(CPU), Machine(CPU, compile=True)):
         torch.manual_seed(0)
         results.append(statistics(three_steps(apply(tiny_ast(), "conformer_pfeiffer_par"), machine)))
     for n, tensor in results[0].items():
