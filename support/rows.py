@@ -20,39 +20,35 @@ def row_type(shape: tuple[int, ...], dtype: str = "<f2") -> np.dtype:
     return np.dtype([("key", "<u8"), ("features", dtype, shape)])
 
 
-def open_rows(path: Path, kind: np.dtype, mode: str = "c") -> np.memmap | None:
+def open_rows(path: Path, kind: np.dtype) -> np.memmap | None:
     """The rows of a file, mapped into memory. None if there is no such file, or no whole one.
 
-    With the mode "c" the file can be read only, and changes of the array stay in memory. With "r+"
-    they reach the file.
+    The file is only read. Changes of the array stay in memory.
     """
     if not path.exists():
         return None
     try:
-        rows = open_memmap(path, mode=mode)
-        if rows.dtype == kind and rows.ndim == 1:
-            return rows
+        rows = open_memmap(path, mode="c")
     except (ValueError, EOFError, OverflowError, tokenize.TokenError):
-        pass  # what NumPy raises for a damaged header, and for a file that is too short
-    return None
+        return None  # a damaged header, or a file that is too short
+    return rows if rows.dtype == kind and rows.ndim == 1 else None
+
+
+def writable_rows(path: Path, kind: np.dtype, count: int) -> np.memmap:
+    """The `count` rows of a file, mapped into memory to be filled. Fresh ones if it has none."""
+    rows = open_rows(path, kind)
+    if rows is None:
+        warn_of_damage(path)
+    if rows is None or len(rows) != count:
+        with whole_file(path) as temporary:
+            open_memmap(temporary, mode="w+", dtype=kind, shape=(count,))
+            if hasattr(os, "posix_fallocate"):  # an error if the disk is full, and no crash later
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+    return open_memmap(path, mode="r+")
 
 
 def warn_of_damage(path: Path) -> None:
     """To be called before a file is written anew that `open_rows` could not open."""
     if path.exists():
         warn(f"{path} is no whole file of rows: it is built again")
-
-
-def writable_rows(path: Path, kind: np.dtype, count: int) -> np.memmap:
-    """The `count` rows of a file, mapped into memory to be filled. Fresh ones if it has none."""
-    rows = open_rows(path, kind, "r+")
-    if rows is not None and len(rows) == count:
-        return rows
-    if rows is None:
-        warn_of_damage(path)
-    with whole_file(path) as temporary:
-        open_memmap(temporary, mode="w+", dtype=kind, shape=(count,))
-        if hasattr(os, "posix_fallocate"):  # a disk that is full is an error now, not a crash later
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-    return open_memmap(path, mode="r+")

@@ -232,7 +232,7 @@ def test_a_row_without_its_key_is_built_again(tmp_path, capsys):
     file = cache_of(dataset, cache)
     content = file.read_bytes()
     for key in (0, 1):
-        rows = open_rows(file, row_type((30, 128)), "r+")
+        rows = writable_rows(file, row_type((30, 128)), 3)
         rows["key"][1] = key
         rows["features"][1] = 7
         del rows
