@@ -49,7 +49,7 @@ def cached(
     if found is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            found = complete(path, kind, keys, compute)  # built by another process meanwhile
+            found = complete(path, kind, keys, compute)  # by another process, meanwhile
             if found is None:
                 partial = path.with_suffix(".partial.npy")
                 bad = fill(partial, path, kind, keys, compute, dataset.name)
@@ -109,7 +109,7 @@ def fill(
     """
     start = time.perf_counter()
     rows = writable_rows(partial, kind, len(keys))
-    rows["key"][rows["key"] != keys] = 0  # these rows are written anew
+    rows["key"][rows["key"] != keys] = 0
     old = open_rows(path, kind)
     if old is None:
         warn_of_damage(path)
@@ -119,10 +119,10 @@ def fill(
             if not rows["key"][i] and key in row_of:
                 rows["features"][i] = old["features"][row_of[key]]
                 rows["key"][i] = key
-    missing = np.flatnonzero(rows["key"] != keys).tolist()
-    count = f"{len(missing)} of {len(keys)} clips"
+    missing = np.flatnonzero(rows["key"] == 0).tolist()
+    clips = f"{len(missing)} of {len(keys)} clips"
     if len(missing) < len(keys) or old is not None:
-        print(f"features of {name}: {count} are new, changed or unfinished")
+        print(f"features of {name}: {clips} are new, changed or unfinished")
     bad = {}
 
     def make(i: int) -> None:
@@ -141,5 +141,5 @@ def fill(
     finally:
         torch.set_num_threads(threads)
     rate = len(missing) / (time.perf_counter() - start)
-    print(f"features of {name}: built {count}, {rate:.0f} clips/s, kept in {path}")
+    print(f"features of {name}: built {clips}, {rate:.0f} clips/s, kept in {path}")
     return dict(sorted(bad.items()))

@@ -2,6 +2,9 @@
 
 A row has a `key`. It is written last, so a program may be killed at any moment: a row with the
 right key is whole. Fresh rows have the key 0.
+
+A file that is deleted or replaced while it is mapped into memory stays readable. One that is
+shortened does not: the system ends the program.
 """
 
 import os
