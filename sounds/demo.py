@@ -17,7 +17,7 @@ SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it 
 FOLDERS = {"demo": "demo-fe5a0b5f", "demo_source": "demo_source-146f2f13"}
 
 
-def rendered(
+def listing(
     name: str,
     classes: Iterable[str],
     sizes: tuple[int, int, int],
@@ -64,6 +64,6 @@ def write(clips: list[Clip], root: Path, name: str) -> None:
             file.write_bytes(content.getbuffer())
 
 
-target = partial(rendered, "demo", synth.TARGET, (200, 40, 100))
+target = partial(listing, "demo", synth.TARGET, (200, 40, 100))
 # The training of the backbone `--weights demo` began with these.
-source = partial(rendered, "demo_source", synth.SOURCE, (200, 10, 10))
+source = partial(listing, "demo_source", synth.SOURCE, (200, 10, 10))

@@ -77,7 +77,7 @@ def locate(source: Source, data_dir: Path | None, cache_dir: Path) -> Path:
 
 
 def make_once(folder: Path, make: Callable[[], None]) -> None:
-    """Call `make` unless the folder is there. Of two runs that start together one makes it."""
+    """Call `make` unless the folder is there. If two runs start together, one of them makes it."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -150,14 +150,16 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as zipped:
         for member in Bar(zipped.infolist(), f"unpacking {archive.name}", unit="file"):
             kind = stat.S_IFMT(member.external_attr >> 16)  # 0 in an archive not made on Unix
-            check(archive, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), folder)
+            require_ordinary(
+                archive, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), folder
+            )
             zipped.extract(member, folder)
 
 
 def unpack_tar(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in Bar(tar, f"unpacking {archive.name}", unit="file"):
-            check(archive, member.name, member.isreg() or member.isdir(), folder)
+            require_ordinary(archive, member.name, member.isreg() or member.isdir(), folder)
             tar.extract(member, folder, filter="data")  # without owners and odd permissions
         if tar.fileobj.tell() == tar.offset:  # no block of zeros: members may be missing
             raise EOFError
@@ -165,7 +167,7 @@ def unpack_tar(archive: Path, folder: Path) -> None:
             pass
 
 
-def check(archive: Path, name: str, is_ordinary: bool, folder: Path) -> None:
+def require_ordinary(archive: Path, name: str, is_ordinary: bool, folder: Path) -> None:
     """UserError for a member of an archive that is no file, or would land outside the folder."""
     if not is_ordinary or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise UserError(

@@ -13,7 +13,7 @@ from sounds.clip import WHOLE, Clip, fragment, names_of
 from support.command import UserError
 
 
-def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
+def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     """The clips with their groups.
 
     A group is what the first parenthesis of the `pattern` finds in the name of a clip. Without a

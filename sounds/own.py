@@ -15,7 +15,7 @@ import numpy as np
 
 from sounds.audio import SUFFIXES, files_in, has_end, lengths_of, typical_seconds
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, names_of
-from sounds.groups import grouped, parts_of  # noqa: F401 (parts_of is for data.py)
+from sounds.groups import parts_of, with_groups  # noqa: F401 (parts_of is for data.py)
 from sounds.tables import Row, folders_in, read_table, require_files, require_whole
 from support.command import UserError, first_of, warn
 from support.processes import is_first, say
@@ -266,7 +266,7 @@ def labels_in(track: Path, sound: Path) -> list[Clip]:
 
 def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> Listing:
     """A Listing of the clips. UserError for what cannot be trained or tested."""
-    clips = grouped(root, clips, group)
+    clips = with_groups(root, clips, group)
     counts = Counter(clip.label for clip in clips)
     if "unsure" in counts:
         raise UserError(
@@ -369,7 +369,7 @@ def warn_of_copies(root: Path, clips: list[Clip]) -> None:
     """Warn of files with the same content in different parts: the model is tested on them."""
     copies = [list({clip.path: clip for clip in clips}.values())]  # one piece of each recording
     for key in (middle_of, hash_of):  # few files are read as a whole
-        copies = [alike for group in copies for alike in divided(group, key)]
+        copies = [alike for group in copies for alike in copies_by(group, key)]
     where = "and may come into different splits"
     if any(clip.part != "" for clip in clips):
         where = "in different splits"
@@ -382,8 +382,8 @@ def warn_of_copies(root: Path, clips: list[Clip]) -> None:
         warn(f"{root}: {len(copies)} sounds are there more than once {where} ({first_of(names)})")
 
 
-def divided(clips: list[Clip], key: Callable[[Path], object]) -> list[list[Clip]]:
-    """Those clips that have the same key as another one, by their key."""
+def copies_by(clips: list[Clip], key: Callable[[Path], object]) -> list[list[Clip]]:
+    """Lists of clips whose files have the same key. A clip that is alone is left out."""
     alike = defaultdict(list)
     for clip in clips:
         with suppress(OSError):  # is a bad clip later

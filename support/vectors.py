@@ -65,7 +65,7 @@ def skip_frozen(model, clips, split, settings, machine: Machine):
 
 
 def mean_and_std(vectors: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each number, over the vectors `index`, in float64. Both are (numbers,)."""
+    """Mean and standard deviation over the vectors `index`, in float64: both are (numbers,)."""
     pieces = index.to(vectors.device).split(256)
     mean = sum(vectors[piece].double().sum(0) for piece in pieces) / len(index)
     square = sum((vectors[piece].double() - mean).square().sum(0) for piece in pieces) / len(index)
@@ -78,8 +78,8 @@ def vectors_of(model, clips, needed: list[int], settings, machine: Machine) -> t
     The batches are blocks of neighbouring clips, whatever the split. Rounding may depend on the
     other clips of a batch, and a resumed run must get the bits of an unbroken one.
 
-    Of several processes and runs one computes, and the others wait for it. Clips without a file
-    have vectors without one.
+    One of several processes or runs computes, and the others wait for it. Clips without a file have
+    vectors without one.
     """
     model.eval()
     batch = machine.micro_batch or settings.batch_size

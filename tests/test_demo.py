@@ -18,7 +18,7 @@ from data import DATASETS, fbank, load_dataset, to_input
 from load_weights import DEMO, load_ast
 from sounds import demo
 from sounds.audio import read_audio
-from sounds.demo import rendered
+from sounds.demo import listing
 from sounds.synth import SOURCE, TARGET, render
 from support.checkpoints import read_header
 from support.command import UserError
@@ -27,7 +27,7 @@ from support.variants import NARROW_LR
 
 def test_rendered_datasets(tmp_path, monkeypatch):
     def few(data_dir, cache_dir):
-        return rendered("demo", ["eoe", "bell"], (3, 2, 4), data_dir, cache_dir)
+        return listing("demo", ["eoe", "bell"], (3, 2, 4), data_dir, cache_dir)
 
     monkeypatch.setitem(DATASETS, "demo", replace(DATASETS["demo"], load=few))
     dataset = load_dataset("demo", None, tmp_path)
@@ -46,7 +46,7 @@ def test_rendered_datasets(tmp_path, monkeypatch):
     assert all(path.is_file() for path in load_dataset("demo", None, tmp_path).paths)
     assert not list(tmp_path.glob(".demo*"))  # nothing half-made stays
     with pytest.raises(UserError, match="makes its own sounds"):
-        rendered("demo", ["eoe"], (1, 1, 1), tmp_path, tmp_path)
+        listing("demo", ["eoe"], (1, 1, 1), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
     epoch here."""
 
     def few(data_dir, cache_dir):
-        return rendered("demo", TARGET, (2, 1, 1), data_dir, cache_dir)
+        return listing("demo", TARGET, (2, 1, 1), data_dir, cache_dir)
 
     monkeypatch.setitem(DATASETS, "demo", replace(DATASETS["demo"], load=few, epochs=1))
     options = ["--cache-dir", str(tmp_path), "--out", str(tmp_path / "runs")]
@@ -130,7 +130,7 @@ def test_settings_of_a_dataset_give_way_to_the_command_line(tmp_path, monkeypatc
         DATASETS,
         "demo",
         replace(
-            DATASETS["demo"], load=lambda d, c: rendered("demo", TARGET, (2, 1, 1), d, c), epochs=1
+            DATASETS["demo"], load=lambda d, c: listing("demo", TARGET, (2, 1, 1), d, c), epochs=1
         ),
     )
     options = [

@@ -11,7 +11,7 @@ from helpers import make_folder, split_of, train_on, write_csv, write_sound
 
 from data import Dataset, folds_of, load_dataset, random_split
 from sounds.clip import Clip
-from sounds.groups import grouped, parts_of
+from sounds.groups import parts_of, with_groups
 from support.command import UserError
 
 
@@ -83,30 +83,30 @@ def test_few_shots_are_drawn_from_the_groups_that_train():
 def test_what_groups_are_called():
     root = Path("/my")
     clips = [Clip(root / name, "x") for name in ("a/ann_1.wav", "a/ann_2.wav", "b/bob_1.wav")]
-    assert [clip.group for clip in grouped(root, clips, r"/(.*)_")] == ["ann", "ann", "bob"]
-    assert grouped(root, clips, None) == clips
+    assert [clip.group for clip in with_groups(root, clips, r"/(.*)_")] == ["ann", "ann", "bob"]
+    assert with_groups(root, clips, None) == clips
     pieces = [clip._replace(span=(float(i), i + 1.5)) for i, clip in enumerate(clips)]
-    assert [clip.group for clip in grouped(root, pieces, None)] == [
+    assert [clip.group for clip in with_groups(root, pieces, None)] == [
         "a/ann_1.wav",
         "a/ann_2.wav",
         "b/bob_1.wav",
     ]
-    assert [clip.group for clip in grouped(root, pieces, "(.*)")][
+    assert [clip.group for clip in with_groups(root, pieces, "(.*)")][
         1
     ] == "a/ann_2.wav#1-2.5"  # every clip by itself
     named = [clip._replace(group="mine") for clip in pieces]
-    assert grouped(root, named, None) == named
+    assert with_groups(root, named, None) == named
     with pytest.raises(UserError, match=r"b/bob_1\.wav: every clip must have one"):
-        grouped(root, clips, "a/(ann)")
+        with_groups(root, clips, "a/(ann)")
     with pytest.raises(UserError, match=r"'\(an' is no regular expression"):
-        grouped(root, clips, "(an")
+        with_groups(root, clips, "(an")
     with pytest.raises(UserError, match="into parentheses"):
-        grouped(root, clips, "ann")
+        with_groups(root, clips, "ann")
 
 
 def test_a_pattern_that_cannot_be():
     with pytest.raises(UserError, match="is no regular expression") as error:
-        grouped(Path("/my"), [Clip(Path("/my/a.wav"), "x")], "(*)" * 500)
+        with_groups(Path("/my"), [Clip(Path("/my/a.wav"), "x")], "(*)" * 500)
     assert len(str(error.value)) < 300
 
 
