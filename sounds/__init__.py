@@ -1,2 +1,2 @@
-"""Where sounds come from: decoding, downloads, the cache of features, and a file for each kind of dataset.
+"""Where sounds come from: decoding, downloads, the cache of features, and the kinds of datasets.
 Nothing here knows a model."""

@@ -1,4 +1,4 @@
-"""What a loader says of a dataset: where it lies, and for each clip its class and what it is used for."""
+"""What a loader says of a dataset: where it lies, and what each clip is and is used for."""
 
 import math
 import os
@@ -12,27 +12,27 @@ WHOLE = (0.0, math.inf)  # the span of a clip that is a file of its own
 
 class Clip(NamedTuple):
     path: Path
-    label: str  # name of its class
-    part: str | int = ""  # one of PARTS, the number of a fold, or "": nobody has said
+    label: str  # the name of its class
+    part: str | int = ""  # one of PARTS, or the number of a fold; "" if nobody has said
     span: tuple[float, float] = WHOLE  # seconds: where it starts and ends in its file
-    group: str = ""  # of clips that must stay in one part, as they are of one recording, speaker or site
+    group: str = ""  # clips of one recording, speaker or site must stay in one part
 
 
 @dataclass(frozen=True)
 class Listing:
     root: Path
     clips: list[Clip]
-    classes: list[str] | None = None  # in the order of their numbers; None: in that of the alphabet
+    classes: list[str] | None = None  # in the order of their numbers; None: alphabetical
     name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS
 
     @property
     def spans(self) -> dict[int, tuple[float, float]]:
-        """Of the clips that are cut from a file, by their numbers."""
+        """Where the clips that are cut from a file start and end in it, by their index."""
         return {i: clip.span for i, clip in enumerate(self.clips) if clip.span != WHOLE}
 
 
 def name_of(path: Path, root: Path) -> str:
-    """A path relative to `root`, with forward slashes; the whole path where there is no way from one to the other."""
+    """A path relative to `root`, with forward slashes. The whole path if there is no way to it."""
     try:
         return Path(os.path.relpath(path, root)).as_posix()
     except ValueError:  # on Windows, from one drive to another
@@ -40,20 +40,28 @@ def name_of(path: Path, root: Path) -> str:
 
 
 def fragment(span: tuple[float, float]) -> str:
-    """Of a piece of a recording, behind its path: `#12.5-17.5`, in seconds; nothing where it is a whole file."""
+    """What follows the path of a piece of a recording: `#12.5-17.5`. Nothing for a whole file."""
     if span == WHOLE:
         return ""
-    start, end = (f"{seconds:.6f}".rstrip("0").rstrip(".") if seconds < math.inf else "" for seconds in span)
-    return f"#{start}-{end}"
+
+    def seconds(number):
+        return "" if number == math.inf else f"{number:.6f}".rstrip("0").rstrip(".")
+
+    return f"#{seconds(span[0])}-{seconds(span[1])}"
 
 
-def names_of(paths: list[Path], root: Path, spans: dict[int, tuple[float, float]] | None = None) -> list[str]:
-    """`name_of` each, with its `fragment`; for paths beneath `root`, without '..', thirty times as fast."""
-    start, spans = str(root) + os.sep, spans or {}
-    names = [
-        text[len(start) :].replace(os.sep, "/")
-        if (text := str(path)).startswith(start) and ".." not in text
-        else name_of(path, root)
-        for path in paths
-    ]
-    return [name + fragment(spans.get(i, WHOLE)) for i, name in enumerate(names)] if spans else names
+def names_of(
+    paths: list[Path], root: Path, spans: dict[int, tuple[float, float]] | None = None
+) -> list[str]:
+    """`name_of` each path, with its `fragment`. Thirty times as fast for paths beneath `root`."""
+    start = str(root) + os.sep
+    spans = spans or {}
+    names = []
+    for i, path in enumerate(paths):
+        text = str(path)
+        if text.startswith(start) and ".." not in text:
+            name = text.removeprefix(start).replace(os.sep, "/")
+        else:
+            name = name_of(path, root)
+        names.append(name + fragment(spans.get(i, WHOLE)))
+    return names

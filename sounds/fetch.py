@@ -11,18 +11,24 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from support.command import UserError
 from support.files import locked, whole_file, whole_folder
 from support.progress import Bar
 
-# What zipfile and tarfile raise for an archive that is damaged, encrypted (RuntimeError) or of a kind they do not know.
-DAMAGE = (
-    zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError, struct.error
-)  # fmt: skip
+DAMAGE = (  # what zipfile and tarfile raise for a damaged, an encrypted or an unknown archive
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -38,35 +44,49 @@ class Source:
 
 
 def locate(source: Source, data_dir: Path | None, cache_dir: Path) -> Path:
-    """The root of a dataset: in `data_dir` (a folder or an archive), else under `cache_dir`, downloaded when absent."""
-    by_hand = f"{source.by_hand} and give the archive or the unpacked folder as --data-dir (it holds {source.layout})"
-    folder = data_dir
-    if data_dir is None or data_dir.is_file():
+    """The root of a dataset. It lies in `data_dir`, which is a folder or an archive.
+
+    Without `data_dir` it lies under `cache_dir`, and is downloaded if it is not there.
+    """
+    by_hand = (
+        f"{source.by_hand} and give the archive or the unpacked folder as --data-dir "
+        f"(it holds {source.layout})"
+    )
+    if data_dir is None:
         folder = cache_dir / source.folder
-        if data_dir is not None:  # another archive is unpacked into another folder
-            info = data_dir.stat()
-            identity = f"{data_dir.resolve()} {info.st_size} {info.st_mtime_ns}"
-            folder = cache_dir / f"{source.folder}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:8]}"
-        elif source.url is None and not folder.exists():
+        if source.url is None and not folder.exists():
             raise UserError(f"{source.folder} cannot be downloaded: {by_hand}")
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with locked(folder):  # two runs that start together download once
-            if not folder.exists():
-                if data_dir is None:
-                    fetch(source, folder, by_hand)
-                else:
-                    unpack(data_dir, folder)
-    elif not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder or archive; it should hold {source.layout}")
-    # An archive may add a folder of its own, and the user may point at the folder that holds the dataset.
+        make_once(folder, lambda: fetch(source, folder, by_hand))
+    elif data_dir.is_file():  # every archive is unpacked into a folder of its own
+        info = data_dir.stat()
+        identity = f"{data_dir.resolve()} {info.st_size} {info.st_mtime_ns}"
+        digest = hashlib.sha256(os.fsencode(identity)).hexdigest()
+        folder = cache_dir / f"{source.folder}-{digest[:8]}"
+        make_once(folder, lambda: unpack(data_dir, folder))
+    else:
+        folder = data_dir
+        if not folder.is_dir():
+            raise UserError(
+                f"--data-dir {data_dir}: no such folder or archive; it should hold {source.layout}"
+            )
+    # The dataset may lie one folder deeper, in one that the archive has added.
     found = sorted(folder.glob(source.marker)) + sorted(folder.glob(f"*/{source.marker}"))
     if not found:
         raise UserError(f"{folder} does not hold {source.marker}: {by_hand}")
     return found[0].parents[len(Path(source.marker).parts) - 1]
 
 
+def make_once(folder: Path, make: Callable[[], None]) -> None:
+    """Call `make` unless the folder is there. If two runs start together, one of them makes it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if not folder.exists():
+                make()
+
+
 def fetch(source: Source, folder: Path, by_hand: str) -> None:
-    """Download a dataset and unpack it into the new folder `folder`, whose lock the caller holds; only that stays."""
+    """Download a dataset and unpack it into the new folder `folder`. The caller holds its lock."""
     archive = folder.with_name(f"{source.folder}.archive")
     for left in folder.parent.glob(f".{archive.name}.*.tmp"):  # by a download that was killed
         left.unlink()
@@ -77,9 +97,10 @@ def fetch(source: Source, folder: Path, by_hand: str) -> None:
 
 
 def download(url: str, target: Path, by_hand: str, checksum: str | None = None) -> Path:
-    """Fetch `url` into the file `target`, with a progress bar. `by_hand` ends the error message: the way without it.
+    """Fetch `url` into the file `target`, with a progress bar.
 
-    `checksum` is "md5:..." or "sha256:...", in hexadecimal digits; a file with another one is not kept.
+    `by_hand` ends the error message. It says how to do without. `checksum` is "md5:..." or
+    "sha256:..." in hexadecimal digits. A file with another one is not kept.
     """
     algorithm, _, expected = (checksum or "sha256:").partition(":")
     digest = hashlib.new(algorithm)
@@ -92,47 +113,63 @@ def download(url: str, target: Path, by_hand: str, checksum: str | None = None) 
                     file.write(block)
                     digest.update(block)
                     bar.update(len(block))
-            if size and temporary.stat().st_size != size:
-                raise OSError(f"the connection ended after {temporary.stat().st_size} of {size} bytes")
+            arrived = temporary.stat().st_size
+            if size and arrived != size:
+                raise OSError(f"the connection ended after {arrived} of {size} bytes")
             if expected and digest.hexdigest() != expected:
                 raise OSError(f"its {algorithm.upper()} is {digest.hexdigest()}, not {expected}")
-    except (OSError, http.client.HTTPException) as error:  # OSError is what urllib raises, too
+    except (OSError, http.client.HTTPException) as error:  # urllib raises OSError, too
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the server's answer as well
-        raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}): {by_hand}") from None
+        reason = getattr(error, "reason", error)
+        raise UserError(f"cannot download {url} ({reason}): {by_hand}") from None
     return target
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or a tar (compressed or not) into the new folder `folder`, whole or not at all.
+    """Unpack a zip or a tar, compressed or not, into the new folder `folder`, whole or not at all.
 
-    Raises UserError for a damaged archive and for members that would land outside the folder, links and devices.
+    UserError for a damaged archive, and for a link, a device and a path that leaves the folder.
     """
-    progress = partial(Bar, desc=f"unpacking {archive.name}", unit="file")
     try:
         with whole_folder(folder) as temporary:
-
-            def refuse(name, ordinary):
-                if not ordinary or not (temporary / name).resolve().is_relative_to(temporary.resolve()):
-                    raise UserError(f"{archive}: refusing {name!r}, a link, a device or a path that leaves the folder")
-
             if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as zipped:
-                    for member in progress(zipped.infolist()):
-                        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made on Unix
-                        refuse(member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
-                        zipped.extract(member, temporary)
+                unpack_zip(archive, temporary)
             else:
-                with tarfile.open(archive) as tar:
-                    for member in progress(tar):
-                        refuse(member.name, member.isreg() or member.isdir())
-                        tar.extract(member, temporary, filter="data")  # drops owners and odd permissions as well
-                    if tar.fileobj.tell() == tar.offset:  # no block of zeros: members may be missing
-                        raise EOFError
-                    while tar.fileobj.read(1 << 20):  # to the checksum of the compression
-                        pass
+                unpack_tar(archive, temporary)
     except (*DAMAGE, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the archive
-            raise
-        reason = str(error).splitlines()[0].rstrip(":") if str(error) else "it ends too early"
-        raise UserError(f"{archive} is not a whole zip or tar archive ({reason}): download it again") from None
+        if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
+            raise  # an error of the disk says nothing of the archive
+        reason = str(error).split("\n")[0].rstrip(":") or "it ends too early"
+        raise UserError(
+            f"{archive} is not a whole zip or tar archive ({reason}): download it again"
+        ) from None
+
+
+def unpack_zip(archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as zipped:
+        for member in Bar(zipped.infolist(), f"unpacking {archive.name}", unit="file"):
+            kind = stat.S_IFMT(member.external_attr >> 16)  # 0 in an archive not made on Unix
+            require_ordinary(
+                archive, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), folder
+            )
+            zipped.extract(member, folder)
+
+
+def unpack_tar(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for member in Bar(tar, f"unpacking {archive.name}", unit="file"):
+            require_ordinary(archive, member.name, member.isreg() or member.isdir(), folder)
+            tar.extract(member, folder, filter="data")  # without owners and odd permissions
+        if tar.fileobj.tell() == tar.offset:  # no block of zeros: members may be missing
+            raise EOFError
+        while tar.fileobj.read(1 << 20):  # up to the checksum of the compression
+            pass
+
+
+def require_ordinary(archive: Path, name: str, is_ordinary: bool, folder: Path) -> None:
+    """UserError for a member of an archive that is no file, or would land outside the folder."""
+    if not is_ordinary or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{archive}: refusing {name!r}, a link, a device or a path that leaves the folder"
+        )

@@ -1,46 +1,57 @@
-"""Files on disk with a row for each clip, which says what it was computed from and shows whether it is whole."""
+"""Files with one row of numbers for each clip: features, or vectors of a frozen backbone.
+
+A row has a `key`. It is written last, so a program may be killed at any moment: a row with the
+right key is whole. Fresh rows have the key 0.
+
+A file that is deleted or replaced while it is mapped into memory stays readable. One that is
+shortened does not: the system ends the program.
+"""
 
 import os
-import sys
 import tokenize
-import zlib
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import open_memmap
+
+from support.command import warn
+from support.files import whole_file
 
 
 def row_type(shape: tuple[int, ...], dtype: str = "<f2") -> np.dtype:
-    """One clip. `key` says what it was computed from, `crc` that it is intact; key 0 is an empty row."""
-    return np.dtype([("key", "<u8"), ("crc", "<u4"), ("bad", "<u4"), ("features", dtype, shape)])
+    """One clip."""
+    return np.dtype([("key", "<u8"), ("features", dtype, shape)])
 
 
-def crc_of(row: np.void) -> int:
-    return zlib.crc32(row["features"], int(row["bad"]))
+def open_rows(path: Path, kind: np.dtype) -> np.memmap | None:
+    """The rows of a file, mapped into memory. None if there is no such file, or no whole one.
 
-
-def map_rows(path: Path, kind: np.dtype) -> np.memmap | None:
-    """The rows of a file, mapped into memory; None if there is no such file, or if it holds something else."""
+    The file is only read. Changes of the array stay in memory.
+    """
     if not path.exists():
         return None
     try:
-        rows = np.lib.format.open_memmap(path, mode="r")  # np.load would take a zip as well
-        if rows.dtype != kind or rows.ndim != 1:
-            raise ValueError("holds something else")
-    except (ValueError, OSError, EOFError, OverflowError, tokenize.TokenError):  # what NumPy raises for a bad header
-        print(f"{path}: not a whole feature file, building it again", file=sys.stderr)
-        return None
-    return rows
+        rows = open_memmap(path, mode="c")
+    except (ValueError, EOFError, OverflowError, tokenize.TokenError):
+        return None  # a damaged header, or a file that is too short
+    return rows if rows.dtype == kind and rows.ndim == 1 else None
 
 
-def start_rows(path: Path, kind: np.dtype, count: int) -> np.memmap:
-    """A file of empty rows, mapped into memory. A full disk is an OSError now; later it would end work of hours."""
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(count,))
-    try:
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:  # it does not say where
-        path.unlink()  # what has rows and no place for them would be gone on with
-        error.filename = str(path)
-        raise
-    return rows
+def writable_rows(path: Path, kind: np.dtype, count: int) -> np.memmap:
+    """The `count` rows of a file, mapped into memory to be filled. Fresh ones if it has none."""
+    rows = open_rows(path, kind)
+    if rows is None:
+        warn_of_damage(path)
+    if rows is None or len(rows) != count:
+        with whole_file(path) as temporary:
+            open_memmap(temporary, mode="w+", dtype=kind, shape=(count,))
+            if hasattr(os, "posix_fallocate"):  # an error if the disk is full, and no crash later
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+    return open_memmap(path, mode="r+")
+
+
+def warn_of_damage(path: Path) -> None:
+    """To be called before a file is written anew that `open_rows` could not open."""
+    if path.exists():
+        warn(f"{path} is no whole file of rows: it is built again")

@@ -1,134 +1,134 @@
-"""What a frozen backbone makes of each clip, computed once and kept on disk: what `linear` and `probe` train on."""
+"""The vectors that a frozen backbone makes of clips. `linear` and `probe` train on them.
+
+A vector is computed once for all epochs, folds, seeds and later runs, and kept on disk.
+"""
 
 import hashlib
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.command import warn
-from support.files import locked, whole_file
-from support.processes import ranks, wait_for_all
+from support.files import locked
 from support.progress import Bar
-from support.rows import crc_of, map_rows, row_type, start_rows
-from support.speed import Machine, autocast, near
+from support.rows import open_rows, row_type, writable_rows
+from support.speed import Machine, near
 
 
 class LastLayers(nn.Module):
-    """The head of a model, and its final LayerNorm if that learns, on pooled tokens that are normalised already. The
-    parameters are the model's own, and have the same names.
+    """The head of a model, and its final LayerNorm if that learns.
 
-    The scale and shift of the LayerNorm are the same for all tokens, so they may as well come after the pooling.
+    It reads pooled tokens (batch, dim) that are normalised already. Scale and shift of the
+    LayerNorm are the same for all tokens, so they may come after the pooling. The parameters are
+    the model's own and have the same names.
     """
 
     def __init__(self, model):
         super().__init__()
         self.method = model.method
-        if model.norm.weight.requires_grad:
-            self.norm = model.norm
+        self.norm = model.norm if model.norm.weight.requires_grad else None
         self.head = model.head
 
-    def forward(self, pooled):  # (batch, dim)
-        if not hasattr(self, "norm"):
-            return self.head(pooled)
-        return self.head(pooled * self.norm.weight + self.norm.bias)  # (batch, n_classes)
+    def forward(self, pooled):
+        if self.norm is not None:
+            pooled = pooled * self.norm.weight + self.norm.bias
+        return self.head(pooled)  # (batch, n_classes)
 
 
 def skip_frozen(model, clips, split, settings, machine: Machine):
-    """What learns and from what: the last layers alone and from vectors, where nothing before them learns and the clips
-    are the same in every epoch; else `model` and `clips`.
+    """The network that trains, and the clips that it trains on.
 
-    A head that standardises what it reads is told here how, by the training clips, without masks.
+    These are the last layers and vectors, if nothing before the last layers learns and if the clips
+    are the same in every epoch. Otherwise they are `model` and `clips`.
+
+    A head that standardises its input gets the mean and the standard deviation of the training
+    clips here. They are not masked for it.
     """
-    learns = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    same, standardises = not (settings.mask_frames or settings.keep), hasattr(model.head, "standardise")
-    if not learns <= {"norm", "head"} or not (same or standardises):
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    constant = not (settings.mask_frames or settings.keep)
+    standardises = hasattr(model.head, "standardise")
+    if not trained <= {"norm", "head"} or not (constant or standardises):
         return model, clips
-    needed = split.train + split.val + split.test if same else split.train
+
+    needed = split.train
+    if constant:
+        needed = split.train + split.val + split.test
     vectors = near(vectors_of(model, clips, needed, settings, machine), machine.device)
     if standardises:
         model.head.standardise(*mean_and_std(vectors, torch.tensor(split.train)))
-    if not same:
+    if not constant:
         return model, clips
-    return LastLayers(model), replace(clips, features=vectors, labels=clips.labels.to(vectors.device))
+    labels = clips.labels.to(vectors.device)
+    return LastLayers(model), replace(clips, features=vectors, labels=labels)
 
 
 def mean_and_std(vectors: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each number over the vectors `index`, in float64."""
+    """Mean and standard deviation over the vectors `index`, in float64: both are (numbers,)."""
     pieces = index.to(vectors.device).split(256)
     mean = sum(vectors[piece].double().sum(0) for piece in pieces) / len(index)
     square = sum((vectors[piece].double() - mean).square().sum(0) for piece in pieces) / len(index)
     return mean, square.sqrt()
 
 
-# ------------------------------------------------------------------------------------------------------------ the file
-
-
 def vectors_of(model, clips, needed: list[int], settings, machine: Machine) -> torch.Tensor:
-    """What the last layers read of each clip, (clips, numbers); rows that are not `needed` may be empty.
+    """What the last layers read of each clip, (clips, numbers). Rows not `needed` may be 0.
 
-    float16, but float32 for `LastLayers`, whose vectors are short. A vector is computed once for all folds, seeds and
-    later runs. A batch is a block of neighbouring clips, whatever the split: rounding may depend on the company, and a
-    resumed run must get the bits of an unbroken one.
+    The batches are blocks of neighbouring clips, whatever the split. Rounding may depend on the
+    other clips of a batch, and a resumed run must get the bits of an unbroken one.
+
+    One of several processes or runs computes, and the others wait for it. Clips without a file have
+    vectors without one.
     """
-    batch, (rank, world) = machine.micro_batch or settings.batch_size, ranks()
-    rows, key, file = open_rows(model, clips, batch, settings, machine)
-    blocks = torch.arange(len(rows)).split(batch)
     model.eval()
-    for shares in (world, 1):  # one of them is mine; then what the others have not left here, or not whole
-        # Of several runs at the same time one computes, and the others wait for it.
-        with locked(file.with_name(f"{file.name}.{rank}of{world}")) if file else nullcontext():
-            missing = [i for i in needed if rows["key"][i] != key or rows["crc"][i] != crc_of(rows[i])]
-            if damaged := np.count_nonzero(rows["key"][missing]):
-                warn(f"{file}: {damaged} damaged rows, computing them again")
-            mine = [i for i in np.unique(np.array(missing, int) // batch) if i % shares == rank % shares]
-            for i in mine and Bar(mine, "backbone", unit="block"):
-                new = np.zeros(len(blocks[i]), rows.dtype)
-                new["features"], new["key"] = compute(model, clips, blocks[i], settings, machine), key
-                new["crc"] = [crc_of(row) for row in new]  # so that the program may end at any moment
-                rows[blocks[i].numpy()] = new
-        wait_for_all()
+    batch = machine.micro_batch or settings.batch_size
+    head = next(module for module in model.head.modules() if isinstance(module, nn.Linear))
+    kind = row_type((head.in_features,), "<f4" if model.norm.weight.requires_grad else "<f2")
+
+    def fill(rows, key):
+        missing = sorted({i // batch for i in needed if rows["key"][i] != key})
+        for number in Bar(missing, "backbone", unit="block"):
+            block = torch.arange(number * batch, min((number + 1) * batch, len(rows)))
+            rows["features"][block] = compute(model, clips, block, settings, machine)
+            rows["key"][block] = key
+        return rows
+
+    if clips.file is None:
+        rows = fill(np.zeros(len(clips.labels), kind), key=1)
+    else:
+        digest = hash_of(f"{kind}, {batch} at once", model, clips, settings, machine)
+        key = int.from_bytes(digest[:8], "little")
+        folder = clips.file.parents[1] / "vectors"  # beside the folder of the features
+        file = folder / f"{clips.file.stem}-{digest.hex()[:8]}.npy"
+        rows = open_rows(file, kind)
+        if rows is None or np.any(rows["key"][needed] != key):
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(file):
+                rows = fill(writable_rows(file, kind, len(clips.labels)), key)
     return torch.from_numpy(rows["features"])
+
+
+def hash_of(what: str, model, clips, settings, machine: Machine) -> bytes:
+    """A hash of what the vectors are computed from and, for their rounding, of type and device.
+
+    It does not have the version of PyTorch: after an upgrade the old vectors are used.
+    """
+    what += f", {model.backbone.sha256}, {model.config}, {model.method.parts}"
+    digest = hashlib.sha256(f"{what}, {settings.dtype}, {machine.device.type}".encode())
+    for features in clips.features.split(64):
+        digest.update(features.cpu().contiguous().numpy())
+    return digest.digest()
 
 
 @torch.inference_mode()
 def compute(model, clips, index: torch.Tensor, settings, machine: Machine) -> np.ndarray:
-    """The vectors of some clips: what the head reads or, where the final LayerNorm learns, `LastLayers`."""
+    """What the head reads of clips or, if the final LayerNorm learns, what `LastLayers` reads."""
     x, _ = clips.batch(index.to(clips.features.device), machine.device)
-    with autocast(machine.device, settings.dtype):
+    with machine.autocast(settings.dtype):
         if model.norm.weight.requires_grad:
-            vectors = model.pool(F.layer_norm(model.encode(model.embed(x)), (model.config.dim,), eps=model.norm.eps))
+            tokens = model.encode(model.embed(x))
+            vectors = model.pool(F.layer_norm(tokens, (model.config.dim,), eps=model.norm.eps))
         else:
             vectors = model.vector(x)
     return vectors.float().cpu().numpy()
-
-
-def open_rows(model, clips, batch: int, settings, machine: Machine) -> tuple[np.ndarray, int, Path | None]:
-    """Rows for the vectors of all clips, mapped into memory to be filled, the key of those that are, and their file.
-
-    The file is known by what a vector is computed from and, for its rounding, by type, device and batch; it lies beside
-    the folder of the features. It is not known by the version of PyTorch, nor by who multiplies on a CPU
-    (support/onednn_linear.py): after an upgrade, or on CPUs that share it, it may have rows of either rounding. Clips
-    without a file have rows without one.
-    """
-    numbers = next(module for module in model.head.modules() if isinstance(module, nn.Linear)).in_features
-    kind = row_type((numbers,), "<f4" if model.norm.weight.requires_grad else "<f2")
-    if clips.file is None:
-        return np.zeros(len(clips.labels), kind), 1, None
-    what = f"vectors 1, {kind}, {model.backbone.sha256}, {model.config}, {model.method.parts}, {settings.dtype}"
-    digest = hashlib.sha256(f"{what}, {machine.device.type}, {batch} at once".encode())
-    file = clips.file.parents[1] / "vectors" / f"{clips.file.stem}-{digest.hexdigest()[:8]}.npy"
-    for block in clips.features.split(64):
-        digest.update(block.cpu().contiguous().numpy())
-    key = int.from_bytes(digest.digest()[:8], "little")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(file):
-        rows = map_rows(file, kind)
-        if rows is None or len(rows) != len(clips.labels) or not np.isin(rows["key"], np.array([0, key], "<u8")).all():
-            with whole_file(file) as temporary:  # whoever has mapped the old one keeps it
-                start_rows(temporary, kind, len(clips.labels))
-        return np.load(file, mmap_mode="r+"), key, file

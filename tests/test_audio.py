@@ -1,4 +1,5 @@
-"""Decoding: every format, rate and name gives the right samples, or a reason why not; how long sounds are."""
+"""Decoding: every format, rate and name gives the right samples, or a reason why not; how long
+sounds are."""
 
 import json
 import math
@@ -29,14 +30,19 @@ def sound(rate: int, seconds: float = SECONDS) -> np.ndarray:
     return sum(0.3 / k * np.sin(k * phase) for k in range(1, 9)) * (0.6 + 0.4 * np.cos(5 * time))
 
 
-def write(path: Path, rate: int = 44_100, channels: int = 1, seconds: float = SECONDS, **options) -> Path:
+def write(
+    path: Path, rate: int = 44_100, channels: int = 1, seconds: float = SECONDS, **options
+) -> Path:
     soundfile.write(path, np.stack([sound(rate, seconds)] * channels, axis=1), rate, **options)
     return path
 
 
 def distance(path: Path, original: Path) -> float:
-    """Mean difference of the log-Mel values that are within 40 dB of the loudest one of their frame, in dB."""
-    ours, reference = (fbank(torch.from_numpy(read_audio(file))[None])[0].numpy() for file in (path, original))
+    """Mean difference of the log-Mel values that are within 40 dB of the loudest one of their
+    frame, in dB."""
+    ours, reference = (
+        fbank(torch.from_numpy(read_audio(file))[None])[0].numpy() for file in (path, original)
+    )
     assert abs(len(ours) - len(reference)) <= 10  # ADPCM fills its last block of 93 ms
     frames = min(len(ours), len(reference))
     ours, reference = ours[:frames], reference[:frames]
@@ -49,7 +55,7 @@ def original(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("original") / "original.wav", subtype="PCM_16")
 
 
-# -------------------------------------------------------------------------------------------------- what can be read
+# --------------------------------------------------------------------------------- what can be read
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,9 @@ def test_rates_have_the_features_of_the_original(tmp_path, original, rate):
 @pytest.mark.parametrize(("name", "channels"), [("a.wav", 2), ("a.flac", 6), ("a.wav", 12)])
 def test_channels_are_averaged(tmp_path, original, name, channels):
     assert distance(write(tmp_path / name, channels=channels), original) <= 0.01
-    waves = np.stack([sound(16_000), np.zeros(len(sound(16_000)))], axis=1)  # one silent channel: half the amplitude
+    waves = np.stack(
+        [sound(16_000), np.zeros(len(sound(16_000)))], axis=1
+    )  # one silent channel: half the amplitude
     soundfile.write(tmp_path / "half.wav", waves, 16_000, subtype="FLOAT")
     assert np.abs(read_audio(tmp_path / "half.wav") - sound(16_000) / 2).max() < 1e-6
 
@@ -107,7 +115,9 @@ def test_a_piece_is_what_is_there_in_the_whole(tmp_path, name, rate):
     whole, piece = read_audio(tmp_path / name), read_audio(tmp_path / name, 0.75, 1.5)
     assert len(piece) == 12_000
     assert np.abs(piece - whole[24_000:36_000])[100:-100].max() < 2e-3
-    assert len(read_audio(tmp_path / name, start=2.5)) == pytest.approx(8000, abs=4000 if name == "a.mp3" else 1)
+    assert len(read_audio(tmp_path / name, start=2.5)) == pytest.approx(
+        8000, abs=4000 if name == "a.mp3" else 1
+    )
     with pytest.raises(ValueError, match=r"ends after 3\.\d\d s, and its clip starts at 4 s"):
         read_audio(tmp_path / name, 1, 4)
 
@@ -123,10 +133,24 @@ def test_blocks_of_an_mp3_join(tmp_path, rate):
 
 def test_five_formats(tmp_path, capsys):
     """The same sound in each, through `tools.predict`; lossy ones come close."""
-    formats = {"wav": "PCM_16", "flac": "PCM_24", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III", "aiff": "FLOAT"}
+    formats = {
+        "wav": "PCM_16",
+        "flac": "PCM_24",
+        "ogg": "VORBIS",
+        "mp3": "MPEG_LAYER_III",
+        "aiff": "FLOAT",
+    }
     save_random(tmp_path / "fold1.safetensors", "convpass_houlsby_par")
-    files = [write(tmp_path / f"sound.{suffix}", channels=2, seconds=1, subtype=formats[suffix]) for suffix in formats]
-    assert predict.main([str(word) for word in (tmp_path / "fold1.safetensors", *files, "--top", 4, "--json")]) == 0
+    files = [
+        write(tmp_path / f"sound.{suffix}", channels=2, seconds=1, subtype=formats[suffix])
+        for suffix in formats
+    ]
+    assert (
+        predict.main(
+            [str(word) for word in (tmp_path / "fold1.safetensors", *files, "--top", 4, "--json")]
+        )
+        == 0
+    )
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(row["file"]).suffix[1:] for row in found] == list(formats)
     scores = [{entry["class"]: entry["probability"] for entry in row["classes"]} for row in found]
@@ -134,7 +158,9 @@ def test_five_formats(tmp_path, capsys):
         assert len(row) == 4 and max(abs(row[name] - scores[1][name]) for name in row) <= tolerance
 
 
-@pytest.mark.parametrize("name", ["with space.wav", "Vögel & 鳥.wav", "quote'\".wav", os.fsdecode(b"latin-\xe9.wav")])
+@pytest.mark.parametrize(
+    "name", ["with space.wav", "Vögel & 鳥.wav", "quote'\".wav", os.fsdecode(b"latin-\xe9.wav")]
+)
 def test_odd_names(tmp_path, original, name):
     folder = tmp_path / Path(name).stem
     folder.mkdir()
@@ -145,14 +171,33 @@ def test_odd_names(tmp_path, original, name):
 
 
 def test_sounds_in_folders_that_are_linked_to(tmp_path):
-    """Each once, where it lies or else by the first link to it; links that lead back and hidden ones lead nowhere."""
-    for name in ("my/a/1.wav", "my/z/2.wav", "my/z/.old/3.wav", "disk/4.wav", "disk/deep/5.txt", "6.wav"):
+    """Each once, where it lies or else by the first link to it; links that lead back and hidden
+    ones lead nowhere."""
+    for name in (
+        "my/a/1.wav",
+        "my/z/2.wav",
+        "my/z/.old/3.wav",
+        "disk/4.wav",
+        "disk/deep/5.txt",
+        "6.wav",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    links = {"b": "my/z", "more": "disk", "again": "disk/deep", "a/back": "my/a", "up": "", ".hidden": "disk", "x": "x"}
+    links = {
+        "b": "my/z",
+        "more": "disk",
+        "again": "disk/deep",
+        "a/back": "my/a",
+        "up": "",
+        ".hidden": "disk",
+        "x": "x",
+    }
     for name, target in links.items():
         (tmp_path / "my" / name).symlink_to(tmp_path / target)
-    names = [[file.relative_to(tmp_path / "my").as_posix() for file in files] for files in files_in(tmp_path / "my")]
+    names = [
+        [file.relative_to(tmp_path / "my").as_posix() for file in files]
+        for files in files_in(tmp_path / "my")
+    ]
     assert names == [["a/1.wav", "more/4.wav", "z/2.wav"], ["again/5.txt"]]
 
 
@@ -160,7 +205,9 @@ def test_sounds_in_folders_that_are_linked_to(tmp_path):
 def test_names_as_libsndfile_takes_them(tmp_path, original, monkeypatch, system, kind):
     """On Windows its bytes are letters of another code than those of Python."""
     given, opened = [], soundfile.SoundFile
-    monkeypatch.setattr(soundfile, "SoundFile", lambda file: given.append(type(file)) or opened(file))
+    monkeypatch.setattr(
+        soundfile, "SoundFile", lambda file: given.append(type(file)) or opened(file)
+    )
     monkeypatch.setattr(audio, "os", SimpleNamespace(name=system, fsencode=os.fsencode))
     assert len(read_audio(original)) == SECONDS * 16_000 and audio.length_of(original) == SECONDS
     assert given == [kind, kind]
@@ -175,11 +222,11 @@ def test_wav_written_into_a_pipe(tmp_path, original):
     assert distance(tmp_path / "pipe.wav", original) == 0
 
 
-# -------------------------------------------------------------------------------------------------- how much is read
+# --------------------------------------------------------------------------------- how much is read
 
 
 def test_only_what_is_needed_is_read(tmp_path):
-    """A long recording costs no more than a clip, and what is missing behind the clip does no harm."""
+    """A long recording costs no more than a clip, and what is missing behind it does no harm."""
     path = write(tmp_path / "long.wav", rate=16_000, seconds=60)
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
@@ -195,7 +242,11 @@ def test_reading_in_blocks_changes_nothing(rate, tmp_path):
     samples, _ = soundfile.read(file, dtype="float32")
     blocks = list(stream_audio(file))
     assert len(blocks) >= 3 and all(len(block) <= 160_100 for block in blocks)
-    expected = samples.mean(axis=1) if rate == 16_000 else soxr.resample(samples.mean(axis=1), rate, 16_000)
+    expected = (
+        samples.mean(axis=1)
+        if rate == 16_000
+        else soxr.resample(samples.mean(axis=1), rate, 16_000)
+    )
     assert np.array_equal(np.concatenate(blocks), expected)
 
 
@@ -206,12 +257,16 @@ def test_a_tenth_of_a_second_may_be_missing(tmp_path, missing, whole):
     if whole:
         assert len(read_audio(path)) == 16_000 - round(missing * 16_000)
     else:
-        with pytest.raises(ValueError, match=r"is truncated: it ends after 0\.89 s, before its header says"):
+        with pytest.raises(
+            ValueError, match=r"is truncated: it ends after 0\.89 s, before its header says"
+        ):
             read_audio(path)
-    assert len(read_audio(path, 0.95)) == min(15_200, 16_000 - round(missing * 16_000))  # 0.06 s of these are missing
+    assert len(read_audio(path, 0.95)) == min(
+        15_200, 16_000 - round(missing * 16_000)
+    )  # 0.06 s of these are missing
 
 
-# ----------------------------------------------------------------------------------------------- what cannot be read
+# ------------------------------------------------------------------------------ what cannot be read
 
 
 def test_each_bad_file_has_its_reason(tmp_path):
@@ -221,7 +276,7 @@ def test_each_bad_file_has_its_reason(tmp_path):
         assert "\n" not in str(error.value) and len(str(error.value)) > 8, name
 
 
-# ----------------------------------------------------------------------------------------------- how long sounds are
+# ------------------------------------------------------------------------------ how long sounds are
 
 
 def test_a_sound_that_does_not_say_its_length_does_not_count(tmp_path):
@@ -234,7 +289,10 @@ def test_a_sound_that_does_not_say_its_length_does_not_count(tmp_path):
 
 
 def test_the_typical_length(tmp_path):
-    """The 95th percentile, which lies between the neighbours; 10.24 s where no file says how long it is."""
-    paths = [write_sound(tmp_path / f"{i}.wav", seconds=seconds) for i, seconds in enumerate((0.1, 0.2))]
+    """The 95th percentile, which lies between the neighbours; 10.24 s where no file says how long
+    it is."""
+    paths = [
+        write_sound(tmp_path / f"{i}.wav", seconds=seconds) for i, seconds in enumerate((0.1, 0.2))
+    ]
     assert typical_seconds(lengths_of(paths, {})) == pytest.approx(0.195)
     assert typical_seconds(lengths_of([tmp_path / "absent.wav"], {})) == 10.24

@@ -1,4 +1,4 @@
-"""The features on disk: what is kept, what is computed again, and that a file which users have stays good."""
+"""The features on disk: what is kept, what is computed again, and by whom."""
 
 import hashlib
 import multiprocessing
@@ -10,7 +10,6 @@ import threading
 import time
 import tracemalloc
 import wave
-import zlib
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +18,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from filelock import FileLock
 from helpers import Terminal, build_features, make_bad_files, make_clips, make_esc50, write_sound
 
 import data
 from data import Dataset, fbank, load_clips, load_dataset, to_input
 from sounds.audio import read_audio
-from sounds.cache import _read_index, crc_of, row_type, start_rows
 from support.command import UserError
+from support.rows import open_rows, row_type, writable_rows
 
-ROW = np.dtype([("key", "<u8"), ("crc", "<u4"), ("bad", "<u4"), ("features", "<f2", (30, 128))])
+ROW = np.dtype([("key", "<u8"), ("features", "<f2", (30, 128))])
 
 
 def numbered(count: int) -> list[str]:
@@ -36,12 +34,12 @@ def numbered(count: int) -> list[str]:
 
 
 def cache_of(dataset: Dataset, cache: Path) -> Path:
-    """Where the features of 30 frames lie: the name, the length, and a hash of the folder of the sounds."""
+    """Where the features of 30 frames lie: name, length, and a hash of the folder of the sounds."""
     where = hashlib.sha256(str(dataset.root.resolve()).encode()).hexdigest()[:8]
     return cache / "features" / f"{dataset.name}-30-{where}.npy"
 
 
-# ------------------------------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------------- what is kept
 
 
 def test_features_are_those_of_the_files_and_built_once(esc50_dir, tmp_path, capsys):
@@ -56,21 +54,28 @@ def test_features_are_those_of_the_files_and_built_once(esc50_dir, tmp_path, cap
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("samples", "frames"), [(37, 1), (400, 1), (559, 1), (560, 2), (1_000, 4), (9_000, 30)])
+@pytest.mark.parametrize(
+    ("samples", "frames"), [(37, 1), (400, 1), (559, 1), (560, 2), (1_000, 4), (9_000, 30)]
+)
 def test_features_are_those_of_the_clip_and_then_of_nothing(tmp_path, samples, frames):
-    """Rounded to float16; a clip shorter than a frame is padded; after the sound comes (0 + 4.2677393) / 9.1379948."""
+    """Rounded to float16. A clip shorter than a frame is padded. After the sound comes
+    (0 + 4.2677393) / 9.1379948."""
     path = write_sound(tmp_path / "a.wav", seconds=samples / 16_000, seed=0)
-    features, bad = build_features(Dataset("short", tmp_path, ["a", "b"], [path], [0], {}), 30, tmp_path / "cache")
+    features, bad = build_features(
+        Dataset("short", tmp_path, ["a", "b"], [path], [0], {}), 30, tmp_path / "cache"
+    )
     assert not bad
     samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None]
     expected = (fbank(samples)[0, :30].numpy() + np.float32(4.2677393)) / np.float32(9.1379948)
     assert len(expected) == frames
-    np.testing.assert_allclose(features[0, :frames].astype(np.float32), expected, atol=6e-4)  # of float16 near 1
+    np.testing.assert_allclose(
+        features[0, :frames].astype(np.float32), expected, atol=6e-4
+    )  # of float16 near 1
     assert np.all(features[0, frames:] == np.float16(0.467032))
 
 
 def test_only_what_the_frames_need_is_decoded(tmp_path):
-    """30 frames reach over 30 * 160 + 400 samples, and a tenth of a second more: 6,800. What follows is not seen."""
+    """30 frames and a tenth of a second are 30 * 160 + 400 + 1600 = 6,800 samples."""
     wrong = {"inside.wav": 6_795, "beyond.wav": 6_805}
     for name, position in wrong.items():
         samples = np.full(20_000, 0.1)
@@ -92,8 +97,8 @@ def test_features_are_shared_and_yet_ones_own(tmp_path):
     assert np.array(build_features(dataset, 30, tmp_path)[0]).any()
 
 
-def test_the_cache_file_is_what_users_already_have(tmp_path):
-    """Its name, its rows, their keys and checksums, from the definition: no update may make them compute it again."""
+def test_what_a_row_holds(tmp_path):
+    """The name of the file, its rows and their keys, from the definition. A bad clip has no key."""
     dataset = make_clips(tmp_path / "sounds", "a/one.wav", "a/zwei ö.wav")
     (tmp_path / "sounds" / "bad.wav").write_bytes(b"no sound")
     dataset.paths.append(tmp_path / "sounds" / "bad.wav")
@@ -108,20 +113,21 @@ def test_the_cache_file_is_what_users_already_have(tmp_path):
             "front end 2, 16000 400 160 512 128 -4.2677393 4.5689974, 30 frames, "
             f"{name}, {size} bytes, modified {1_600_000_000_123_456_789 + i}"
         )
-        assert int(rows["key"][i]) == struct.unpack("<Q", hashlib.sha256(text.encode()).digest()[:8])[0]
-        assert int(rows["crc"][i]) == zlib.crc32(rows["features"][i].tobytes(), i // 2)
-    assert rows["bad"].tolist() == [0, 0, 1] and not rows["features"][2].any()
+        key = struct.unpack("<Q", hashlib.sha256(text.encode()).digest()[:8])[0]
+        assert int(rows["key"][i]) == (0 if name == "bad.wav" else key)
+    assert not rows["features"][2].any()
     assert np.array_equal(features, rows["features"]) and features[:2].std() > 0.1
     assert sorted(path.name for path in (tmp_path / "cache/features").iterdir()) == [
-        cache_of(dataset, tmp_path / "cache").name, cache_of(dataset, tmp_path / "cache").name + ".lock",
-    ]  # fmt: skip
+        cache_of(dataset, tmp_path / "cache").name,
+        cache_of(dataset, tmp_path / "cache").name + ".lock",
+    ]
 
 
-# -------------------------------------------------------------------------------------------- what is computed again
+# --------------------------------------------------------------------------- what is computed again
 
 
 def test_what_a_clip_is_known_by(tmp_path, capsys):
-    """Another size, another date, another name, another length: each alone makes the features of a clip anew."""
+    """Another size, date, name or length: each alone makes the features of a clip anew."""
     dataset, cache = make_clips(tmp_path / "sounds", "one.wav", "two.wav"), tmp_path / "cache"
     path, date = dataset.paths[0], dataset.paths[0].stat().st_mtime_ns
 
@@ -176,7 +182,7 @@ def test_only_what_changed_is_built(tmp_path, capsys, monkeypatch):
 
 
 def test_clips_of_one_name_keep_their_own_features(tmp_path):
-    """In GSC a speaker's files have one name in every word's folder, one size, and one date from the archive."""
+    """In GSC the files of a speaker have one name for every word, one size and one date."""
     sounds = make_clips(tmp_path / "source", *numbered(2))
     paths = [tmp_path / "words" / word / "004ae714_nohash_0.wav" for word in ("bed", "cat")]
     for source, path in zip(sounds.paths, paths, strict=True):
@@ -195,93 +201,60 @@ def test_a_relative_path_finds_the_same_features(tmp_path, monkeypatch, capsys):
     build_features(dataset, 30, tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    relative = Dataset("clips", Path("clips"), ["a", "b"], sorted(Path("clips").iterdir()), [0] * 3, {})
+    relative = Dataset(
+        "clips", Path("clips"), ["a", "b"], sorted(Path("clips").iterdir()), [0] * 3, {}
+    )
     build_features(relative, 30, Path("cache"))
     assert "built" not in capsys.readouterr().out
 
 
-def test_damage_anywhere_in_the_cache_is_mended(tmp_path, capsys):
+def test_a_file_that_is_not_whole_is_built_again(tmp_path, capsys):
     dataset, cache = make_clips(tmp_path / "clips", *numbered(3)), tmp_path / "cache"
     whole = np.array(build_features(dataset, 30, cache)[0])
     (file,) = (cache / "features").glob("*.npy")
     content = file.read_bytes()
-    size = (len(content) - 128) // 3  # of a row, behind the header of 128 bytes
-    damages = [(0, b"\0"), (9, b"\xff"), (12, b"("), (60, b"'"), (128, b"\1"), (136, b"\1"), (140, b"\1")]
-    damages += [(128 + size + 100, b"\0\1\2\3"), (len(content) - 1, b"\1")]
-    for position, wrong in damages:
-        file.write_bytes(content[:position] + wrong + content[position + len(wrong) :])
+    damages = [(0, b"\0"), (9, b"\xff"), (12, b"("), (60, b"'")]  # in the header of 128 bytes
+    damages = [content[:i] + wrong + content[i + len(wrong) :] for i, wrong in damages]
+    damages += [content[:length] for length in (0, 100, 1000, len(content) - 1)]
+    for damage in damages:
+        file.write_bytes(damage)
         capsys.readouterr()
-        assert np.array_equal(build_features(dataset, 30, cache)[0], whole), position
+        assert np.array_equal(build_features(dataset, 30, cache)[0], whole)
         output = capsys.readouterr()
-        assert (
-            "built 1 of 3" in output.out
-            or output.err == f"{file}: a damaged row, building it again\n"  # what the checksum guards
-            or ("not a whole" in output.err and "built 3 of 3" in output.out)
-        ), position
-        assert file.read_bytes() == content, position
-    for length in (0, 100, 1000, len(content) - 1):
-        file.write_bytes(content[:length])
-        assert np.array_equal(build_features(dataset, 30, cache)[0], whole), length
-        assert "not a whole feature file" in capsys.readouterr().err
+        assert output.err == f"warning: {file} is no whole file of rows: it is built again\n"
+        assert "built 3 of 3" in output.out and file.read_bytes() == content
 
 
-def damaged(tmp_path: Path) -> tuple[Dataset, Path, bytes]:
-    """Three clips, their features, in which a bit of the second is another, and what is right."""
-    dataset = make_clips(tmp_path / "clips", *numbered(3))
-    build_features(dataset, 30, tmp_path / "cache")
-    file = cache_of(dataset, tmp_path / "cache")
-    right = file.read_bytes()
-    position = 1000 - 2 * ROW.itemsize
-    file.write_bytes(right[:position] + bytes([right[position] ^ 4]) + right[position + 1 :])
-    return dataset, file, right
+def test_a_row_without_its_key_is_built_again(tmp_path, capsys):
+    """The key is written last: what was killed before has no key, or an old one."""
+    dataset, cache = make_clips(tmp_path / "clips", *numbered(3)), tmp_path / "cache"
+    build_features(dataset, 30, cache)
+    file = cache_of(dataset, cache)
+    content = file.read_bytes()
+    for key in (0, 1):
+        rows = writable_rows(file, row_type((30, 128)), 3)
+        rows["key"][1] = key
+        rows["features"][1] = 7
+        del rows
+        capsys.readouterr()
+        build_features(dataset, 30, cache)
+        assert "built 1 of 3" in capsys.readouterr().out and file.read_bytes() == content
 
 
-def read(dataset: Dataset, cache: Path, device: str = "cpu") -> data.Clips:
-    return load_clips(dataset, 30, torch.device(device), cache, skip_bad=False)[0]
-
-
-def test_a_second_start_reads_no_features_and_a_damaged_row_is_mended_where_it_is_read(tmp_path, monkeypatch, capsys):
-    dataset, file, right = damaged(tmp_path)
-    whole = np.frombuffer(right[-3 * ROW.itemsize :], ROW)["features"].astype(np.float32)
-    compared = []
-    monkeypatch.setattr("sounds.cache.crc_of", lambda row: compared.append(1) or crc_of(row))
-    clips, cpu = read(dataset, tmp_path / "cache"), torch.device("cpu")
-    clips.batch(torch.tensor([2, 0]), cpu)
-    assert len(compared) == 2 and capsys.readouterr().err == "" and file.read_bytes() != right
-    x, _ = clips.batch(torch.tensor([0, 1]), cpu)
-    assert np.array_equal(x, whole[:2]) and file.read_bytes() == right
-    assert capsys.readouterr().err == f"{file}: a damaged row, building it again\n"
-    compared.clear()
-    assert np.array_equal(clips.batch(torch.arange(3), cpu)[0], whole) and not compared  # once is enough
-
-
-def test_a_damaged_row_whose_sound_is_another_by_now_is_not_used(tmp_path, capsys):
-    dataset, _, _ = damaged(tmp_path)
-    clips, sound = read(dataset, tmp_path / "cache"), dataset.paths[1]
-    write_sound(sound, seconds=0.2)
-    with pytest.raises(UserError, match=r"0001\.wav has changed since the start: start again"):
-        clips.batch(torch.tensor([1]), torch.device("cpu"))
-    assert "built 1 of 3" in (build_features(dataset, 30, tmp_path / "cache"), capsys.readouterr().out)[1]
-    dataset, _, _ = damaged(tmp_path)
-    clips, date = read(dataset, tmp_path / "cache"), sound.stat().st_mtime_ns
-    sound.write_bytes(bytes(sound.stat().st_size))  # as large and as old
-    os.utime(sound, ns=(date, date))
-    with pytest.raises(UserError, match=r"0001\.wav is in no known sound format: mend it, or add --skip-bad"):
-        clips.batch(torch.tensor([1]), torch.device("cpu"))
-    assert build_features(dataset, 30, tmp_path / "cache", skip_bad=True)[1] == {1: "is in no known sound format"}
-
-
-@pytest.mark.parametrize("names", ["0000 new 0001 0002", "0001 0000 0002", "0000"])
-def test_a_row_is_not_mended_in_a_file_of_other_clips(tmp_path, names):
-    """Another run has built it again since the start of this one."""
-    dataset, file, right = damaged(tmp_path)
-    whole, clips = np.frombuffer(right[-3 * ROW.itemsize :], ROW)["features"], read(dataset, tmp_path / "cache")
-    write_sound(dataset.root / "new.wav")
-    paths = [dataset.root / f"{name}.wav" for name in names.split()]
-    build_features(replace(dataset, paths=paths, labels=[0] * len(paths)), 30, tmp_path / "cache")
-    built = file.read_bytes()
-    assert np.array_equal(clips.batch(torch.tensor([1]), torch.device("cpu"))[0], whole[1:2])
-    assert file.read_bytes() == built
+def test_a_complete_file_is_only_read(tmp_path, monkeypatch, capsys):
+    """Somebody else's cache may be read-only: there is nothing to lock and nothing to write."""
+    dataset, cache = make_clips(tmp_path / "clips", *numbered(3)), tmp_path / "cache"
+    whole = np.array(build_features(dataset, 30, cache)[0])
+    file = cache_of(dataset, cache)
+    file.with_name(file.name + ".lock").unlink()
+    file.chmod(0o444)
+    file.parent.chmod(0o555)
+    monkeypatch.setattr("sounds.cache.locked", lambda path: pytest.fail("locked"))
+    features, bad = build_features(dataset, 30, cache)
+    assert np.array_equal(features, whole) and not bad
+    file.parent.chmod(0o755)
+    file.unlink()  # what has been mapped stays
+    assert np.array_equal(features, whole)
 
 
 def test_a_disk_that_is_full_leaves_no_file_of_rows(tmp_path, monkeypatch):
@@ -292,34 +265,13 @@ def test_a_disk_that_is_full_leaves_no_file_of_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space left") as error:
-        start_rows(tmp_path / "x.npy", row_type((3,)), 5)
-    assert error.value.filename == str(tmp_path / "x.npy") and not (tmp_path / "x.npy").exists()
+        writable_rows(tmp_path / "x.npy", row_type((3,)), 5)
+    assert error.value.filename == str(tmp_path / "x.npy") and not list(tmp_path.iterdir())
 
 
-def test_a_row_is_mended_under_the_lock(tmp_path):
-    dataset, file, right = damaged(tmp_path)
-    clips = read(dataset, tmp_path / "cache")
-    mend = threading.Thread(target=clips.batch, args=(torch.tensor([1]), torch.device("cpu")))
-    with FileLock(f"{file}.lock"):
-        mend.start()
-        mend.join(0.5)
-        assert mend.is_alive() and file.read_bytes() != right
-    mend.join()
-    assert file.read_bytes() == right
-
-
-def test_what_goes_to_a_gpu_is_read_and_mended_before(tmp_path, monkeypatch):
-    dataset, file, right = damaged(tmp_path)
-    monkeypatch.setattr(data, "near", lambda tensor, device: tensor.clone())
-    clips = read(dataset, tmp_path / "cache", "cuda")
-    assert (
-        np.array_equal(clips.features, np.frombuffer(right[-3 * ROW.itemsize :], ROW)["features"])
-        and file.read_bytes() == right
-    )
-    clips.check("an index on a GPU, which nothing waits for")
-
-
-@pytest.mark.parametrize("other", [np.zeros(2), np.zeros((2, 1), ROW), np.zeros(2, "<u8"), b"PK\3\4" + bytes(99), {}])
+@pytest.mark.parametrize(
+    "other", [np.zeros(2), np.zeros((2, 1), ROW), np.zeros(2, "<u8"), b"PK\3\4" + bytes(99), {}]
+)
 def test_a_cache_file_of_something_else_is_built_again(tmp_path, other, capsys):
     dataset = make_clips(tmp_path / "sounds", "one.wav", "two.wav")
     file = cache_of(dataset, tmp_path)
@@ -334,16 +286,19 @@ def test_a_cache_file_of_something_else_is_built_again(tmp_path, other, capsys):
     features, bad = build_features(dataset, 30, tmp_path)
     assert features.any() and not bad
     out, err = capsys.readouterr()
-    assert err == f"{file}: not a whole feature file, building it again\n" and "built 2 of 2 clips" in out
+    assert err == f"warning: {file} is no whole file of rows: it is built again\n"
+    assert "built 2 of 2 clips" in out
 
 
-# --------------------------------------------------------------------------------------------------------- bad clips
+# ---------------------------------------------------------------------------------------- bad clips
 
 
 def test_bad_clips_are_all_listed_or_left_out(tmp_path, capsys):
     dataset = load_dataset("esc10", make_esc50(tmp_path / "data"), tmp_path)
     make_bad_files(tmp_path / "bad")
-    for path, name in zip(dataset.paths, ("silent.wav", "nan.wav", "empty.wav", "text.wav"), strict=False):
+    for path, name in zip(
+        dataset.paths, ("silent.wav", "nan.wav", "empty.wav", "text.wav"), strict=False
+    ):
         (tmp_path / "bad" / name).replace(path)
     with pytest.raises(UserError, match="4 of 50 sound files cannot be used"):
         build_features(dataset, 100, tmp_path)
@@ -367,7 +322,7 @@ def test_a_file_that_can_be_read_again_is_no_longer_bad(tmp_path, monkeypatch):
     assert not bad and (features.reshape(3, -1).std(axis=1) > 0.1).all()
 
 
-# --------------------------------------------------------------------------------------------------- how it is built
+# ---------------------------------------------------------------------------------- how it is built
 
 
 def build_slowly(dataset: Dataset, cache: Path) -> None:
@@ -377,15 +332,16 @@ def build_slowly(dataset: Dataset, cache: Path) -> None:
 
 def test_a_killed_build_goes_on_where_it_was(tmp_path, capsys):
     dataset, cache = make_clips(tmp_path / "clips", *numbered(400)), tmp_path / "cache"
-    process = multiprocessing.get_context("spawn").Process(target=build_slowly, args=(dataset, cache))
+    process = multiprocessing.get_context("spawn").Process(
+        target=build_slowly, args=(dataset, cache)
+    )
     process.start()
     built = 0
-    while built < 130:  # more than one block of clips
+    while built < 130:
         time.sleep(0.02)
         assert process.is_alive()
         for partial in (cache / "features").glob("*.partial.npy"):
-            index = _read_index(partial, row_type((30, 128)))
-            built = 0 if index is None else np.count_nonzero(index["key"])
+            built = np.count_nonzero(open_rows(partial, row_type((30, 128)))["key"])
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not [path for path in (cache / "features").glob("*.npy") if "partial" not in path.name]
@@ -401,9 +357,12 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, capsys):
 
 def test_a_build_that_cannot_be_renamed_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     dataset = make_clips(tmp_path / "sounds", "one.wav", "two.wav")
+    rename = os.replace
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(source, target):
+        if target == cache_of(dataset, tmp_path):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
@@ -422,7 +381,10 @@ def build_in_process(root, cache, results):
 def test_two_processes_build_one_cache(esc50_dir, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    workers = [context.Process(target=build_in_process, args=(esc50_dir, tmp_path, results)) for _ in range(2)]
+    workers = [
+        context.Process(target=build_in_process, args=(esc50_dir, tmp_path, results))
+        for _ in range(2)
+    ]
     for worker in workers:
         worker.start()
     sums = [results.get(timeout=60) for _ in workers]
@@ -439,7 +401,9 @@ def silent_clips(folder: Path) -> Dataset:
         with wave.open(str(folder / name), "wb") as file:
             file.setparams((1, 2, 16_000, 4800, "NONE", "not compressed"))
             file.writeframes(bytes(9600))
-    return Dataset("clips", folder, ["a", "b"], [folder / "one.wav", folder / "two.wav"], [0, 1], {})
+    return Dataset(
+        "clips", folder, ["a", "b"], [folder / "one.wav", folder / "two.wav"], [0, 1], {}
+    )
 
 
 def test_all_cores_build_and_get_their_threads_back(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from data import DATASETS, fbank, load_dataset, to_input
 from load_weights import DEMO, load_ast
 from sounds import demo
 from sounds.audio import read_audio
-from sounds.demo import rendered
+from sounds.demo import listing
 from sounds.synth import SOURCE, TARGET, render
 from support.checkpoints import read_header
 from support.command import UserError
@@ -27,7 +27,7 @@ from support.variants import NARROW_LR
 
 def test_rendered_datasets(tmp_path, monkeypatch):
     def few(data_dir, cache_dir):
-        return rendered("demo", ["eoe", "bell"], (3, 2, 4), data_dir, cache_dir)
+        return listing("demo", ["eoe", "bell"], (3, 2, 4), data_dir, cache_dir)
 
     monkeypatch.setitem(DATASETS, "demo", replace(DATASETS["demo"], load=few))
     dataset = load_dataset("demo", None, tmp_path)
@@ -46,15 +46,21 @@ def test_rendered_datasets(tmp_path, monkeypatch):
     assert all(path.is_file() for path in load_dataset("demo", None, tmp_path).paths)
     assert not list(tmp_path.glob(".demo*"))  # nothing half-made stays
     with pytest.raises(UserError, match="makes its own sounds"):
-        rendered("demo", ["eoe"], (1, 1, 1), tmp_path, tmp_path)
+        listing("demo", ["eoe"], (1, 1, 1), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "folder", "sizes", "classes"),
-    [("demo", "demo-fe5a0b5f", (200, 40, 100), 10), ("demo_source", "demo_source-146f2f13", (200, 10, 10), 68)],
+    [
+        ("demo", "demo-fe5a0b5f", (200, 40, 100), 10),
+        ("demo_source", "demo_source-146f2f13", (200, 10, 10), 68),
+    ],
 )
-def test_sounds_that_were_rendered_before_are_found_again(name, folder, sizes, classes, tmp_path, monkeypatch):
-    """The folder has the name it has always had, so neither sounds nor features of a user are made again."""
+def test_sounds_that_were_rendered_before_are_found_again(
+    name, folder, sizes, classes, tmp_path, monkeypatch
+):
+    """The folder has the name it has always had, so neither sounds nor features of a user are made
+    again."""
     monkeypatch.setattr(Path, "is_file", lambda self: True)
     dataset = load_dataset(name, None, tmp_path)
     assert dataset.root == tmp_path / folder and dataset.name == name
@@ -82,26 +88,36 @@ def test_rendering_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
         load_dataset("demo", None, tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo-fe5a0b5f.lock"]
     assert "rendering demo: " in shown.getvalue()
-    for index, (_, samples, rate) in enumerate(calls):  # the first clips of the first class, with seed 0
+    for index, (_, samples, rate) in enumerate(
+        calls
+    ):  # the first clips of the first class, with seed 0
         assert rate == 16_000
         assert np.array_equal(samples, render("down_down_up", index, 0))
 
 
 def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
-    """The defaults: ten target classes, the shipped backbone, Houlsby adapters; few clips and one epoch here."""
+    """The defaults: ten target classes, the shipped backbone, Houlsby adapters; few clips and one
+    epoch here."""
 
     def few(data_dir, cache_dir):
-        return rendered("demo", TARGET, (2, 1, 1), data_dir, cache_dir)
+        return listing("demo", TARGET, (2, 1, 1), data_dir, cache_dir)
 
     monkeypatch.setitem(DATASETS, "demo", replace(DATASETS["demo"], load=few, epochs=1))
     options = ["--cache-dir", str(tmp_path), "--out", str(tmp_path / "runs")]
     assert train.main(options) == 0
     run = tmp_path / "runs" / "demo" / "houlsby_par" / "seed0"
     config = json.loads((run / "config.json").read_text())
-    assert (config["weights"], config["mask"], config["n_frames"]) == ("demo", False, 98)
+    assert (config["weights"], config["mask_frames"], config["n_frames"]) == ("demo", 0, 98)
     assert {part["rr"] for part in config["method"]["parts"]} == {16}
     out = capsys.readouterr().out
-    for word in ("test accuracy", "parameters (", "kB", "s in all", "--method linear", "python -m tools.predict"):
+    for word in (
+        "test accuracy",
+        "parameters (",
+        "kB",
+        "s in all",
+        "--method linear",
+        "python -m tools.predict",
+    ):
         assert word in out
     assert train.main([*options, "--method", "linear"]) == 0
     config = json.loads((run.parent.parent / "linear" / "seed0" / "config.json").read_text())
@@ -111,10 +127,24 @@ def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
 
 def test_settings_of_a_dataset_give_way_to_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        DATASETS, "demo",
-        replace(DATASETS["demo"], load=lambda d, c: rendered("demo", TARGET, (2, 1, 1), d, c), epochs=1),
-    )  # fmt: skip
-    options = ["--cache-dir", tmp_path, "--out", tmp_path, "--lr", 0.002, "--rr", 8, "--weights", "random:demo"]
+        DATASETS,
+        "demo",
+        replace(
+            DATASETS["demo"], load=lambda d, c: listing("demo", TARGET, (2, 1, 1), d, c), epochs=1
+        ),
+    )
+    options = [
+        "--cache-dir",
+        tmp_path,
+        "--out",
+        tmp_path,
+        "--lr",
+        0.002,
+        "--rr",
+        8,
+        "--weights",
+        "random:demo",
+    ]
     assert train.main([str(option) for option in options]) == 0
     config = json.loads((tmp_path / "demo" / "houlsby_par" / "seed0" / "config.json").read_text())
     assert (config["lr"], config["weights"]) == (0.002, "random:demo")
@@ -127,15 +157,23 @@ def test_the_shipped_backbone_is_the_one_that_is_described():
     with open(DEMO.with_name("sources.csv"), encoding="utf-8") as file:
         sources = list(csv.DictReader(file))
     told = DEMO.with_name("README.md").read_text(encoding="utf-8")
-    files, minutes = sum(int(row["files"]) for row in sources), sum(float(row["minutes"]) for row in sources)
-    assert f"{files:,} files, {minutes:.0f} minutes" in told and "2,897 and" in told and "--steps 6000" in told
+    files, minutes = (
+        sum(int(row["files"]) for row in sources),
+        sum(float(row["minutes"]) for row in sources),
+    )
+    assert (
+        f"{files:,} files, {minutes:.0f} minutes" in told
+        and "2,897 and" in told
+        and "--steps 6000" in told
+    )
     assert all(row["licence"] and row["copyright"] for row in sources)
     with pytest.raises(UserError, match="demo has no head: give n_classes"):
         load_ast("demo")
 
 
 def test_the_shipped_backbone_tells_made_sounds_apart():
-    """The nearest of 68 classes by the mean of three sounds each, in the direction of what the last block says."""
+    """The nearest of 68 classes by the mean of three sounds each, in the direction of what the last
+    block says."""
     waves = np.stack([render(name, i, 1) for name in sorted(SOURCE) for i in range(6)])
     x = to_input(fbank(torch.from_numpy(waves)), 98)
     right = {}

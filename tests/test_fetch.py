@@ -23,7 +23,8 @@ from support.command import UserError
 
 @pytest.fixture
 def web():
-    """A server of this machine: /whole sends 3,000 bytes, /cut says so and sends fewer, /unknown does not say."""
+    """A server of this machine: /whole sends 3,000 bytes, /cut says so and sends fewer, /unknown
+    does not say."""
     content = bytes(range(250)) * 12
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -45,7 +46,7 @@ def web():
         server.shutdown()
 
 
-# --------------------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 
 @pytest.mark.parametrize("checksum", [None, "md5", "sha256"])
@@ -54,7 +55,10 @@ def test_a_download_is_kept_if_its_checksum_is_right(web, tmp_path, name, checks
     address, content = web
     right = checksum and f"{checksum}:{hashlib.new(checksum, content).hexdigest()}"
     target = tmp_path / "new" / "file.zip"
-    assert download(f"{address}/{name}", target, "by hand", right) == target and target.read_bytes() == content
+    assert (
+        download(f"{address}/{name}", target, "by hand", right) == target
+        and target.read_bytes() == content
+    )
     assert [path.name for path in target.parent.iterdir()] == ["file.zip"]
     assert capsys.readouterr().err == ""  # no bar where there is no terminal
 
@@ -74,7 +78,9 @@ def test_a_download_that_is_not_right_is_not_kept(web, tmp_path, name, checksum,
     with pytest.raises(UserError) as error:
         download(f"{address}/{name}", tmp_path / "file.zip", "download it by hand", checksum)
     message = str(error.value)
-    assert message.startswith(f"cannot download {address}/{name} (") and message.endswith("): download it by hand")
+    assert message.startswith(f"cannot download {address}/{name} (") and message.endswith(
+        "): download it by hand"
+    )
     assert reason in message and "\n" not in message
     assert not list(tmp_path.iterdir())
 
@@ -92,7 +98,7 @@ def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.archive")) and not (tmp_path / "ESC-50").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,7 @@ def test_tar_members_that_are_refused(tmp_path, name, kind):
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_ordinary_members_are_unpacked(tmp_path, kind):
-    """Folders, files with and without a mode of Unix; leftovers of a killed run are none of them."""
+    """Folders, files with and without a mode of Unix, and no leftovers of a killed run."""
     (tmp_path / ".target.unfinished").mkdir()
     (tmp_path / ".target.unfinished" / "stale.txt").touch()
     if kind == "zip":
@@ -161,14 +167,22 @@ def test_ordinary_members_are_unpacked(tmp_path, kind):
         with tarfile.open(tmp_path / "archive", "w:gz") as tar:
             for name in ("folder", "folder/one.txt", "folder/two.txt"):
                 member = tarfile.TarInfo(name)
-                member.type, member.mode = (tarfile.DIRTYPE, 0o777) if name == "folder" else (tarfile.REGTYPE, 0o6777)
+                member.type, member.mode = (
+                    (tarfile.DIRTYPE, 0o777) if name == "folder" else (tarfile.REGTYPE, 0o6777)
+                )
                 member.size = 0 if name == "folder" else len(name)
                 tar.addfile(member, io.BytesIO(name.encode()))
     with redirect_stderr(Terminal()) as shown:
         unpack(tmp_path / "archive", tmp_path / "target")
-    assert sorted(path.name for path in (tmp_path / "target").rglob("*")) == ["folder", "one.txt", "two.txt"]
+    assert sorted(path.name for path in (tmp_path / "target").rglob("*")) == [
+        "folder",
+        "one.txt",
+        "two.txt",
+    ]
     assert (tmp_path / "target/folder/two.txt").read_text() == "folder/two.txt"
-    assert not (tmp_path / "target/folder/one.txt").stat().st_mode & 0o6022  # nobody else's file to write or run as
+    assert (
+        not (tmp_path / "target/folder/one.txt").stat().st_mode & 0o6022
+    )  # nobody else's file to write or run as
     assert not list(tmp_path.glob(".*")) and "unpacking archive: " in shown.getvalue()
 
 
@@ -177,7 +191,8 @@ def test_what_is_no_archive_says_why(tmp_path):
     with pytest.raises(UserError) as error:
         unpack(tmp_path / "a.zip", tmp_path / "target")
     assert str(error.value) == (
-        f"{tmp_path}/a.zip is not a whole zip or tar archive (file could not be opened successfully): download it again"
+        f"{tmp_path}/a.zip is not a whole zip or tar archive (file could not be opened "
+        "successfully): download it again"
     )
 
 
@@ -198,22 +213,31 @@ def test_unpacking_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, err
         assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
-# ------------------------------------------------------------------------------------- where datasets are looked for
+# -------------------------------------------------------------------- where datasets are looked for
 
 
 def test_where_a_dataset_is_looked_for(tmp_path, web):
-    """In the folder, one folder below, in an archive; what is missing is said with the way to get it."""
+    """In the folder, one folder below, in an archive; what is missing is said with the way to get
+    it."""
     source = Source("Sounds", "meta/list.csv", "meta/list.csv and audio/", by_hand="ask for it")
     root = write_csv(tmp_path / "outer" / "release-1" / "meta" / "list.csv", "a").parents[1]
-    assert locate(source, root, tmp_path / "cache") == locate(source, root.parent, tmp_path / "cache") == root
-    with pytest.raises(UserError, match=r"outer/release-1/meta does not hold meta/list\.csv: ask for it and give"):
+    assert (
+        locate(source, root, tmp_path / "cache")
+        == locate(source, root.parent, tmp_path / "cache")
+        == root
+    )
+    with pytest.raises(
+        UserError, match=r"outer/release-1/meta does not hold meta/list\.csv: ask for it and give"
+    ):
         locate(source, root / "meta", tmp_path / "cache")
     with pytest.raises(
-        UserError, match=r"Sounds cannot be downloaded: ask for it and give the archive or the unpacked"
+        UserError,
+        match=r"Sounds cannot be downloaded: ask for it and give the archive or the unpacked",
     ):
         locate(source, None, tmp_path / "cache")
     with pytest.raises(
-        UserError, match=r"absent: no such folder or archive; it should hold meta/list\.csv and audio/$"
+        UserError,
+        match=r"absent: no such folder or archive; it should hold meta/list\.csv and audio/$",
     ):
         locate(source, tmp_path / "absent", tmp_path / "cache")
     shutil.make_archive(str(tmp_path / "sounds"), "zip", tmp_path / "outer")
@@ -223,23 +247,35 @@ def test_where_a_dataset_is_looked_for(tmp_path, web):
     assert locate(source, tmp_path / "sounds.zip", tmp_path / "cache") != first
     shutil.copytree(root, tmp_path / "cache" / "Sounds")  # put there by hand
     assert locate(source, None, tmp_path / "cache") == tmp_path / "cache" / "Sounds"
-    with pytest.raises(UserError, match=r"cannot download .* \(the connection ended .*: download it by hand and give"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot download .* \(the connection ended .*: download it by hand and give",
+    ):
         locate(Source("More", "a", "b", url=f"{web[0]}/cut"), None, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("More*[!k]"))  # but the lock
 
 
 def test_only_ones_own_downloads_are_removed(tmp_path):
-    """One of another run stays, which holds another lock; those of killed runs go, and one that cannot be unpacked."""
+    """One of another run stays, which holds another lock; those of killed runs go, and one that
+    cannot be unpacked."""
     write_csv(tmp_path / "release" / "meta" / "list.csv", "a")
     archive = shutil.make_archive(str(tmp_path / "sounds"), "zip", tmp_path / "release")
-    cache, source = tmp_path / "cache", Source("Sounds", "meta/list.csv", "meta/list.csv", url=f"file://{archive}")
+    cache, source = (
+        tmp_path / "cache",
+        Source("Sounds", "meta/list.csv", "meta/list.csv", url=f"file://{archive}"),
+    )
     cache.mkdir()
-    downloads = [cache / name for name in ("Sounds.archive", ".Sounds.archive.12345678.tmp", ".More.archive.1.tmp")]
+    downloads = [
+        cache / name
+        for name in ("Sounds.archive", ".Sounds.archive.12345678.tmp", ".More.archive.1.tmp")
+    ]
     for file in downloads:
         file.touch()
     locate(source, tmp_path / "sounds.zip", cache)
     assert all(file.exists() for file in downloads)
-    assert locate(source, None, cache) == cache / "Sounds" and [file.exists() for file in downloads] == [0, 0, 1]
+    assert locate(source, None, cache) == cache / "Sounds" and [
+        file.exists() for file in downloads
+    ] == [0, 0, 1]
     (tmp_path / "sounds.zip").write_bytes(b"not found, said the server")
     shutil.rmtree(cache / "Sounds")
     with pytest.raises(UserError, match="is not a whole zip or tar archive"):

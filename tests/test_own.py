@@ -1,4 +1,5 @@
-"""Your own sounds, in folders or in a table: what is found, how it is split, and what is said of mistakes."""
+"""Your own sounds, in folders or in a table: what is found, how it is split, and what is said of
+mistakes."""
 
 import json
 import os
@@ -10,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from helpers import build_features, make_folder, result_of, split_of, train_on, write_csv, write_sound
+from helpers import (
+    build_features,
+    make_folder,
+    result_of,
+    split_of,
+    train_on,
+    write_csv,
+    write_sound,
+)
 
 import train
 from data import Dataset, Split, folds_of, load_dataset, random_split
@@ -20,9 +29,7 @@ from sounds.clip import PARTS, WHOLE
 from support.command import UserError
 from tools.figures import clips_of_run
 
-LATER = ("mask_frames", "balance", "best", "group", "windows")  # of config.json: earlier versions had none of these
-
-# ----------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_folder_is_split_by_seed(tmp_path, capsys):
@@ -36,10 +43,22 @@ def test_folder_is_split_by_seed(tmp_path, capsys):
     drawn = []
     for seed in (0, 1, 2):
         split = split_of("folder", tmp_path, seed=seed)
-        assert {part: len(names) for part, names in split.items()} == {"train": 12, "val": 6, "test": 6}
+        assert {part: len(names) for part, names in split.items()} == {
+            "train": 12,
+            "val": 6,
+            "test": 6,
+        }
         for part, count in (("train", 4), ("val", 2), ("test", 2)):
-            assert Counter(name.split("/")[0] for name in split[part]) == {"bell": count, "drum": count, "flute": count}
-        assert not (split["train"] & split["test"] or split["train"] & split["val"] or split["val"] & split["test"])
+            assert Counter(name.split("/")[0] for name in split[part]) == {
+                "bell": count,
+                "drum": count,
+                "flute": count,
+            }
+        assert not (
+            split["train"] & split["test"]
+            or split["train"] & split["val"]
+            or split["val"] & split["test"]
+        )
         drawn.append(split)
     assert drawn[0]["test"] != drawn[1]["test"] != drawn[2]["test"]
 
@@ -50,12 +69,17 @@ def test_folder_is_split_by_seed(tmp_path, capsys):
     assert result["seeds"] == {str(seed): accuracy for seed, accuracy in enumerate(accuracies)}
     assert [(fold["seed"], fold["fold"]) for fold in result["folds"]] == [(0, 1), (1, 1), (2, 1)]
 
-    assert train_on("folder", root, tmp_path, "--seed", "1", "--shots", 4) == 0  # finished: nothing is trained again
+    assert (
+        train_on("folder", root, tmp_path, "--seed", "1", "--shots", 4) == 0
+    )  # finished: nothing is trained again
     assert split_of("folder", tmp_path, seed=1) == drawn[1]
     (root / "bell" / "1.wav").unlink()
     assert train_on("folder", root, tmp_path, "--seed", "1", "--shots", 4) == 2
     assert "holds a run with other clips or splits" in capsys.readouterr().err
-    assert train_on("folder", root, tmp_path, "--seed", "1", "--shots", 7, "--out", tmp_path / "new") == 2
+    assert (
+        train_on("folder", root, tmp_path, "--seed", "1", "--shots", 7, "--out", tmp_path / "new")
+        == 2
+    )
     assert "class 'bell' has only 5 training clips" in capsys.readouterr().err
 
 
@@ -92,7 +116,9 @@ def test_mistakes_in_folders(tmp_path, capsys):
     make_folder(tmp_path / "given" / "test", classes=("bell", "drum", "flute", "horn"))
     assert "class 'horn' has no training clips" in message(tmp_path / "given")
     for parts in (("Train", "Test"), ("training", "validation", "testing"), ("val", "test")):
-        assert "look like parts, not like classes" in message(make_folder(tmp_path / parts[0], classes=parts))
+        assert "look like parts, not like classes" in message(
+            make_folder(tmp_path / parts[0], classes=parts)
+        )
     shutil.rmtree(tmp_path / "given" / "test" / "horn")
     make_folder(tmp_path / "given" / "valid", 1)
     assert "val/ and test/ only, not valid" in message(tmp_path / "given")
@@ -106,12 +132,25 @@ def test_mistakes_in_folders(tmp_path, capsys):
     load_dataset("folder", tmp_path / "given", tmp_path)
     warnings = capsys.readouterr().err
     assert "train/bell/0.wav = test/bell/copy.wav" in warnings and "in different splits" in warnings
-    assert "class 'drum' has no test clips" in warnings and "class 'flute' has one training clip" in warnings
+    assert (
+        "class 'drum' has no test clips" in warnings
+        and "class 'flute' has one training clip" in warnings
+    )
 
 
 def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
-    """Sounds anywhere beneath a class, of any known format; hidden files are none, other files are named."""
-    named = ("b/1.wav", "b/deep/er/2.WAV", "a/3.flac", "a/4.Flac", "a/.5.wav", ".hidden/6.wav", "b/.old/7.wav", "8.wav")
+    """Sounds anywhere beneath a class, of any known format; hidden files are none, other files are
+    named."""
+    named = (
+        "b/1.wav",
+        "b/deep/er/2.WAV",
+        "a/3.flac",
+        "a/4.Flac",
+        "a/.5.wav",
+        ".hidden/6.wav",
+        "b/.old/7.wav",
+        "8.wav",
+    )
     for name in named:
         write_sound(tmp_path / "my" / name)
     for name in ("a/notes.txt", "b/deep/cover.jpg", "readme.md"):
@@ -126,7 +165,8 @@ def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
 
 
 def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, capsys):
-    """A link that leads nowhere is a sound that cannot be read; a folder that cannot be listed is an error."""
+    """A link that leads nowhere is a sound that cannot be read; a folder that cannot be listed is
+    an error."""
     root = make_folder(tmp_path / "my")
     (root / "bell" / "gone.wav").symlink_to(tmp_path / "absent.wav")
     assert train_on("folder", root, tmp_path) == 2
@@ -139,7 +179,9 @@ def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, capsys):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(UserError, match="drum: Permission denied; all of a folder must be readable"):
+    with pytest.raises(
+        UserError, match="drum: Permission denied; all of a folder must be readable"
+    ):
         load_dataset("folder", root, tmp_path)
 
 
@@ -152,17 +194,26 @@ def test_sounds_that_were_changed_after_a_fold(tmp_path, capsys):
     os.utime(root / "drum" / "0.wav", (fold.stat().st_mtime + 5,) * 2)
     capsys.readouterr()
     assert train_on("folder", root, tmp_path) == 0
-    assert f"warning: {fold} is older than 1 of the sounds (drum/0.wav): delete it" in capsys.readouterr().err
+    assert (
+        f"warning: {fold} is older than 1 of the sounds (drum/0.wav): delete it"
+        in capsys.readouterr().err
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def test_csv_with_splits_and_folds(tmp_path, capsys):
     make_folder(tmp_path / "sounds", count=6)
-    rows = [[f"sounds/{name}/{i}.wav", name] for name in ("bell", "drum", "flute") for i in range(6)]
+    rows = [
+        [f"sounds/{name}/{i}.wav", name] for name in ("bell", "drum", "flute") for i in range(6)
+    ]
     parts = ["train", "train", "train", "val", "test", "test"] * 3
-    table = write_csv(tmp_path / "a.csv", "path,label,split", *([*row, p] for row, p in zip(rows, parts, strict=True)))
+    table = write_csv(
+        tmp_path / "a.csv",
+        "path,label,split",
+        *([*row, p] for row, p in zip(rows, parts, strict=True)),
+    )
     assert train_on("csv", table, tmp_path) == 0
     test = {f"sounds/{name}/{i}.wav" for name in ("bell", "drum", "flute") for i in (4, 5)}
     assert split_of("csv", tmp_path)["test"] == test
@@ -196,42 +247,99 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label,split,fold", ["a1.wav,a,train,1"], "only one of them"),
         ("path,label,split", ["a1.wav,a,train", "a2.wav,a,dev"], "line 3: split is 'dev'"),
         ("path,label,fold", ["a1.wav,a,first"], "line 2: fold is 'first'"),
-        ("path,label,split", ["a1.wav,a,train", "./a1.wav,a,test"], "listed in split train and test"),
+        (
+            "path,label,split",
+            ["a1.wav,a,train", "./a1.wav,a,test"],
+            "listed in split train and test",
+        ),
         (
             "path,label,split",
             ["a1.wav,a,train", "x/../a1.wav,a,test"],
             "/a1.wav = .*/x/../a1.wav is listed in split",
         ),
-        ("path,label,fold", ["link.wav,a,1", "a1.wav,a,2"], "/link.wav = .*/a1.wav is listed in fold 1 and 2"),
+        (
+            "path,label,fold",
+            ["link.wav,a,1", "a1.wav,a,2"],
+            "/link.wav = .*/a1.wav is listed in fold 1 and 2",
+        ),
         ("path,label", ["a1.wav,a", "a1.wav,b"], "listed twice"),
         ("path,label", ["a1.wav,a", "no.wav,a"], r"1 of 2 files are missing \(no\.wav\)"),
-        ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,2"], "class 'a' has no training clips in fold 1"),
+        (
+            "path,label,fold",
+            ["a1.wav,a,1", "b1.wav,b,2"],
+            "class 'a' has no training clips in fold 1",
+        ),
         ("path,label", ["a1.wav,"], "line 2: an empty label"),
-        ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2", "a1.wav,a,2"], "a1.wav is listed in fold 1 and 2: every clip"),
-        ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2", "a1.wav,a,1"], "a1.wav is listed twice: every clip must be"),
+        (
+            "path,label,fold",
+            ["a1.wav,a,1", "a2.wav,a,2", "a1.wav,a,2"],
+            "a1.wav is listed in fold 1 and 2: every clip",
+        ),
+        (
+            "path,label,fold",
+            ["a1.wav,a,1", "a2.wav,a,2", "a1.wav,a,1"],
+            "a1.wav is listed twice: every clip must be",
+        ),
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,"], "line 3: an empty split"),
         ("path,label,fold", ["a1.wav,a,", "b1.wav,b,1"], "line 2: an empty fold"),
         ("path,label", [",a"], "line 2: an empty path"),
-        ("path,label,fold", ["a1.wav,a,1", "a2.wav,a,2147483648"], "line 3: fold is '2147483648'; .* below 2147483648"),
-        ("path,label", ["a1.wav,a", ["a\0.wav", "a"]], r"line 3: path is 'a\\x00\.wav'; no file has|line contains NUL"),
+        (
+            "path,label,fold",
+            ["a1.wav,a,1", "a2.wav,a,2147483648"],
+            "line 3: fold is '2147483648'; .* below 2147483648",
+        ),
         ("path,label,fold", [[], "a1.wav,a,1", [], ["a2.wav", "a\nb", "x"]], "line 6: fold is 'x'"),
-        ("path,label", ["a1.wav,a", ["b1.wav", "b\rc"]], r": 'b\\rc': a carriage return in a label or a path"),
-        ("path,label", ["a1.wav,a", ["c\r.wav", "b"]], r": 'c\\r\.wav': a carriage return in a label or a path"),
-        ("path,label,split", ["a1.wav,a,train", "b1.wav,b,train"], "no clips to test: say which in the data"),
-        ("path,label,split", ["a1.wav,a,test", "b1.wav,b,test"], "no clips to train: say which in the data"),
-        ("path,label,fold", ["a1.wav,a,1", "b1.wav,b,1"], "no clips to train: say which in the data"),
-        ("path,label", ["a1.wav,a", "a2.wav,a", "b1.wav,b"], "class 'b' has one clip; one to train and one to test"),
-        ("path,label", ["a1.wav,a", "a2.wav,a"], "1 classes; there must be two or more to tell apart"),
-        ("path,label,Split", ["a1.wav,a,train"], "the column 'Split' would not be seen: call it 'split'"),
-        ("path,label, start", ["a1.wav,a,1"], "the column ' start' would not be seen: call it 'start'"),
-        ("path,label", ["a1.wav,a", "b1.wav,b, loud"], "line 3: too many columns; put a cell that has a comma"),
-        ("path,label", ["a1.wav,a", "b1.wav,unsure"], "'unsure' is what tools.predict says of sounds of no class"),
+        (
+            "path,label,split",
+            ["a1.wav,a,train", "b1.wav,b,train"],
+            "no clips to test: say which in the data",
+        ),
+        (
+            "path,label,split",
+            ["a1.wav,a,test", "b1.wav,b,test"],
+            "no clips to train: say which in the data",
+        ),
+        (
+            "path,label,fold",
+            ["a1.wav,a,1", "b1.wav,b,1"],
+            "no clips to train: say which in the data",
+        ),
+        (
+            "path,label",
+            ["a1.wav,a", "a2.wav,a", "b1.wav,b"],
+            "class 'b' has one clip; one to train and one to test",
+        ),
+        (
+            "path,label",
+            ["a1.wav,a", "a2.wav,a"],
+            "1 classes; there must be two or more to tell apart",
+        ),
+        (
+            "path,label,Split",
+            ["a1.wav,a,train"],
+            "the column 'Split' would not be seen: call it 'split'",
+        ),
+        (
+            "path,label, start",
+            ["a1.wav,a,1"],
+            "the column ' start' would not be seen: call it 'start'",
+        ),
+        (
+            "path,label",
+            ["a1.wav,a", "b1.wav,b, loud"],
+            "line 3: too many columns; put a cell that has a comma",
+        ),
+        (
+            "path,label",
+            ["a1.wav,a", "b1.wav,unsure"],
+            "'unsure' is what tools.predict says of sounds of no class",
+        ),
         ("path,label,split", ["a1.wav,a, ", "b1.wav,b,test"], "line 2: an empty split"),
         ("path,label,group", ["a1.wav,a,x", "b1.wav,b"], "line 3: an empty group"),
     ],
 )
 def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
-    for name in ("a1", "a2", "b1", "c\r"):
+    for name in ("a1", "a2", "b1"):
         write_sound(tmp_path / f"{name}.wav")
     (tmp_path / "link.wav").symlink_to("a1.wav")
     with pytest.raises(UserError, match=message) as error:
@@ -240,27 +348,38 @@ def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
 
 
 def test_blanks_and_surplus_commas_in_a_table(tmp_path):
-    """A blank beside a name makes no class of its own, nor a comma at the end of a line a column."""
+    """A blank beside a name makes no class, nor a comma at the end of a line a column."""
     for name in ("a1", "a2", "b1", "b2"):
         write_sound(tmp_path / f"{name}.wav")
     rows = ["a1.wav,a ,train", "a2.wav, a,test ", "b1.wav,b,train,", "b2.wav,b,test"]
-    dataset = load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,split", *rows), tmp_path)
-    assert (dataset.classes, dataset.labels) == (["a", "b"], [0, 0, 1, 1]) and dataset.folds[1].test == [1, 3]
+    dataset = load_dataset(
+        "csv", write_csv(tmp_path / "t.csv", "path,label,split", *rows), tmp_path
+    )
+    assert (dataset.classes, dataset.labels) == (["a", "b"], [0, 0, 1, 1]) and dataset.folds[
+        1
+    ].test == [1, 3]
 
 
-# ---------------------------------------------------------------------------------------------------------- warnings
+# ----------------------------------------------------------------------------------------- warnings
 
 
 def test_copies_are_named_where_they_matter(tmp_path, capsys):
-    """The same content, not only the same size and middle; in one part of a given split it does no harm."""
+    """The same content, not only the same size and middle; in one part of a given split it does no
+    harm."""
 
     def raw(name: str, start: bytes, end: bytes) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(start + bytes(20_000) + end)
 
-    for name, start, end in (("a1", b"x", b"1"), ("a2", b"x", b"2"), ("a3", b"x", b"1"), ("b1", b"y", b"1"),
-                             ("b2", b"x", b"22"), ("b3", b"z", b"2")):  # fmt: skip
+    for name, start, end in (
+        ("a1", b"x", b"1"),
+        ("a2", b"x", b"2"),
+        ("a3", b"x", b"1"),
+        ("b1", b"y", b"1"),
+        ("b2", b"x", b"22"),
+        ("b3", b"z", b"2"),
+    ):
         raw(f"{name}.wav", start, end)
     rows = ["a1.wav,a", "a2.wav,a", "a3.wav,a", "b1.wav,b", "b2.wav,b", "b3.wav,b"]
 
@@ -270,7 +389,10 @@ def test_copies_are_named_where_they_matter(tmp_path, capsys):
         return capsys.readouterr().err
 
     copies = f"warning: {tmp_path}: 1 sounds are there more than once "
-    assert said("path,label", [""] * 6) == f"{copies}and may come into different splits (a1.wav = a3.wav)\n"
+    assert (
+        said("path,label", [""] * 6)
+        == f"{copies}and may come into different splits (a1.wav = a3.wav)\n"
+    )
     apart = [",train", ",train", ",test", ",train", ",train", ",test"]
     assert said("path,label,split", apart) == f"{copies}in different splits (a1.wav = a3.wav)\n"
     together = [",train", ",test", ",train", ",train", ",train", ",test"]
@@ -297,72 +419,73 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
 
 
 def test_classes_of_which_nothing_is_left_are_said(tmp_path, capsys):
-    """By a split that is drawn, in whole groups, or without bad clips; not once more what the data themselves lack."""
+    """By a split that is drawn, in whole groups, or without bad clips; not once more what the data
+    themselves lack."""
 
     def said(labels, bad=(), folds=None, groups=()):
         paths = [tmp_path / f"{i}.wav" for i in range(len(labels))]
-        data = Dataset("my", tmp_path, ["bell", "drum", "flute"], paths, labels, folds or {}, list(groups))
+        data = Dataset(
+            "my", tmp_path, ["bell", "drum", "flute"], paths, labels, folds or {}, list(groups)
+        )
         assert folds_of(data, 0, bad).keys() == (folds or {1: 0}).keys()
         return capsys.readouterr().err
 
     labels = [0] * 3 + [1] * 10 + [2] * 2
-    train, test = ({i for i in getattr(random_split(Dataset("my", tmp_path, [*"abc"], [], labels, {}), 0), part)
-                    if labels[i] != 1} for part in ("train", "test"))  # fmt: skip
+    train, test = (
+        {
+            i
+            for i in getattr(
+                random_split(Dataset("my", tmp_path, [*"abc"], [], labels, {}), 0), part
+            )
+            if labels[i] != 1
+        }
+        for part in ("train", "test")
+    )
     start = f"warning: {tmp_path}: 2 classes have no"
     assert said(labels) == ""
     assert said(labels, train) == f"{start} training clips in fold 1 (bell, flute)\n"
     assert said(labels, test) == f"{start} test clips in fold 1 (bell, flute)\n"
     alone = f"warning: {tmp_path}: 1 classes have no test clips in fold"
-    assert said([0, 0, 1, 1, 2, 2], groups=["x", "y", "y", "z", "x", "z"]).startswith(f"{alone} 1 (")
+    assert said([0, 0, 1, 1, 2, 2], groups=["x", "y", "y", "z", "x", "z"]).startswith(
+        f"{alone} 1 ("
+    )
     folds = {2: Split([0, 3, 13], [], [1, 4]), 5: Split([0, 3, 13], [], [1, 4, 14])}
-    assert said(labels, folds=folds) == "" and said(labels, {1}, folds) == f"{alone} 2 (bell)\n{alone} 5 (bell)\n"
+    assert (
+        said(labels, folds=folds) == ""
+        and said(labels, {1}, folds) == f"{alone} 2 (bell)\n{alone} 5 (bell)\n"
+    )
 
 
-# ------------------------------------------------------------------------------------------------- masks of short clips
+# ----------------------------------------------------------------------------- masks of short clips
 
 
-def test_masks_fit_the_clips(tmp_path, monkeypatch, capsys):
-    """2.5 s are 250 frames: masks of at most 40. Clips of 1.99 s are not masked. A run of before, with masks of 80, is
-    another experiment."""
+def test_masks_fit_the_clips(tmp_path, monkeypatch):
+    """2.5 s are 250 frames: masks of at most 40. Clips of 1.99 s are not masked."""
     root, widest, original = make_folder(tmp_path / "my", count=3), set(), train.spec_augment
 
-    def masks(x, draws, **options):
-        widest.add(options["max_frames"])
-        return original(x, draws, **options)
+    def masks(x, draws, max_frames):
+        widest.add(max_frames)
+        return original(x, draws, max_frames)
 
     monkeypatch.setattr(train, "spec_augment", masks)
-    for seconds, out, mask_frames in (("2.5", "long", 40), ("1.99", "short", 80)):
-        assert train_on("folder", root, tmp_path, "--seconds", seconds, "--out", tmp_path / out) == 0 and widest == {40}
-        config = tmp_path / out / "folder/linear/seed0/config.json"
-        settings = json.loads(config.read_text())
-        assert (settings["mask"], settings["mask_frames"]) == (out == "long", mask_frames)
-    config = tmp_path / "long/folder/linear/seed0/config.json"
-    before = {name: value for name, value in json.loads(config.read_text()).items() if name not in LATER}
-    config.write_text(json.dumps(before))
-    (config.parent / "SHA256SUMS").unlink()
-    assert train_on("folder", root, tmp_path, "--seconds", 2.5, "--out", tmp_path / "long") == 2
-    assert "holds a run with mask_frames 80, not 40: give another --out" in capsys.readouterr().err
+    for seconds, out, mask_frames in (("2.5", "long", 40), ("1.99", "short", 0)):
+        assert train_on(
+            "folder", root, tmp_path, "--seconds", seconds, "--out", tmp_path / out
+        ) == 0 and widest == {40}
+        config = json.loads((tmp_path / out / "folder/linear/seed0/config.json").read_text())
+        assert config["mask_frames"] == mask_frames
 
 
-def test_a_run_of_the_paper_goes_on_as_before(train_main, tmp_path):
-    """Without the settings that came later, config.json is that of the same experiment."""
-    assert train_main("--seconds", 0.5, "--epochs", 1) == 0
-    config = tmp_path / "runs/esc10/houlsby_par/seed0/config.json"
-    now = json.loads(config.read_text())
-    assert (now["mask_frames"], now["balance"], now["best"]) == (80, False, "accuracy")
-    config.write_text(json.dumps({name: value for name, value in now.items() if name not in LATER}))
-    (config.parent / "SHA256SUMS").unlink()
-    assert train_main("--seconds", 0.5, "--epochs", 1, "--folds", 2) == 0
-
-
-# --------------------------------------------------------------------------------------------------- long recordings
+# ---------------------------------------------------------------------------------- long recordings
 
 
 def staircase(path, seconds: float, rate=16_000):
     """A recording of noise about the second that it is in, in hundredths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(list(str(path).encode())).uniform(-1, 1, round(rate * seconds))
-    soundfile.write(path, (np.floor(np.arange(len(noise)) / rate) + 0.1 * noise) / 100, rate, subtype="PCM_16")
+    soundfile.write(
+        path, (np.floor(np.arange(len(noise)) / rate) + 0.1 * noise) / 100, rate, subtype="PCM_16"
+    )
     return path
 
 
@@ -372,10 +495,13 @@ def heard(dataset, i: int) -> np.ndarray:
 
 
 def test_pieces_of_recordings_in_a_table(tmp_path):
-    """An empty start is the beginning, an empty end the end; the features are those of a file that is no longer."""
+    """An empty start is the beginning, an empty end the end; the features are those of a file that
+    is no longer."""
     staircase(tmp_path / "a.wav", 6), staircase(tmp_path / "b.wav", 3)
     rows = ["a.wav,x,1,2.5", "a.wav,y,2.5,", "a.wav,x,,1", "b.wav,y,,", "b.wav,x,0.123456,2"]
-    dataset = load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,start,end", *rows), tmp_path)
+    dataset = load_dataset(
+        "csv", write_csv(tmp_path / "t.csv", "path,label,start,end", *rows), tmp_path
+    )
     assert dataset.names == ["a.wav#1-2.5", "a.wav#2.5-", "a.wav#0-1", "b.wav", "b.wav#0.123456-2"]
     assert dataset.groups == ["a.wav"] * 3 + ["b.wav"] * 2  # the pieces of a recording
     lengths = [1.5, 3.5, 1, 3, 2 - 0.123456]
@@ -397,38 +523,60 @@ def test_features_of_a_piece_are_known_by_its_span(tmp_path, capsys):
     table = tmp_path / "t.csv"
 
     def built(*rows) -> np.ndarray:
-        dataset = load_dataset("csv", write_csv(table, "path,label,start,end,group", *rows), tmp_path)
+        dataset = load_dataset(
+            "csv", write_csv(table, "path,label,start,end,group", *rows), tmp_path
+        )
         return np.array(build_features(dataset, 30, tmp_path / "cache")[0])
 
     rows = ["a.wav,x,0,1,p", "a.wav,y,1,2,p", "a.wav,x,2,3,q", "a.wav,y,4,5,q"]
     first = built(*rows)
     assert "built 4 of 4" in capsys.readouterr().out
     second = built(*rows[1:], "a.wav,x,0,1.5,p")  # one of them is new, the others move
-    assert "1 of 4 clips are new" in capsys.readouterr().out and np.array_equal(second[:3], first[1:])
+    assert "1 of 4 clips are new" in capsys.readouterr().out and np.array_equal(
+        second[:3], first[1:]
+    )
     assert not np.array_equal(first[0], first[1])
 
 
 def test_label_tracks(tmp_path, capsys):
-    """As Audacity writes them: tabs, numbers with six digits, a second line for the frequencies of a selection."""
+    """As Audacity writes them: tabs, numbers with six digits, a second line for the frequencies of
+    a selection."""
     for name in ("one", "two", "deep/three"):
         staircase(tmp_path / "my" / f"{name}.wav", 5)
-    (tmp_path / "my" / "one.txt").write_text("0.000000\t1.000000\tdog\n\\\t100.000000\t900.000000\n2.5\t4\tgrey seal\n")
+    (tmp_path / "my" / "one.txt").write_text(
+        "0.000000\t1.000000\tdog\n\\\t100.000000\t900.000000\n2.5\t4\tgrey seal\n"
+    )
     (tmp_path / "my" / "one.wav.events.txt").write_text("0\t1\twhat a model heard\n")
-    (tmp_path / "my" / "deep" / "three.txt").write_bytes("\ufeff1\t2\tgrey seal\r\n\r\n3.25\t4\tdog\r\n".encode())
+    (tmp_path / "my" / "deep" / "three.txt").write_bytes(
+        "\ufeff1\t2\tgrey seal\r\n\r\n3.25\t4\tdog\r\n".encode()
+    )
     dataset = load_dataset("csv", tmp_path / "my", tmp_path)
     names = ["deep/three.wav#1-2", "deep/three.wav#3.25-4", "one.wav#0-1", "one.wav#2.5-4"]
     assert dataset.names == names and dataset.groups == ["deep/three.wav"] * 2 + ["one.wav"] * 2
-    assert dataset.classes == ["dog", "grey seal"] and dataset.labels == [1, 0, 0, 1] and dataset.name == "my"
-    assert capsys.readouterr().err == f"warning: {tmp_path}/my: 1 sounds have no label track, ignored (two.wav)\n"
+    assert (
+        dataset.classes == ["dog", "grey seal"]
+        and dataset.labels == [1, 0, 0, 1]
+        and dataset.name == "my"
+    )
+    assert (
+        capsys.readouterr().err
+        == f"warning: {tmp_path}/my: 1 sounds have no label track, ignored (two.wav)\n"
+    )
     assert train_on("csv", tmp_path / "my", tmp_path) == 0
     split = split_of("csv", tmp_path)
-    assert {frozenset(split["train"]), frozenset(split["test"])} == {frozenset(names[:2]), frozenset(names[2:])}
+    assert {frozenset(split["train"]), frozenset(split["test"])} == {
+        frozenset(names[:2]),
+        frozenset(names[2:]),
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1\t0.5\tdog", r"one\.txt, line 1: it ends at 0\.5 s, which is not after its start at 1 s"),
+        (
+            "1\t0.5\tdog",
+            r"one\.txt, line 1: it ends at 0\.5 s, which is not after its start at 1 s",
+        ),
         ("0\t1\tdog\n2\t2\tcat", r"one\.txt, line 2: it ends at 2 s, which is not after"),
         ("0\tx\tdog", "line 1: end is 'x'; it must be seconds like 12.5"),
         ("-1\t1\tdog", "line 1: start is '-1'"),
@@ -439,7 +587,10 @@ def test_label_tracks(tmp_path, capsys):
         ("0\t1\tdog\n0\t1\tcat", r"one\.wav#0-1 is listed twice"),
         ("", r"no labels in 1 label tracks"),
         ("0\t1\tdog\n1\t2\tcat", "class 'dog' has one clip"),
-        ("0\t1\tdog\n1\t2\tcat\n2\t3\tcat\n3\t4\tdog", r"class 'dog' has clips of one group only, 'one\.wav'"),
+        (
+            "0\t1\tdog\n1\t2\tcat\n2\t3\tcat\n3\t4\tdog",
+            r"class 'dog' has clips of one group only, 'one\.wav'",
+        ),
     ],
 )
 def test_label_tracks_that_cannot_train(tmp_path, text, message):
@@ -452,7 +603,9 @@ def test_label_tracks_that_cannot_train(tmp_path, text, message):
 
 def test_a_label_track_and_its_sound(tmp_path):
     (tmp_path / "one.txt").write_text("0\t1\tdog\n")
-    with pytest.raises(UserError, match=r"one\.txt: a label track with no sound beside it \(one\.wav or another"):
+    with pytest.raises(
+        UserError, match=r"one\.txt: a label track with no sound beside it \(one\.wav or another"
+    ):
         load_dataset("csv", tmp_path, tmp_path)
     for suffix in ("wav", "flac"):
         staircase(tmp_path / f"one.{suffix}", 2)
@@ -465,14 +618,28 @@ def test_a_label_track_and_its_sound(tmp_path):
 
 
 def test_windows_of_recordings(tmp_path, capsys):
-    """Side by side, the last one up to the end; a recording that is no longer than a window is one clip."""
-    for name, seconds in (("a/long", 5.2), ("a/short", 1.5), ("b/even", 4), ("b/other", 2), ("b/third", 2.5)):
+    """Side by side, the last one up to the end; a recording that is no longer than a window is one
+    clip."""
+    for name, seconds in (
+        ("a/long", 5.2),
+        ("a/short", 1.5),
+        ("b/even", 4),
+        ("b/other", 2),
+        ("b/third", 2.5),
+    ):
         staircase(tmp_path / "my" / f"{name}.wav", seconds)
     dataset = load_dataset("folder", tmp_path / "my", tmp_path, windows=2.0)
     assert dataset.names == [
-        "a/long.wav#0-2", "a/long.wav#2-4", "a/long.wav#3.2-5.2", "a/short.wav", "b/even.wav#0-2", "b/even.wav#2-4",
-        "b/other.wav", "b/third.wav#0-2", "b/third.wav#0.5-2.5",
-    ]  # fmt: skip
+        "a/long.wav#0-2",
+        "a/long.wav#2-4",
+        "a/long.wav#3.2-5.2",
+        "a/short.wav",
+        "b/even.wav#0-2",
+        "b/even.wav#2-4",
+        "b/other.wav",
+        "b/third.wav#0-2",
+        "b/third.wav#0.5-2.5",
+    ]
     assert dataset.groups == [name.partition("#")[0] for name in dataset.names]
     assert [heard(dataset, i)[10] for i in (1, 2, 4)] == pytest.approx([0.02, 0.03, 0], abs=1.1e-3)
     options = ["--windows", "--seconds", 2]
@@ -480,12 +647,15 @@ def test_windows_of_recordings(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "are not heard" not in out and "2 s a clip" in out
     recordings = {
-        part: {name.partition("#")[0] for name in names} for part, names in split_of("folder", tmp_path).items()
+        part: {name.partition("#")[0] for name in names}
+        for part, names in split_of("folder", tmp_path).items()
     }
     assert not recordings["train"] & recordings["test"]
     config = json.loads((tmp_path / "runs/folder/linear/seed0/config.json").read_text())
     assert (config["windows"], config["group"]) == (2.0, None)
-    clips_of_run(tmp_path / "runs/folder/linear/seed0", None, None)  # a tool finds the windows again
+    clips_of_run(
+        tmp_path / "runs/folder/linear/seed0", None, None
+    )  # a tool finds the windows again
     assert train_on("folder", tmp_path / "my", tmp_path, "--windows") == 2
     assert "--windows: say by --seconds" in capsys.readouterr().err
     assert train_on("csv", tmp_path / "my", tmp_path, *options) == 2
@@ -493,7 +663,8 @@ def test_windows_of_recordings(tmp_path, capsys):
 
 
 def test_windows_of_damaged_recordings(tmp_path, capsys):
-    """A header that promises more than there is would make millions of windows: it is one clip, which is refused."""
+    """A header that promises more than there is would make millions of windows: it is one clip,
+    which is refused."""
     for name in ("a/0.wav", "a/1.flac", "b/0.wav", "b/1.wav", "b/2.wav"):
         staircase(tmp_path / "my" / name, 2)
     flac, wav = tmp_path / "my" / "a" / "1.flac", tmp_path / "my" / "b" / "2.wav"
@@ -504,14 +675,20 @@ def test_windows_of_damaged_recordings(tmp_path, capsys):
     wav.write_bytes(wav.read_bytes()[:40_000])
     assert train_on("folder", tmp_path / "my", tmp_path, "--windows", "--seconds", 0.5) == 2
     *listed, error = capsys.readouterr().err.splitlines()
-    assert [line.split("#")[0].strip() for line in listed] == [str(flac), str(wav)] and "2 of 14 sound files" in error
+    assert [line.split("#")[0].strip() for line in listed] == [
+        str(flac),
+        str(wav),
+    ] and "2 of 14 sound files" in error
 
 
 def test_what_is_cut_off_is_said(tmp_path, capsys):
     root = make_folder(tmp_path / "my", count=3, seconds=0.5)
     write_sound(root / "bell" / "long.wav", 0, seconds=2.5)
     assert train_on("folder", root, tmp_path, "--seconds", 0.5) == 0
-    assert "1 of 10 clips are longer than 0.5 s: 2.0 s of 7.0 s (28.6%) are not heard" in capsys.readouterr().out
+    assert (
+        "1 of 10 clips are longer than 0.5 s: 2.0 s of 7.0 s (28.6%) are not heard"
+        in capsys.readouterr().out
+    )
     assert train_on("folder", root, tmp_path, "--seconds", 2.5, "--out", tmp_path / "b") == 0
     assert "are not heard" not in capsys.readouterr().out
 
@@ -519,12 +696,17 @@ def test_what_is_cut_off_is_said(tmp_path, capsys):
 def test_a_piece_that_starts_after_the_end_is_a_bad_file(tmp_path, capsys):
     for name in ("a", "b"):
         staircase(tmp_path / f"{name}.wav", 3)
-    rows = [f"{name}.wav,{label},{start}," for name in "ab" for label, start in (("x", 0), ("y", 1))]
+    rows = [
+        f"{name}.wav,{label},{start}," for name in "ab" for label, start in (("x", 0), ("y", 1))
+    ]
     table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, "b.wav,y,3,")
     assert train_on("csv", table, tmp_path, "--seconds", 0.5) == 2
     error = capsys.readouterr().err
     assert "warning" not in error
-    assert f"{tmp_path}/b.wav#3-: ends after 3.00 s, and its clip starts at 3 s" in error and "--skip-bad" in error
+    assert (
+        f"{tmp_path}/b.wav#3-: ends after 3.00 s, and its clip starts at 3 s" in error
+        and "--skip-bad" in error
+    )
 
 
 def test_a_piece_is_asked_for_its_length_with_its_file(tmp_path, monkeypatch):
@@ -532,24 +714,23 @@ def test_a_piece_is_asked_for_its_length_with_its_file(tmp_path, monkeypatch):
     asked, file = [], staircase(tmp_path / "a.wav", 3)
     monkeypatch.setattr(audio, "length_of", lambda path: asked.append(path) or length_of(path))
     spans = {i: (i / 100, i / 100 + 0.5) for i in range(200)}
-    assert lengths_of([file] * 201, spans).tolist() == pytest.approx([0.5] * 200 + [3]) and asked == [file]
-
-
-def test_a_label_that_no_file_could_hold(tmp_path):
-    names = [write_sound(tmp_path / f"{i}.wav").name for i in range(4)]
-    rows = [f"{name},{label}" for name, label in zip(names, ["a", "a", "b" * 1001, "b" * 1001], strict=True)]
-    with pytest.raises(UserError, match="a label of 1001 characters, 'bbb") as error:
-        load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label", *rows), tmp_path)
-    assert len(str(error.value)) < 300
+    assert lengths_of([file] * 201, spans).tolist() == pytest.approx(
+        [0.5] * 200 + [3]
+    ) and asked == [file]
 
 
 def test_a_piece_that_ends_after_the_end_is_said(tmp_path, capsys):
     for name in ("a", "b"):
         staircase(tmp_path / f"{name}.wav", 3)
     rows = [
-        f"{name}.wav,{label},{start},{end}" for name in "ab" for label, start, end in (("x", 0, 3.05), ("y", 1, ""))
+        f"{name}.wav,{label},{start},{end}"
+        for name in "ab"
+        for label, start, end in (("x", 0, 3.05), ("y", 1, ""))
     ]
-    for more, said in (("b.wav,y,2,4", "1 pieces end after their recordings (b.wav#2-4)"), ("b.wav,y,2,3", "")):
+    for more, said in (
+        ("b.wav,y,2,4", "1 pieces end after their recordings (b.wav#2-4)"),
+        ("b.wav,y,2,3", ""),
+    ):
         table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, more)
         assert train_on("csv", table, tmp_path, "--seconds", 0.5, "--out", tmp_path / more) == 0
         error = capsys.readouterr().err

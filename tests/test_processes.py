@@ -1,4 +1,4 @@
-"""What a process does that loses the others. Runs of several processes are in test_train_seeds.py."""
+"""What a process does that loses the others. test_train_seeds.py has runs of several."""
 
 import os
 import signal
@@ -22,7 +22,9 @@ def sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("error", [dist.DistBackendError("lost"), RuntimeError("[gloo/pair.cc] closed by peer")])
+@pytest.mark.parametrize(
+    "error", [dist.DistBackendError("lost"), RuntimeError("[gloo/pair.cc] closed by peer")]
+)
 def test_an_exchange_that_fails_is_a_process_lost(error, monkeypatch):
     """In one line, and torchrun's SIGTERM, which follows, adds none."""
     monkeypatch.delenv("RANK", raising=False)

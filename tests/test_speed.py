@@ -14,19 +14,31 @@ from torch.nn.functional import cross_entropy
 import petl
 import train
 from data import Clips
-from support import recorder, onednn_linear, speed
+from support import onednn_linear, recorder, speed
 from support.onednn_linear import OneDNNLinear, use_onednn
-from support.records import Settings
-from support.speed import Machine, prepare
+from support.speed import Machine
+from train import Settings
 
 CPU = Machine(torch.device("cpu"))
 
 
 def settings(batch_size: int) -> Settings:
     return Settings(
-        dataset="demo", weights="", backbone="", method={}, pool="mean", seed=0, shots=None, clips="", n_frames=60,
-        epochs=1, batch_size=batch_size, lr=1e-3, mask=False, dtype="float32",
-    )  # fmt: skip
+        dataset="demo",
+        weights="",
+        backbone="",
+        method={},
+        pool="mean",
+        seed=0,
+        shots=None,
+        clips="",
+        n_frames=60,
+        epochs=1,
+        batch_size=batch_size,
+        lr=1e-3,
+        mask_frames=0,
+        dtype="float32",
+    )
 
 
 def gradients(model, x, y) -> dict[str, torch.Tensor]:
@@ -38,10 +50,12 @@ def gradients(model, x, y) -> dict[str, torch.Tensor]:
 
 def batch(model, size=3):
     torch.manual_seed(0)
-    return torch.randn(size, model.config.n_frames, model.config.n_mels), torch.arange(size) % model.config.n_classes
+    return torch.randn(size, model.config.n_frames, model.config.n_mels), torch.arange(
+        size
+    ) % model.config.n_classes
 
 
-# ----------------------------------------------------------------------------------------------- the linear layers
+# -------------------------------------------------------------------------------- the linear layers
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -70,24 +84,27 @@ def test_onednn_linear_is_the_linear_layer(trained, shape):
     assert (use_onednn(nn.Sequential(wide))(x) - exact).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("method", ["full_ft", "lora", "houlsby_par", "prefix", "bitfit", "adapter_dpt_lora"])
+@pytest.mark.parametrize(
+    "method", ["full_ft", "lora", "houlsby_par", "prefix", "bitfit", "adapter_dpt_lora"]
+)
 def test_onednn_gives_the_same_gradients_to_a_method(method):
     torch.manual_seed(0)
     model = petl.apply(tiny_ast(), method)
     x, y = batch(model)
     before = gradients(model, x, y)
     after = gradients(use_onednn(model), x, y)
-    assert any(type(module) is OneDNNLinear for module in model.modules()) and before.keys() == after.keys()
+    assert (
+        any(type(module) is OneDNNLinear for module in model.modules())
+        and before.keys() == after.keys()
+    )
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_frozen_layer_keeps_no_input():
     """That is where the memory of training goes."""
-    layer, x = (
-        use_onednn(nn.Sequential(nn.Linear(8, 4)))[0].requires_grad_(False),
-        torch.randn(3, 8, requires_grad=True),
-    )
+    layer = use_onednn(nn.Sequential(nn.Linear(8, 4)))[0].requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
     assert layer(x).grad_fn.saved_tensors[0] is None
     assert layer.requires_grad_(True)(x).grad_fn.saved_tensors[0] is not None
 
@@ -96,9 +113,14 @@ def test_a_frozen_layer_keeps_no_input():
 def test_onednn_helps_amd_with_avx_512(fails, monkeypatch, tmp_path):
     file = tmp_path / "cpuinfo"
     if fails != "system":
-        file.write_text(f"vendor_id\t: {'GenuineIntel' if fails == 'maker' else 'AuthenticAMD'}\nflags\t: avx512f\n")
+        maker = "GenuineIntel" if fails == "maker" else "AuthenticAMD"
+        file.write_text(f"vendor_id\t: {maker}\nflags\t: avx512f\n")
     monkeypatch.setattr(onednn_linear, "Path", {"/proc/cpuinfo": file}.get)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if fails == "capability" else "AVX512")
+    monkeypatch.setattr(
+        torch.backends.cpu,
+        "get_cpu_capability",
+        lambda: "AVX2" if fails == "capability" else "AVX512",
+    )
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: fails != "library")
     assert onednn_linear.onednn_helps() is (fails is None)
 
@@ -106,18 +128,20 @@ def test_onednn_helps_amd_with_avx_512(fails, monkeypatch, tmp_path):
 def test_prepare_chooses_onednn_by_the_processor(monkeypatch):
     for helps in (True, False):
         monkeypatch.setattr(speed, "onednn_helps", lambda helps=helps: helps)
-        model = prepare(petl.apply(tiny_ast(), "lora"), "float32", CPU)
+        model = CPU.prepare(petl.apply(tiny_ast(), "lora"), "float32")
         assert (type(model.blocks[0].attn.k) is OneDNNLinear) == helps
-        model = prepare(petl.apply(tiny_ast(), "lora"), "bfloat16", CPU)
+        model = CPU.prepare(petl.apply(tiny_ast(), "lora"), "bfloat16")
         assert type(model.blocks[0].attn.k) is nn.Linear
 
 
-# -------------------------------------------------------------------------------------------------- types and memory
+# --------------------------------------------------------------------------------- types and memory
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "convpass2d_houlsby_par", "adapter_dpt", "full_ft"])
+@pytest.mark.parametrize(
+    "method", ["lora", "bitfit", "convpass2d_houlsby_par", "adapter_dpt", "full_ft"]
+)
 def test_frozen_weights_in_bfloat16_change_no_bit(method):
-    """They hold what autocast would make of them; what is trained, and the LayerNorms, stay in float32."""
+    """They hold what autocast would make of them. Trained ones and LayerNorms stay in float32."""
     torch.manual_seed(0)
     model = petl.apply(tiny_ast(), method)
     x, y = batch(model)
@@ -127,7 +151,7 @@ def test_frozen_weights_in_bfloat16_change_no_bit(method):
             return gradients(model, x, y)
 
     before = run()
-    prepare(model, "bfloat16", CPU)
+    CPU.prepare(model, "bfloat16")
     after = run()
     assert all(torch.equal(before[name], after[name]) for name in before)
     frozen = petl.inner(model.blocks[1]).ffn
@@ -137,42 +161,30 @@ def test_frozen_weights_in_bfloat16_change_no_bit(method):
     assert model.blocks[0].norm1.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["lora", "convpass_houlsby_par", "adapter_dpt"])
-def test_recomputing_changes_no_gradient(method):
-    """Not even with the dropout of Convpass; and the blocks do run twice."""
-    torch.manual_seed(0)
-    model = petl.apply(tiny_ast(), method)
-    x, y = batch(model)
-    before, runs = gradients(model, x, y), []
-    prepare(model, "float32", replace(CPU, recompute=True))
-    petl.inner(model.blocks[0]).norm1.register_forward_hook(lambda *_: runs.append(1))
-    after = gradients(model, x, y)
-    assert len(runs) == 2
-    for name in before:
-        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-7, msg=name)
-
-
-def test_recompute_on_the_command_line(train_main, tmp_path):
-    options = "--method", "lora", "--epochs", 1
-    assert train_main(*options, "--out", tmp_path / "a") == 0
-    assert train_main(*options, "--out", tmp_path / "b", "--recompute") == 0
-    one, other = (load_file(tmp_path / out / "esc10/lora/seed0/fold1.safetensors") for out in "ab")
-    assert one.keys() == other.keys()
-    assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
-
-
 @pytest.mark.parametrize(
     "options",
-    [["--method", "lora", "--recompute"], ["--method", "convpass_houlsby_par"], ["--method", "linear", "--no-mask"]],
+    [
+        ["--method", "lora"],
+        ["--method", "convpass_houlsby_par"],
+        ["--method", "linear", "--no-mask"],
+    ],
 )
 def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
     """By torch's tracer, without the C++ compiler behind it, that not every machine has."""
     compiled, compile_ = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(1) or compile_(model, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda model: compiled.append(1) or compile_(model, backend="eager")
+    )
     assert train_main(*options, "--folds", "1,2", "--out", tmp_path / "a") == 0 and not compiled
-    assert train_main(*options, "--folds", "1,2", "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
+    assert (
+        train_main(*options, "--folds", "1,2", "--out", tmp_path / "b", "--compile") == 0
+        and len(compiled) == 2
+    )
     for fold in (1, 2):
-        one, other = (load_file(tmp_path / out / f"esc10/{options[1]}/seed0/fold{fold}.safetensors") for out in "ab")
+        one, other = (
+            load_file(tmp_path / out / f"esc10/{options[1]}/seed0/fold{fold}.safetensors")
+            for out in "ab"
+        )
         assert one.keys() == other.keys()
         assert all((one[name] - other[name]).abs().max() <= 1e-5 for name in one)
 
@@ -181,12 +193,18 @@ def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
 def test_each_process_has_the_gpu_it_is_given(device, ids, monkeypatch):
     told = []
     monkeypatch.setattr(speed, "ranks", lambda: (1, 2))
-    monkeypatch.setattr(speed, "DistributedDataParallel", lambda *_, **options: told.append(options) or nn.Identity())
+    monkeypatch.setattr(
+        speed,
+        "DistributedDataParallel",
+        lambda *_, **options: told.append(options) or nn.Identity(),
+    )
     forward = Machine(torch.device(device)).parallel(nn.Linear(2, 2))
     assert told == [{"device_ids": ids}] and forward.broadcast_buffers is False
 
 
-@pytest.mark.parametrize(("device", "free", "there"), [("cuda", 201, True), ("cuda", 200, False), ("cpu", 900, False)])
+@pytest.mark.parametrize(
+    ("device", "free", "there"), [("cuda", 201, True), ("cuda", 200, False), ("cpu", 900, False)]
+)
 def test_what_takes_half_of_the_free_memory_stays(device, free, there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
     tensor = SimpleNamespace(nbytes=100, to=lambda device: "there")
@@ -195,15 +213,23 @@ def test_what_takes_half_of_the_free_memory_stays(device, free, there, monkeypat
 
 def test_a_gpu_evaluates_four_times_what_it_trains_on(monkeypatch):
     gpu = Machine(torch.device("cuda"))
-    assert [speed.evaluation_batch(9, machine) for machine in (CPU, gpu)] == [9, 36]
-    assert [speed.evaluation_batch(9, replace(machine, micro_batch=2)) for machine in (CPU, gpu)] == [2, 8]
+    assert [machine.evaluation_batch(9) for machine in (CPU, gpu)] == [9, 36]
+    few = [replace(machine, micro_batch=2) for machine in (CPU, gpu)]
+    assert [machine.evaluation_batch(9) for machine in few] == [2, 8]
     monkeypatch.setattr(speed, "ranks", lambda: (1, 2))
-    assert speed.evaluation_batch(9, gpu) == 20  # of five clips, the larger share
+    assert gpu.evaluation_batch(9) == 20  # of five clips, the larger share
 
 
-@pytest.mark.parametrize("full", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def evaluate(network, clips: Clips, indices: list[int], batch_size: int):
+    learner = SimpleNamespace(network=network, settings=settings(batch_size), machine=CPU)
+    return train.evaluate(learner, clips, indices)
+
+
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
 def test_evaluation_takes_what_memory_allows(full):
-    """Batches are halved when they do not fit, and no clip counts twice; one clip alone must fit."""
+    """Batches are halved when they do not fit, and no clip counts twice. One clip must fit."""
     sizes = []
 
     def model_with_room_for(room):
@@ -218,19 +244,28 @@ def test_evaluation_takes_what_memory_allows(full):
         return model
 
     clips = Clips(torch.arange(4.0).repeat(5)[:, None], torch.tensor([0, 1, 2, 0]).repeat(5))
-    logits, labels = train.evaluate(model_with_room_for(4), clips, list(range(20)), settings(12), CPU)
+    logits, labels = evaluate(model_with_room_for(4), clips, list(range(20)), 12)
     predicted = recorder.predicted(logits)
-    assert train.score_of(logits, labels, "accuracy") == 75 and predicted[:, 0].tolist() == 5 * [0, 1, 2, 3]
-    torch.testing.assert_close(predicted[:, 1], torch.full((20,), math.e / (math.e + 3)))  # of one 1 and three 0
+    assert train.score_of(logits, labels, "accuracy") == 75 and predicted[:, 0].tolist() == 5 * [
+        0,
+        1,
+        2,
+        3,
+    ]
+    torch.testing.assert_close(
+        predicted[:, 1], torch.full((20,), math.e / (math.e + 3))
+    )  # of one 1 and three 0
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
     with pytest.raises(type(full)):
-        train.evaluate(model_with_room_for(0), clips, [3], settings(12), CPU)
-    answered = train.evaluate(model_with_room_for(4), clips, [], settings(12), CPU)
-    assert [len(each) for each in answered] == [0, 0] and train.score_of(*answered, "accuracy") is None
+        evaluate(model_with_room_for(0), clips, [3], 12)
+    answered = evaluate(model_with_room_for(4), clips, [], 12)
+    assert [len(each) for each in answered] == [0, 0] and train.score_of(
+        *answered, "accuracy"
+    ) is None
 
 
 def test_logits_that_are_no_numbers_have_no_probability():
     """As float16 may give: a fold file with a nan in its header could not be read."""
     clips = Clips(torch.tensor([[torch.nan, 0], [torch.inf, 0], [0, 1]]), torch.tensor([0, 0, 1]))
-    predicted = recorder.predicted(train.evaluate(nn.Identity(), clips, [0, 1, 2], settings(3), CPU)[0])
+    predicted = recorder.predicted(evaluate(nn.Identity(), clips, [0, 1, 2], 3)[0])
     torch.testing.assert_close(predicted[:, 1], torch.tensor([0.0, 0.0, math.e / (1 + math.e)]))

@@ -780,7 +780,7 @@ sys.path.insert(0, sys.argv[1] + "/tests")
 from helpers import settings_of, tiny_ast
 import load_weights, petl, train
 from data import Clips, Split
-from support.processes import average, process_group, ranks
+from support.processes import process_group, ranks
 from support.speed import Machine
 from pathlib import Path
 cpu, out = torch.device("cpu"), Path(sys.argv[2])
@@ -795,7 +795,7 @@ with process_group(cpu):
     for i in range(2):
         learner.train_network(clips[2 * i + rank]).sum().backward()
     steps = {"own": load_weights.trained_tensors(model)}
-    average(t for t in load_weights.live_tensors(model).values() if not t.requires_grad)
+    machine.average_(t for t in load_weights.live_tensors(model).values() if not t.requires_grad)
     steps["mean"] = load_weights.trained_tensors(model)
     labels = torch.tensor([0, 1, 2] * 4)
     split = Split(list(range(8)), [], list(range(8, 12)))
