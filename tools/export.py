@@ -297,7 +297,7 @@ class Listener(nn.Module):
         matrix = data.spectrum(torch.eye(data.WINDOW, dtype=torch.float64))  # (400, 257), complex
         kernel = torch.cat([matrix.real, matrix.imag], dim=1).T.unsqueeze(1)  # (514, 1, 400)
         self.register_buffer("kernel", kernel.float())
-        self.register_buffer("filters", data.window_and_filters(torch.device("cpu"))[1])
+        self.register_buffer("filters", data.mel_filters(torch.device("cpu")))
         ends = torch.arange(model.config.n_frames) * data.HOP + data.WINDOW  # of the frames, in samples
         self.register_buffer("silence", torch.zeros(1, int(ends[-1])))
         ends[0] = 0  # there is always one frame
