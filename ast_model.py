@@ -6,9 +6,9 @@ Transformer" (Interspeech 2021). It cuts a spectrogram into overlapping 16x16 pa
 of every patch, and reads the tokens with a pre-norm Transformer encoder.
 
 This file imports torch and nothing else. It knows no adapters, no LoRA and no prompts. `petl.py`
-replaces modules of an AST by wrappers. It finds them by the names of these attributes:
+and `petl_more.py` replace modules of an AST by wrappers. They rely on these names:
 
-    AST        config, embed, blocks, norm, head
+    AST        config, embed, blocks, norm, head; vector, encode, pool
     Embedding  patches
     Block      norm1, attn, norm2, ffn
     Attention  q, k, v, o

@@ -30,7 +30,7 @@ FPS = RATE / HOP  # frames per second
 N_MELS = 128
 MEAN = -4.2677393  # of the log-Mel values of AudioSet; the checkpoint was trained with it
 STD = 4.5689974  # likewise
-FRONT_END = {  # the header of every trained model has it
+FRONT_END = {  # save_trained writes it into every header
     "sample_rate": RATE,
     "window": WINDOW,
     "hop": HOP,
@@ -187,9 +187,9 @@ class Recipe:
     def widest_mask(self, n_frames: int) -> int:
         """Frames of the widest time mask of SpecAugment; 0 means no masks at all.
 
-        Datasets of the paper that are masked have 80 frames, which is 16 % of ESC-50's 500. Own
-        sounds have 16 % of their frames, at most 80. Below 2 s they have no masks, because most of
-        such a clip may be padding, and a mask could cover the sound.
+        For the datasets of the paper that are masked it is 80, which is 16 % of ESC-50's frames.
+        For own sounds it is 16 % of their frames, at most 80. Own sounds below 2 s have no masks,
+        because most of such a clip may be padding, and a mask could cover the sound.
         """
         if not self.mask:
             return 0
@@ -342,9 +342,9 @@ def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -
 class Clips:
     """What a network reads of each clip, and labels (clips,), both on the same device.
 
-    `features` are those of `load_clips`: (clips, n_frames, n_mels), float16. If only the last
-    layers train, support/vectors.py makes Clips whose features are the vectors that these layers
-    read, (clips, numbers). `file` is where the features are kept, if anywhere.
+    `features` are those of `load_clips`: (clips, n_frames, n_mels), float16. Last layers that train
+    alone (see train.run) get Clips whose features are the vectors that they read, (clips, numbers).
+    `file` is where the features are kept, if anywhere.
     """
 
     features: torch.Tensor
@@ -399,12 +399,12 @@ DATASETS = {
     "esc50": Recipe(paper.esc50, n_frames=500, batch_size=32, epochs=50, mask=True),
     "esc10": Recipe(paper.esc10, n_frames=500, batch_size=32, epochs=50, mask=True),
     "us8k": Recipe(paper.us8k, n_frames=400, batch_size=32, epochs=30, mask=True, validate=False),
-    # One second, too, and two frames of padding, as in the authors' code.
+    # One second makes 98 frames. Two more are padding, as in the authors' code.
     "gsc": Recipe(paper.gsc, n_frames=100, batch_size=128, epochs=75, mask=False),
     "fsc": Recipe(paper.fsc, n_frames=400, batch_size=32, epochs=75, mask=False),
     "folder": Recipe(own.folder, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
     "csv": Recipe(own.table, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
-    # Sounds of one second make 98 frames. No masking: 80 of 98 frames would leave nothing to hear.
+    # No masking: 80 of 98 frames would leave nothing to hear.
     "demo": Recipe(demo.target, n_frames=98, batch_size=16, epochs=4, mask=False, weights="demo"),
     "demo_source": Recipe(  # the demo's task of 68 other kinds of sound, to pretrain on
         demo.source,

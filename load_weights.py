@@ -2,7 +2,7 @@
 
 `load_ast` reads an AST checkpoint from the hub or from disk: a .safetensors or .bin with the names
 of Hugging Face, or a .pth of the original AST repository. `save_trained` writes the tensors that a
-method trained, about 1 MB for adapters and LoRA, with a header that describes them. `load_trained`
+method trained, 1 to 2 MB for adapters and LoRA, with a header that describes them. `load_trained`
 rebuilds the adapted model from that file. `save_ast` writes a whole model, which `load_ast` reads.
 
 Files are read and written by support/checkpoints.py. It checks that a file is whole and that all
@@ -343,7 +343,7 @@ def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
 
 
 def to_dict(method: petl.Method) -> dict:
-    """The method as plain JSON types. `from_dict` is the inverse."""
+    """The method as a dict, in JSON's types if its parts have them. `from_dict` inverts it."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
     entry = {"name": method.name, "lr": method.lr, "parts": parts}
     if method.blocks:
@@ -379,10 +379,10 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that training changes, by name: the model's own, not copies.
+    """The tensors that a fold leaves changed, by name: the model's own, not copies.
 
     These are the trained parameters, and all persistent buffers of floats: running statistics of
-    BatchNorm, mean and deviation of `probe`.
+    BatchNorm, and mean and deviation of `probe`, which are set before training.
     """
     changed = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -12,19 +12,23 @@ changes: all of them, unless Method.blocks names some. `insert` puts modules aro
 these blocks: around a sub-layer (adapters, Hydra) or around a projection (LoRA, prefixes). Prompts
 go around the embedding and around whole blocks. Some parts only unfreeze what is there.
 
-A part may have these marks, attributes that are True:
+A part may have these marks, attributes that are True. `apply` reads the first and `count` the
+second. The other two are for commands: train.py refuses --keep and --pool.
 
-    needs_all_blocks   `apply` refuses a method with Method.blocks
-    needs_all_patches  the method cannot be trained on some of the patches (--keep of train.py)
-    owns_final_norm    `count` counts the final LayerNorm as a part of the method
+    needs_all_blocks   the method cannot be kept to some blocks by Method.blocks
+    owns_final_norm    the final LayerNorm counts as a part of the method
+    needs_all_patches  the method cannot be trained on some of the patches
     pools_itself       the method ignores ASTConfig.pool
 
 A *wrapper* is a module that keeps what it wraps as `self.wrapped`, so `attn.q` may become
 `LoRALinear(attn.q)`. Wrappers may nest. `inner` finds the AST's own module at the bottom. The code
 of the AST never changes.
 
-To add a method, write the module, the part and the row. A file of trained tensors can be loaded
-again if its parts occur in a row of METHODS.
+To add a method, write the module, the part and the row. Modules that `insert` makes are trained,
+because everything else was frozen before. To save what it trained and load it again, the fields of
+a part must be numbers, text or truth values, the name of its class must be its own, and the file
+with its row must be imported. train.py has options for fields named rr, alpha, prompts and kernel,
+and on a narrow backbone it divides rr and prompts.
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -49,10 +53,10 @@ def inner(module):
 
 
 def wrap(parent, name, make_wrapper):
-    """Replace `parent.name` by make_wrapper(parent.name), below all wrappers that are there.
+    """Put a wrapper directly around the AST's own module `parent.name`, below other wrappers.
 
-    This is for whatever changes the output of a projection: LoRA after a prefix must become
-    PrefixLinear(LoRALinear(k)). Modules around a whole sub-layer are assigned directly.
+    So LoRA after a prefix becomes PrefixLinear(LoRALinear(k)). The other way round, LoRA would add
+    tensors of different lengths. Modules around a whole sub-layer are assigned without `wrap`.
 
     A wrapper that reads the weight of the Linear below it is marked `reads_weight` (DoRALinear in
     petl_more.py). Nothing comes between the two, so the new wrapper goes around both.
@@ -321,7 +325,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         linear = inner(wrapped)
         self.a = nn.Linear(linear.in_features, rank, bias=False)
-        # Unlike nn.Linear, skip_init draws no random numbers, which zeros would replace.
+        # skip_init because nn.Linear would draw random numbers, only for zeros to replace them.
         self.b = zeros(nn.utils.skip_init(nn.Linear, rank, linear.out_features, bias=False))
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -673,7 +677,8 @@ def merge(model: AST, replacement_of=replacement_of) -> AST:
     they raise a UserError. (tools/merge.py has a function `replacement_of` that knows some
     adapters.)
 
-    The result has no `method` and no `backbone`: save it with `load_weights.save_ast`.
+    The result has no `method`, and no `backbone`, which says where load_ast took the weights from,
+    because these are other weights. Save it with `load_weights.save_ast`.
     """
     plain = copy.deepcopy(model)
     # modules() lists a module before what it contains. So the reverse begins with the innermost.

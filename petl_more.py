@@ -7,8 +7,8 @@ method: it trains on some of the patches.
 
 AdamW's weight decay pulls every trained number towards zero. A factor, though, leaves the model as
 it was pretrained when it is 1, not when it is 0. So factors are stored as offsets from their start:
-a tensor `scale` of zeros means the factor 1. Only the weights of LayerNorm and BatchNorm are
-trained as they are.
+zeros mean the value at the start, which is 1, and in VeRA 0.1 and 0. Comments say which tensors are
+offsets. Only the weights of LayerNorm and BatchNorm are trained as they are.
 
 `import petl_more` adds the rows to `petl.METHODS`. This file needs torch, numpy, ast_model.py and
 petl.py.
@@ -290,13 +290,13 @@ def frozen_linear(random: np.random.RandomState, inputs: int, outputs: int) -> n
 
 
 class Scaled(nn.Module):
-    """scale * S(x) + shift for each output channel of a layer S: a Linear, LayerNorm or Conv2d."""
+    """factor * S(x) + shift for each output channel of a layer S: a Linear, LayerNorm or Conv2d."""
 
     def __init__(self, wrapped, shift: bool = False):
         super().__init__()
         self.wrapped = wrapped
         channels = inner(wrapped).weight.shape[0]
-        self.scale = offset(channels)  # scale - 1
+        self.scale = offset(channels)  # factor - 1
         self.shift = offset(channels) if shift else None
 
     def forward(self, x):
@@ -310,27 +310,27 @@ class Scaled(nn.Module):
     def merged(self) -> nn.Module:
         """A new layer of the same kind, whose weight and bias are scaled and shifted."""
         layer = copy.deepcopy(self.wrapped)
-        scale = 1 + self.scale
-        scale_of_rows = scale.view(-1, *[1] * (layer.weight.ndim - 1))
-        layer.weight = nn.Parameter(layer.weight * scale_of_rows)
+        factor = 1 + self.scale
+        factor_of_rows = factor.view(-1, *[1] * (layer.weight.ndim - 1))
+        layer.weight = nn.Parameter(layer.weight * factor_of_rows)
         shift = 0 if self.shift is None else self.shift
-        layer.bias = nn.Parameter(layer.bias * scale + shift)
+        layer.bias = nn.Parameter(layer.bias * factor + shift)
         return layer
 
 
 class ScaledInput(nn.Module):
-    """W (scale * x) + bias: a factor for each number that a Linear reads."""
+    """W (factor * x) + bias: a factor for each number that a Linear reads."""
 
     def __init__(self, wrapped):
         super().__init__()
         self.wrapped = wrapped
-        self.scale = offset(inner(wrapped).in_features)  # scale - 1
+        self.scale = offset(inner(wrapped).in_features)  # factor - 1
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.wrapped((1 + self.scale) * x)
 
     def merged(self) -> nn.Module:
-        """A new Linear with the weight W diag(scale)."""
+        """A new Linear with the weight W diag(factor)."""
         linear = copy.deepcopy(self.wrapped)
         linear.weight = nn.Parameter(linear.weight * (1 + self.scale))
         return linear
@@ -350,11 +350,11 @@ class IA3:
 
 @dataclass(frozen=True)
 class SSF:
-    """SSF (Lian et al., NeurIPS 2022): y -> scale * y + shift behind every Linear and LayerNorm.
+    """SSF (Lian et al., NeurIPS 2022): y -> factor * y + shift behind every Linear and LayerNorm.
 
     The final LayerNorm is trained anyway. The patches, which a Conv2d makes, are scaled and shifted
     before their positions are added, but only if the method changes all blocks. The authors' code
-    draws scale and shift with a deviation of 0.02 around 1 and 0; here they start at 1 and 0.
+    draws factor and shift with a deviation of 0.02 around 1 and 0; here they start at 1 and 0.
     """
 
     def insert(self, model, blocks):
@@ -410,7 +410,7 @@ class AdaptFormer:
 
 
 class AdapterPlusBlock(nn.Module):
-    """Adapter+ (Steitz and Roth, CVPR 2024): y + scale * bottleneck(y), with y = block(x).
+    """Adapter+ (Steitz and Roth, CVPR 2024): y + factor * bottleneck(y), with y = block(x).
 
     In training one clip of ten goes without the adapter. `down` starts as in the authors' code.
     `up` starts at zero here; in their code it starts at small random numbers. Their code also
@@ -423,7 +423,7 @@ class AdapterPlusBlock(nn.Module):
         self.adapter = Bottleneck(dim, rank)
         nn.init.trunc_normal_(self.adapter.down.weight, std=0.01, a=-0.02, b=0.02)
         nn.init.zeros_(self.adapter.down.bias)
-        self.scale = offset(dim)  # scale - 1
+        self.scale = offset(dim)  # factor - 1
 
     def forward(self, x):  # (batch, tokens, dim)
         y = self.wrapped(x)
@@ -448,12 +448,12 @@ class AdapterPlus:
 # --------------------------------------------------------------------------- a probe of all layers
 
 
-def vector_of_all_layers(model: AST, fbank):
+def vector_of_all_layers(model: AST, spectrogram):
     """What the head of `probe` reads: `statistics` of the embedding and of every block's output.
 
-    fbank: (batch, n_frames, n_mels). Returns (batch, 4 dim (depth + 1)).
+    spectrogram: (batch, n_frames, n_mels). Returns (batch, 4 dim (depth + 1)).
     """
-    tokens = model.embed(fbank)
+    tokens = model.embed(spectrogram)
     vectors = [statistics(tokens, model.config)]
     for block in model.blocks:
         tokens = block(tokens)
@@ -480,7 +480,7 @@ def statistics(tokens, config: ASTConfig):  # (batch, tokens, dim) -> (batch, 4 
 
 
 class Standardised(nn.Module):
-    """W (x - mean) / std + bias, with mean and std of every number of x over the training clips.
+    """W ((x - mean) / std) + bias, with mean and std of every number of x over the training clips.
 
     Call `standardise` before training. (support/vectors.py does it for train.py.)
     """
@@ -539,13 +539,13 @@ class Patchout(nn.Module):
         self.model = model
         self.keep = keep
 
-    def forward(self, fbank):  # (batch, n_frames, n_mels) -> (batch, n_classes)
+    def forward(self, spectrogram):  # (batch, n_frames, n_mels) -> (batch, n_classes)
         model = self.model
         n_patches = model.config.n_patches
-        tokens = model.embed(fbank)
+        tokens = model.embed(spectrogram)
         front = tokens[:, :-n_patches]  # [CLS], and [distillation] or prompts
         patches = tokens[:, -n_patches:]
-        draws = torch.rand(len(fbank), n_patches, device=fbank.device)
+        draws = torch.rand(len(spectrogram), n_patches, device=spectrogram.device)
         kept = patchout(draws, self.keep)
         patches = patches.take_along_dim(kept[:, :, None], dim=1)  # (batch, n, dim)
         tokens = model.encode(torch.cat([front, patches], dim=1))
@@ -554,26 +554,23 @@ class Patchout(nn.Module):
 
 # ----------------------------------------------------------------------------- the table of methods
 
-# The learning rates of the conformers, mixtures, ia3 (for Adafactor), ssf and adapter_plus are from
-# their sources; for conformers, mixtures and ssf that is the default, 5e-3. The others are
-# proposals. On the demo ten times as much suits rslora, adaptformer and adapter_plus, and the rate
-# of probe did best on the demo's validation clips. The counts of the conformers are those of their
-# paper.
+# Behind each row: where its learning rate is from. 5e-3 is the default of Method. The numbers of
+# parameters of the conformers are those of their paper.
 # fmt: off
 ROWS = [
-    Method("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),
+    Method("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),  # its paper
     Method("conformer_houlsby_par",
-           (Conformer("attn", "par_before"), Conformer("ffn", "par_before")), "542K"),
-    Method("soft_moa", (SoftMixture("attn", "par_before"),)),
-    Method("dense_moa", (DenseMixture("attn", "par_before"),)),
-    Method("dora", (DoRA(),)),
-    Method("ia3", (IA3(),), lr=3e-3),
-    Method("vera", (VeRA(),)),
-    Method("rslora", (RsLoRA(),), lr=1e-4),
-    Method("ssf", (SSF(),)),
-    Method("adaptformer", (AdaptFormer(),), lr=1e-3),
-    Method("adapter_plus", (AdapterPlus(),), lr=1e-3),
-    Method("probe", (Statistics(),), lr=2e-3),
+           (Conformer("attn", "par_before"), Conformer("ffn", "par_before")), "542K"),  # its paper
+    Method("soft_moa", (SoftMixture("attn", "par_before"),)),  # its paper
+    Method("dense_moa", (DenseMixture("attn", "par_before"),)),  # its paper
+    Method("dora", (DoRA(),)),  # our choice
+    Method("ia3", (IA3(),), lr=3e-3),  # its paper, with Adafactor
+    Method("vera", (VeRA(),)),  # our choice
+    Method("rslora", (RsLoRA(),), lr=1e-4),  # our choice; 10x is better on the demo
+    Method("ssf", (SSF(),)),  # its code
+    Method("adaptformer", (AdaptFormer(),), lr=1e-3),  # our choice; 10x is better, too
+    Method("adapter_plus", (AdapterPlus(),), lr=1e-3),  # its code; 10x is better, too
+    Method("probe", (Statistics(),), lr=2e-3),  # our choice, by the demo's validation
 ]
 # fmt: on
 

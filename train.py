@@ -21,7 +21,8 @@ torchrun. This is what it does in one process, without options, on a CPU:
     machine.shares(n)                   yields one slice, all n clips of a batch, and the factor 1
     machine.mean(tensor)                the tensor
     machine.average_(tensors)           nothing
-    machine.in_batches(f, index, n)     f of n indices at a time, one below the other, in float32
+    machine.in_batches(f, index, n)     f of n indices at a time, one below the other, in float32;
+                                        no rows if there are no indices
     machine.is_first                    True
 """
 
@@ -71,11 +72,15 @@ WEIGHT_DECAY = 0.1  # section III-A
 
 @dataclass(frozen=True)
 class Settings:
-    """All options that decide the result of a run.
+    """The options that decide the result of a run.
 
-    The Recorder compares all fields with those of an earlier run in the same folder. If they are
-    the same, a finished fold is not trained again. So if you change how training works, give
-    another --out. For an option of your own add a field here, and set it in `run`.
+    Two things that change it a little are not here: --micro-batch and the number of processes.
+    They change dropout, BatchNorm and --keep.
+
+    The Recorder compares all fields with those of an earlier run in the same folder. If one
+    differs, that is an error. If none does, a finished fold is not trained again. So if you change
+    how training works, give another --out. For an option of your own add a field here, and set it
+    in `run`.
     """
 
     dataset: str
@@ -94,7 +99,7 @@ class Settings:
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
     balance: bool = False  # the loss weighs all classes alike
-    best: str = "accuracy"  # the score that chooses the best epoch, see score_of
+    choose_by: str = "accuracy"  # the score that chooses the best epoch, see score_of
 
 
 # ------------------------------------------------------------------------------------ the training
@@ -103,7 +108,7 @@ class Settings:
 class Learner:
     """A network with what trains it: an optimizer, and a scaler for the gradients of float16.
 
-    `network` is the adapted AST, or its last layers if nothing else trains (see `run`).
+    `network` is the adapted AST, or only its last layers (see `run`).
     `train_network` is what a training step calls: the network itself, unless it is wrapped to read
     some of the patches only (--keep), to be compiled (--compile) or to work in several processes
     (torchrun). Its parameters are those of `network`.
@@ -127,7 +132,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_float16)
 
     def state(self) -> dict:
-        """What the next epochs need. The tensors are copies; the optimizer's state is its own."""
+        """What the next epochs need. The optimizer's state is no copy: the next step changes it."""
         return {
             "tensors": trained_tensors(self.network),
             "optimizer": self.optimizer.state_dict(),
@@ -143,7 +148,8 @@ class Learner:
 def parameter_groups(network: nn.Module, settings: Settings) -> list[dict]:
     """The trained parameters with their first learning rate, as groups for AdamW.
 
-    There is one group. With several, each is annealed from its own first rate.
+    There is one group. With several, each is annealed from its own first rate. For a rate of the
+    head, `network.named_parameters()` has names that begin with "head.", also in last layers.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return [{"params": trained, "lr": settings.lr}]
@@ -182,20 +188,21 @@ def train_epoch(
 
     shuffled = torch.tensor(indices)[torch.randperm(len(indices))]
     batches = shuffled.to(clips.features.device).split(settings.batch_size)  # of indices
-    steps_of_run = settings.epochs * len(batches)
+    steps_of_fold = settings.epochs * len(batches)
     losses = torch.zeros(len(batches), device=machine.device)
     for step, batch in enumerate(batches):
         # Every group of parameters gets the learning rate of this step.
-        step_of_run = (epoch - 1) * len(batches) + step
+        step_of_fold = (epoch - 1) * len(batches) + step
         for group, first_rate in zip(optimizer.param_groups, learner.first_rates, strict=True):
-            group["lr"] = cosine(first_rate, step_of_run, steps_of_run)
+            group["lr"] = cosine(first_rate, step_of_fold, steps_of_fold)
 
         # Usually the batch is one piece, with the factor 1.
         for x, y, factor in pieces(batch, clips, settings, machine):
             with machine.autocast(settings.dtype):
                 logits = learner.train_network(x)  # (clips of the piece, classes)
             loss = F.cross_entropy(logits.float(), y, weight=class_weights, reduction="sum")
-            loss = loss / len(batch) * factor  # what the piece adds to the mean over the batch
+            # Divide by the clips of the batch, not by those of the piece or by their weights.
+            loss = loss / len(batch) * factor
             scaler.scale(loss).backward()  # adds to the gradients
             losses[step] += loss.detach()
 
@@ -204,8 +211,8 @@ def train_epoch(
         scaler.update()
         optimizer.zero_grad()
 
-    # Each process of torchrun has seen other clips. So its running statistics of BatchNorm, which
-    # are the only tensors here without a gradient, and its losses become the means over all.
+    # Each process of torchrun has seen other clips. So its losses become the means over all
+    # processes. So do its running statistics of BatchNorm, which are buffers without a gradient.
     machine.average_(t for t in live_tensors(learner.network).values() if not t.requires_grad)
     return machine.mean(losses)
 
@@ -222,7 +229,8 @@ def pieces(batch: torch.Tensor, clips: Clips, settings: Settings, machine: Machi
     but their sum is wanted, so the factor is the number of processes. All processes must do the
     same number of pieces. One that has no clip left gets a clip of another with the factor 0.
     """
-    # Drawn for the whole batch and always, so that neither pieces nor masks shift later draws.
+    # Drawn for the whole batch, so that a clip gets the same mask in any piece. Drawn even without
+    # masks, so that --no-mask leaves the other random numbers as they are.
     draws = torch.rand(len(batch), 4, device=machine.device)
     for piece, factor in machine.shares(len(batch)):  # a slice
         x, y = clips.batch(batch[piece], machine.device)
@@ -245,9 +253,9 @@ def train_fold(
 ) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Train on split.train, choose the best epoch on split.val, and test on split.test.
 
-    `progress` is told what happens, see `Progress`. Returns the best epoch, a dict, and logits
-    (clips, classes) and labels (clips,) of the test clips. The network keeps the weights of the
-    best epoch.
+    `progress` is told what happens, and its `start` may return the state of an interrupted fold,
+    see `Progress`. Returns the best epoch, a dict, and logits (clips, classes) and labels (clips,)
+    of the test clips. The network keeps the weights of the best epoch.
     """
     settings = learner.settings
     class_weights = None
@@ -270,7 +278,7 @@ def train_fold(
 
         logits, labels = evaluate(learner, clips, split.val)
         accuracy = score_of(logits, labels, "accuracy")
-        score = score_of(logits, labels, settings.best)
+        score = score_of(logits, labels, settings.choose_by)
         state = learner.state()
         if is_better(score, best):
             best = {
@@ -301,8 +309,10 @@ class Progress:
         print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}")
 
     def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
-        """Called at the end of an epoch. `state` is all that the next epochs need: save it at once,
-        because they change it.
+        """Called at the end of an epoch. `accuracy` is to be printed.
+
+        `state` is all that the next epochs need, and the best epoch so far under "best". Save it at
+        once, because the next epoch changes it.
         """
         print(f"epoch {epoch}: validation accuracy {accuracy}")
 
@@ -332,7 +342,10 @@ def is_better(score: float | None, best: dict | None) -> bool:
 def evaluate(
     learner: Learner, clips: Clips, indices: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (clips, classes) and labels (clips,) of the clips `indices`, both on the CPU."""
+    """Logits (clips, classes) and labels (clips,) of the clips `indices`, both on the CPU.
+
+    Without indices there are no rows, as for the validation clips of a dataset that has none.
+    """
     settings = learner.settings
     machine = learner.machine
     learner.network.eval()
@@ -374,14 +387,16 @@ def run(args: argparse.Namespace) -> dict:
     n_frames = frames_for(recipe, dataset, args.seconds)
     weights = args.weights or recipe.weights
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
-    # The method with the numbers of the command line, or else those of METHODS. For a backbone that
-    # is narrower than AST-Base, RR and prompts of METHODS are divided, see support/variants.py.
-    method = fitted(petl.find(args.method), pretrained.config, args, recipe.lr.get(args.method))
+    # The method with the numbers of the command line, or else those of METHODS. A backbone narrower
+    # than 384 dimensions gets RR and prompts of METHODS divided by 512 / dim: by 4 in the default
+    # run. Then LoRA's s = alpha / RR grows, and full_ft and linear have ten times their rates.
+    lr = args.lr or recipe.lr.get(args.method)  # None: that of METHODS
+    method = fitted(petl.find(args.method), pretrained.config, args, lr)
     clips, bad = load_clips(dataset, n_frames, machine.device, args.cache_dir, args.skip_bad)
 
     for seed in args.seed:
         folds = folds_of(dataset, seed, bad, args.shots)
-        split_hash = recorder.describe_clips(folds, bad)
+        split_hash = recorder.describe_clips(folds, bad)  # which clips do what, for split.csv
         settings = Settings(
             dataset=args.dataset,
             weights=weights,
@@ -399,16 +414,16 @@ def run(args: argparse.Namespace) -> dict:
             dtype=args.dtype,
             keep=args.keep,
             balance=args.balance,
-            best="balanced" if recipe.own else "accuracy",
+            choose_by="balanced" if recipe.own else "accuracy",
         )
-        recorder.start(settings)
+        recorder.start(settings)  # opens the folder of this seed, and writes split.csv and settings
         for fold in recorder.folds:  # those of --folds, or all
             if not recorder.file(fold).exists():
                 model = adapted(pretrained, method, fold, settings, machine)
-                # If nothing but the final LayerNorm and the head trains, and the inputs are the
-                # same in every epoch, then the frozen part computes each clip once. `network` is
-                # those last layers, which the model still contains, and `inputs` what they read.
-                # Otherwise these are `model` and `clips`.
+                # `network` is `model`, and `inputs` are `clips`, with one exception. If only the
+                # final LayerNorm and the head train, and there is neither SpecAugment nor --keep,
+                # the frozen part computes each clip once. Then `network` is those last layers,
+                # which the model still contains, and `inputs` are the vectors that they read.
                 network, inputs = skip_frozen(model, clips, folds[fold], settings, machine)
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
@@ -450,7 +465,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="the dataset or its archive, or your sounds; else a download")
     add("--folds", type=command.numbers, metavar="1,2", help="only these folds")
     add("--seconds", type=float, help="cut or pad clips to this; default: the dataset's length")
-    add("--group", metavar="REGEX", help="own sounds: the first parenthesis keeps paths together")
+    add(
+        "--group",
+        metavar="REGEX",
+        help="own sounds with the same text in its parentheses stay together",
+    )
     add("--windows", **switch, help="own sounds: cut recordings into windows of --seconds")
     add("--shots", **number, metavar="K", help="train on K clips per class only")
     add("--skip-bad", **switch, help="go on without sound files that cannot be read")
@@ -460,8 +479,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", help="audioset, demo, hf:owner/name, a path, random:base|small|tiny|demo")
     add("--pool", default="mean", choices=POOL, help="how tokens become one vector: %(default)s")
     add("--rr", **number, help="reduction rate: the bottleneck is dim / RR wide")
-    add("--alpha", type=float, help="LoRA scales its update by alpha / RR")
-    add("--prompts", **number, help="number of prompts or prefixes")
+    add("--alpha", type=float, help="LoRA's update has the factor alpha / RR, or alpha / sqrt(r)")
+    add("--prompts", **number, help="number of prompts; prefix: keys and values together")
     add("--kernel", **number, help="tokens in the window of a conformer adapter")
     add("--blocks", type=command.span, metavar="9-12", help="change these blocks only: faster")
 
@@ -486,7 +505,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset")
-    command.check_options(args, DATASETS[args.dataset].own)  # --windows becomes seconds
+    command.check_options(args, DATASETS[args.dataset].own)
+    args.windows = args.seconds if args.windows else None
     check_method(petl.find(args.method), args)
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)
@@ -521,6 +541,8 @@ def start(argv: list[str] | None) -> None:
     if args.list_methods:
         list_methods()
         return
+    # Joins the processes of torchrun, and makes one line of what a machine cannot do: a full disk,
+    # too little memory for the batch.
     with protected(args, DATASETS[args.dataset].batch_size):
         run(args)
 

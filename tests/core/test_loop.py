@@ -254,7 +254,7 @@ def test_another_choice_of_the_best_epoch(monkeypatch):
     """The smallest loss on the validation clips in place of the highest accuracy."""
     assert best_of_three_epochs(train, monkeypatch)["epoch"] == 1
     module = patched(
-        "score = score_of(logits, labels, settings.best)",
+        "score = score_of(logits, labels, settings.choose_by)",
         "score = -F.cross_entropy(logits, labels).item()",
     )
     best = best_of_three_epochs(module, monkeypatch)
