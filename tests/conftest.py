@@ -2,8 +2,8 @@
 
 import os
 import sys
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -44,44 +44,40 @@ def sounds(tmp_path_factory) -> Path:
 
 
 class Here:
-    """Stands for a worker and the pipe to it: trains a cell in this process, while it is being sent."""
+    """Stands for the process of a cell: trains the cell in this process, while it is being started."""
 
-    def __init__(self, started):
-        self.started, (self.answers, self.sender) = started, Pipe()
-        self.process = self.pipe = self
-
-    def send(self, job):
-        folder, words = job
+    def __init__(self, cell, plan, started):
+        folder = plan.out / cell.name
         with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            answer = campaign.train_cell(folder, words)
-        self.started += [] if answer == campaign.BUSY else [folder]
-        self.sender.send(answer)
+            try:
+                self.returncode = campaign.train_cell(folder, [*campaign.options(cell, plan), "--resume"])
+            except Exception:
+                traceback.print_exc()
+                self.returncode = 1
+            if isinstance(self.returncode, str):  # the train_cell of a test says what went wrong, or nothing
+                print(self.returncode)
+                self.returncode = 1 if self.returncode else 0
+        started += [] if self.returncode == campaign.BUSY else [folder]
 
-    def recv(self):
-        return self.answers.recv()
-
-    def fileno(self):
-        return self.answers.fileno()
+    def poll(self):
+        return self.returncode
 
     def terminate(self):
         pass
+
+    wait = terminate
 
 
 @pytest.fixture
 def here(monkeypatch, sounds, cache_dir, tmp_path):
     """Runs a campaign without processes of its own. `here.started`: the folders of the cells that were started, in
-    order; `here.hired`: the workers."""
+    order; `here.start` starts a process after all."""
 
     def call(*options, out="out") -> int:
         return experiments.main(campaign_words(sounds, cache_dir, tmp_path / out, *options))
 
-    def hire():
-        call.hired.append(Here(call.started))
-        return call.hired[-1]
-
-    call.started, call.hired, call.hire, call.out = [], [], campaign.hire, tmp_path / "out"
-    monkeypatch.setattr(campaign, "hire", hire)
-    monkeypatch.setattr(campaign, "print_to", lambda log: None)
-    monkeypatch.setattr(campaign, "PATIENCE", 0)
+    call.started, call.start, call.out = [], campaign.start, tmp_path / "out"
+    monkeypatch.setattr(campaign, "start", lambda cell, plan: Here(cell, plan, call.started))
+    monkeypatch.setattr(campaign, "PAUSE", 0)
     monkeypatch.setattr(sys, "argv", ["experiments.py"])
     return call

@@ -1,4 +1,4 @@
-"""Campaigns that are killed, shared, or fail in part, and the workers that train their cells."""
+"""Campaigns that are killed, shared, or fail in part, and the processes that train their cells."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import SMALL_AST, campaign_words, table_of
+from helpers import SMALL_AST, campaign_words, make_folder, table_of
 from safetensors.torch import load_file
 
 import train
 from support.ledger import write_files
-from tools import campaign
+from tools import campaign, experiments
 from tools.cells import Cell
 
 ROOT = Path(train.__file__).parent
@@ -34,16 +34,17 @@ def rewrite(run: Path, old: str, new: str) -> None:
 
 
 @pytest.fixture
-def real_workers(here, monkeypatch) -> list:
-    """`here` with processes after all; the list gets every worker that is hired."""
-    hired = []
+def processes(here, monkeypatch) -> list:
+    """`here` with processes after all; the list gets every one that is started."""
+    started = []
 
-    def hire():
-        hired.append(here.hire())
-        return hired[-1]
+    def start(cell, plan):
+        started.append(here.start(cell, plan))
+        return started[-1]
 
-    monkeypatch.setattr(campaign, "hire", hire)
-    return hired
+    monkeypatch.setattr(campaign, "start", start)
+    monkeypatch.chdir(ROOT)
+    return started
 
 
 def test_a_campaign(here, capsys):
@@ -112,29 +113,37 @@ def test_results_of_other_weights_or_sounds_are_not_read_back(here, sounds, caps
     assert len(here.started) == 1
 
 
+def test_own_sounds_of_any_length_are_read_back(here, tmp_path, cache_dir, capsys):
+    """Without --seconds the clips say how many frames the model reads."""
+    places = ["--data-dir", make_folder(tmp_path / "mine"), "--cache-dir", cache_dir, "--out", here.out]
+    words = ["table1", "--methods", "linear", "--datasets", "folder", "--weights", SMALL_AST, "--epochs", 1, *places]
+    for _ in range(2):
+        assert experiments.main([str(word) for word in words]) == 0
+    assert len(here.started) == 1 and "1 cells, 1 finished, 0 to train" in capsys.readouterr().out
+
+
 def test_a_campaign_waits_for_cells_of_others(here, capsys, monkeypatch):
     """What another process trains is left to it; when that process dies, the cell is free."""
     folder = here.out / Cell("esc10", "linear", 0, str(SMALL_AST)).name
     folder.mkdir(parents=True)
     lock = FileLock(folder / ".cell.lock")
     lock.acquire()
-    asked, train_cell = [], campaign.train_cell
+    asked, is_claimed = [], campaign.is_claimed
 
-    def train(folder, words):
+    def ask(folder):
         asked.append(folder.parent.name)
         if len(asked) == 5:
             lock.release()
-        return train_cell(folder, words)
+        return is_claimed(folder)
 
-    monkeypatch.setattr(campaign, "train_cell", train)
+    monkeypatch.setattr(campaign, "is_claimed", ask)
     assert here("table1", "--methods", "linear,bitfit") == 0
     assert [f.parent.name for f in here.started] == ["bitfit", "linear"]
     assert asked == ["linear", "bitfit", "linear", "linear", "linear"]
     assert capsys.readouterr().out.count("linear/seed0: another process trains it") == 1
 
 
-def test_a_cell_that_is_claimed_is_not_trained_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign, "PATIENCE", 0)
+def test_a_cell_that_is_claimed_is_not_trained_twice(tmp_path):
     with FileLock(tmp_path / ".cell.lock"):
         assert campaign.train_cell(tmp_path, ["--method", "absent"]) == campaign.BUSY
     assert [file.name for file in tmp_path.iterdir()] == [".cell.lock"]
@@ -169,7 +178,6 @@ def test_a_failing_cell_does_not_stop_the_others(here, capsys, monkeypatch):
     assert "linear/seed0: RuntimeError: a bug in one cell (all of it in " in printed.out
     assert "RuntimeError: a bug in one cell" in printed.err.splitlines()[-1]
     assert "Traceback" in (here.started[0] / "log.txt").read_text()
-    assert len(here.hired) == 2  # a worker whose cell has failed gets no other
     table = table_of(here.out, "table1")
     assert table["Linear"]["ESC-10"] == "missing" and float(table["BitFit"]["ESC-10"].split()[0]) >= 0
     monkeypatch.setattr(train, "run", original)
@@ -204,10 +212,10 @@ def test_killed_campaigns_repeat_nothing(tmp_path, sounds, cache_dir):
     assert "missing" not in str(table_of(out, "table1"))
 
 
-def test_workers_train_as_train_py_does(here, monkeypatch, sounds, cache_dir, tmp_path, real_workers):
-    """One worker for all cells; each has the tensors, bit for bit, and the log of a run of its own."""
+def test_processes_train_as_train_py_does(here, monkeypatch, sounds, cache_dir, tmp_path, processes):
+    """Each cell has the tensors, bit for bit, and the log of a run of its own."""
     assert here("table1", "--methods", "linear,bitfit,lora") == 0
-    assert len(real_workers) == 1
+    assert len(processes) == 3
     for run in sorted(here.out.rglob("seed0")):
         options = json.loads((run / "config.json").read_text())["command"]
         assert options[0] == "train.py"
@@ -231,23 +239,23 @@ def test_the_peak_of_memory_is_that_of_the_cell():
     assert int(done.stdout) > 400, done.stderr  # of 512 MB that are no longer there
 
 
-def test_a_killed_worker_costs_its_cell_alone(here, monkeypatch, real_workers, capsys):
-    hire = campaign.hire
+def test_a_killed_process_costs_its_cell_alone(here, monkeypatch, processes, capsys):
+    start = campaign.start
 
-    def kill_the_first():
-        worker = hire()
-        if len(real_workers) == 1:
-            worker.process.kill()
-        return worker
+    def kill_the_first(cell, plan):
+        process = start(cell, plan)
+        if len(processes) == 1:
+            process.kill()
+        return process
 
-    monkeypatch.setattr(campaign, "hire", kill_the_first)
+    monkeypatch.setattr(campaign, "start", kill_the_first)
     assert here("table1", "--methods", "linear,bitfit,lora") == 1
     printed = capsys.readouterr()
     assert "linear/seed0: killed by SIGKILL, out of memory? (all of it in " in printed.out
     assert "linear/seed0: killed by SIGKILL, out of memory?" in printed.err.splitlines()[-1]
     table = table_of(here.out, "table1")
     assert table["Linear"]["ESC-10"] == "missing" and "missing" not in str([table["BitFit"], table["LoRA"]])
-    assert len(real_workers) == 2
+    assert len(processes) == 3
     assert here("table1", "--methods", "linear,bitfit,lora") == 0  # tried again
 
 
@@ -264,7 +272,7 @@ def test_two_campaigns_share_a_folder(tmp_path, sounds, cache_dir):
     assert len(tables[0]) == 6 and tables[0] == tables[1] and "missing" not in str(tables)
 
 
-def test_sigterm_ends_the_workers(tmp_path, sounds, cache_dir):
+def test_sigterm_ends_the_processes(tmp_path, sounds, cache_dir):
     """And lets them tidy up: no temporary file stays."""
     command = [sys.executable, "-m", "tools.experiments"]
     command += campaign_words(sounds, cache_dir, tmp_path, "table1", "--methods", "bitfit", "--epochs", 1000)
@@ -273,7 +281,7 @@ def test_sigterm_ends_the_workers(tmp_path, sounds, cache_dir):
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.05)
     process.terminate()
-    printed = process.communicate()[0]  # until the workers, too, have closed it
+    printed = process.communicate()[0]  # until everybody has closed it
     assert process.returncode == 143 and "Traceback" not in printed and "leaked" not in printed
     (lock,) = tmp_path.rglob(".cell.lock")
     with FileLock(lock, timeout=0):

@@ -1,25 +1,22 @@
-"""How cells are trained: in worker processes that live on, --jobs of them, each of them one cell after another.
+"""How cells are trained: --jobs processes at a time, one for each cell.
 
-A worker imports torch once. What a cell then does there is one run of train.py, and its output goes to log.txt in the
-cell's folder. Meanwhile the worker holds the claim on the cell, a lock on an open file: the system drops it when the
-process ends, however it ends. So a killed cell is free at once, and any number of campaigns may work in one folder.
+What a process does for its cell is one run of train.py, whose output goes to log.txt in the cell's
+folder. Meanwhile the process holds the claim on the cell, a lock on an open file. The system drops
+the lock when the process ends, however it ends. So a killed cell is free at once, and any number of
+campaigns may work in one folder.
 """
 
+import argparse
 import csv
-import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
 import sys
-import traceback
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -30,148 +27,97 @@ import train
 from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
 from support.checkpoints import read_json
-from support.command import UserError, print_anything
+from support.command import UserError
 from support.headers import RunConfig, RunResult
 from support.processes import say
-from support.records import compare_settings, forget_peak, mend
+from support.records import compare_settings, mend
 from support.variants import fitted
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
 
-BUSY = "another process trains it"
-PATIENCE = 1  # seconds that a worker waits for the claim of another to end
+CLAIM = ".cell.lock"
+BUSY = 75  # the exit code for a cell that another process trains
+PAUSE = 0.2  # seconds between two looks at the processes
 
-# ------------------------------------------------------------------------------------------------------------ a worker
-
-
-def work(campaign: Connection) -> None:
-    """The life of a worker: cells come in as (folder, options of train.py), out goes what `train_cell` returns.
-
-    It ends with the campaign, once its cell is finished, and after a cell that failed: what such a one leaves behind, a
-    full memory or a GPU in disorder, would harm the next.
-    """
-    print_anything()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the campaign, which ends its workers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and lets them tidy up
-    answer = ""
-    with suppress(EOFError, BrokenPipeError):  # the campaign is gone
-        while answer in ("", BUSY):
-            answer = train_cell(*campaign.recv())
-            campaign.send(answer)
-
-
-def train_cell(folder: Path, words: list[str]) -> str:
-    """One run of train.py. Returns why it has no result: "" if it has one, BUSY if the cell is another's."""
-    claim = folder / ".cell.lock"
-    try:
-        with FileLock(claim, timeout=0):
-            print_to(folder / "log.txt")
-            print("---------- a new attempt", flush=True)
-            forget_peak()
-            if "torch._dynamo" in sys.modules:
-                torch.compiler.reset()  # else torch gives up compiling after a few models
-            sys.argv = ["train.py", *words]  # what config.json gives as the command
-            train.start(words)
-            return ""
-    except Timeout:
-        with suppress(Timeout), FileLock(claim, timeout=PATIENCE):
-            pass  # the other has ended: the campaign will see whether with a result
-        return BUSY
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return str(error)
-    except Exception as error:
-        traceback.print_exc()
-        return traceback.format_exception_only(error)[-1].strip()
-
-
-def print_to(log: Path) -> None:
-    """From now on everything that this process prints, C libraries too, goes to the end of `log`."""
-    with open(log, "ab") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
-
-
-class Worker(NamedTuple):
-    process: BaseProcess
-    pipe: Connection  # to its `work`
-
-
-def hire() -> Worker:
-    """A new worker."""
-    context = multiprocessing.get_context("spawn")  # the same on all systems; a GPU does not survive a fork
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()  # so that the pipe ends with the worker
-    return Worker(process, ours)
-
-
-def answer_of(worker: Worker) -> str:
-    """What the worker says of its cell, or in its place how it ended."""
-    try:
-        return worker.pipe.recv()
-    except (EOFError, ConnectionError):
-        worker.process.join()
-        code = worker.process.exitcode
-    if code >= 0:
-        return f"exit code {code}"
-    return f"killed by {signal.Signals(-code).name}" + (", out of memory?" if code == -signal.SIGKILL else "")
-
-
-# -------------------------------------------------------------------------------------------------------- the campaign
+# ------------------------------------------------------------------------------------- the campaign
 
 
 def train_cells(cells: list[Cell], plan: Plan) -> tuple[dict[Cell, dict], dict[Cell, str]]:
     """Train what is not finished. Returns the results, and the reasons of the cells without one.
 
-    Any number of these may work in one folder: each takes cells that nobody has claimed, and at the end waits for those
-    that others still train, so that every one of them ends with the whole table.
+    A cell that another process trains goes to the end of the queue, so that every campaign ends
+    with the whole table.
     """
-    done, failed, others = {}, {}, set()
+    done = {}
+    failed = {}
     left = take_results(cells, done, failed, plan)
     say(f"{len(cells)} cells, {len(done)} finished, {len(left)} to train")
     failed |= without_data(left, plan)
     waiting = deque(cell for cell in left if cell not in failed)
-
-    def next_cell() -> Cell | None:
-        while waiting:
-            if cell := take_results([waiting.popleft()], done, failed, plan):  # another campaign may have finished it
-                return cell[0]
-
-    for cell, answer in answers(next_cell, plan):
-        left = take_results([cell], done, failed, plan)
+    others = set()  # cells that another process trains
+    for cell, code in outcomes(waiting, done, failed, plan):
+        unfinished = take_results([cell], done, failed, plan)
         if cell in done:
-            left = len(cells) - len(done) - len(failed)
-            each = statistics.mean(result["seconds"] for result in done.values())
-            seconds = each * (left - min(left, plan.jobs - 1) / 2) / plan.jobs  # those that run are half done
-            say(f"[{len(done)}/{len(cells)}] {cell.name}: {done[cell]['accuracy']:.2f} %, {done[cell]['seconds']:.0f} s"
-                + (f"; about {timedelta(seconds=round(seconds))} left" if left else ""))  # fmt: skip
-        elif left and answer == BUSY:
+            result = f"{done[cell]['accuracy']:.2f} %, {done[cell]['seconds']:.0f} s"
+            say(f"[{len(done)}/{len(cells)}] {cell.name}: {result}")
+        elif unfinished and code == BUSY:
             waiting.append(cell)
             if cell not in others:
                 say(f"{cell.name}: another process trains it")
             others.add(cell)
         else:
-            failed.setdefault(cell, answer or "it left no result")
-            say(f"FAILED {cell.name}: {failed[cell]} (all of it in {plan.out / cell.name / 'log.txt'})")
-    take_results(cells, done, failed, plan)  # those that others have finished since
+            log = plan.out / cell.name / "log.txt"
+            failed.setdefault(cell, reason_of(code, log))
+            say(f"FAILED {cell.name}: {failed[cell]} (all of it in {log})")
     return done, failed
 
 
-def take_results(cells: list[Cell], done: dict[Cell, dict], failed: dict[Cell, str], plan: Plan) -> list[Cell]:
-    """Put what has been finished, by whomever, into `done`, and what can never be into `failed`. Returns the others."""
+def outcomes(waiting: deque[Cell], done, failed, plan: Plan) -> Iterator[tuple[Cell, int]]:
+    """Train the waiting cells. Yields each with the exit code of its process, or with BUSY.
+
+    When the campaign is interrupted, the processes are ended.
+    """
+    running = {}
+    try:
+        while waiting or running:
+            if waiting and len(running) < plan.jobs:
+                cell = waiting.popleft()
+                if is_claimed(plan.out / cell.name):
+                    yield cell, BUSY
+                elif take_results([cell], done, failed, plan):  # nobody has finished it meanwhile
+                    running[cell] = start(cell, plan)
+            time.sleep(PAUSE)
+            ended = [cell for cell, process in running.items() if process.poll() is not None]
+            for cell in ended:
+                yield cell, running.pop(cell).returncode
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def take_results(
+    cells: list[Cell], done: dict[Cell, dict], failed: dict[Cell, str], plan: Plan
+) -> list[Cell]:
+    """Put what is finished into `done`, and what can never be into `failed`. Returns the others."""
+    left = []
     for cell in cells:
+        if cell in done or cell in failed:
+            continue
         try:
-            if cell not in done and cell not in failed and (result := result_of(cell, plan)):
-                done[cell] = result
+            result = result_of(cell, plan)
         except UserError as error:
             failed[cell] = str(error)
-    return [cell for cell in cells if cell not in done and cell not in failed]
+            continue
+        if result:
+            done[cell] = result
+        else:
+            left.append(cell)
+    return left
 
 
 def without_data(cells: list[Cell], plan: Plan) -> dict[Cell, str]:
-    """Fetch what cells need, once, before they start. Returns why that fails, for those whose data are not there."""
+    """Fetch datasets and checkpoints, once. Returns the reason for each cell that lacks them."""
     failed = {}
     for dataset, weights in dict.fromkeys((cell.dataset, cell.weights) for cell in cells):
         try:
@@ -180,103 +126,156 @@ def without_data(cells: list[Cell], plan: Plan) -> dict[Cell, str]:
             load_dataset(dataset, plan.data_dir.get(dataset), plan.cache_dir)
         except UserError as error:
             say(f"FAILED all cells of {dataset} from {weights}: {error}")
-            failed |= {cell: str(error) for cell in cells if (cell.dataset, cell.weights) == (dataset, weights)}
+            for cell in cells:
+                if (cell.dataset, cell.weights) == (dataset, weights):
+                    failed[cell] = str(error)
     return failed
 
 
-def answers(next_cell: Callable[[], Cell | None], plan: Plan) -> Iterator[tuple[Cell, str]]:
-    """Let `plan.jobs` workers train the cells that `next_cell` gives. Yields each cell with its worker's answer."""
-    if plan.jobs > 1:  # they share the cores: for small models single threads beat threads that wait for one another
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.jobs)))  # workers inherit it
-    running, idle = {}, []
+# ---------------------------------------------------------------------------------- a cell's process
+
+
+def is_claimed(folder: Path) -> bool:
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        while True:
-            while len(running) < plan.jobs and (cell := next_cell()):
-                folder = plan.out / cell.name
-                folder.mkdir(parents=True, exist_ok=True)
-                worker = idle.pop() if idle else hire()
-                running[worker] = cell
-                with suppress(ConnectionError):  # it was killed: `answer_of` will say so
-                    worker.pipe.send((folder, [*options(cell, plan), "--resume"]))
-            if not running:
-                return
-            ready = wait([worker.pipe for worker in running])
-            for worker in [worker for worker in running if worker.pipe in ready]:
-                answer = answer_of(worker)
-                if answer in ("", BUSY):
-                    idle.append(worker)
-                yield running.pop(worker), answer
-    finally:
-        for worker in (*running, *idle):  # with cells, if the campaign was interrupted
-            worker.process.terminate()
+        with FileLock(folder / CLAIM, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
-# ------------------------------------------------------------------------------------------------- a cell and its run
+def start(cell: Cell, plan: Plan) -> subprocess.Popen:
+    """Start the process of a cell. The processes share the cores.
+
+    For small models single threads are faster than threads that wait for one another.
+    """
+    threads = max(1, torch.get_num_threads() // plan.jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    folder = plan.out / cell.name
+    command = [sys.executable, "-m", "tools.campaign", folder, *options(cell, plan), "--resume"]
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def main(folder: str, *words: str) -> int:
+    """What the process of a cell does. Returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the campaign, which ends us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files are deleted
+    sys.argv = ["train.py", *words]  # config.json gives it as the command
+    return train_cell(Path(folder), list(words))
+
+
+def train_cell(folder: Path, words: list[str]) -> int:
+    """One run of train.py. Returns its exit code, or BUSY."""
+    try:
+        with FileLock(folder / CLAIM, timeout=0):
+            print("---------- a new attempt", flush=True)
+            return train.main(words)
+    except Timeout:
+        return BUSY
+
+
+def reason_of(code: int, log: Path) -> str:
+    """Why a process that ended with this code has left no result."""
+    if code == 0:
+        return "it left no result"
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL, out of memory?"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    last = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
+    return last.removeprefix("error: ") or f"exit code {code}"
+
+
+# ------------------------------------------------------------------------------- a cell and its run
 
 
 def options(cell: Cell, plan: Plan) -> list[str]:
     """The command line of train.py that is this cell."""
-    words = {
-        "--dataset": cell.dataset, "--method": cell.method, "--seed": cell.seed, "--weights": cell.weights,
-        "--shots": cell.shots, "--rr": cell.rr, "--prompts": cell.prompts, "--kernel": cell.kernel, "--lr": cell.lr,
-        "--epochs": epochs_of(cell, plan),
-        "--data-dir": plan.data_dir.get(cell.dataset), "--cache-dir": plan.cache_dir, "--device": plan.device,
-        "--dtype": plan.dtype, "--out": plan.out / cell.variant,
-    }  # fmt: skip
-    return [str(word) for pair in words.items() if pair[1] is not None for word in pair] + plan.passed
+    named = vars(cell) | {
+        "epochs": epochs_of(cell, plan),
+        "data-dir": plan.data_dir.get(cell.dataset),
+        "cache-dir": plan.cache_dir,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "out": plan.out / cell.variant,
+    }
+    words = []
+    for name, value in named.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return words + plan.passed
 
 
 def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
     lr = cell.lr or DATASETS[cell.dataset].lr.get(cell.method)
-    return fitted(petl.find(cell.method), shape_of(cell.weights), lr, cell.rr, prompts=cell.prompts, kernel=cell.kernel)
+    sizes = {"rr": cell.rr, "prompts": cell.prompts, "kernel": cell.kernel}
+    return fitted(petl.find(cell.method), shape_of(cell.weights), lr, **sizes)
 
 
 def result_of(cell: Cell, plan: Plan) -> dict | None:
-    """result.json of a cell whose folds are all finished, else None. UserError if another experiment lies there."""
+    """result.json of a cell whose folds are all finished, else None.
+
+    Raises UserError if another experiment lies there.
+    """
     folder = plan.out / cell.name
     mend(folder)
     if not (folder / "result.json").exists():
         return None
     config, result, split = read_run(folder)
     run = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
+    compare_settings(folder, config, expected_settings(cell, plan, run, config))
+    wanted = set(run.folds or {int(row["fold"]) for row in split})
+    tested = Counter(int(row["fold"]) for row in split if row["split"] == "test")
+    folds = []
+    for fold in result["folds"]:
+        if fold["fold"] in wanted:
+            folds.append({**fold, "tested": tested[fold["fold"]]})
+    if len(folds) < len(wanted):
+        return None
+    accuracy = statistics.mean(fold["accuracy"] for fold in folds)
+    seconds = sum(fold["seconds"] for fold in folds)
+    return {**result, "folds": folds, "accuracy": accuracy, "seconds": seconds}
+
+
+def expected_settings(cell: Cell, plan: Plan, run: argparse.Namespace, config: dict) -> dict:
+    """What config.json of the cell says if it is the run with these options and nothing else."""
     recipe = DATASETS[cell.dataset]
-    expected = {
-        "method": to_dict(method_of(cell)), "epochs": run.epochs, "pool": run.pool,
-        "batch_size": run.batch_size or recipe.batch_size, "shots": cell.shots, "balance": run.balance,
-        "best": "balanced" if recipe.own else "accuracy", **recipe.masks(config["n_frames"]),
-    }  # fmt: skip
+    expected = {name: getattr(run, name) for name in ("epochs", "pool", "shots", "balance")}
+    expected |= recipe.masks(config["n_frames"])
+    expected["method"] = to_dict(method_of(cell))
+    expected["batch_size"] = run.batch_size or recipe.batch_size
+    expected["n_frames"] = config["n_frames"]  # the clips decide, unless the options say it
     if plan.dtype:
         expected["dtype"] = run.dtype
     if run.seconds or recipe.n_frames:
-        expected["n_frames"] = frames_for(recipe, None, run.seconds)  # the clips have no say
-    if cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:")):  # a file may have changed
+        expected["n_frames"] = frames_for(recipe, None, run.seconds)
+    is_file = cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:"))
+    if is_file:  # which may have changed
         expected["backbone"] = shape_and_hash(cell.weights)[1]
     if recipe.own:
         expected["data_dir"] = run.data_dir and str(run.data_dir.resolve())
-    compare_settings(folder, config, expected)
-    wanted = set(run.folds or {int(row["fold"]) for row in split})
-    tested = Counter(int(row["fold"]) for row in split if row["split"] == "test")
-    results = [{**fold, "tested": tested[fold["fold"]]} for fold in result["folds"] if fold["fold"] in wanted]
-    if len(results) < len(wanted):
-        return None
-    accuracy = statistics.mean(fold["accuracy"] for fold in results)
-    return {**result, "folds": results, "accuracy": accuracy, "seconds": sum(fold["seconds"] for fold in results)}
+    return expected
 
 
 def read_run(run: Path) -> tuple[dict, dict, list[dict[str, str]]]:
-    """config.json, result.json and the rows of split.csv of a finished run; UserError if it is none.
+    """config.json, result.json and the rows of split.csv of a finished run.
 
-    What is damaged is made again from the fold files, where that can be.
+    What is damaged is made again from the fold files, where that is possible. Raises UserError if
+    there is no finished run.
     """
     mend(run)
-    try:
-        for name in ("config.json", "result.json"):
-            (run / name).stat()
-        config = read_json(run / "config.json", RunConfig, mend="delete the folder")
-        result = read_json(run / "result.json", RunResult, mend="delete it: the same command makes it again")
-        with open(run / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return to_builtins(config), to_builtins(result), list(csv.DictReader(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{run} is no finished run of train.py: there is no {Path(error.filename).name}") from None
+    for name in ("config.json", "result.json", "split.csv"):
+        if not (run / name).exists():
+            raise UserError(f"{run} is no finished run of train.py: there is no {name}")
+    remake = "delete it: the same command makes it again"
+    config = read_json(run / "config.json", RunConfig, mend="delete the folder")
+    result = read_json(run / "result.json", RunResult, mend=remake)
+    with open(run / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        split = list(csv.DictReader(file))
+    return to_builtins(config), to_builtins(result), split
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
