@@ -272,7 +272,8 @@ def test_two_campaigns_share_a_folder(tmp_path, sounds, cache_dir):
     assert len(tables[0]) == 6 and tables[0] == tables[1] and "missing" not in str(tables)
 
 
-def test_sigterm_ends_the_processes(tmp_path, sounds, cache_dir):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interruption_ends_the_processes(tmp_path, sounds, cache_dir, number, code):
     """And lets them tidy up: no temporary file stays."""
     command = [sys.executable, "-m", "tools.experiments"]
     command += campaign_words(sounds, cache_dir, tmp_path, "table1", "--methods", "bitfit", "--epochs", 1000)
@@ -280,9 +281,9 @@ def test_sigterm_ends_the_processes(tmp_path, sounds, cache_dir):
     while not list(tmp_path.rglob("fold1.resume.pt")):
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     printed = process.communicate()[0]  # until everybody has closed it
-    assert process.returncode == 143 and "Traceback" not in printed and "leaked" not in printed
+    assert process.returncode == code and "Traceback" not in printed and "leaked" not in printed
     (lock,) = tmp_path.rglob(".cell.lock")
     with FileLock(lock, timeout=0):
         assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("fold1.safetensors"))

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -54,27 +55,28 @@ def train_cells(cells: list[Cell], plan: Plan) -> tuple[dict[Cell, dict], dict[C
     failed |= without_data(left, plan)
     waiting = deque(cell for cell in left if cell not in failed)
     others = set()  # cells that another process trains
-    for cell, code in outcomes(waiting, done, failed, plan):
-        unfinished = take_results([cell], done, failed, plan)
-        if cell in done:
-            result = f"{done[cell]['accuracy']:.2f} %, {done[cell]['seconds']:.0f} s"
-            say(f"[{len(done)}/{len(cells)}] {cell.name}: {result}")
-        elif unfinished and code == BUSY:
-            waiting.append(cell)
-            if cell not in others:
-                say(f"{cell.name}: another process trains it")
-            others.add(cell)
-        else:
-            log = plan.out / cell.name / "log.txt"
-            failed.setdefault(cell, reason_of(code, log))
-            say(f"FAILED {cell.name}: {failed[cell]} (all of it in {log})")
+    with closing(outcomes(waiting, done, failed, plan)) as ended:  # it ends its processes
+        for cell, code in ended:
+            unfinished = take_results([cell], done, failed, plan)
+            if cell in done:
+                result = f"{done[cell]['accuracy']:.2f} %, {done[cell]['seconds']:.0f} s"
+                say(f"[{len(done)}/{len(cells)}] {cell.name}: {result}")
+            elif unfinished and code == BUSY:
+                waiting.append(cell)
+                if cell not in others:
+                    say(f"{cell.name}: another process trains it")
+                others.add(cell)
+            else:
+                log = plan.out / cell.name / "log.txt"
+                failed.setdefault(cell, reason_of(code, log))
+                say(f"FAILED {cell.name}: {failed[cell]} (all of it in {log})")
     return done, failed
 
 
 def outcomes(waiting: deque[Cell], done, failed, plan: Plan) -> Iterator[tuple[Cell, int]]:
     """Train the waiting cells. Yields each with the exit code of its process, or with BUSY.
 
-    When the campaign is interrupted, the processes are ended.
+    The processes end with this generator, which an interruption ends too.
     """
     running = {}
     try:
@@ -136,6 +138,7 @@ def without_data(cells: list[Cell], plan: Plan) -> dict[Cell, str]:
 
 
 def is_claimed(folder: Path) -> bool:
+    """Whether another process trains the cell. The folder is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / CLAIM, timeout=0):
