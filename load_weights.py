@@ -23,7 +23,7 @@ import petl_more  # noqa: F401, adds the later methods to petl.METHODS
 from ast_model import AST, ASTConfig, UserError, make_head
 from data import FRONT_END
 from support.checkpoints import (
-    fetch, read_hf_config, read_metadata, read_tensors, remedy, write_tensors,
+    fetch, read_hf_config, read_metadata, read_tensors, write_tensors,
 )  # fmt: skip
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -435,7 +435,8 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
     if model.backbone.sha256 != wanted.sha256:
         raise UserError(
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), "
-            f"not on {model.backbone.name} ({model.backbone.sha256[:12]}): {remedy(wanted.sha256)}"
+            f"not on {model.backbone.name} ({model.backbone.sha256[:12]}): "
+            "give the right one as --weights"
         )
     petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)

@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sounds.clip import WHOLE, Clip, fragment, names_of
-from support.command import UserError, at_most
-
-PATIENCE = 30  # seconds to find the groups of all clips
+from support.command import UserError
 
 
 def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
@@ -19,9 +17,7 @@ def grouped(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     files = names_of([clip.path for clip in clips], root)
     names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
     if pattern is not None:
-        slow = f"--group {pattern[:100]!r} takes too long: its repetitions can be divided in many ways"
-        with at_most(PATIENCE, slow):
-            groups = [matched(pattern, name) for name in names]
+        groups = [matched(pattern, name) for name in names]
     elif any(clip.span != WHOLE for clip in clips):
         groups = [clip.group or file for file, clip in zip(files, clips, strict=True)]
     else:

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from support.command import out_of_memory
 from support.onednn_linear import onednn_helps, use_onednn
 from support.processes import average, is_first, mean_over_ranks, ranks, shares, sum_over_ranks
-from support.progress import Signs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,12 +105,11 @@ def in_batches(function: Callable, index: torch.Tensor, batch_size: int, machine
     too small. Every process takes its share, if empty for the number of numbers, and gets all."""
     rank, world = ranks()
     mine, found = index[rank::world], []
-    batch, start, signs = evaluation_batch(batch_size, machine), 0, Signs(len(mine), "clips")
+    batch, start = evaluation_batch(batch_size, machine), 0
     while start < len(mine) or (len(index) and not found):
         try:
             found.append(function(mine[start : start + batch]).float())
             start += batch
-            signs(min(start, len(mine)), "evaluation")
         except (RuntimeError, MemoryError) as error:
             if batch == 1 or not out_of_memory(error):
                 raise

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +19,13 @@ import train
 from ast_model import AST, ASTConfig
 from data import Dataset
 from load_weights import load_ast, save_trained, to_dict
-from support.files import write_json
-from support.records import METRICS, Settings
-from support.scores import confusion, scores
+from support.checkpoints import write_tensors
+from support.files import csv_of, write_json, write_text
+from support.records import METRICS, Run, hash_of
 from support.variants import fitted
 from tools import report
 from tools.cells import shape_and_hash
+from train import Settings
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALL_AST = REFERENCE / "ast_small"  # 2 layers, 64 dimensions: fast enough for runs of train.py
@@ -39,6 +41,25 @@ def tiny_ast(**config) -> AST:
     return AST(ASTConfig(**{"n_frames": 36, "n_mels": 36, "dim": 32, "depth": 2, "heads": 4, "n_classes": 3, **config}))
 
 
+def described(path: Path, classes: list[str] | None, n_frames: int) -> dict:
+    """What the header of a fold file says of a run that never was. Its name gives the fold."""
+    settings = {
+        "dataset": "folder", "weights": str(SMALL_AST), "backbone": "0" * 64, "pool": "mean", "seed": 0, "shots": None,
+        "method": {"name": "lora", "lr": 0.005, "parts": []}, "clips": "0" * 64, "n_frames": n_frames, "epochs": 1,
+        "batch_size": 8, "lr": 0.005, "mask_frames": 0, "dtype": "float32", "keep": None, "balance": False,
+        "best": "accuracy",
+    }  # fmt: skip
+    found = re.fullmatch(r"fold(\d+)", path.stem)
+    result = {
+        "fold": int(found[1]) if found else 1, "accuracy": 50.0, "validation_accuracy": None, "epoch": 1,
+        "seconds": 1.0, "peak_memory_mb": None,
+    }  # fmt: skip
+    record = {"history": [], "predictions": [], "millionths": []}
+    header = {"settings": settings, "result": result, "record": record}
+    header |= {"parameters": {"petl": 1, "head": 1, "total": 9}, "versions": {"torch": "2"}}
+    return header | ({"classes": classes} if classes else {})
+
+
 def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60, **header) -> AST:
     """A fold file of the small AST in which everything that `method` trains is random. Returns the model, in eval()."""
     torch.manual_seed(0)
@@ -49,7 +70,8 @@ def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60,
                 parameter.add_(0.1 * torch.randn_like(parameter))
         last = [module for module in model.head.modules() if isinstance(module, torch.nn.Linear)][-1]
         last.weight.mul_(5)  # answers far from one another
-    save_trained(model, path, {"classes": ["rain", "sea, waves", "dog", "wind"], **header})
+    classes = ["rain", "sea, waves", "dog", "wind"]
+    save_trained(model, path, {**described(path, classes, n_frames), **header})
     return model.eval()
 
 
@@ -59,7 +81,7 @@ def constant(path: Path, *probabilities: float, classes: list[str] | None = None
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.copy_(torch.tensor(probabilities).log())
-    save_trained(model, path, {"classes": classes, **header} if classes else header)
+    save_trained(model, path, {**described(path, classes, n_frames), **header})
     return path
 
 
@@ -81,7 +103,6 @@ def build_features(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """What `load_clips` returns, as an array: float16 (clips, n_frames, 128), memory-mapped, all of it checked."""
     clips, bad = data.load_clips(dataset, n_frames, torch.device("cpu"), cache_dir, skip_bad)
-    clips.check(torch.arange(len(clips.labels)))
     return clips.features.numpy(), bad
 
 
@@ -203,37 +224,40 @@ def split_of(dataset: str, tmp_path: Path, fold: int = 1, seed: int = 0) -> dict
     return {part: {row["path"] for row in rows if row["split"] == part} for part in {row["split"] for row in rows}}
 
 
-def predict(run: Path, *folds: str) -> list[dict]:
-    """predictions.csv of a run, for each fold the letters of its test clips: r, right, or w, wrong; its validation
-    clips are wrong. Returns the folds of result.json, with the number of clips that campaigns add."""
-    rows = []
-    for fold, letters in enumerate(folds, 1):
-        rows += [[fold, "val", "v.wav", "bell", "drum", 0.5]] * 2
-        rows += [[fold, "test", f"{i}.wav", "bell", "bell" if x == "r" else "drum", 0.5] for i, x in enumerate(letters)]
-    write_csv(run / "predictions.csv", "fold,part,path,label,prediction,probability", *rows)
-    return [{"fold": fold, "accuracy": 100 * letters.count("r") / len(letters), "validation_accuracy": 0.0, "epoch": 1,
-             "seconds": 1.0, "tested": len(letters)} for fold, letters in enumerate(folds, 1)]  # fmt: skip
-
-
 def make_run(run: Path, words: list[str], *folds: str, validation: float | None = 0.0) -> str:
-    """What train.py with these options leaves, but for its models, with made-up predictions. Returns the answer of a
-    worker, that all went well."""
+    """What train.py with these options leaves, with made-up answers: for each fold the letters of its test clips, r for
+    right or w for wrong. Its validation clips are wrong. Returns the answer of a worker, that all went well."""
     args, recipe = train.parse(words), data.DATASETS[words[words.index("--dataset") + 1]]
-    config, backbone = shape_and_hash(args.weights)
-    method = fitted(petl.find(args.method), config, args.lr, args.rr, prompts=args.prompts, kernel=args.kernel)
+    config, backbone = shape_and_hash(args.weights or recipe.weights)
+    method = fitted(petl.find(args.method), config, args, recipe.lr.get(args.method))
+    n_frames = data.frames_for(recipe, None, args.seconds)
+    rows = [["fold", "split", "label", "path"]]
+    for fold, letters in enumerate(folds, 1):
+        rows += [[fold, "train", "bell", "other.wav"], *[[fold, "val", "bell", "v.wav"]] * 2]
+        rows += [[fold, "test", "bell", f"{i}.wav"] for i in range(len(letters))]
     settings = Settings(
-        dataset=args.dataset, weights=args.weights, backbone=backbone, method=to_dict(method), pool=args.pool,
-        seed=args.seed[0], shots=args.shots, clips="made up", n_frames=data.frames_for(recipe, None, args.seconds),
+        dataset=args.dataset, weights=args.weights or recipe.weights, backbone=backbone, method=to_dict(method),
+        pool=args.pool, seed=args.seed[0], shots=args.shots, clips=hash_of(csv_of(rows)), n_frames=n_frames,
         epochs=args.epochs or recipe.epochs, batch_size=args.batch_size or recipe.batch_size, lr=method.lr,
-        mask=recipe.mask, dtype=args.dtype,
+        mask_frames=recipe.widest_mask(n_frames), dtype=args.dtype, best="balanced" if recipe.own else "accuracy",
     )  # fmt: skip
-    told = [{**fold, "validation_accuracy": validation} for fold in predict(run, *folds)]
-    result = {"accuracy": 0.0, "std": None, "folds": told, "seconds": 1.0, "parameters": dict(petl=1, head=1, total=9)}
-    write_json(run / "config.json", asdict(settings))
-    write_json(run / "result.json", result)
-    rows = [[fold, "test", "bell", f"{i}.wav"] for fold, letters in enumerate(folds, 1) for i in range(len(letters))]
-    rows += [[fold, part, "bell", "other.wav"] for fold, _ in enumerate(folds, 1) for part in ("train", "val")]
-    write_csv(run / "split.csv", "fold,split,label,path", *rows)
+    source = {"cache_dir": "cache", "data_dir": None, "group": None, "windows": None}
+    write_json(run / "config.json", {**asdict(settings), **source})
+    write_text(run / "split.csv", csv_of(rows))
+    for fold, letters in enumerate(folds, 1):
+        answers = [1, 1, *(int(letter == "w") for letter in letters)]
+        accuracy = 100 * letters.count("r") / len(letters)
+        history = [dict(zip(METRICS, (fold, 1, 4, 2.5, validation or "", "0.001", 9.0), strict=True))]
+        header = {
+            "settings": asdict(settings), "method": settings.method, "n_frames": n_frames, "n_classes": 2,
+            "pool": args.pool, "backbone": {"name": settings.weights, "sha256": backbone}, "classes": ["bell", "drum"],
+            "result": {"fold": fold, "accuracy": accuracy, "validation_accuracy": validation, "epoch": 1,
+                       "seconds": 1.0, "peak_memory_mb": None},
+            "record": {"history": history, "predictions": answers, "millionths": [500_000] * len(answers)},
+            "parameters": {"petl": 1, "head": 1, "total": 9}, "versions": {"torch": "2"},
+        }  # fmt: skip
+        write_tensors(run / f"fold{fold}.safetensors", {"head.bias": torch.zeros(2)}, header)
+    write_json(run / "result.json", {"for": "people"})
     return ""
 
 
@@ -241,27 +265,34 @@ def made_up_page(run: Path, classes: list[str], count: int, name: str = "{}.wav"
     """The page of a run that never was, with `count` clips, one of each class in turn. The first two of a class were
     taken for the next class. Clip i is a tone of 500 + 20 i Hz, and the 30th is that of clip 0 again."""
     rng, time = np.random.default_rng(0), np.arange(8000) / 16_000
-    rows = []
-    for i in range(count):
-        label, answer = classes[i % len(classes)], classes[(i + (i < 2 * len(classes))) % len(classes)]
-        rows.append({"fold": "1", "part": "test", "path": name.format(i), "label": label, "prediction": answer,
-                     "probability": f"{0.5 + i / count / 2:.6f}"})  # fmt: skip
+    labels = [i % len(classes) for i in range(count)]
+    answers = [(i + (i < 2 * len(classes))) % len(classes) for i in range(count)]
+    millionths = [round(1e6 * (0.5 + i / count / 2)) for i in range(count)]
+    split = [
+        {"fold": "1", "split": "test", "label": classes[label], "path": name.format(i)}
+        for i, label in enumerate(labels)
+    ]
+    values = [(1, 1, 4, 2.5, 50.0, "0.001", 9), (1, 2, 8, 1.5, 70.0, "0.0001", 9)]
+    history = [dict(zip(METRICS, row, strict=True)) for row in values]
+    accuracy = 100 * sum(map(int.__eq__, labels, answers)) / count
+    fold = {
+        "classes": classes, "parameters": {"petl": 12_345, "head": 67}, "versions": {"torch": "2"},
+        "result": {"fold": 1, "accuracy": accuracy, "seconds": 1.5, "peak_memory_mb": None},
+        "record": {"history": history, "predictions": answers, "millionths": millionths},
+    }  # fmt: skip
+    method = {"name": "lora", "parts": []}
+    config = {"method": method, "dataset": "made up", "seed": 0, "cache_dir": "/home/me", "shots": None}
+    made_up = Run(run, config, split, {1: fold})
     media = [
         {"picture": report.picture_of(torch.from_numpy(rng.random((48, 128)))),
          "sound": report.sound_of(0.5 * np.sin(2 * np.pi * (500 + 20 * i) * time))}
         for i in range(min(count, 30))
     ]  # fmt: skip
     cards = [
-        {**row, **media[i % 30], "told": {row["label"]: 0.4, row["prediction"]: 0.6}} for i, row in enumerate(rows)
+        {**row, **media[i % 30], "told": {row["label"]: 0.4, row["prediction"]: 0.6}}
+        for i, row in enumerate(made_up.tested())
     ]
-    write_csv(run / "metrics.csv", ",".join(METRICS), [1, 1, 4, 2.5, 50.0, 1e-3, 9], [1, 2, 8, 1.5, 70.0, 1e-4, 9])
-    counts = confusion(rows, classes)
-    accuracy = 100 * counts.trace() / count
-    result = {"accuracy": accuracy, "folds": [{"fold": 1, "accuracy": accuracy}], "scores": scores(counts, classes),
-              "parameters": {"petl": 12_345, "head": 67}, "seconds": 1.5, "versions": {"torch": "2"}}  # fmt: skip
-    method = {"name": "lora", "parts": []}
-    config = {"method": method, "dataset": "made up", "seed": 0, "cache_dir": "/home/me", "shots": None}
-    return report.page_of(run, config, result, rows, sorted(cards, key=report.interest))
+    return report.page_of(made_up, sorted(cards, key=report.interest))
 
 
 def campaign_words(sounds: Path, cache_dir: Path, out: Path, *words) -> list[str]:

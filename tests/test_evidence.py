@@ -7,9 +7,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from helpers import SMALL_AST, make_run, predict, table_of
+from helpers import SMALL_AST, make_run, table_of
+from safetensors.torch import load_file
 
 from sounds.paper import RECORDING
+from support.checkpoints import read_header, write_tensors
+from support.command import UserError
+from support.records import read_run
 from tools import campaign, cells, claims, evidence, experiments, tables
 from tools.cells import Cell
 
@@ -43,7 +47,7 @@ def test_holms_correction():
 
 
 def scores(*values: float, first=0) -> evidence.Scores:
-    return {("1", f"{i}.wav", f"{i}.wav", "a"): value for i, value in enumerate(values, first)}
+    return {(1, f"{i}.wav", f"{i}.wav", "a"): value for i, value in enumerate(values, first)}
 
 
 def test_a_sign_test_counts_clips():
@@ -122,7 +126,7 @@ def test_groups_are_of_one_recording(tmp_path):
     finish(tmp_path, "rw")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"group": r"^(\d)"}))
-    assert [recording for _, recording, _, _ in evidence.scores_in(tmp_path)] == ["0", "1"]
+    assert [recording for _, recording, _, _ in evidence.scores_of(read_run(tmp_path))] == ["0", "1"]
 
 
 def test_seeds_may_test_different_clips():
@@ -141,10 +145,11 @@ def finish(run, *folds: str) -> None:
 
 
 def test_only_the_folds_that_are_asked_for(tmp_path):
-    told = predict(tmp_path, "rw", "ww")
-    first = {("1", "0.wav", "0.wav", "bell"): 1, ("1", "1.wav", "1.wav", "bell"): 0}
-    assert evidence.scores_of(tmp_path, told[:1], "folder") == first
-    assert len(evidence.scores_of(tmp_path, told, "folder")) == 4
+    finish(tmp_path, "rw", "ww")
+    run = read_run(tmp_path)
+    first = {(1, "0.wav", "0.wav", "bell"): 1, (1, "1.wav", "1.wav", "bell"): 0}
+    assert evidence.scores_of(run, [1]) == first
+    assert len(evidence.scores_of(run)) == 4
 
 
 def compare(*runs) -> int:
@@ -184,23 +189,23 @@ def test_compare_all_seeds_of_two_methods(tmp_path, capsys):
 def test_runs_that_cannot_be_compared(tmp_path, capsys):
     for name in ("a", "b"):
         finish(tmp_path / name, "rrrw")
-    file, original = tmp_path / "b" / "predictions.csv", (tmp_path / "b" / "predictions.csv").read_text()
 
     def error() -> str:
         assert compare(tmp_path / "a", tmp_path / "b") == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    file.write_text(original.replace("3.wav", "9.wav"))
+    finish(tmp_path / "b", "rrw")
     assert "these runs tested different clips, or by different labels" in error()
-    file.write_text(original.replace("0.wav,bell,bell", "0.wav,drum,drum"))
-    assert "these runs tested different clips, or by different labels" in error()
-    file.write_text(original.replace("3.wav,bell,drum", "3.wav,bell,bell"))
-    assert "predictions.csv is not of fold 1 as result.json has it: make the run again" in error()
-    file.write_text(original.replace("label", "class"))
-    assert "predictions.csv is damaged: make the run again" in error()
-    file.unlink()
-    assert f"{tmp_path / 'b'} has no predictions.csv, it is of an earlier version: make the run again" in error()
+    finish(tmp_path / "b", "rrrw")
+    file = tmp_path / "b" / "fold1.safetensors"
+    header = read_header(file)
+    header["record"]["predictions"].append(0)
+    header["record"]["millionths"].append(0)
+    write_tensors(file, load_file(file), header)
+    assert f"{file} does not answer 6 clips: delete it" in error()
+    (tmp_path / "b" / "split.csv").write_text("fold,split,label,path\n")
+    assert "split.csv is not that of the run" in error()
     finish(tmp_path / "a", "r")
     finish(tmp_path / "b", "w")
     assert "test clips of 1 recording: nothing to compare" in error()
@@ -213,8 +218,13 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
 
 def result(cell: Cell, plan, *folds: str) -> dict:
     """What `result_of` gives for a cell with these predictions."""
+    make_run(plan.out / cell.name, campaign.options(cell, plan), *folds)
+    folds = [
+        {**header["result"], "tested": len(letters)}
+        for header, letters in zip(read_run(plan.out / cell.name).folds.values(), folds, strict=True)
+    ]
     return {
-        "folds": predict(plan.out / cell.name, *folds),
+        "folds": folds,
         "seconds": 9.0,
         "parameters": {"petl": 10, "head": 5, "total": 99},
     }
@@ -237,9 +247,9 @@ def test_marks_of_what_cannot_be_told_apart(tmp_path):
     assert told["adapter_ffn_seq_no_residual"] == (7.5, 0.25)
     assert told["adapter_ffn_par_before"] == (40, pytest.approx(4 / 2**16)) and told["pfeiffer_seq"] == (None, None)
 
-    (tmp_path / "demo" / "pfeiffer_seq" / "seed1" / "predictions.csv").unlink()
-    text, _ = tables.render("table7", done, plan)  # a run of an earlier version
-    assert "_82.50_ [82.50, 82.50] |" in text and "Columns without ~: 1. " in text and "has no predictions.csv" in text
+    (tmp_path / "demo" / "pfeiffer_seq" / "seed1" / "split.csv").unlink()
+    text, _ = tables.render("table7", done, plan)
+    assert "_82.50_ [82.50, 82.50] |" in text and "Columns without ~: 1. " in text and "there is no split.csv" in text
 
 
 def test_a_single_run_has_wilsons_interval(tmp_path):
@@ -344,8 +354,13 @@ def test_the_command_claims(here, monkeypatch, capsys):
         ("pfeiffer_seq", "adapter_ffn_seq_no_residual", "90.0"),
         ("adapter_ffn_par_before", "adapter_ffn_par_residual", "-100.0"),
     ]
-    next(here.out.rglob("pfeiffer_seq/seed0/predictions.csv")).unlink()
-    assert here("claims") == 0 and len(here.started) == 4
+    with monkeypatch.context() as patch:
+
+        def unreadable(run):
+            raise UserError(f"{run} is damaged")
+
+        patch.setattr(evidence, "read_run", unreadable)
+        assert here("claims") == 0 and len(here.started) == 4
     assert table_of(here.out, "claims")["Sequential adapters need a residual path"]["holds"] == "missing"
     assert "- Missing: " in capsys.readouterr().out
     assert here("claims", "--methods", "adapter_ffn_par_before,adapter_ffn_par_residual", out="other") == 0

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import build_features, made_up_page, make_folder, predict, train_on
+from helpers import build_features, made_up_page, make_folder, train_on
 from PIL import Image
 
 from data import load_dataset
 from load_weights import load_trained
 from sounds.audio import read_audio
+from support.records import read_run
 from tools import report
 from tools.figures import clips_of_run
 
@@ -103,10 +104,10 @@ def test_what_stands_on_the_page(run, capsys):
 
 def test_each_clip_is_that_clip(run, tmp_path):
     """Its sound, its picture, what was answered and how surely: by the model itself."""
-    rows = report.tested(run, [{"fold": 1, "accuracy": json.loads((run / "result.json").read_text())["accuracy"]}])
-    cards = report.cards_of(run, rows, 100, None, None, None, torch.device("cpu"))
-    assert {card["path"] for card in cards} == {row["path"] for row in rows} and len(cards) == 18
-    _, dataset, _, _ = clips_of_run(run, None, None)
+    cards = report.cards_of(read_run(run), 100, None, None, None, torch.device("cpu"))
+    paths = {row["path"] for row in read_run(run).tested()}
+    assert {card["path"] for card in cards} == paths and len(cards) == 18
+    dataset, _, _ = clips_of_run(read_run(run), None, None)
     model = load_trained(run / "fold1.safetensors")
     features, _ = build_features(dataset, model.config.n_frames, tmp_path)
     pictures = [data_of(card["picture"]) for card in cards]
@@ -130,8 +131,8 @@ def test_each_fold_speaks_for_its_clips(train_main, tmp_path, capsys):
     assert train_main("--method", "full_ft", "--folds", "1,3", "--lr", 1e-3) == 0
     run = tmp_path / "runs" / "esc10" / "full_ft" / "seed0"
     folds = json.loads((run / "result.json").read_text())["folds"]
-    cards = report.cards_of(run, report.tested(run, folds), 100, None, None, None, torch.device("cpu"))
-    assert sorted(card["fold"] for card in cards) == ["1"] * 10 + ["3"] * 10
+    cards = report.cards_of(read_run(run), 100, None, None, None, torch.device("cpu"))
+    assert sorted(card["fold"] for card in cards) == [1] * 10 + [3] * 10
     for card in cards:
         assert card["path"].startswith(f"audio/{card['fold']}-")
         assert card["told"][card["prediction"]] == pytest.approx(float(card["probability"]), abs=1e-5)
@@ -169,12 +170,11 @@ def test_which_clips_are_shown(run, monkeypatch):
             row("e", "y", "y", 0.7), row("f", "y", "y", 0.55), row("g", "x", "z", 0.7)]  # fmt: skip
     assert [one["path"] for one in report.evenly(rows)] == list("dfgebca")
     assert [one["path"] for one in sorted(rows, key=report.interest)] == list("dgcfbea")
-    rows = report.tested(run, [{"fold": 1, "accuracy": json.loads((run / "result.json").read_text())["accuracy"]}])
-    few = report.cards_of(run, rows, 6, None, None, None, torch.device("cpu"))
+    few = report.cards_of(read_run(run), 6, None, None, None, torch.device("cpu"))
     assert sorted(card["label"] for card in few) == ["bell", "bell", "drum", "drum", "flute", "flute"]
     size = max(len(card["picture"]) + len(card["sound"]) for card in few) + 1000  # and its text
     monkeypatch.setattr(report, "BUDGET", 3 * size)  # no more than mail takes
-    assert 3 <= len(report.cards_of(run, rows, 6, None, None, None, torch.device("cpu"))) < 6
+    assert 3 <= len(report.cards_of(read_run(run), 6, None, None, None, torch.device("cpu"))) < 6
 
 
 def test_names_are_text(tmp_path):
@@ -217,8 +217,8 @@ def test_learning_curves():
 
 
 def test_shades_of_the_matrix():
-    rows = [row("", "x", "x", 1)] * 7 + [row("", "x", "y", 1)] + [row("", "y", "x", 1)] * 2
-    assert report.matrix_of(rows, ["x", "y", "z"]) == [
+    counts = np.array([[7, 1, 0], [2, 0, 0], [0, 0, 0]])
+    assert report.matrix_of(counts, ["x", "y", "z"]) == [
         ("x", [("x", 7, 7), ("y", 1, 1), ("z", 0, 0)]),
         ("y", [("x", 2, 8), ("y", 0, 0), ("z", 0, 0)]),
         ("z", [("x", 0, 0), ("y", 0, 0), ("z", 0, 0)]),
@@ -289,7 +289,3 @@ def test_wrong_use(run, tmp_path, monkeypatch, capsys):
             patch.setitem(sys.modules, module, None)
             name = module.partition(".")[0]
             assert error(run) == f"error: {what} {name}: pip install -r requirements-figures.txt\n"
-    before = tmp_path / "before"  # a run that has predictions, but no scores
-    predict(before, "rrw")
-    monkeypatch.setattr(report, "read_run", lambda run: ({}, {"folds": predict(before, "rrw"), "scores": None}, []))
-    assert "is of an earlier version, without scores: make the run again" in error(before)

@@ -107,22 +107,26 @@ def test_a_run_says_what_accuracy_hides(tmp_path, capsys):
     assert (config["best"], config["balance"]) == ("balanced", False)
 
 
-def test_what_the_summary_names():
+def test_what_the_summary_names(monkeypatch):
     rows = rows_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 0, 1, 0])
     rows = [{**row, "path": f"{i}.wav", "probability": f"0.{9 - i}"} for i, row in enumerate(rows)]
     counts = confusion(rows, CLASSES[:3])
-    said = console.describe_scores(rows, scores(counts, CLASSES[:3]))
+    said = "\n".join(console.describe_scores(rows, scores(counts, CLASSES[:3])))
     assert "never answered  'c': 1 of 3 classes" in said
     assert "most confused   2 of 3 clips of 'a' were taken for 'b'" in said
     assert "50.00 % for always answering 'a'" in said and "balanced accuracy 27.78 %" in said
     classes = scores(counts, CLASSES[:3])["classes"]
-    assert console.describe_classes(rows, classes).startswith("  class  clips  precision")
-    said = console.describe_classes(rows, classes, rows=2).splitlines()
-    assert [line.split()[0] for line in said[1:3]] == ["c", "a"] and "2 of 3 classes with the lowest F1" in said[0]
-    assert said[5:] == [
-        "   80.00%  1.wav: 'b', but it is 'a'", "   70.00%  2.wav: 'b', but it is 'a'",
-        "   60.00%  3.wav: 'a', but it is 'b'", "   40.00%  5.wav: 'a', but it is 'c'",
-    ]  # fmt: skip
+    assert console.describe_classes(classes)[0].startswith("  class  clips  precision")
+    monkeypatch.setattr(console, "ROWS", 2)
+    said = console.describe_classes(classes)
+    assert [line.split()[0] for line in said[1:]] == ["c", "a"]
+    assert "2 of 3 classes with the lowest F1" in said[0]
+    assert console.describe_mistakes(rows)[1:] == [
+        "   80.00%  1.wav: 'b', but it is 'a'",
+        "   70.00%  2.wav: 'b', but it is 'a'",
+        "   60.00%  3.wav: 'a', but it is 'b'",
+        "   40.00%  5.wav: 'a', but it is 'c'",
+    ]
 
 
 @pytest.mark.parametrize(

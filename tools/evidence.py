@@ -11,7 +11,6 @@ Holm's correction for all the comparisons beside it, is below 5 %. Clips of one 
 far as their names or --group say which these are.
 """
 
-import csv
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 from sounds.paper import RECORDING
 from support.command import Parser, UserError, needed
 from support.processes import say
-from tools.campaign import read_run
+from support.records import Run, read_run
 from tools.cells import Cell, Plan
 
 LEVEL = 0.95
@@ -32,7 +31,7 @@ YES, NO, UNTOLD = "yes", "no", "cannot be told"
 PIECE = re.compile(r"#[\d.]+-[\d.]*$")  # behind the path of a recording: sounds.clip.fragment
 
 # Of a run: {(fold, recording, path and label of a test clip): 1 if it was told, 0 if not}; or differences of these.
-Scores = dict[tuple[str, str, str, str], int]
+Scores = dict[tuple[int, str, str, str], int]
 
 
 def stats():
@@ -138,35 +137,17 @@ def bootstrap(table: np.ndarray, tested: np.ndarray) -> tuple[float, float, floa
 # --------------------------------------------------------------------------------------------------- what runs leave
 
 
-def tested(run: Path, folds: Iterable[dict]) -> list[dict[str, str]]:
-    """The rows of predictions.csv that test in these folds of result.json. UserError if the run has not left them."""
-    again = "make the run again: delete its folder, or give another --out"
-    accuracies = {str(fold["fold"]): fold["accuracy"] for fold in folds}
-    try:
-        with open(run / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["part"] == "test" and row["fold"] in accuracies]
-        answers = [(row["fold"], row["label"] == row["prediction"]) for row in rows]
-    except FileNotFoundError:
-        raise UserError(f"{run} has no predictions.csv, it is of an earlier version: {again}") from None
-    except (KeyError, csv.Error):
-        raise UserError(f"{run / 'predictions.csv'} is damaged: {again}") from None
-    for fold, accuracy in accuracies.items():
-        right = [right for its_fold, right in answers if its_fold == fold]
-        if not right or abs(100 * np.mean(right) - accuracy) > 0.01:
-            raise UserError(f"{run / 'predictions.csv'} is not of fold {fold} as result.json has it: {again}")
-    return rows
-
-
-def scores_of(run: Path, folds: Iterable[dict], dataset: str, group: str | None = None) -> Scores:
-    """What the run made of the test clips of these folds, as `tested` has them. group: the --group of its dataset."""
-    return {(row["fold"], recording_of(row["path"], group or RECORDING.get(dataset)), row["path"], row["label"]):
-            int(row["label"] == row["prediction"]) for row in tested(run, folds)}  # fmt: skip
-
-
-def scores_in(run: Path) -> Scores:
-    """Those of all folds of a finished run."""
-    config, result, _ = read_run(run)
-    return scores_of(run, result["folds"], config["dataset"], config.get("group"))
+def scores_of(run: Run, folds: Iterable[int] | None = None) -> Scores:
+    """What the run made of the test clips of these folds, or of all."""
+    dataset = run.config["dataset"]
+    pattern = run.config["group"] or RECORDING.get(dataset)
+    scores = {}
+    for row in run.tested():
+        if folds is None or row["fold"] in folds:
+            recording = recording_of(row["path"], pattern)
+            is_right = int(row["label"] == row["prediction"])
+            scores[row["fold"], recording, row["path"], row["label"]] = is_right
+    return scores
 
 
 def recording_of(path: str, pattern: str | None) -> str:
@@ -188,7 +169,8 @@ def reader(done: dict[Cell, dict], plan: Plan) -> Callable[[list[list[list[Cell]
 
     @cache
     def scores(cell: Cell) -> Scores:
-        return scores_of(plan.out / cell.name, done[cell]["folds"], cell.dataset)
+        folds = [fold["fold"] for fold in done[cell]["folds"]]
+        return scores_of(read_run(plan.out / cell.name), folds)
 
     def compared(seeds: list[list[list[Cell]]]) -> Difference | None:
         whole = [sides for sides in seeds if all(cell in done for side in sides for cell in side)]
@@ -223,7 +205,8 @@ def beside_best(
 
 def runs_in(folder: Path) -> dict[str, Path]:
     """All runs of a method by the names of their seeds, or the one run that the folder is."""
-    return {run.parent.name: run.parent for run in sorted(folder.glob("seed*/result.json"))} or {folder.name: folder}
+    runs = {file.parent for file in folder.glob("seed*/fold*.safetensors")}
+    return {run.name: run for run in sorted(runs)} or {folder.name: folder}
 
 
 def compare(argv: list[str]) -> None:
@@ -237,7 +220,9 @@ def compare(argv: list[str]) -> None:
     folders = parser.parse_args(argv).runs
     if len(folders) < 2:
         raise UserError("compare needs two runs, or more")
-    first, *others = [{seed: scores_in(run) for seed, run in runs_in(folder).items()} for folder in folders]
+    first, *others = [
+        {seed: scores_of(read_run(run)) for seed, run in runs_in(folder).items()} for folder in folders
+    ]
     found = []
     for folder, other in zip(folders[1:], others, strict=True):
         seeds = [(first[seed], other[seed]) for seed in first if seed in other]

@@ -12,15 +12,13 @@ import torch
 
 from data import FPS, Clips, Dataset, load_clips, load_dataset
 from load_weights import load_trained
-from support.checkpoints import read_header
-from support.command import Parser, UserError, choose_device, choose_dtype, first_of, needed
+from support.command import Parser, UserError, choose_dtype, first_of, needed
 from support.files import whole_file
 from support.progress import Bar
-from support.records import read_metrics
-from support.scores import confusion, mistakes
+from support.records import Run, read_run
+from support.scores import mistakes
 from support.speed import autocast
 from tools.answers import printable
-from tools.campaign import read_run
 from tools.evidence import interval
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -139,7 +137,7 @@ def draw_mistakes(rows: list[dict], clips: Clips, title: str, path: Path) -> Non
         picture = clips.features[row["clip"]].T.numpy()  # (n_mels, n_frames)
         axis.imshow(picture, aspect="auto", origin="lower", cmap="magma", extent=(0, picture.shape[1] / FPS, 0, 128))
         clip, answer, label = (plain(row[key]) for key in ("path", "prediction", "label"))
-        axis.set_title(f"{clip}: {answer} ({row['probability']:.1%}), but it is {label}")
+        axis.set_title(f"{clip}: {answer} ({float(row['probability']):.1%}), but it is {label}")
         axis.set(ylabel="Mel filter")
     axes[-1, 0].set(xlabel="seconds")
     figure.suptitle(f"the most confident mistakes of {title}")
@@ -171,30 +169,37 @@ def draw_history(rows: list[dict], title: str, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- finished runs
 
 
-def clips_of_run(run: Path, data_dir: Path | None, cache_dir: Path | None) -> tuple[dict, Dataset, Clips, dict]:
-    """The settings of a run, its dataset, clips with their features, and the indices of the test clips of each fold.
+def clips_of_run(
+    run: Run, data_dir: Path | None, cache_dir: Path | None
+) -> tuple[Dataset, Clips, dict[int, list[int]]]:
+    """The dataset of a run, clips with their features, and the test clips of each fold as indices.
 
-    Raises UserError if the run is not finished, if the clips that it tested are not found, or for other classes.
+    Raises UserError if the clips that it tested are not found, or for other classes.
     """
-    config, result, rows = read_run(run)
+    config = run.config
     cache_dir = cache_dir or Path(config["cache_dir"])
     data_dir = data_dir or (config["data_dir"] and Path(config["data_dir"]))
-    dataset = load_dataset(config["dataset"], data_dir, cache_dir, config["group"], config["windows"])
+    source = config["group"], config["windows"]
+    dataset = load_dataset(config["dataset"], data_dir, cache_dir, *source)
     index = {name: i for i, name in enumerate(dataset.names)}
-    rows = [(int(row["fold"]), row["path"]) for row in rows if row["split"] == "test"]
-    tests = {fold["fold"]: [path for k, path in rows if k == fold["fold"]] for fold in result["folds"]}
-    missing = [name for clips in tests.values() for name in clips if name not in index]
+    tested = run.clips("test")
+    missing = [row["path"] for row in tested if row["path"] not in index]
+    mend = "give the sounds it was trained on as --data-dir"
     if missing:
-        raise UserError(f"{run}: {len(missing)} of its test clips ({missing[0]}, ...) are not in {dataset.root}: give "
-                        "the sounds it was trained on as --data-dir")  # fmt: skip
+        clips = f"{len(missing)} of its test clips ({missing[0]}, ...)"
+        raise UserError(f"{run.folder}: {clips} are not in {dataset.root}: {mend}")
     # The models answer with the number of a class, which one more class before it changes.
-    trained = read_header(run / f"fold{result['folds'][0]['fold']}.safetensors", "classes")["classes"]
-    if trained != dataset.classes:
-        other = first_of(sorted({*trained} ^ {*dataset.classes}))
-        raise UserError(f"{run} has other classes than {dataset.root} has now ({other}): give the sounds it was "
-                        "trained on as --data-dir")  # fmt: skip
-    clips, _ = load_clips(dataset, config["n_frames"], torch.device("cpu"), cache_dir, skip_bad=True)
-    return config, dataset, clips, {k: [index[name] for name in names] for k, names in tests.items()}
+    if run.classes != dataset.classes:
+        other = first_of(sorted({*run.classes} ^ {*dataset.classes}))
+        raise UserError(
+            f"{run.folder} has other classes than {dataset.root} has now ({other}): {mend}"
+        )
+    cpu = torch.device("cpu")
+    clips, _ = load_clips(dataset, config["n_frames"], cpu, cache_dir, skip_bad=True)
+    tests = {fold: [] for fold in run.folds}
+    for row in tested:
+        tests[int(row["fold"])].append(index[row["path"]])
+    return dataset, clips, tests
 
 
 @torch.inference_mode()
@@ -216,19 +221,22 @@ def draw_tokens(
     [CLS] as in the paper, and the mean of all tokens, which the head reads.
     """
     panels = {}
-    _, dataset, clips, tests = clips_of_run(next(iter(runs.values())), data_dir, cache_dir)
+    first = read_run(next(iter(runs.values())))
+    dataset, clips, tests = clips_of_run(first, data_dir, cache_dir)
     fold, test = next(iter(tests.items()))
     classes = sorted({dataset.labels[i] for i in test})[:10]  # as many as in the paper
-    shown = [i for k in classes for i in [i for i in test if dataset.labels[i] == k][:50]]
-    for title, run in runs.items():
-        model = load_trained(run / f"fold{fold}.safetensors").to(device)
+    chosen = []
+    for k in classes:
+        chosen += [i for i in test if dataset.labels[i] == k][:50]
+    for title, folder in runs.items():
+        model = load_trained(folder / f"fold{fold}.safetensors").to(device)
 
         def both(x, model=model):
             tokens = model.features(x)
             return torch.stack([tokens[:, 0], tokens.mean(1)], dim=1)  # (batch, 2, dim)
 
-        panels[title] = batched(both, clips, shown, device).numpy()
-    labels = [dataset.labels[i] for i in shown]
+        panels[title] = batched(both, clips, chosen, device).numpy()
+    labels = [dataset.labels[i] for i in chosen]
     draw_tsne(panels, labels, dataset.classes, ["[CLS] token", "mean of all tokens"], path)
 
 
@@ -241,29 +249,22 @@ def plot(argv: list[str]) -> None:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
     add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
-    add("--weights", help="where its backbone is now, if not where the run says")
     add("--cache-dir", type=Path, help="for downloads and features; default: that of the run")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     pyplot()  # missing? now, not after the work
-    device = choose_device(args.device)
-    config, dataset, clips, tests = clips_of_run(args.run, args.data_dir, args.cache_dir)
-    rows, accuracies, names = [], [], dataset.names
-    for fold, test in tests.items():
-        model = load_trained(args.run / f"fold{fold}.safetensors", args.weights).to(device)
-        best = batched(model, clips, test, device).softmax(1).max(1)
-        labels = torch.tensor([dataset.labels[i] for i in test])
-        accuracies.append(100 * (best.indices == labels).double().mean().item())
-        rows += [
-            {"clip": i, "path": names[i], "label": dataset.classes[dataset.labels[i]],
-             "prediction": dataset.classes[number], "probability": probability}
-            for i, number, probability in zip(test, best.indices.tolist(), best.values.tolist(), strict=True)
-        ]  # fmt: skip
-    counts = confusion(rows, dataset.classes)  # of all folds
+    run = read_run(args.run)
+    rows = run.tested()
+    accuracies = [fold["accuracy"] for fold in run.result()["folds"]]
+    config = run.config
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
     low, high = interval(accuracies, len(rows))
     score = f"{np.mean(accuracies):.2f} % [{low:.2f}, {high:.2f}] of {len(rows):,} test clips"
-    draw_confusion(counts, dataset.classes, f"{title}: {score}", args.run / "confusion")
-    draw_history(read_metrics(args.run), title, args.run / "curves")
-    if wrong := mistakes(rows):
+    wrong = mistakes(rows)
+    if wrong:  # the clips are needed for these alone
+        dataset, clips, _ = clips_of_run(run, args.data_dir, args.cache_dir)
+        index = {name: i for i, name in enumerate(dataset.names)}
+        wrong = [{**row, "clip": index[row["path"]]} for row in wrong]
+    draw_confusion(run.confusion(), run.classes, f"{title}: {score}", args.run / "confusion")
+    draw_history(run.history(), title, args.run / "curves")
+    if wrong:
         draw_mistakes(wrong, clips, title, args.run / "mistakes")

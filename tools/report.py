@@ -24,10 +24,8 @@ from sounds.clip import WHOLE
 from support.command import Parser, UserError, choose_device, exit_code, first_of, needed, positive, warn
 from support.files import to_bytes, write_text
 from support.progress import Bar
-from support.records import read_metrics
-from support.scores import confusion
-from tools.campaign import read_run
-from tools.evidence import interval, stats, tested
+from support.records import Run, read_run
+from tools.evidence import interval, stats
 from tools.figures import batched, clips_of_run
 
 HERE = Path(__file__).parent
@@ -96,14 +94,23 @@ def sound_of(wave: np.ndarray) -> str:
 
 
 def cards_of(
-    run: Path, rows: list[dict], count: int, data_dir: Path | None, cache_dir: Path | None, weights: str | None, device
+    run: Run,
+    count: int,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    weights: str | None,
+    device: torch.device,
 ) -> list[dict]:
-    """Up to `count` of the rows, as many as BUDGET allows, in the order of `interest`; each with its picture, its sound
-    and what its fold's model thinks of it."""
-    config, dataset, clips, tests = clips_of_run(run, data_dir, cache_dir)
+    """Up to `count` of the test clips, as many as BUDGET allows, in the order of `interest`.
+
+    Each has its picture, its sound, and the probabilities that the model of its fold gives it.
+    """
+    dataset, clips, _ = clips_of_run(run, data_dir, cache_dir)
     number = {name: i for i, name in enumerate(dataset.names)}
-    heard, room, cards = (config["n_frames"] * HOP + WINDOW) / RATE, BUDGET, []
-    for row in Bar(evenly(rows)[:count], "clips of the report"):
+    heard = (run.config["n_frames"] * HOP + WINDOW) / RATE
+    room = BUDGET
+    cards = []
+    for row in Bar(evenly(run.tested())[:count], "clips of the report"):
         i = number[row["path"]]
         start, end = dataset.spans.get(i, WHOLE)
         try:
@@ -116,24 +123,34 @@ def cards_of(
         if room < 0:
             break
         cards.append(card)
-    for fold in tests:
-        if mine := [card for card in cards if card["fold"] == str(fold)]:
-            model = load_trained(run / f"fold{fold}.safetensors", weights).to(device)
-            probabilities = batched(model, clips, [card["clip"] for card in mine], device).softmax(1)
-            for card, row in zip(mine, probabilities.tolist(), strict=True):
-                card["told"] = dict(zip(dataset.classes, row, strict=True))
-    off = [card["path"] for card in cards if abs(card["told"][card["prediction"]] - float(card["probability"])) > 0.05]
-    if off:  # half precision is less off than this
-        warn(f"{len(off)} of {len(cards)} clips ({first_of(off)}) are not what {run} has tested: did they change?")
+    off = []
+    for fold in run.folds:
+        mine = [card for card in cards if card["fold"] == fold]
+        if not mine:
+            continue
+        model = load_trained(run.file(fold), weights).to(device)
+        logits = batched(model, clips, [card["clip"] for card in mine], device)
+        for card, row in zip(mine, logits.softmax(1).tolist(), strict=True):
+            card["told"] = dict(zip(dataset.classes, row, strict=True))
+            difference = card["told"][card["prediction"]] - float(card["probability"])
+            if abs(difference) > 0.05:  # half precision is less off than this
+                off.append(card["path"])
+    if off:
+        warn(
+            f"{len(off)} of {len(cards)} clips ({first_of(off)}) are not what {run.folder} has "
+            "tested: did they change?"
+        )
     return sorted(cards, key=interest)
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def matrix_of(rows: list[dict], classes: list[str]) -> list[tuple[str, list[tuple[str, int, int]]]]:
-    """The confusion matrix: for each true class its cells, an answer, how many clips got it, and the cell's shade."""
-    counts = confusion(rows, classes)
+def matrix_of(counts: np.ndarray, classes: list[str]) -> list[tuple[str, list[tuple]]]:
+    """The confusion matrix `counts`, (classes, classes), as a list of cells for each true class.
+
+    A cell is an answer, how many clips got it, and the cell's shade.
+    """
     shades = np.ceil(SHADES * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
     return [(name, list(zip(classes, counts[k].tolist(), shades[k].tolist(), strict=True)))
             for k, name in enumerate(classes)]  # fmt: skip
@@ -180,8 +197,10 @@ def charts_of(metrics: list[dict]) -> list[dict]:
     return charts
 
 
-def page_of(run: Path, config: dict, result: dict, rows: list[dict], cards: list[dict]) -> str:
+def page_of(run: Run, cards: list[dict]) -> str:
     """The whole page, as text."""
+    result = run.result()
+    tested = len(run.tested())
     jinja2, _, _ = libraries()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -189,14 +208,27 @@ def page_of(run: Path, config: dict, result: dict, rows: list[dict], cards: list
     )  # fmt: skip
     inlined = {kind: (HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")}
     hashes = {kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for kind, text in inlined.items()}
-    low, high = interval([fold["accuracy"] for fold in result["folds"]], len(rows))
-    matrix = matrix_of(rows, list(result["scores"]["classes"]))
+    low, high = interval([fold["accuracy"] for fold in result["folds"]], tested)
+    matrix = matrix_of(run.confusion(), run.classes)
     text = environment.get_template("report.html").render(
-        run=shlex.quote(str(run)), fold=result["folds"][0]["fold"], low=low, high=high, width=CHART[0], height=CHART[1],
-        settings=settings_of(config, result), config=config, result=result, scores=result["scores"], tested=len(rows),
-        cards=cards, matrix=matrix, mistakes=mistakes_of(matrix) if len(matrix) > WIDEST else [],
-        charts=charts_of(read_metrics(run)), inlined=inlined, hashes=hashes,
-    )  # fmt: skip
+        run=shlex.quote(str(run.folder)),
+        fold=result["folds"][0]["fold"],
+        low=low,
+        high=high,
+        width=CHART[0],
+        height=CHART[1],
+        settings=settings_of(run.config, result),
+        config=run.config,
+        result=result,
+        scores=result["scores"],
+        tested=tested,
+        cards=cards,
+        matrix=matrix,
+        mistakes=mistakes_of(matrix) if len(matrix) > WIDEST else [],
+        charts=charts_of(run.history()),
+        inlined=inlined,
+        hashes=hashes,
+    )
     return to_bytes(text).decode("utf-8", "replace")  # names of files need not be UTF-8
 
 
@@ -219,14 +251,13 @@ def write_report(argv: list[str] | None) -> None:
     device, out = choose_device(args.device), args.out or args.run / "report.html"
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the name of a file")
-    config, result, _ = read_run(args.run)
-    rows = tested(args.run, result["folds"])
-    if result["scores"] is None:
-        raise UserError(f"{args.run} is of an earlier version, without scores: make the run again in another --out")
-    cards = cards_of(args.run, rows, args.clips, args.data_dir, args.cache_dir, args.weights, device)
-    page = page_of(args.run, config, result, rows, cards)
+    run = read_run(args.run)
+    cards = cards_of(run, args.clips, args.data_dir, args.cache_dir, args.weights, device)
+    page = page_of(run, cards)
     write_text(out, page)
-    print(f"{out}: {len(cards)} of {len(rows):,} test clips, {len(page) / 1e6:.1f} MB; open it in a browser")
+    size = f"{len(page) / 1e6:.1f} MB"
+    tested = f"{len(cards)} of {len(run.tested()):,} test clips"
+    print(f"{out}: {tested}, {size}; open it in a browser")
 
 
 def main(argv: list[str] | None = None) -> int:
