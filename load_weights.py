@@ -11,7 +11,7 @@ header and its tensors hold nothing unusual.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -368,6 +368,9 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
                 "which no row of METHODS has"
             )
         names = {field.name for field in fields(kind)}
+        needed = {field.name for field in fields(kind) if field.default is MISSING}
+        if missing := needed - part.keys():
+            raise UserError(f"{origin}: the part {part['part']!r} has no {min(missing)}")
         parts.append(kind(**{name: value for name, value in part.items() if name in names}))
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
     return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)

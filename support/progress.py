@@ -28,7 +28,12 @@ class Bar(tqdm):
         super().__init__(iterable, desc, unit=unit, disable=not is_first(), **options)
 
     def display(self, msg=None, pos=None):
+        """Called by tqdm when it is time, but also around any other output."""
         if self.is_terminal:
             return super().display(msg, pos)
-        if msg is None:  # else the bar would be erased
+        if msg is None and self._time() - self.last_print_t >= EVERY:
             print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock=False):
+        if self.is_terminal:
+            super().clear(nolock)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from helpers import SMALL_AST, make_folder, make_run, table_of
@@ -11,7 +12,6 @@ from helpers import SMALL_AST, make_folder, make_run, table_of
 import petl
 import train
 from support.command import UserError
-from support.records import Progress
 from tools import campaign, cells, experiments, tables, tune
 from tools.cells import Cell
 
@@ -199,7 +199,7 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
 def test_a_rate_that_diverges_and_a_run_that_fails(here, made_up, monkeypatch, capsys):
     """The first is a finding, null in the file; the second leaves the search open, and the table unmade."""
     with pytest.raises(UserError) as error:
-        Progress(1).trained([1.0, math.nan], [0.1, 0.1], 8)
+        train.check_losses([1.0, math.nan], SimpleNamespace(lr=0.1), "fold 1, epoch 1")
     train_cell, broken = campaign.train_cell, {0.1: str(error.value), 0.003: "a bug"}
 
     def train_some(folder, words):
