@@ -236,5 +236,7 @@ def no_whole_file(path: Path, reason: str) -> UserError:
     Only a file that train.py wrote may be deleted. Another file may be a sound.
     """
     ours = re.fullmatch(r"fold[0-9]+\.safetensors", path.name)
-    mend = "delete it and train it again" if ours else "give a run of train.py or a foldK.safetensors"
+    mend = (
+        "delete it and train it again" if ours else "give a run of train.py or a foldK.safetensors"
+    )
     return UserError(f"{path} is no whole file of trained parts ({reason}): {mend}")

@@ -17,7 +17,7 @@ from support.scores import mistakes
 
 ROWS = 10  # of the table of classes
 
-# ----------------------------------------------------------------------------------- before and during
+# -------------------------------------------------------------------------------- before and during
 
 
 def describe(settings, device: torch.device) -> str:
@@ -69,7 +69,7 @@ def forecast(seconds: float, folds: int, settings, device: torch.device) -> list
     return lines
 
 
-# --------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 def describe_fold(result: dict, by: str) -> str:
@@ -127,9 +127,7 @@ def describe_scores(tested: list[dict], scores: dict) -> list[str]:
     answered = {row["prediction"] for row in tested}
     never = [repr(name) for name in clips if clips[name] and name not in answered]
     if never:
-        lines.append(
-            f"  never answered  {first_of(never)}: {len(never)} of {len(clips)} classes"
-        )
+        lines.append(f"  never answered  {first_of(never)}: {len(never)} of {len(clips)} classes")
     pairs = Counter((row["label"], row["prediction"]) for row in tested)
     wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
     for (label, answer), count in wrong.most_common(1):

@@ -1,4 +1,4 @@
-"""How far long work is: a bar in a terminal, and elsewhere, as in the log of a job, a line a minute."""
+"""How far long work is: a bar in a terminal; elsewhere, as in a job's log, a line a minute."""
 
 import sys
 

@@ -20,7 +20,7 @@ from support.progress import Bar
 
 @contextmanager
 def protected(args, batch_size: int):
-    """Processes of torchrun joined, and one line instead of a traceback for what a user can mend."""
+    """Join the processes of torchrun. What a user can mend becomes one line, no traceback."""
     tried = args.micro_batch or args.batch_size or batch_size
     with (
         command.explained(args.device, tried, args.out, args.cache_dir),

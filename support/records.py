@@ -80,7 +80,9 @@ def start_run(folder: Path, settings, table: str, names: list[str], bad: dict, o
         for fold, file in fold_files(folder).items():
             read_fold(file, fold, plain(settings))
         if is_first():
-            for file in fold_files(folder).values():  # a kill may have left the state of such a fold
+            for file in fold_files(
+                folder
+            ).values():  # a kill may have left the state of such a fold
                 file.with_suffix(".resume.pt").unlink(missing_ok=True)
             write_text(folder / "config.json", json_of(config))
             write_text(folder / "split.csv", table)
@@ -146,15 +148,20 @@ def read_folds(folder: Path) -> dict[int, dict]:
     return {fold: read_fold(file, fold, settings) for fold, file in files.items()}
 
 
+def check_run(file: Path, fold: int, settings: dict, wanted_fold: int, wanted: dict) -> None:
+    """UserError if a file, of this fold and these settings, is not of the wanted ones."""
+    what = difference(settings, wanted)
+    if fold != wanted_fold:
+        what = f"fold {fold}"
+    if what:
+        raise UserError(f"{file} is of a run with {what}: delete it, or give another --out")
+
+
 def read_fold(file: Path, fold: int, settings: dict) -> dict:
     """The header of a fold file. UserError if it is damaged, or of another fold or settings."""
     needed = ("settings", "result", "record", "classes", "parameters", "versions")
     header = read_header(file, *needed)
-    what = difference(header["settings"], settings)
-    if header["result"]["fold"] != fold:
-        what = f"fold {header['result']['fold']}"
-    if what:
-        raise UserError(f"{file} is of a run with {what}: delete it, or give another --out")
+    check_run(file, header["result"]["fold"], header["settings"], fold, settings)
     return header
 
 
@@ -206,19 +213,14 @@ def read_progress(file: Path, fold: int, settings, resume: bool) -> tuple[Progre
     if not resume:
         say(f"fold {fold}: was interrupted and starts over; --resume would go on where it was")
         return Progress(fold), None
-    again = "delete it, and the fold starts over"
     try:
         state = unpickled(file)
-        digest = state.pop("digest")
+        is_whole = state.pop("digest") == sha256_of(state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # or it is no table
-        raise UserError(f"{file} is damaged: {again}") from None
-    if digest != sha256_of(state):
-        raise UserError(f"{file} is damaged: {again}")
-    what = difference(state["settings"], plain(settings))
-    if state["fold"] != fold:
-        what = f"fold {state['fold']}"
-    if what:
-        raise UserError(f"{file} is of a run with {what}: {again}")
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{file} is damaged: delete it, and the fold starts over")
+    check_run(file, state["fold"], state["settings"], fold, plain(settings))
     say(f"fold {fold}: going on after epoch {state['epoch']}")
     return Progress(fold, state["history"], state["seconds"]), state
 
@@ -307,16 +309,11 @@ class Run:
                 raise UserError(f"{self.file(fold)} does not answer {len(ours)} clips: delete it")
             answers = zip(ours, record["predictions"], record["millionths"], strict=True)
             for clip, number, millionths in answers:
-                rows.append(
-                    {
-                        "fold": fold,
-                        "part": clip["split"],
-                        "path": clip["path"],
-                        "label": clip["label"],
-                        "prediction": self.classes[number],
-                        "probability": f"{millionths / 1e6:.6f}",
-                    }
-                )
+                row = {"fold": fold, "part": clip["split"], "path": clip["path"]}
+                row["label"] = clip["label"]
+                row["prediction"] = self.classes[number]
+                row["probability"] = f"{millionths / 1e6:.6f}"
+                rows.append(row)
         return rows
 
     def tested(self) -> list[dict]:
@@ -368,11 +365,8 @@ def write_results(folder: Path) -> Run:
 
 
 def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    python = platform.python_version()
+    return {"python": python, "torch": torch.__version__, "numpy": np.__version__}
 
 
 def mean_and_std(results: list[dict]) -> dict:

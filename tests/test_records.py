@@ -385,7 +385,7 @@ def test_a_state_of_another_run_is_never_resumed(interrupted, words, change, wha
     torch.save({**state, "digest": sha256_of(state)}, folder / "fold2.resume.pt")
     (line,) = resume(words, folder, capsys, 2)
     file = folder / "fold2.resume.pt"
-    assert line == f"error: {file} is of a run with {what}: delete it, and the fold starts over"
+    assert line == f"error: {file} is of a run with {what}: delete it, or give another --out"
 
 
 def test_the_state_of_one_seed_is_not_that_of_another(interrupted, words, capsys):
@@ -395,7 +395,7 @@ def test_the_state_of_one_seed_is_not_that_of_another(interrupted, words, capsys
     other.mkdir()
     shutil.move(folder / "fold2.resume.pt", other)
     (line,) = resume(words, folder, capsys, 2, "--seed", 2)
-    assert "fold2.resume.pt is of a run with seed 1, not 2: delete it, and the fold starts over" in line
+    assert "fold2.resume.pt is of a run with seed 1, not 2: delete it, or give another --out" in line
 
 
 def test_epochs_of_the_interrupted_fold_are_in_metrics_csv(interrupted):

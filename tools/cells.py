@@ -28,33 +28,60 @@ class Table:
 
     title: str
     datasets: tuple[str, ...]
-    rows: dict[str, str]  # name of the row: method in petl.METHODS, and perhaps settings: "lora rr=64"
+    rows: dict[
+        str, str
+    ]  # name of the row: method in petl.METHODS, and perhaps settings: "lora rr=64"
     few_shot: bool = False  # a column for each number of clips per class
-    numbers: dict[tuple[str, str], str] = field(default_factory=dict)  # {(row, column): with the paper's digits}
+    numbers: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # {(row, column): with the paper's digits}
     note: str = ""
-    columns: tuple[tuple[str, int | None], ...] = ()  # dataset and clips per class; of a figure none
+    columns: tuple[
+        tuple[str, int | None], ...
+    ] = ()  # dataset and clips per class; of a figure none
 
 
 def read_table(title: str, columns: list[str], rows: dict[str, list], note: str = "") -> Table:
     """A table as paper_results.json has it: the method of a row comes before its numbers."""
     words = [column.split() for column in columns]  # dataset, or dataset and clips per class
     datasets = tuple(dict.fromkeys(word[0] for word in words if word[0] in DATASETS))
-    numbers = {(row, c): n for row, (_, *line) in rows.items() for c, n in zip(columns, line, strict=True)}
+    numbers = {
+        (row, c): n for row, (_, *line) in rows.items() for c, n in zip(columns, line, strict=True)
+    }
     methods = {row: method for row, (method, *_) in rows.items()}
-    columns = tuple((word[0], int(word[1]) if word[1:] else None) for word in words if word[0] in DATASETS)
-    return Table(title, datasets, methods, any(shots for _, shots in columns), numbers, note, columns)
+    columns = tuple(
+        (word[0], int(word[1]) if word[1:] else None) for word in words if word[0] in DATASETS
+    )
+    return Table(
+        title, datasets, methods, any(shots for _, shots in columns), numbers, note, columns
+    )
 
 
-PAPER = json.loads(Path(__file__).with_name("paper_results.json").read_text(encoding="utf-8"), parse_float=str)
+PAPER = json.loads(
+    Path(__file__).with_name("paper_results.json").read_text(encoding="utf-8"), parse_float=str
+)
 TABLES = {name: read_table(**table) for name, table in PAPER.items() if name != "about"}
-CURVES = {"HOU par": "houlsby_par", "PF par": "pfeiffer_par", "LoRA": "lora", "DPT": "dpt", "Full FT": "full_ft"}
+CURVES = {
+    "HOU par": "houlsby_par",
+    "PF par": "pfeiffer_par",
+    "LoRA": "lora",
+    "DPT": "dpt",
+    "Full FT": "full_ft",
+}
 FIGURES = {
-    "fig2": Table("Figure 2. What the methods make of the test clips", ("fsc",), {
-        "Linear": "linear", "DPT-25": "dpt", "HOU par": "houlsby_par", "Full FT": "full_ft",
-    }),
+    "fig2": Table(
+        "Figure 2. What the methods make of the test clips",
+        ("fsc",),
+        {
+            "Linear": "linear",
+            "DPT-25": "dpt",
+            "HOU par": "houlsby_par",
+            "Full FT": "full_ft",
+        },
+    ),
     "fig3": Table("Figure 3. Accuracy against trained parameters", ("gsc", "fsc"), CURVES),
     "fig4": Table("Figure 4. Accuracy against trained parameters", ("esc50",), CURVES),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -73,32 +100,59 @@ class Claim:
 
     def pairs(self, plan: "Plan") -> list[tuple[str, str]]:
         """Those of which --methods leaves both."""
-        methods = {pair: {term.split()[0] for side in pair for term in side.split(" - ")}
-                   for pair in product(self.better, self.than)}  # fmt: skip
-        return [pair for pair, names in methods.items() if not plan.methods or names <= {*plan.methods}]
+        methods = {
+            pair: {term.split()[0] for side in pair for term in side.split(" - ")}
+            for pair in product(self.better, self.than)
+        }
+        return [
+            pair for pair, names in methods.items() if not plan.methods or names <= {*plan.methods}
+        ]
 
     def columns(self, plan: "Plan") -> list[tuple[str, int | None]]:
-        return list(dict.fromkeys(column for target in self.targets for column in columns_of(target, plan)))
+        return list(
+            dict.fromkeys(column for target in self.targets for column in columns_of(target, plan))
+        )
 
 
-CLAIMS = json.loads(Path(__file__).with_name("paper_claims.json").read_text(encoding="utf-8"))["claims"]
+CLAIMS = json.loads(Path(__file__).with_name("paper_claims.json").read_text(encoding="utf-8"))[
+    "claims"
+]
 CLAIMS = [Claim(**claim) for claim in CLAIMS]
-TERMS = dict.fromkeys(term for claim in CLAIMS for side in claim.better + claim.than for term in side.split(" - "))
+TERMS = dict.fromkeys(
+    term for claim in CLAIMS for side in claim.better + claim.than for term in side.split(" - ")
+)
 TARGETS = {
-    **TABLES, **FIGURES,
-    "claims": Table("What the paper concludes", ("esc50", "us8k", "gsc", "fsc"), {term: term for term in TERMS}),
-}  # fmt: skip
-BUDGETS = (0.25, 0.5, 1, 2, 4)  # Figures 3 and 4: RR divided, or the number of prompts multiplied, by each of these
+    **TABLES,
+    **FIGURES,
+    "claims": Table(
+        "What the paper concludes", ("esc50", "us8k", "gsc", "fsc"), {term: term for term in TERMS}
+    ),
+}
+BUDGETS = (
+    0.25,
+    0.5,
+    1,
+    2,
+    4,
+)  # Figures 3 and 4: RR divided, or the number of prompts multiplied, by each of these
 
 SHOTS = {"gsc": (2, 8, 32, 64)}
 OTHER_SHOTS = (1, 2, 4, 8)  # of ESC-50, and of every dataset that is not in Table II
-KERNELS = {"esc50": 8, "esc10": 8, "us8k": 8}  # of conformer adapters with all clips; elsewhere 31, as in METHODS
+KERNELS = {
+    "esc50": 8,
+    "esc10": 8,
+    "us8k": 8,
+}  # of conformer adapters with all clips; elsewhere 31, as in METHODS
 FEW_SHOT_EPOCHS = 30  # at least: with few clips an epoch is a step or two
 
 
 def heading(dataset: str, shots: int | None, setting: str) -> str:
     """A column's name."""
-    return PRINTED.get(dataset, dataset) + (f", {shots}" if shots else "") + ", tuned" * (setting == "tuned")
+    return (
+        PRINTED.get(dataset, dataset)
+        + (f", {shots}" if shots else "")
+        + ", tuned" * (setting == "tuned")
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +178,9 @@ class Plan:
     setting: str
     passed: list[str]  # options of train.py
     tune: bool = False  # search for learning rates first
-    tuned: dict = field(default_factory=dict)  # what tune.py has found for each cell, the seed apart
+    tuned: dict = field(
+        default_factory=dict
+    )  # what tune.py has found for each cell, the seed apart
 
     @property
     def settings(self) -> list[str]:
@@ -168,7 +224,11 @@ def columns_of(target: str, plan: Plan) -> list[tuple[str, int | None]]:
     if table.columns and not plan.datasets:
         return list(table.columns)
     datasets = plan.datasets or table.datasets
-    return [(d, shots) for d in datasets for shots in (SHOTS.get(d, OTHER_SHOTS) if table.few_shot else (None,))]
+    return [
+        (d, shots)
+        for d in datasets
+        for shots in (SHOTS.get(d, OTHER_SHOTS) if table.few_shot else (None,))
+    ]
 
 
 def lines_of(target: str, plan: Plan) -> list[tuple[str, str, dict[str, str]]]:
@@ -177,14 +237,24 @@ def lines_of(target: str, plan: Plan) -> list[tuple[str, str, dict[str, str]]]:
     Those that --methods leaves and those that --add puts below; --random puts a second block below Table I.
     """
     rows = TARGETS[target].rows
-    weights = {dataset: plan.weights or DATASETS[dataset].weights for dataset, _ in columns_of(target, plan)}
+    weights = {
+        dataset: plan.weights or DATASETS[dataset].weights
+        for dataset, _ in columns_of(target, plan)
+    }
     lines = [(name, method, weights) for name, method in rows.items()]
     lines = [line for line in lines if not plan.methods or line[1].split()[0] in plan.methods]
-    lines += [(method, method, weights) for method in plan.add if method not in [method for _, method, _ in lines]]
+    lines += [
+        (method, method, weights)
+        for method in plan.add
+        if method not in [method for _, method, _ in lines]
+    ]
     if target == "table1" and plan.random:
         weights = {dataset: random_like(name) for dataset, name in weights.items()}
         names = {method: name for name, method in rows.items()}
-        lines += [(f"{names.get(method, method)}, random weights", method, weights) for method in plan.random]
+        lines += [
+            (f"{names.get(method, method)}, random weights", method, weights)
+            for method in plan.random
+        ]
     return lines
 
 
@@ -193,23 +263,36 @@ def cells_of(plan: Plan) -> list[Cell]:
     cells = []
     for seed, target in product(plan.seeds, plan.targets):
         if target == "claims":
-            cells += [cell for claim in CLAIMS for pair in claim.pairs(plan) for column in claim.columns(plan)
-                      for part in terms_of(pair, column, seed, plan) for cell in part]  # fmt: skip
+            cells += [
+                cell
+                for claim in CLAIMS
+                for pair in claim.pairs(plan)
+                for column in claim.columns(plan)
+                for part in terms_of(pair, column, seed, plan)
+                for cell in part
+            ]
             continue
-        for (dataset, shots), (_, method, weights) in product(columns_of(target, plan), lines_of(target, plan)):
+        for (dataset, shots), (_, method, weights) in product(
+            columns_of(target, plan), lines_of(target, plan)
+        ):
             if target in ("fig3", "fig4"):
                 cells += budgets(dataset, method, seed, weights[dataset])
             else:
                 cells.append(cell_of(dataset, method, seed, weights[dataset], shots))
-    return list(dict.fromkeys(rated(cell, setting, plan) for cell in cells for setting in plan.settings))
+    return list(
+        dict.fromkeys(rated(cell, setting, plan) for cell in cells for setting in plan.settings)
+    )
 
 
-def terms_of(pair: tuple[str, str], column: tuple[str, int | None], seed: int, plan: Plan) -> list[list[Cell]]:
+def terms_of(
+    pair: tuple[str, str], column: tuple[str, int | None], seed: int, plan: Plan
+) -> list[list[Cell]]:
     """The cells of a claim's difference, first - second: those that count in its favour and those against it."""
     dataset, shots = column
     weights = plan.weights or DATASETS[dataset].weights
     (for_it, *less), (against, *more) = (
-        [cell_of(dataset, term, seed, weights, shots) for term in side.split(" - ")] for side in pair
+        [cell_of(dataset, term, seed, weights, shots) for term in side.split(" - ")]
+        for side in pair
     )
     return [[for_it, *more], [against, *less]]
 
@@ -221,9 +304,13 @@ def rated(cell: Cell, setting: str, plan: Plan) -> Cell:
         return cell
     found = plan.tuned.get(replace(cell, seed=0))
     if found is None:
-        raise UserError(f"no learning rate has been searched for {cell.name}: `tune` as the first word does so")
+        raise UserError(
+            f"no learning rate has been searched for {cell.name}: `tune` as the first word does so"
+        )
     if found.seed in plan.seeds:
-        raise UserError(f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others")
+        raise UserError(
+            f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others"
+        )
     return replace(cell, lr=None if found.best == found.usual else found.best)
 
 
@@ -239,7 +326,10 @@ def cell_of(dataset: str, words: str, seed: int, weights: str, shots: int | None
     if not shots and dataset in KERNELS and first(row, "kernel"):
         asked = {"kernel": KERNELS[dataset], **asked}
     method = narrowed(override(row, **asked), dim)
-    known = {(narrowed(other, dim).parts, other.lr): other.name for other in [*petl.METHODS.values(), row]}
+    known = {
+        (narrowed(other, dim).parts, other.lr): other.name
+        for other in [*petl.METHODS.values(), row]
+    }
     if (method.parts, row.lr) in known:
         return Cell(dataset, known[method.parts, row.lr], seed, weights, shots)
     return Cell(dataset, name, seed, weights, shots, **{key: first(method, key) for key in asked})
@@ -258,7 +348,11 @@ def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
     row, cells = petl.find(method), []
     for budget in BUDGETS:
         sizes = {"rr": 1 / budget, "prompts": budget} if budget != 1 else {}
-        sizes = {key: max(1, round(n * by)) for key, by in sizes.items() if (n := first(row, key)) is not None}
+        sizes = {
+            key: max(1, round(n * by))
+            for key, by in sizes.items()
+            if (n := first(row, key)) is not None
+        }
         words = " ".join([method, *(f"{key}={n}" for key, n in sizes.items())])
         cells.append(cell_of(dataset, words, seed, weights))
     return list(dict.fromkeys(cells))  # few prompts cannot be halved often
@@ -275,7 +369,9 @@ def random_like(weights: str) -> str:
     for size, its_shape in RANDOM.items():
         if its_shape == (shape.dim, shape.depth, shape.heads):
             return f"random:{size}"
-    raise UserError(f"--random: there are no random weights of {shape.dim} dimensions in {shape.depth} blocks")
+    raise UserError(
+        f"--random: there are no random weights of {shape.dim} dimensions in {shape.depth} blocks"
+    )
 
 
 def shape_of(weights: str) -> ASTConfig:

@@ -19,14 +19,26 @@ def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
     compared, found, why = reader(done, plan), [], {}
     for claim, setting in product(CLAIMS, plan.settings):
         for column, pair in product(claim.columns(plan), claim.pairs(plan)):
-            seeds = [[[rated(cell, setting, plan) for cell in side] for side in terms_of(pair, column, seed, plan)]
-                     for seed in plan.seeds]  # fmt: skip
+            seeds = [
+                [
+                    [rated(cell, setting, plan) for cell in side]
+                    for side in terms_of(pair, column, seed, plan)
+                ]
+                for seed in plan.seeds
+            ]
             try:
                 one = compared(seeds)
             except UserError as error:
                 one, why[str(error)] = None, None
-            record = {"claim": claim.claim, "where": claim.where, "dataset": column[0], "shots": column[1],
-                      "setting": setting, "better": pair[0], "than": pair[1]}  # fmt: skip
+            record = {
+                "claim": claim.claim,
+                "where": claim.where,
+                "dataset": column[0],
+                "shots": column[1],
+                "setting": setting,
+                "better": pair[0],
+                "than": pair[1],
+            }
             found.append((record, one))
     corrected = iter(holm([one.p for _, one in found if one]))
     for record, one in found:
@@ -39,17 +51,28 @@ def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
 def as_text(records: list[dict]) -> dict[str, list[str]]:
     """The table of claims, {heading: texts}, from the records of their pairs, which lie together."""
     rows = []
-    for (claim, where, dataset, shots, setting), pairs in groupby(records, lambda r: tuple(r.values())[:5]):
+    for (claim, where, dataset, shots, setting), pairs in groupby(
+        records, lambda r: tuple(r.values())[:5]
+    ):
         pairs = list(pairs)
         verdicts = [record["holds"] for record in pairs]
-        weakest = min((r for r in pairs if r["points"] is not None), key=lambda r: r["points"], default=None)
-        rows.append({
-            "claim": claim, "where": where,
-            "dataset": heading(dataset, shots, setting),
-            "holds": next((word for word in (NO, "missing", UNTOLD) if word in verdicts), YES),
-            "pairs: yes, no, untold": ", ".join(str(verdicts.count(word)) for word in (YES, NO, UNTOLD)),
-            "the weakest": "{better} over {than}".format(**weakest) if weakest else "-",
-            "points": "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**weakest) if weakest else "-",
-            "seeds": f"{weakest['seeds']}" if weakest else "-",
-        })  # fmt: skip
+        weakest = min(
+            (r for r in pairs if r["points"] is not None), key=lambda r: r["points"], default=None
+        )
+        rows.append(
+            {
+                "claim": claim,
+                "where": where,
+                "dataset": heading(dataset, shots, setting),
+                "holds": next((word for word in (NO, "missing", UNTOLD) if word in verdicts), YES),
+                "pairs: yes, no, untold": ", ".join(
+                    str(verdicts.count(word)) for word in (YES, NO, UNTOLD)
+                ),
+                "the weakest": "{better} over {than}".format(**weakest) if weakest else "-",
+                "points": "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**weakest)
+                if weakest
+                else "-",
+                "seeds": f"{weakest['seeds']}" if weakest else "-",
+            }
+        )
     return {head: [row[head] for row in rows] for head in rows[0]}

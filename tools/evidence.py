@@ -122,15 +122,28 @@ def bootstrap(table: np.ndarray, tested: np.ndarray) -> tuple[float, float, floa
     """Mean in points and its 95 % interval, drawing recordings and seeds; both (seeds, recordings): scores, clips."""
 
     def mean(clips, drawn=None, axis=-1):  # (..., clips), (..., seeds)
-        sums = [np.moveaxis(np.take(one, clips, 1).sum(-1), 0, -1) for one in (table, tested)]  # (..., seeds)
-        points, count = sums if drawn is None else (np.take_along_axis(one, drawn, -1) for one in sums)
+        sums = [
+            np.moveaxis(np.take(one, clips, 1).sum(-1), 0, -1) for one in (table, tested)
+        ]  # (..., seeds)
+        points, count = (
+            sums if drawn is None else (np.take_along_axis(one, drawn, -1) for one in sums)
+        )
         return 100 * points.sum(-1) / count.sum(-1).clip(1)
 
     places = [np.arange(n) for n in table.shape[::-1] if n > 1]
-    bounds = stats().bootstrap(
-        places, mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", batch=100,
-        rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+    bounds = (
+        stats()
+        .bootstrap(
+            places,
+            mean,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            batch=100,
+            rng=np.random.default_rng(0),
+        )
+        .confidence_interval
+    )
     return float(mean(*places)), float(bounds.low), float(bounds.high)
 
 
@@ -160,11 +173,15 @@ def recording_of(path: str, pattern: str | None) -> str:
 def minus(first: list[Scores], second: list[Scores]) -> Scores:
     """The sum of the `first` minus that of the `second`, clip by clip. UserError if they tested different clips."""
     if any(scores.keys() != first[0].keys() for scores in first + second):
-        raise UserError("these runs tested different clips, or by different labels: nothing to compare")
+        raise UserError(
+            "these runs tested different clips, or by different labels: nothing to compare"
+        )
     return {key: sum(s[key] for s in first) - sum(s[key] for s in second) for key in first[0]}
 
 
-def reader(done: dict[Cell, dict], plan: Plan) -> Callable[[list[list[list[Cell]]]], Difference | None]:
+def reader(
+    done: dict[Cell, dict], plan: Plan
+) -> Callable[[list[list[list[Cell]]]], Difference | None]:
     """Gives the difference of cells: for each seed those for, and those against. None where no seed has them all."""
 
     @cache
@@ -174,7 +191,11 @@ def reader(done: dict[Cell, dict], plan: Plan) -> Callable[[list[list[list[Cell]
 
     def compared(seeds: list[list[list[Cell]]]) -> Difference | None:
         whole = [sides for sides in seeds if all(cell in done for side in sides for cell in side)]
-        return difference([minus(*([scores(cell) for cell in side] for side in s)) for s in whole]) if whole else None
+        return (
+            difference([minus(*([scores(cell) for cell in side] for side in s)) for s in whole])
+            if whole
+            else None
+        )
 
     return compared
 
@@ -183,7 +204,10 @@ def reader(done: dict[Cell, dict], plan: Plan) -> Callable[[list[list[list[Cell]
 
 
 def beside_best(
-    grid: dict[tuple, list[list[Cell]]], means: dict[tuple, list[float | None]], done: dict[Cell, dict], plan: Plan
+    grid: dict[tuple, list[list[Cell]]],
+    means: dict[tuple, list[float | None]],
+    done: dict[Cell, dict],
+    plan: Plan,
 ) -> tuple[dict[tuple, tuple[Difference, float]], list[str]]:
     """The best of each column against the others: {(column, row): difference, corrected p}; why columns have none.
 
@@ -194,8 +218,11 @@ def beside_best(
         measured = {row: mean for row, mean in enumerate(means[column]) if mean is not None}
         best = max(measured, key=measured.get, default=None)
         try:
-            others = {row: compared([[[a], [b]] for a, b in zip(rows[best], rows[row], strict=True)])
-                      for row in measured if row != best}  # fmt: skip
+            others = {
+                row: compared([[[a], [b]] for a, b in zip(rows[best], rows[row], strict=True)])
+                for row in measured
+                if row != best
+            }
             found |= {(column, row): one for row, one in others.items() if one}
         except UserError as error:
             why.append(str(error))
@@ -221,7 +248,8 @@ def compare(argv: list[str]) -> None:
     if len(folders) < 2:
         raise UserError("compare needs two runs, or more")
     first, *others = [
-        {seed: scores_of(read_run(run)) for seed, run in runs_in(folder).items()} for folder in folders
+        {seed: scores_of(read_run(run)) for seed, run in runs_in(folder).items()}
+        for folder in folders
     ]
     found = []
     for folder, other in zip(folders[1:], others, strict=True):
@@ -229,12 +257,20 @@ def compare(argv: list[str]) -> None:
         if len(first) == len(other) == 1:
             seeds = [(*first.values(), *other.values())]
         if not seeds:
-            raise UserError(f"{folders[0]} and {folder} have no seed in common: give a run of each, .../seedS")
+            raise UserError(
+                f"{folders[0]} and {folder} have no seed in common: give a run of each, .../seedS"
+            )
         found.append(difference([minus([a], [b]) for a, b in seeds]))
     for folder, one, p in zip(folders[1:], found, holm([one.p for one in found]), strict=True):
-        words = {YES: "the first is better", NO: "the second is better", UNTOLD: "they cannot be told apart"}
+        words = {
+            YES: "the first is better",
+            NO: "the second is better",
+            UNTOLD: "they cannot be told apart",
+        }
         corrected = f", for {len(found)} comparisons {p:.2g}" if len(found) > 1 else ""
-        say(f"{folders[0]} - {folder}: {one} points; {one.recordings:,} recordings, seeds: {one.seeds}; right more "
-            f"often on {one.more}, less on {one.less}, p = {one.p:.2g}{corrected}: {words[one.holds(p)]}")  # fmt: skip
+        say(
+            f"{folders[0]} - {folder}: {one} points; {one.recordings:,} recordings, seeds: {one.seeds}; right more "
+            f"often on {one.more}, less on {one.less}, p = {one.p:.2g}{corrected}: {words[one.holds(p)]}"
+        )
     if any(one.seeds == 1 for one in found):
         say("The intervals of one seed are over the clips alone: one seed says nothing of others.")

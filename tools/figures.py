@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import FPS, Clips, Dataset, load_clips, load_dataset
+from data import Clips, Dataset, load_clips, load_dataset
 from load_weights import load_trained
 from support.command import Parser, UserError, choose_dtype, first_of, needed
 from support.files import whole_file
 from support.progress import Bar
 from support.records import Run, read_run
-from support.scores import mistakes
 from support.speed import autocast
 from tools.answers import printable
 from tools.evidence import interval
@@ -42,7 +41,10 @@ def pyplot():
 
 def save(figure, path: Path) -> None:
     """As `path`.png and `path`.svg."""
-    for kind, metadata in {"png": {}, "svg": {"Date": None}}.items():  # no date: the same numbers give the same file
+    for kind, metadata in {
+        "png": {},
+        "svg": {"Date": None},
+    }.items():  # no date: the same numbers give the same file
         with whole_file(path.with_name(f"{path.name}.{kind}")) as temporary:
             figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
     pyplot().close(figure)
@@ -54,31 +56,59 @@ def plain(text: str) -> str:
     return printable(text).replace("$", r"\$")
 
 
-def draw_curves(panels: dict[str, dict[str, list[tuple[int, float, float, float]]]], path: Path) -> None:
+def draw_curves(
+    panels: dict[str, dict[str, list[tuple[int, float, float, float]]]], path: Path
+) -> None:
     """Accuracy against trained parameters: {panel: {curve: [(parameters, accuracy in %, its interval's ends)]}}.
 
     The curve "Full FT" is one point far to the right: a dashed line at its height, its interval a band.
     """
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(1.6 + 3.4 * len(panels), 3.4), squeeze=False)
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(1.6 + 3.4 * len(panels), 3.4), squeeze=False
+    )
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for i, (name, points) in enumerate(curves.items()):
             x, y, low, high = np.array(sorted(points)).T
             if name == "Full FT":
                 axis.axhspan(low[0], high[0], color="#666666", alpha=0.12, linewidth=0)
-                axis.axhline(y[0], color="#666666", linestyle=(0, (6, 3)), linewidth=1.2, label=name)
+                axis.axhline(
+                    y[0], color="#666666", linestyle=(0, (6, 3)), linewidth=1.2, label=name
+                )
                 title += f" ({name} trains {x[0]:,.0f} parameters)"
             else:
-                style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linestyle": LINES[i % 6]}
+                style = {
+                    "color": COLOURS[i % 7],
+                    "marker": MARKERS[i % 10],
+                    "linestyle": LINES[i % 6],
+                }
                 bars = np.clip([y - low, high - y], 0, None)  # equal runs have none, up to rounding
-                axis.errorbar(x, y, bars, label=name, markersize=5, linewidth=1.4, elinewidth=0.8, capsize=2, **style)
-        axis.set(xscale="log", title=title, xmargin=0.06, ymargin=0.12, ylabel="test accuracy (%), 95 % interval",
-                 xlabel="trained parameters (final LayerNorm and head apart)")  # fmt: skip
+                axis.errorbar(
+                    x,
+                    y,
+                    bars,
+                    label=name,
+                    markersize=5,
+                    linewidth=1.4,
+                    elinewidth=0.8,
+                    capsize=2,
+                    **style,
+                )
+        axis.set(
+            xscale="log",
+            title=title,
+            xmargin=0.06,
+            ymargin=0.12,
+            ylabel="test accuracy (%), 95 % interval",
+            xlabel="trained parameters (final LayerNorm and head apart)",
+        )
         axis.grid(which="major", **GRID)
     legend_below(figure, axes[0], ncol=5)
     save(figure, path)
 
 
-def draw_tsne(panels: dict[str, np.ndarray], labels: list[int], classes: list[str], kinds: list[str], path) -> None:
+def draw_tsne(
+    panels: dict[str, np.ndarray], labels: list[int], classes: list[str], kinds: list[str], path
+) -> None:
     """Tokens of test clips in the plane by t-SNE (van der Maaten and Hinton, 2008).
 
     panels: a column for each title, tokens (clips, kinds, dim); a row for each of `kinds`. labels: (clips,).
@@ -88,17 +118,33 @@ def draw_tsne(panels: dict[str, np.ndarray], labels: list[int], classes: list[st
 
     shown, labels = sorted(set(labels)), np.array(labels)
     perplexity = min(30, (len(labels) - 1) / 3)
-    figure, axes = plt.subplots(len(kinds), len(panels), squeeze=False,
-                                figsize=(2.4 * len(panels) + 0.3, 2.4 * len(kinds) + 0.3))  # fmt: skip
+    figure, axes = plt.subplots(
+        len(kinds),
+        len(panels),
+        squeeze=False,
+        figsize=(2.4 * len(panels) + 0.3, 2.4 * len(kinds) + 0.3),
+    )
     for column, (title, tokens) in enumerate(panels.items()):
         for row, kind in enumerate(kinds):
-            plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(tokens[:, row])
+            plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(
+                tokens[:, row]
+            )
             axis = axes[row][column]
             for i, k in enumerate(shown):
-                axis.scatter(*plane[labels == k].T, s=11, c=COLOURS[i % 7], marker=MARKERS[i % 10], linewidths=0,
-                             alpha=0.85, label=plain(classes[k]))  # fmt: skip
+                axis.scatter(
+                    *plane[labels == k].T,
+                    s=11,
+                    c=COLOURS[i % 7],
+                    marker=MARKERS[i % 10],
+                    linewidths=0,
+                    alpha=0.85,
+                    label=plain(classes[k]),
+                )
             axis.spines[:].set_visible(True)
-            names = {"title": "" if row else title, "ylabel": "" if column else f"t-SNE of the {kind}"}
+            names = {
+                "title": "" if row else title,
+                "ylabel": "" if column else f"t-SNE of the {kind}",
+            }
             axis.set(xticks=[], yticks=[], **names)
     legend_below(figure, axes[0][:1], ncol=5, markerscale=2)
     save(figure, path)
@@ -106,9 +152,20 @@ def draw_tsne(panels: dict[str, np.ndarray], labels: list[int], classes: list[st
 
 def legend_below(figure, axes, **style) -> None:
     """One legend beneath all panels, each name once."""
-    entries = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    entries = {
+        name: handle
+        for axis in axes
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.tight_layout()
-    figure.legend(entries.values(), entries, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, **style)
+    figure.legend(
+        entries.values(),
+        entries,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        frameon=False,
+        **style,
+    )
 
 
 def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Path) -> None:
@@ -119,29 +176,23 @@ def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
     size, font = (2.5 + 0.28 * n, 8) if n <= 20 else (2.5 + 0.17 * n, 6)
     figure, axis = plt.subplots(figsize=(size, size))
     names = [plain(name) for name in classes]
-    shown = ConfusionMatrixDisplay(100 * counts / counts.sum(1, keepdims=True).clip(1), display_labels=names)
-    shown.plot(ax=axis, cmap="Blues", include_values=n <= 20, text_kw={"fontsize": 7}, xticks_rotation="vertical",
-               im_kw={"vmin": 0, "vmax": 100}, colorbar=False)  # fmt: skip
+    shown = ConfusionMatrixDisplay(
+        100 * counts / counts.sum(1, keepdims=True).clip(1), display_labels=names
+    )
+    shown.plot(
+        ax=axis,
+        cmap="Blues",
+        include_values=n <= 20,
+        text_kw={"fontsize": 7},
+        xticks_rotation="vertical",
+        im_kw={"vmin": 0, "vmax": 100},
+        colorbar=False,
+    )
     for text, count in zip(shown.text_.flat, counts.flat, strict=True) if n <= 20 else ():
         text.set_text(count or "")  # the colours are percent
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     axis.tick_params(labelsize=font)
     figure.colorbar(shown.im_, fraction=0.046, pad=0.03, label="% of the clips of the true class")
-    save(figure, path)
-
-
-def draw_mistakes(rows: list[dict], clips: Clips, title: str, path: Path) -> None:
-    """The log-Mel features of these mistakes, with what was answered and what is right."""
-    figure, axes = pyplot().subplots(len(rows), 1, figsize=(6, 1.7 * len(rows) + 0.4), squeeze=False)
-    for axis, row in zip(axes[:, 0], rows, strict=True):
-        picture = clips.features[row["clip"]].T.numpy()  # (n_mels, n_frames)
-        axis.imshow(picture, aspect="auto", origin="lower", cmap="magma", extent=(0, picture.shape[1] / FPS, 0, 128))
-        clip, answer, label = (plain(row[key]) for key in ("path", "prediction", "label"))
-        axis.set_title(f"{clip}: {answer} ({float(row['probability']):.1%}), but it is {label}")
-        axis.set(ylabel="Mel filter")
-    axes[-1, 0].set(xlabel="seconds")
-    figure.suptitle(f"the most confident mistakes of {title}")
-    figure.tight_layout()
     save(figure, path)
 
 
@@ -154,10 +205,24 @@ def draw_history(rows: list[dict], title: str, path: Path) -> None:
     for axis, colour, (column, label) in zip(axes[0], COLOURS, labels.items(), strict=False):
         lines = [[float(row[column]) for row in rows if row["fold"] == fold] for fold in folds]
         for line in lines:
-            axis.plot(range(1, 1 + len(line)), line, ".-", color=colour, alpha=0.6, linewidth=0.8, label="one fold")
+            axis.plot(
+                range(1, 1 + len(line)),
+                line,
+                ".-",
+                color=colour,
+                alpha=0.6,
+                linewidth=0.8,
+                label="one fold",
+            )
         if len(lines) > 1:
             mean = np.mean([line[: min(map(len, lines))] for line in lines], axis=0)
-            axis.plot(range(1, 1 + len(mean)), mean, color="black", linewidth=1.8, label="mean of the folds")
+            axis.plot(
+                range(1, 1 + len(mean)),
+                mean,
+                color="black",
+                linewidth=1.8,
+                label="mean of the folds",
+            )
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(**GRID)
@@ -241,15 +306,13 @@ def draw_tokens(
 
 
 def plot(argv: list[str]) -> None:
-    """The command `plot`: confusion matrix, learning curves and most confident mistakes of a run, into its folder."""
+    """The command `plot`: confusion matrix and learning curves of a run, into its folder."""
     parser = Parser(
         prog="python -m tools.experiments plot",
-        description="Draw the confusion matrix, the learning curves and the most confident mistakes of a run.",
+        description="Draw the confusion matrix and the learning curves of a run.",
     )
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
-    add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
-    add("--cache-dir", type=Path, help="for downloads and features; default: that of the run")
+    help_ = "the folder of a finished run, .../METHOD/seedS"
+    parser.add_argument("run", type=Path, metavar="RUN", help=help_)
     args = parser.parse_args(argv)
     pyplot()  # missing? now, not after the work
     run = read_run(args.run)
@@ -259,12 +322,5 @@ def plot(argv: list[str]) -> None:
     title = f"{config['method']['name']} on {config['dataset']}, seed {config['seed']}"
     low, high = interval(accuracies, len(rows))
     score = f"{np.mean(accuracies):.2f} % [{low:.2f}, {high:.2f}] of {len(rows):,} test clips"
-    wrong = mistakes(rows)
-    if wrong:  # the clips are needed for these alone
-        dataset, clips, _ = clips_of_run(run, args.data_dir, args.cache_dir)
-        index = {name: i for i, name in enumerate(dataset.names)}
-        wrong = [{**row, "clip": index[row["path"]]} for row in wrong]
     draw_confusion(run.confusion(), run.classes, f"{title}: {score}", args.run / "confusion")
     draw_history(run.history(), title, args.run / "curves")
-    if wrong:
-        draw_mistakes(wrong, clips, title, args.run / "mistakes")

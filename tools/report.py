@@ -21,7 +21,16 @@ from data import HOP, RATE, WINDOW
 from load_weights import load_trained
 from sounds.audio import read_audio
 from sounds.clip import WHOLE
-from support.command import Parser, UserError, choose_device, exit_code, first_of, needed, positive, warn
+from support.command import (
+    Parser,
+    UserError,
+    choose_device,
+    exit_code,
+    first_of,
+    needed,
+    positive,
+    warn,
+)
 from support.files import to_bytes, write_text
 from support.progress import Bar
 from support.records import Run, read_run
@@ -29,12 +38,20 @@ from tools.evidence import interval, stats
 from tools.figures import batched, clips_of_run
 
 HERE = Path(__file__).parent
-BUDGET = 14_000_000  # characters of all clips: with the rest a page has at most 15 MB, which mail takes
+BUDGET = (
+    14_000_000  # characters of all clips: with the rest a page has at most 15 MB, which mail takes
+)
 TEXT = 1_000  # characters about a clip, besides its sound and its picture
 SHADES = 8  # of a cell of the confusion matrix: report.css has as many
 WIDEST = 60  # classes; with more of them, a list of the most frequent mistakes takes the place of the matrix
 CHART = (320, 140)  # width and height of a learning curve
-UNTOLD = ("method", "backbone", "clips", "cache_dir", "data_dir")  # of config.json: hashes, and whose machine it was
+UNTOLD = (
+    "method",
+    "backbone",
+    "clips",
+    "cache_dir",
+    "data_dir",
+)  # of config.json: hashes, and whose machine it was
 
 
 def libraries():
@@ -78,7 +95,9 @@ def picture_of(features: torch.Tensor) -> str:
     _, image, colormaps = libraries()
     shown = features.T.flip(0).numpy()  # (n_mels, n_frames)
     low, high = np.quantile(shown, [0.01, 0.999])
-    colours = colormaps["magma"](((shown - low) / max(high - low, 1e-6)).clip(0, 1), bytes=True)[..., :3]
+    colours = colormaps["magma"](((shown - low) / max(high - low, 1e-6)).clip(0, 1), bytes=True)[
+        ..., :3
+    ]
     buffer = io.BytesIO()
     image.fromarray(np.ascontiguousarray(colours)).save(buffer, "webp", quality=80)
     return data_uri(buffer.getvalue(), "image/webp")
@@ -116,7 +135,9 @@ def cards_of(
         try:
             wave = read_audio(dataset.paths[i], min(heard, end - start), start)
         except ValueError as error:
-            raise UserError(f"{dataset.paths[i]} {error}: mend it, or say where the sounds are, --data-dir") from None
+            raise UserError(
+                f"{dataset.paths[i]} {error}: mend it, or say where the sounds are, --data-dir"
+            ) from None
         features, _ = clips.batch(torch.tensor([i]), torch.device("cpu"))  # which checks them
         card = {**row, "clip": i, "picture": picture_of(features[0]), "sound": sound_of(wave)}
         room -= len(card["picture"]) + len(card["sound"]) + TEXT
@@ -152,23 +173,34 @@ def matrix_of(counts: np.ndarray, classes: list[str]) -> list[tuple[str, list[tu
     A cell is an answer, how many clips got it, and the cell's shade.
     """
     shades = np.ceil(SHADES * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
-    return [(name, list(zip(classes, counts[k].tolist(), shades[k].tolist(), strict=True)))
-            for k, name in enumerate(classes)]  # fmt: skip
+    return [
+        (name, list(zip(classes, counts[k].tolist(), shades[k].tolist(), strict=True)))
+        for k, name in enumerate(classes)
+    ]
 
 
 def mistakes_of(matrix: list[tuple[str, list[tuple[str, int, int]]]]) -> list[tuple[str, str, int]]:
     """The most frequent ones: true class, answer, how many clips."""
-    wrong = [(label, answer, n) for label, cells in matrix for answer, n, _ in cells if n and label != answer]
+    wrong = [
+        (label, answer, n)
+        for label, cells in matrix
+        for answer, n, _ in cells
+        if n and label != answer
+    ]
     return sorted(wrong, key=lambda cell: -cell[2])[:WIDEST]
 
 
 def settings_of(config: dict, result: dict) -> dict:
     """What a reader may want to know of how it was trained."""
-    method = {f"part {i}": ", ".join(f"{name} {value}" for name, value in part.items() if name != "part")
-              for i, part in enumerate(config["method"]["parts"], 1)}  # fmt: skip
+    method = {
+        f"part {i}": ", ".join(f"{name} {value}" for name, value in part.items() if name != "part")
+        for i, part in enumerate(config["method"]["parts"], 1)
+    }
     if "blocks" in config["method"]:
         method["blocks"] = "{}-{}".format(*config["method"]["blocks"])
-    chosen = {name: value for name, value in config.items() if value is not None and name not in UNTOLD}
+    chosen = {
+        name: value for name, value in config.items() if value is not None and name not in UNTOLD
+    }
     count = result["parameters"]
     trained = {"parameters trained": f"{count['petl']:,}", "and in the head": f"{count['head']:,}"}
     return {**method, **chosen, **trained, "seconds": result["seconds"], **result["versions"]}
@@ -177,23 +209,39 @@ def settings_of(config: dict, result: dict) -> dict:
 def charts_of(metrics: list[dict]) -> list[dict]:
     """Learning curves as SVG paths: the loss and, if there is one, the validation accuracy of every fold."""
     charts, (width, height) = [], CHART
-    for column, title in {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}.items():
+    for column, title in {
+        "loss": "training loss (nats)",
+        "accuracy": "validation accuracy (%)",
+    }.items():
         folds = {}
         for row in metrics:
             if row[column] != "":
                 folds.setdefault(row["fold"], []).append(float(row[column]))
         if not folds:
             continue
-        low, high, epochs = min(map(min, folds.values())), max(map(max, folds.values())), max(map(len, folds.values()))
+        low, high, epochs = (
+            min(map(min, folds.values())),
+            max(map(max, folds.values())),
+            max(map(len, folds.values())),
+        )
         paths = [
-            "M" + " ".join(
+            "M"
+            + " ".join(
                 f"{width * i / max(epochs - 1, 1):.1f},{height * (high - value) / (high - low or 1):.1f}"
                 for i, value in enumerate(line)
             )
             for line in folds.values()
-        ]  # fmt: skip
-        charts.append({"title": title, "low": f"{low:.4g}", "high": f"{high:.4g}", "epochs": epochs, "paths": paths,
-                       "last": ", ".join(f"{line[-1]:.4g}" for line in folds.values())})  # fmt: skip
+        ]
+        charts.append(
+            {
+                "title": title,
+                "low": f"{low:.4g}",
+                "high": f"{high:.4g}",
+                "epochs": epochs,
+                "paths": paths,
+                "last": ", ".join(f"{line[-1]:.4g}" for line in folds.values()),
+            }
+        )
     return charts
 
 
@@ -203,11 +251,19 @@ def page_of(run: Run, cards: list[dict]) -> str:
     tested = len(run.tested())
     jinja2, _, _ = libraries()
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    inlined = {kind: (HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")}
-    hashes = {kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for kind, text in inlined.items()}
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    inlined = {
+        kind: (HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
+    }
+    hashes = {
+        kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for kind, text in inlined.items()
+    }
     low, high = interval([fold["accuracy"] for fold in result["folds"]], tested)
     matrix = matrix_of(run.confusion(), run.classes)
     text = environment.get_template("report.html").render(
@@ -240,7 +296,13 @@ def write_report(argv: list[str] | None) -> None:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
     add("--out", type=Path, metavar="FILE", help="where the page goes; default: RUN/report.html")
-    add("--clips", type=positive, default=200, metavar="N", help="how many clips it shows at most (%(default)s)")
+    add(
+        "--clips",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="how many clips it shows at most (%(default)s)",
+    )
     add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
     add("--weights", help="where its backbone is now, if not where the run says")
     add("--cache-dir", type=Path, help="for downloads and features; default: that of the run")
