@@ -1,14 +1,15 @@
-"""Is one method better than another? Intervals and paired tests, from the accuracies and the predictions of runs.
+"""Is one method better than another? Intervals and paired tests of the predictions of runs.
 
     python -m tools.experiments compare experiments/demo/houlsby_par experiments/demo/lora
-    python -m tools.experiments compare experiments/demo/houlsby_par/seed0 experiments/demo/lora/seed0  # of one seed
+    python -m tools.experiments compare demo/houlsby_par/seed0 demo/lora/seed0  # of one seed
 
-Two methods are compared on the same clips, with the same seeds. They differ by so many points, with an interval from
-a bootstrap that draws clips and seeds, or Student's over the seeds where that is wider: of two or three seeds the first
-hardly sees how they scatter. And a sign test asks whether the clips on which one of them is right more often are too
-many for chance. With one seed that is McNemar's exact test. One is better where the interval leaves out zero and p, by
-Holm's correction for all the comparisons beside it, is below 5 %. Clips of one recording or speaker count as one, as
-far as their names or --group say which these are.
+Two methods are compared on the same clips, with the same seeds. They differ by so many points. The
+interval is that of a bootstrap that draws clips and seeds, or Student's over the seeds where that
+is wider: the bootstrap hardly sees how two or three seeds scatter. A sign test asks whether the
+clips on which one method is right more often are too many for chance. With one seed that is
+McNemar's exact test. One method is better where the interval leaves out zero and p, by Holm's
+correction for all the comparisons beside it, is below 5 %. Clips of one recording or speaker count
+as one, as far as their names or --group say which these are.
 """
 
 import re
@@ -30,7 +31,8 @@ RESAMPLES = 5_000
 YES, NO, UNTOLD = "yes", "no", "cannot be told"
 PIECE = re.compile(r"#[\d.]+-[\d.]*$")  # behind the path of a recording: sounds.clip.fragment
 
-# Of a run: {(fold, recording, path and label of a test clip): 1 if it was told, 0 if not}; or differences of these.
+# {(fold, recording, path and label of a test clip): 1 if the answer was right, 0 if not}; or
+# differences of these.
 Scores = dict[tuple[int, str, str, str], int]
 
 
@@ -41,13 +43,16 @@ def stats():
     return scipy.stats
 
 
-# ------------------------------------------------------------------------------------------------ intervals and tests
+# ----------------------------------------------------------------------------- intervals and tests
 
 
 def interval(accuracies: list[float], clips: int) -> tuple[float, float]:
-    """The 95 % interval of a mean accuracy in percent: Student's t over runs; of one run Wilson's over its `clips`."""
-    mean, n = np.mean(accuracies), len(accuracies)
-    if n == 1:
+    """The 95 % interval of a mean accuracy in percent.
+
+    Of several runs it is Student's t over the runs, of one run Wilson's over its `clips`.
+    """
+    mean = np.mean(accuracies)
+    if len(accuracies) == 1:
         return wilson(round(mean / 100 * clips), clips)
     half = student(accuracies)
     return float(max(mean - half, 0)), float(min(mean + half, 100))
@@ -66,9 +71,13 @@ def wilson(right: int, clips: int) -> tuple[float, float]:
 
 
 def holm(p: list[float]) -> list[float]:
-    """p-values corrected for being this many (Holm, 1979): the k-th smallest of n times n - k + 1, never falling."""
-    order, n = np.argsort(p), len(p)
-    corrected = np.maximum.accumulate(np.sort(p) * np.arange(n, 0, -1)).clip(max=1)
+    """p-values corrected for being so many (Holm, 1979).
+
+    The k-th smallest of n is multiplied by n - k + 1, and is never below the one before it.
+    """
+    order = np.argsort(p)
+    factors = np.arange(len(p), 0, -1)
+    corrected = np.maximum.accumulate(np.sort(p) * factors).clip(max=1)
     return corrected[np.argsort(order)].tolist()
 
 
@@ -97,57 +106,54 @@ class Difference:
 
 
 def difference(seeds: list[Scores]) -> Difference:
-    """What the `minus` of two methods says, over the seeds. UserError if they tested one recording alone."""
-    number, places = {}, []
+    """What the `minus` of two methods says, over the seeds. UserError if there is one recording."""
+    number = {}
+    places = []
     for seed, scores in enumerate(seeds):  # each may have drawn its own clips
         for (fold, recording, *_), score in scores.items():
             places.append((seed, number.setdefault((fold, recording), len(number)), score))
     if len(number) < 2:
         raise UserError(f"test clips of {len(number)} recording: nothing to compare")
-    table, tested = np.zeros((2, len(seeds), len(number)), int)  # (seeds, recordings)
+    table = np.zeros((len(seeds), len(number)), int)  # scores (seeds, recordings)
+    tested = np.zeros_like(table)  # clips
     for seed, recording, score in places:
         table[seed, recording] += score
         tested[seed, recording] += 1
     points, low, high = bootstrap(table, tested)
     if len(seeds) > 1:
         half = student(100 * table.sum(1) / tested.sum(1))
-        low, high = min(low, points - half), max(high, points + half)
+        low = min(low, points - half)
+        high = max(high, points + half)
     over_seeds = table.sum(0)
-    more, less = int((over_seeds > 0).sum()), int((over_seeds < 0).sum())
+    more = int((over_seeds > 0).sum())
+    less = int((over_seeds < 0).sum())
     p = stats().binomtest(more, more + less).pvalue if more + less else 1.0
     return Difference(points, low, high, more, less, float(p), len(number), len(seeds))
 
 
 def bootstrap(table: np.ndarray, tested: np.ndarray) -> tuple[float, float, float]:
-    """Mean in points and its 95 % interval, drawing recordings and seeds; both (seeds, recordings): scores, clips."""
+    """Mean in points and its 95 % interval, drawing recordings and seeds.
 
-    def mean(clips, drawn=None, axis=-1):  # (..., clips), (..., seeds)
-        sums = [
-            np.moveaxis(np.take(one, clips, 1).sum(-1), 0, -1) for one in (table, tested)
-        ]  # (..., seeds)
-        points, count = (
-            sums if drawn is None else (np.take_along_axis(one, drawn, -1) for one in sums)
-        )
+    table: scores (seeds, recordings). tested: numbers of clips (seeds, recordings).
+    """
+
+    def mean(recordings, seeds=None, axis=-1):  # (..., recordings), (..., seeds)
+        # By the drawn recordings, (..., seeds):
+        points = np.moveaxis(table[:, recordings].sum(-1), 0, -1)
+        count = np.moveaxis(tested[:, recordings].sum(-1), 0, -1)
+        if seeds is not None:
+            points = np.take_along_axis(points, seeds, -1)
+            count = np.take_along_axis(count, seeds, -1)
         return 100 * points.sum(-1) / count.sum(-1).clip(1)
 
     places = [np.arange(n) for n in table.shape[::-1] if n > 1]
-    bounds = (
-        stats()
-        .bootstrap(
-            places,
-            mean,
-            n_resamples=RESAMPLES,
-            confidence_level=LEVEL,
-            method="percentile",
-            batch=100,
-            rng=np.random.default_rng(0),
-        )
-        .confidence_interval
-    )
-    return float(mean(*places)), float(bounds.low), float(bounds.high)
+    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile"}
+    drawn = stats().bootstrap(places, mean, batch=100, rng=np.random.default_rng(0), **options)
+    interval = drawn.confidence_interval
+    return float(mean(*places)), float(interval.low), float(interval.high)
 
 
-# --------------------------------------------------------------------------------------------------- what runs leave
+# --------------------------------------------------------------------------------- what runs leave
 
 
 def scores_of(run: Run, folds: Iterable[int] | None = None) -> Scores:
@@ -164,14 +170,20 @@ def scores_of(run: Run, folds: Iterable[int] | None = None) -> Scores:
 
 
 def recording_of(path: str, pattern: str | None) -> str:
-    """Of a clip's path what the first parenthesis of the pattern finds, else the whole file that it is a piece of."""
+    """What the first parenthesis of the pattern finds in the path of a clip.
+
+    Without a pattern it is the file that the clip is a piece of.
+    """
     file = PIECE.sub("", path)
     found = re.search(pattern, file) if pattern else None
     return found[1] if found else file
 
 
 def minus(first: list[Scores], second: list[Scores]) -> Scores:
-    """The sum of the `first` minus that of the `second`, clip by clip. UserError if they tested different clips."""
+    """The sum of the `first` minus the sum of the `second`, clip by clip.
+
+    UserError if they tested different clips.
+    """
     if any(scores.keys() != first[0].keys() for scores in first + second):
         raise UserError(
             "these runs tested different clips, or by different labels: nothing to compare"
@@ -182,7 +194,10 @@ def minus(first: list[Scores], second: list[Scores]) -> Scores:
 def reader(
     done: dict[Cell, dict], plan: Plan
 ) -> Callable[[list[list[list[Cell]]]], Difference | None]:
-    """Gives the difference of cells: for each seed those for, and those against. None where no seed has them all."""
+    """A function that returns the difference of cells, given for each seed two lists of them.
+
+    The first list counts for it, the second against it. None if no seed has all its cells.
+    """
 
     @cache
     def scores(cell: Cell) -> Scores:
@@ -190,17 +205,16 @@ def reader(
         return scores_of(read_run(plan.out / cell.name), folds)
 
     def compared(seeds: list[list[list[Cell]]]) -> Difference | None:
-        whole = [sides for sides in seeds if all(cell in done for side in sides for cell in side)]
-        return (
-            difference([minus(*([scores(cell) for cell in side] for side in s)) for s in whole])
-            if whole
-            else None
-        )
+        gaps = []
+        for first, second in seeds:
+            if all(cell in done for cell in first + second):
+                gaps.append(minus([*map(scores, first)], [*map(scores, second)]))
+        return difference(gaps) if gaps else None
 
     return compared
 
 
-# ---------------------------------------------------------------------------------------------------- tables and runs
+# --------------------------------------------------------------------------------- tables and runs
 
 
 def beside_best(
@@ -209,25 +223,31 @@ def beside_best(
     done: dict[Cell, dict],
     plan: Plan,
 ) -> tuple[dict[tuple, tuple[Difference, float]], list[str]]:
-    """The best of each column against the others: {(column, row): difference, corrected p}; why columns have none.
+    """The best of each column against the others: {(column, row): difference and corrected p}.
 
-    grid: for each column the rows, each a cell for each seed; means: their accuracies.
+    The second value are the reasons of the columns that have none. grid: for each column the rows,
+    each a cell for each seed. means: their accuracies.
     """
-    compared, found, why = reader(done, plan), {}, []
+    compared = reader(done, plan)
+    found = {}
+    why = []
     for column, rows in grid.items():
         measured = {row: mean for row, mean in enumerate(means[column]) if mean is not None}
         best = max(measured, key=measured.get, default=None)
         try:
-            others = {
-                row: compared([[[a], [b]] for a, b in zip(rows[best], rows[row], strict=True)])
-                for row in measured
-                if row != best
-            }
-            found |= {(column, row): one for row, one in others.items() if one}
+            others = {}
+            for row in measured:
+                if row == best:
+                    continue
+                seeds = [[[a], [b]] for a, b in zip(rows[best], rows[row], strict=True)]
+                if gap := compared(seeds):
+                    others[column, row] = gap
+            found |= others
         except UserError as error:
             why.append(str(error))
     corrected = holm([one.p for one in found.values()])
-    return {key: (one, p) for (key, one), p in zip(found.items(), corrected, strict=True)}, why
+    gaps = zip(found.items(), corrected, strict=True)
+    return {key: (gap, p) for (key, gap), p in gaps}, why
 
 
 def runs_in(folder: Path) -> dict[str, Path]:
@@ -240,7 +260,7 @@ def compare(argv: list[str]) -> None:
     """The command `compare`: is the first method better than the others?"""
     parser = Parser(
         prog="python -m tools.experiments compare",
-        description="Say whether the first of these is better than each of the others, on the same clips.",
+        description="Say whether the first of these is better than the others, on the same clips.",
     )
     help_ = "finished runs, .../METHOD/seedS, or .../METHOD with all its seeds"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help_)
@@ -269,8 +289,9 @@ def compare(argv: list[str]) -> None:
         }
         corrected = f", for {len(found)} comparisons {p:.2g}" if len(found) > 1 else ""
         say(
-            f"{folders[0]} - {folder}: {one} points; {one.recordings:,} recordings, seeds: {one.seeds}; right more "
-            f"often on {one.more}, less on {one.less}, p = {one.p:.2g}{corrected}: {words[one.holds(p)]}"
+            f"{folders[0]} - {folder}: {one} points; {one.recordings:,} recordings, "
+            f"seeds: {one.seeds}; right more often on {one.more}, less on {one.less}, "
+            f"p = {one.p:.2g}{corrected}: {words[one.holds(p)]}"
         )
     if any(one.seeds == 1 for one in found):
         say("The intervals of one seed are over the clips alone: one seed says nothing of others.")
