@@ -28,7 +28,9 @@ from tools.cells import Cell, Plan
 
 LEVEL = 0.95
 RESAMPLES = 5_000
-YES, NO, UNTOLD = "yes", "no", "cannot be told"
+YES = "yes"
+NO = "no"
+UNTOLD = "cannot be told"
 PIECE = re.compile(r"#[\d.]+-[\d.]*$")  # behind the path of a recording: sounds.clip.fragment
 
 # {(fold, recording, path and label of a test clip): 1 if the answer was right, 0 if not}; or

@@ -1,14 +1,14 @@
-"""The paper's experiments: every table and figure by one command, the paper's number beside the measured one.
+"""The paper's experiments: every table and figure by one command, beside the paper's numbers.
 
-    python -m tools.experiments table1 --datasets demo --seeds 0,1,2   # offline; any dataset of train.py will do
-    python -m tools.experiments all --dry-run                          # what would be trained
-    python -m tools.experiments tune table1 --datasets demo            # with a search for learning rates before
-    python -m tools.experiments claims --datasets demo                 # does what the paper concludes hold?
-    python -m tools.experiments compare RUN RUN                        # is a method better than another?
-    python -m tools.experiments plot experiments/demo/lora/seed0       # confusion matrix and learning curves of a run
+    python -m tools.experiments table1 --datasets demo --seeds 0,1,2  # any dataset of train.py
+    python -m tools.experiments all --dry-run                         # what would be trained
+    python -m tools.experiments tune table1 --datasets demo           # learning rates first
+    python -m tools.experiments claims --datasets demo                # do the paper's claims hold?
+    python -m tools.experiments compare RUN RUN                       # is one method better?
+    python -m tools.experiments plot experiments/demo/lora/seed0      # confusion, learning curves
 
-cells.py says what is compared, campaign.py trains it, tune.py searches, evidence.py compares, claims.py concludes,
-tables.py and figures.py show; here is the command.
+This file is the command. cells.py says what is compared, campaign.py trains it, tune.py searches,
+evidence.py compares, claims.py concludes, and tables.py and figures.py show.
 """
 
 import signal
@@ -38,21 +38,24 @@ from tools.campaign import options, take_results, train_cells
 from tools.cells import FIGURES, PRINTED, TARGETS, Cell, Plan, columns_of, lines_of, rated
 from tools.tables import file_of, measure, write_table
 
-# ---------------------------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------------------- the figures
 
 
 def write_tokens(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     """Figure 2 from the cells that are finished, one for each dataset."""
-    for setting, (dataset, _) in product(plan.settings, columns := columns_of(target, plan)):
+    columns = columns_of(target, plan)
+    for setting, (dataset, _) in product(plan.settings, columns):
         runs = {}
         for name, method, weights in lines_of(target, plan):
             cell = rated(Cell(dataset, method, plan.seeds[0], weights[dataset]), setting, plan)
             if m := measure([cell], done):
                 runs[f"{name}, {m.mean:.1f} % [{m.low:.1f}, {m.high:.1f}]"] = plan.out / cell.name
-        path = Path(f"{file_of(target, plan, setting)}{f'-{dataset}' if len(columns) > 1 else ''}")
+        path = file_of(target, plan, setting)
+        if len(columns) > 1:
+            path = Path(f"{path}-{dataset}")
         if runs:
-            data_dir, device = plan.data_dir.get(dataset), choose_device(plan.device)
-            figures.draw_tokens(runs, path, data_dir, plan.cache_dir, device)
+            data_dir = plan.data_dir.get(dataset)
+            figures.draw_tokens(runs, path, data_dir, plan.cache_dir, choose_device(plan.device))
         else:
             say(f"{FIGURES[target].title}: no cell of {dataset} is finished, nothing to draw")
 
@@ -60,19 +63,19 @@ def write_tokens(target: str, done: dict[Cell, dict], plan: Plan) -> None:
 def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     """Figure 3 or 4 from the cells that are finished, a panel for each dataset."""
     for setting in plan.settings:
-        path, panels, records = file_of(target, plan, setting), {}, []
-        for (dataset, _), (name, method, weights) in product(
-            columns_of(target, plan), lines_of(target, plan)
-        ):
+        path = file_of(target, plan, setting)
+        panels = {}
+        records = []
+        curves = product(columns_of(target, plan), lines_of(target, plan))
+        for (dataset, _), (name, method, weights) in curves:
             seeds = [cells.budgets(dataset, method, seed, weights[dataset]) for seed in plan.seeds]
             for same in zip(*seeds, strict=True):  # cells that differ in the seed
                 same = [rated(cell, setting, plan) for cell in same]
                 if m := measure(same, done):
-                    curves = panels.setdefault(PRINTED.get(dataset, dataset), {})
-                    curves.setdefault(name, []).append((m.trained, m.mean, m.low, m.high))
-                    records.append(
-                        {"dataset": dataset, "curve": name, "cell": same[0].name, **asdict(m)}
-                    )
+                    panel = panels.setdefault(PRINTED.get(dataset, dataset), {})
+                    panel.setdefault(name, []).append((m.trained, m.mean, m.low, m.high))
+                    record = {"dataset": dataset, "curve": name, "cell": same[0].name}
+                    records.append(record | asdict(m))
         if panels:
             figures.draw_curves(panels, path)
             write_text(Path(f"{path}.csv"), table_of(records[0], records))
@@ -80,7 +83,7 @@ def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
             say(f"{FIGURES[target].title}: no cell is finished, nothing to draw")
 
 
-# ------------------------------------------------------------------------------ what would be trained
+# ---------------------------------------------------------------------------- what would be trained
 
 
 def dry_run(listed: list[Cell], plan: Plan) -> None:
@@ -97,7 +100,7 @@ def dry_run(listed: list[Cell], plan: Plan) -> None:
     say(f"{len(listed)} cells, {len(done)} finished")
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 PASSED = (
     "--folds",
@@ -120,9 +123,10 @@ def parse(argv: list[str]) -> Plan:
     )
     parser = Parser(
         prog="python -m tools.experiments",
-        usage="%(prog)s [tune] TARGET... [options] [-- options of train.py]\n       %(prog)s compare RUN RUN...\n"
+        usage="%(prog)s [tune] TARGET... [options] [-- options of train.py]\n"
+        "       %(prog)s compare RUN RUN...\n"
         "       %(prog)s plot RUN",
-        description="Train what a table or figure of the paper compares, and put it beside the paper's numbers.",
+        description="Train what a table or figure of the paper compares, beside its numbers.",
     )
     add = parser.add_argument
     add("targets", nargs="+", metavar="TARGET", help=f"{', '.join(TARGETS)}, or all")
@@ -234,14 +238,11 @@ def parse(argv: list[str]) -> Plan:
         raise UserError(
             f"{unknown[0]} behind --: of train.py's options only {', '.join(PASSED)} fit all cells"
         )
-    data_dir = data_dirs(
-        plan.data_dir, [d for target in tables for d, _ in columns_of(target, plan)]
-    )
-    targets = [
-        t
-        for t in tables
-        if lines_of(t, plan) and (t != "claims" or any(c.pairs(plan) for c in cells.CLAIMS))
-    ]
+    datasets = [dataset for target in tables for dataset, _ in columns_of(target, plan)]
+    data_dir = data_dirs(plan.data_dir, datasets)
+    targets = [target for target in tables if lines_of(target, plan)]
+    if "claims" in targets and not any(claim.pairs(plan) for claim in cells.CLAIMS):
+        targets.remove("claims")
     if not targets:
         raise UserError("--methods: no claim compares these with one another")
     return replace(plan, data_dir=data_dir, targets=targets)
@@ -257,7 +258,8 @@ def data_dirs(words: list[str], datasets: list[str]) -> dict[str, Path]:
                 raise UserError(
                     f"--data-dir {word}: say of which dataset, like {datasets[0]}={word}"
                 )
-            name, path = datasets[0], word
+            name = datasets[0]
+            path = word
         found[name] = Path(path)
     return found
 
@@ -271,10 +273,11 @@ def start(argv: list[str]) -> int | None:
         plan = replace(plan, tuned=tune.read_tuned(plan))
     left = tune.cells_to_try(plan) if plan.tune else {}
     listed = [cell for rates in left.values() for cell in rates.values()] or cells.cells_of(plan)
-    # Wrong options of train.py or a wrong checkpoint: now, not once for each cell. (This process needs no GPU.)
-    train.parse(
-        [*options(listed[0], plan), *(["--device", "cpu"] if plan.device == "auto" else [])]
-    )
+    # Wrong options of train.py or a wrong checkpoint are found now, not once for each cell.
+    words = options(listed[0], plan)
+    if plan.device == "auto":  # this process needs no GPU
+        words += ["--device", "cpu"]
+    train.parse(words)
     if plan.weights:
         cells.shape_of(plan.weights)
     if plan.dry_run:
@@ -289,10 +292,12 @@ def start(argv: list[str]) -> int | None:
             plan = replace(plan, tuned=tune.read_tuned(plan))
             done, failed = train_cells(cells.cells_of(plan), plan)
             for target in plan.targets:
-                write = {"fig2": write_tokens, "fig3": write_curves, "fig4": write_curves}.get(
-                    target, write_table
-                )
-                write(target, done, plan)
+                if target == "fig2":
+                    write_tokens(target, done, plan)
+                elif target in FIGURES:
+                    write_curves(target, done, plan)
+                else:
+                    write_table(target, done, plan)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise

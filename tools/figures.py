@@ -1,7 +1,7 @@
 """The figures of tools/experiments.py: numbers or finished runs in, PNG and SVG out.
 
-Above what draws, below what reads a run: which clips it tested, and what its models make of them. Colours are those of
-Okabe and Ito, which colour-blind eyes tell apart, without their yellow, which vanishes on paper. Markers and lines
+Above is what draws, below what reads a run. The colours are those of Okabe and Ito, which
+colour-blind eyes tell apart, without their yellow, which vanishes on paper. Markers and lines
 differ as well, so that nothing depends on colour.
 """
 
@@ -27,7 +27,7 @@ GRID = {"color": "#dddddd", "linewidth": 0.6}
 
 
 def pyplot():
-    """matplotlib.pyplot, set up for files. UserError if matplotlib or scikit-learn is not installed."""
+    """matplotlib.pyplot, set up for files. UserError if it or scikit-learn is not installed."""
     with needed("figures need"):
         import matplotlib
         import sklearn.manifold  # noqa: F401
@@ -52,16 +52,18 @@ def save(figure, path: Path) -> None:
 
 
 def plain(text: str) -> str:
-    """A name as matplotlib can show it: without bytes that are no text, and with dollars that begin no formula."""
+    """A name as matplotlib can show it: all of it is text, and its dollars begin no formula."""
     return printable(text).replace("$", r"\$")
 
 
 def draw_curves(
     panels: dict[str, dict[str, list[tuple[int, float, float, float]]]], path: Path
 ) -> None:
-    """Accuracy against trained parameters: {panel: {curve: [(parameters, accuracy in %, its interval's ends)]}}.
+    """Accuracy against trained parameters.
 
-    The curve "Full FT" is one point far to the right: a dashed line at its height, its interval a band.
+    panels: {panel: {curve: [(parameters, accuracy in %, low, high)]}}, the ends of its interval.
+    The curve "Full FT" is one point far to the right. It is drawn as a dashed line at its height,
+    with a band for its interval.
     """
     figure, axes = pyplot().subplots(
         1, len(panels), figsize=(1.6 + 3.4 * len(panels), 3.4), squeeze=False
@@ -111,12 +113,14 @@ def draw_tsne(
 ) -> None:
     """Tokens of test clips in the plane by t-SNE (van der Maaten and Hinton, 2008).
 
-    panels: a column for each title, tokens (clips, kinds, dim); a row for each of `kinds`. labels: (clips,).
+    panels: a column for each title, tokens (clips, kinds, dim). There is a row for each of `kinds`.
+    labels: (clips,).
     """
     plt = pyplot()
     from sklearn.manifold import TSNE
 
-    shown, labels = sorted(set(labels)), np.array(labels)
+    shown = sorted(set(labels))
+    labels = np.array(labels)
     perplexity = min(30, (len(labels) - 1) / 3)
     figure, axes = plt.subplots(
         len(kinds),
@@ -169,8 +173,12 @@ def legend_below(figure, axes, **style) -> None:
 
 
 def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Path) -> None:
-    """counts: (classes, classes), row: true class, column: predicted class. Numbers are printed up to 20 classes."""
-    plt, n = pyplot(), len(classes)
+    """counts: (classes, classes). A row is a true class, a column a predicted class.
+
+    Numbers are printed up to 20 classes.
+    """
+    plt = pyplot()
+    n = len(classes)
     from sklearn.metrics import ConfusionMatrixDisplay
 
     size, font = (2.5 + 0.28 * n, 8) if n <= 20 else (2.5 + 0.17 * n, 6)
@@ -197,7 +205,10 @@ def draw_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
 
 
 def draw_history(rows: list[dict], title: str, path: Path) -> None:
-    """The rows of metrics.csv: training loss and validation accuracy, if there is one, after every epoch."""
+    """Training loss and validation accuracy, if there is one, after every epoch.
+
+    rows: those of metrics.csv.
+    """
     labels = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
     labels = {column: label for column, label in labels.items() if any(row[column] for row in rows)}
     figure, axes = pyplot().subplots(1, len(labels), figsize=(3.6 * len(labels), 3), squeeze=False)
@@ -231,7 +242,7 @@ def draw_history(rows: list[dict], title: str, path: Path) -> None:
     save(figure, path)
 
 
-# -------------------------------------------------------------------------------------------------------- finished runs
+# ------------------------------------------------------------------------------------ finished runs
 
 
 def clips_of_run(
@@ -269,7 +280,7 @@ def clips_of_run(
 
 @torch.inference_mode()
 def batched(forward, clips: Clips, chosen: list[int], device: torch.device) -> torch.Tensor:
-    """`forward` of the chosen clips, in batches on `device`; what it returns is gathered on the CPU."""
+    """`forward` of the chosen clips, in batches on `device`. The outputs are on the CPU."""
     outputs = []
     for index in Bar(torch.tensor(chosen).split(32), "clips", unit="batch"):
         x, _ = clips.batch(index, device)
@@ -281,7 +292,9 @@ def batched(forward, clips: Clips, chosen: list[int], device: torch.device) -> t
 def draw_tokens(
     runs: dict[str, Path], path: Path, data_dir: Path | None, cache_dir: Path, device: torch.device
 ) -> None:
-    """Figure 2: test clips of ten classes as the models of {title: run} see them, all runs with the same first fold.
+    """Figure 2: test clips of ten classes as the models of {title: run} see them.
+
+    All runs have the same first fold.
 
     [CLS] as in the paper, and the mean of all tokens, which the head reads.
     """

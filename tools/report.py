@@ -1,9 +1,10 @@
-"""A page to look at a run and to listen to it: one file that any browser opens, offline, and that can be sent by mail.
+"""A page to look at a run and to listen to it: one file that any browser opens, also offline.
 
     python -m tools.report runs/demo/houlsby_par/seed0
 
-Numbers are those that the run has left; of the clips that are shown its models say once more what they think. The page
-is report.html, a template, with report.css and report.js in it: it fetches nothing, and its own policy forbids it to.
+The numbers are those of the run. The models of the run classify the clips on the page once more.
+The template is report.html, with report.css and report.js. The page fetches nothing, and its own
+policy forbids it to.
 """
 
 import base64
@@ -43,7 +44,7 @@ BUDGET = (
 )
 TEXT = 1_000  # characters about a clip, besides its sound and its picture
 SHADES = 8  # of a cell of the confusion matrix: report.css has as many
-WIDEST = 60  # classes; with more of them, a list of the most frequent mistakes takes the place of the matrix
+WIDEST = 60  # classes; with more there is a list of frequent mistakes instead of a matrix
 CHART = (320, 140)  # width and height of a learning curve
 UNTOLD = (
     "method",
@@ -63,13 +64,14 @@ def libraries():
     return jinja2, Image, colormaps
 
 
-# ------------------------------------------------------------------------------------------------- the clips of a page
+# ------------------------------------------------------------------------------ the clips of a page
 
 
 def interest(row: dict) -> tuple[bool, float]:
-    """Sorts rows of predictions.csv: the most confident mistakes first, then the least certain right answers."""
-    right, probability = row["label"] == row["prediction"], float(row["probability"])
-    return right, probability if right else -probability
+    """Sorts answers: the most confident mistakes first, then the least certain right answers."""
+    is_right = row["label"] == row["prediction"]
+    probability = float(row["probability"])
+    return is_right, probability if is_right else -probability
 
 
 def in_turn(lists: Iterable[list]) -> list:
@@ -79,7 +81,10 @@ def in_turn(lists: Iterable[list]) -> list:
 
 
 def evenly(rows: list[dict]) -> list[dict]:
-    """The rows, one of each class in turn; of a class one of each answer in turn; of an answer by `interest`."""
+    """The rows, one of each class in turn.
+
+    Of a class there is one of each answer in turn. The rows of an answer come by `interest`.
+    """
     cells = {}
     for row in sorted(rows, key=interest):
         cells.setdefault(row["label"], {}).setdefault(row["prediction"], []).append(row)
@@ -91,7 +96,10 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def picture_of(features: torch.Tensor) -> str:
-    """Features (n_frames, n_mels) as the model reads them: time to the right, low tones below, bright is loud."""
+    """Features (n_frames, n_mels) as the model reads them.
+
+    Time goes to the right, low tones are below, and bright is loud.
+    """
     _, image, colormaps = libraries()
     shown = features.T.flip(0).numpy()  # (n_mels, n_frames)
     low, high = np.quantile(shown, [0.01, 0.999])
@@ -164,7 +172,7 @@ def cards_of(
     return sorted(cards, key=interest)
 
 
-# ------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def matrix_of(counts: np.ndarray, classes: list[str]) -> list[tuple[str, list[tuple]]]:
@@ -207,41 +215,33 @@ def settings_of(config: dict, result: dict) -> dict:
 
 
 def charts_of(metrics: list[dict]) -> list[dict]:
-    """Learning curves as SVG paths: the loss and, if there is one, the validation accuracy of every fold."""
-    charts, (width, height) = [], CHART
-    for column, title in {
-        "loss": "training loss (nats)",
-        "accuracy": "validation accuracy (%)",
-    }.items():
+    """Learning curves of every fold as SVG paths: the loss and the validation accuracy, if any."""
+    width, height = CHART
+    charts = []
+    titles = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
+    for column, title in titles.items():
         folds = {}
         for row in metrics:
             if row[column] != "":
                 folds.setdefault(row["fold"], []).append(float(row[column]))
         if not folds:
             continue
-        low, high, epochs = (
-            min(map(min, folds.values())),
-            max(map(max, folds.values())),
-            max(map(len, folds.values())),
-        )
-        paths = [
-            "M"
-            + " ".join(
-                f"{width * i / max(epochs - 1, 1):.1f},{height * (high - value) / (high - low or 1):.1f}"
-                for i, value in enumerate(line)
-            )
-            for line in folds.values()
-        ]
-        charts.append(
-            {
-                "title": title,
-                "low": f"{low:.4g}",
-                "high": f"{high:.4g}",
-                "epochs": epochs,
-                "paths": paths,
-                "last": ", ".join(f"{line[-1]:.4g}" for line in folds.values()),
-            }
-        )
+        lines = list(folds.values())
+        low = min(map(min, lines))
+        high = max(map(max, lines))
+        epochs = max(map(len, lines))
+        paths = []
+        for line in lines:
+            points = []
+            for i, value in enumerate(line):
+                x = width * i / max(epochs - 1, 1)
+                y = height * (high - value) / (high - low or 1)
+                points.append(f"{x:.1f},{y:.1f}")
+            paths.append("M" + " ".join(points))
+        chart = {"title": title, "low": f"{low:.4g}", "high": f"{high:.4g}", "epochs": epochs}
+        chart["paths"] = paths
+        chart["last"] = ", ".join(f"{line[-1]:.4g}" for line in lines)
+        charts.append(chart)
     return charts
 
 
@@ -291,7 +291,7 @@ def page_of(run: Run, cards: list[dict]) -> str:
 def write_report(argv: list[str] | None) -> None:
     parser = Parser(
         prog="python -m tools.report",
-        description="Write a page to look at a run and listen to it, report.html: one file, for any browser.",
+        description="Write a page to look at a run and listen to it: one file, for any browser.",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
@@ -310,7 +310,8 @@ def write_report(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     libraries()  # missing? now, not after the work
     stats()
-    device, out = choose_device(args.device), args.out or args.run / "report.html"
+    device = choose_device(args.device)
+    out = args.out or args.run / "report.html"
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the name of a file")
     run = read_run(args.run)
