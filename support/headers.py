@@ -142,7 +142,7 @@ class Result(Struct):
     validation_accuracy: Percent | None
     epoch: Count
     seconds: float
-    peak_memory_mb: Count | None
+    peak_memory_mb: Count | None = None
     calibration_error: Percent | UnsetType = UNSET
     calibrated_error: Percent | UnsetType = UNSET
 

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,23 +40,23 @@ def tiny_ast(**config) -> AST:
     return AST(ASTConfig(**{"n_frames": 36, "n_mels": 36, "dim": 32, "depth": 2, "heads": 4, "n_classes": 3, **config}))
 
 
-def described(path: Path, classes: list[str] | None, n_frames: int) -> dict:
-    """What the header of a fold file says of a run that never was. Its name gives the fold."""
-    settings = {
-        "dataset": "folder", "weights": str(SMALL_AST), "backbone": "0" * 64, "pool": "mean", "seed": 0, "shots": None,
-        "method": {"name": "lora", "lr": 0.005, "parts": []}, "clips": "0" * 64, "n_frames": n_frames, "epochs": 1,
-        "batch_size": 8, "lr": 0.005, "mask_frames": 0, "dtype": "float32", "keep": None, "balance": False,
-        "best": "accuracy",
-    }  # fmt: skip
-    found = re.fullmatch(r"fold(\d+)", path.stem)
-    result = {
-        "fold": int(found[1]) if found else 1, "accuracy": 50.0, "validation_accuracy": None, "epoch": 1,
-        "seconds": 1.0, "peak_memory_mb": None,
-    }  # fmt: skip
-    record = {"history": [], "predictions": [], "millionths": []}
-    header = {"settings": settings, "result": result, "record": record}
-    header |= {"parameters": {"petl": 1, "head": 1, "total": 9}, "versions": {"torch": "2"}}
-    return header | ({"classes": classes} if classes else {})
+SETTINGS = {
+    "dataset": "folder", "weights": "demo", "backbone": "0" * 64, "method": {"name": "lora", "lr": 0.005, "parts": []},
+    "pool": "mean", "seed": 0, "shots": None, "clips": "0" * 64, "n_frames": 60, "epochs": 1, "batch_size": 8,
+    "lr": 0.005, "mask_frames": 0, "dtype": "float32", "keep": None, "balance": False, "best": "accuracy",
+}  # fmt: skip
+
+
+def of_run(fold: int, **settings) -> dict:
+    """What the header of a fold file says of a run that never was."""
+    result = {"fold": fold, "accuracy": 50.0, "validation_accuracy": None, "epoch": 1, "seconds": 1.0}
+    return {
+        "settings": SETTINGS | settings,
+        "result": result,
+        "record": {"history": [], "predictions": [], "millionths": []},
+        "parameters": {"petl": 1, "head": 1, "total": 9},
+        "versions": {"torch": "2"},
+    }
 
 
 def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60, **header) -> AST:
@@ -71,7 +70,7 @@ def save_random(path: Path, method: str, pool: str = "mean", n_frames: int = 60,
         last = [module for module in model.head.modules() if isinstance(module, torch.nn.Linear)][-1]
         last.weight.mul_(5)  # answers far from one another
     classes = ["rain", "sea, waves", "dog", "wind"]
-    save_trained(model, path, {**described(path, classes, n_frames), **header})
+    save_trained(model, path, {"classes": classes, **header})
     return model.eval()
 
 
@@ -81,7 +80,7 @@ def constant(path: Path, *probabilities: float, classes: list[str] | None = None
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.copy_(torch.tensor(probabilities).log())
-    save_trained(model, path, {**described(path, classes, n_frames), **header})
+    save_trained(model, path, {"classes": classes, **header} if classes else header)
     return path
 
 

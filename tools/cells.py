@@ -28,33 +28,29 @@ class Table:
 
     title: str
     datasets: tuple[str, ...]
-    rows: dict[
-        str, str
-    ]  # name of the row: method in petl.METHODS, and perhaps settings: "lora rr=64"
+    rows: dict[str, str]  # {name: method, and perhaps settings: "lora rr=64"}
     few_shot: bool = False  # a column for each number of clips per class
-    numbers: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # {(row, column): with the paper's digits}
+    numbers: dict[tuple[str, str], str] = field(default_factory=dict)  # {(row, column)}
     note: str = ""
-    columns: tuple[
-        tuple[str, int | None], ...
-    ] = ()  # dataset and clips per class; of a figure none
+    columns: tuple[tuple[str, int | None], ...] = ()  # dataset, clips per class; of a figure none
 
 
 def read_table(title: str, columns: list[str], rows: dict[str, list], note: str = "") -> Table:
     """A table as paper_results.json has it: the method of a row comes before its numbers."""
-    words = [column.split() for column in columns]  # dataset, or dataset and clips per class
-    datasets = tuple(dict.fromkeys(word[0] for word in words if word[0] in DATASETS))
-    numbers = {
-        (row, c): n for row, (_, *line) in rows.items() for c, n in zip(columns, line, strict=True)
-    }
-    methods = {row: method for row, (method, *_) in rows.items()}
-    columns = tuple(
-        (word[0], int(word[1]) if word[1:] else None) for word in words if word[0] in DATASETS
-    )
-    return Table(
-        title, datasets, methods, any(shots for _, shots in columns), numbers, note, columns
-    )
+    methods = {}
+    numbers = {}
+    for row, (method, *line) in rows.items():
+        methods[row] = method
+        for column, number in zip(columns, line, strict=True):
+            numbers[row, column] = number
+    places = []
+    for column in columns:  # a dataset, a dataset and clips per class, or "params" and the like
+        name, _, shots = column.partition(" ")
+        if name in DATASETS:
+            places.append((name, int(shots) if shots else None))
+    datasets = tuple(dict.fromkeys(name for name, _ in places))
+    few_shot = any(shots for _, shots in places)
+    return Table(title, datasets, methods, few_shot, numbers, note, tuple(places))
 
 
 HERE = Path(__file__).parent
@@ -326,14 +322,12 @@ def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
     row = petl.find(method)
     cells = []
     for budget in BUDGETS:
-        sizes = {"rr": 1 / budget, "prompts": budget} if budget != 1 else {}
-        sizes = {
-            key: max(1, round(n * by))
-            for key, by in sizes.items()
-            if (n := first(row, key)) is not None
-        }
-        words = " ".join([method, *(f"{key}={n}" for key, n in sizes.items())])
-        cells.append(cell_of(dataset, words, seed, weights))
+        words = [method]
+        for key, factor in (("rr", 1 / budget), ("prompts", budget)):
+            number = first(row, key)
+            if number is not None and budget != 1:
+                words.append(f"{key}={max(1, round(number * factor))}")
+        cells.append(cell_of(dataset, " ".join(words), seed, weights))
     return list(dict.fromkeys(cells))  # few prompts cannot be halved often
 
 

@@ -130,9 +130,6 @@ def load(
     for file, header in zip(files, headers, strict=True):
         if header.get("front_end", FRONT_END) != FRONT_END:
             raise UserError(f"{file} was trained with another front end: {header['front_end']}, not {FRONT_END}")
-        for fact in ("classes", "n_frames"):
-            if header.get(fact) != headers[0].get(fact):
-                raise UserError(f"{file} and {files[0]} have other {fact}: they are not folds of one run")
     models = [load_trained(file, weights) for file in files]
     classes = headers[0].get("classes") or [f"class {i}" for i in range(models[0].config.n_classes)]
     calibrations = [Calibration(**header.get("calibration", {})) for header in headers]

@@ -76,11 +76,12 @@ class Searches(Struct):
 
 
 def best_of(tried: list[tuple[float, float | None]], usual: float) -> float | None:
-    """The rate with the highest accuracy, of equals the nearest to the usual. None: all diverged."""
-    told = [
-        (accuracy, -abs(math.log(lr / usual)), lr) for lr, accuracy in tried if accuracy is not None
-    ]
-    return max(told)[2] if told else None
+    """The rate with the highest accuracy; of equals the nearest to the usual. None: all diverged."""
+    ranked = []
+    for lr, accuracy in tried:
+        if accuracy is not None:
+            ranked.append((accuracy, -abs(math.log(lr / usual)), lr))
+    return max(ranked)[2] if ranked else None
 
 
 def file_of(plan: Plan) -> Path:
