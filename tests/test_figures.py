@@ -28,7 +28,9 @@ def test_error_bars_are_intervals(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure.axes[0]))
     curve = [(200, 80.0, 79.0, 82.0), (100, 70.0, 70.0 + 1e-12, 70.0)]
-    figures.draw_curves({"demo": {"LoRA": curve, "Full FT": [(9000, 90.0, 85.0, 95.0)]}}, tmp_path / "fig")
+    figures.draw_curves(
+        {"demo": {"LoRA": curve, "Full FT": [(9000, 90.0, 85.0, 95.0)]}}, tmp_path / "fig"
+    )
     ((_, _, (bars,)),) = drawn[0].containers
     segments = [segment.tolist() for segment in bars.get_segments()]
     assert segments == [[[100, 70], [100, 70]], [[200, 79], [200, 82]]]
@@ -37,25 +39,31 @@ def test_error_bars_are_intervals(monkeypatch, tmp_path):
 
 
 def test_plot_of_a_run(here, cache_dir, monkeypatch, capsys):
-    """All folds in one matrix, whose diagonal is the accuracy that train.py reported; its interval is over folds."""
+    """All folds in one matrix, whose diagonal is the accuracy that train.py reported; its interval
+    is over folds."""
     assert here("table1", "--methods", "full_ft", "--epochs", "3", "--", "--folds", "1,3") == 0
     (run,) = here.started
     counted = []
     original = figures.draw_confusion
-    monkeypatch.setattr(figures, "draw_confusion", lambda *told: counted.append(told) or original(*told))
+    monkeypatch.setattr(
+        figures, "draw_confusion", lambda *told: counted.append(told) or original(*told)
+    )
     assert experiments.main(["plot", str(run)]) == 0
     ((counts, _, title, _),) = counted
     assert counts.sum() == 40 and (counts.sum(1) == 4).all()  # 2 folds, 10 classes, 2 clips of each
     result = json.loads((run / "result.json").read_text())
     assert 100 * counts.trace() / 40 == pytest.approx(result["accuracy"])
-    low, high = interval([fold["accuracy"] for fold in result["folds"]], 40)  # as on the page of the run
+    low, high = interval(
+        [fold["accuracy"] for fold in result["folds"]], 40
+    )  # as on the page of the run
     assert title.endswith(f": {result['accuracy']:.2f} % [{low:.2f}, {high:.2f}] of 40 test clips")
     for name in ("confusion", "curves"):
         assert (run / f"{name}.png").exists() and (run / f"{name}.svg").exists()
 
 
 def test_a_class_more_than_the_run_knows(tmp_path, capsys):
-    """In front of the others, so that each has another number; the clips that the run tested are all there."""
+    """In front of the others, so that each has another number; the clips that the run tested are
+    all there."""
     root = make_folder(tmp_path / "sounds")
     assert train_on("folder", root, tmp_path, "--seconds", 0.3) == 0
     make_folder(root, classes=("alarm",))
@@ -63,7 +71,9 @@ def test_a_class_more_than_the_run_knows(tmp_path, capsys):
     capsys.readouterr()
     assert report.main([str(run)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: {run} has other classes than {root} has now (alarm): give the sounds it was")
+    assert line.startswith(
+        f"error: {run} has other classes than {root} has now (alarm): give the sounds it was"
+    )
     assert not (run / "report.html").exists()
 
 

@@ -1,4 +1,5 @@
-"""What train.py says before and after its first epoch: what is trained, how long it takes, and what would help."""
+"""What train.py says before and after its first epoch: what is trained, how long it takes, and what
+would help."""
 
 from dataclasses import replace
 
@@ -34,7 +35,11 @@ def test_what_is_about_to_be_trained():
     what = line.format("unmasked, 40% of the patches, classes weighed alike")
     assert console.describe(odd, CPU) == f"lora on my: 8 clips per class, 5 s a clip, {what}"
     probe = replace(SETTINGS, method={"name": "linear", "lr": 1e-2, "parts": []}, mask_frames=0)
-    assert console.describe(probe, CPU).splitlines()[1].startswith("linear probe: each clip goes through")
+    assert (
+        console.describe(probe, CPU)
+        .splitlines()[1]
+        .startswith("linear probe: each clip goes through")
+    )
 
 
 def test_what_makes_a_run_bearable():
@@ -52,13 +57,22 @@ def test_what_makes_a_run_bearable():
 
 
 def test_a_run_says_it_once_after_its_first_epoch(train_main, monkeypatch, capsys, tmp_path):
-    """Two seeds of two folds, one of them finished before. It trains what a run trains that says nothing."""
+    """Two seeds of two folds, one of them finished before.
+
+    It trains what a run trains that says nothing.
+    """
     options = ["--seconds", 0.5, "--batch-size", 8, "--epochs", 2]
-    assert train_main(*options, "--out", tmp_path / "silent") == train_main(*options, "--folds", 2) == 0
+    assert (
+        train_main(*options, "--out", tmp_path / "silent")
+        == train_main(*options, "--folds", 2)
+        == 0
+    )
     assert "this will take" not in capsys.readouterr().out  # quick runs need no such line
     asked = []
     monkeypatch.setattr(
-        console, "forecast", lambda seconds, folds, *rest: asked.append((seconds, folds)) or ["so long"] * bool(folds)
+        console,
+        "forecast",
+        lambda seconds, folds, *rest: asked.append((seconds, folds)) or ["so long"] * bool(folds),
     )
     tick, epochs = records.Progress.tick, []
 
@@ -72,7 +86,9 @@ def test_a_run_says_it_once_after_its_first_epoch(train_main, monkeypatch, capsy
     assert train_main(*options, "--seed", "0,1", "--folds", "1,2") == 0
     assert capsys.readouterr().out.count("so long") == 1 and epochs == [1, 1, 1, 1, 2, 2]
     seconds, folds = asked[0]
-    assert folds == 3 and 500 < seconds < 520  # 100 s for each of three folds' six epochs but the first
+    assert (
+        folds == 3 and 500 < seconds < 520
+    )  # 100 s for each of three folds' six epochs but the first
     assert {folds for _, folds in asked[1:]} == {0}
     file = "esc10/houlsby_par/seed0/fold1.safetensors"
     silent, other = load_file(tmp_path / "silent" / file), load_file(tmp_path / "runs" / file)

@@ -1,4 +1,5 @@
-"""What a run leaves behind: fold files, which are all that programs read, and tables for people, made of them."""
+"""What a run leaves behind: fold files, which are all that programs read, and tables for people,
+made of them."""
 
 import csv
 import json
@@ -41,11 +42,15 @@ def table(file: Path) -> list[dict[str, str]]:
 
 def said(capsys) -> list[str]:
     """What was said on stderr; that the data are a miniature, which is always said, apart."""
-    return [line for line in capsys.readouterr().err.splitlines() if "where the release has" not in line]
+    return [
+        line for line in capsys.readouterr().err.splitlines() if "where the release has" not in line
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("config.json", "split.csv", *MADE_AGAIN)}
+    return {
+        name: (folder / name).read_bytes() for name in ("config.json", "split.csv", *MADE_AGAIN)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,8 @@ def finished(words) -> Path:
 
 @pytest.fixture
 def again(finished, words, tmp_path, capsys):
-    """A copy of that run, and a function that gives the command of its fold 2 and returns what is said on stderr."""
+    """A copy of that run, and a function that gives the command of its fold 2 and returns what is
+    said on stderr."""
     folder = shutil.copytree(finished, tmp_path / "esc10" / "houlsby_par" / "seed0")
 
     def call(*options, code=0) -> list[str]:
@@ -77,7 +83,7 @@ def again(finished, words, tmp_path, capsys):
     return folder, call
 
 
-# -------------------------------------------------------------------------------------------------------- predictions
+# -------------------------------------------------------------------------------------- predictions
 
 
 @pytest.mark.parametrize(
@@ -86,23 +92,35 @@ def again(finished, words, tmp_path, capsys):
     ids=lambda words: " ".join(map(str, words)),
 )
 def test_predictions_are_those_of_the_saved_weights(words, options, tmp_path, esc50_dir, cache_dir):
-    """Clip by clip beside the model that is read back; the accuracies of result.json are what the rows give."""
-    assert train.main(words("--lr", 1e-2, "--epochs", 3, "--batch-size", 6, "--out", tmp_path, *options)) == 0
+    """Clip by clip beside the model that is read back; the accuracies of result.json are what the
+    rows give."""
+    assert (
+        train.main(
+            words("--lr", 1e-2, "--epochs", 3, "--batch-size", 6, "--out", tmp_path, *options)
+        )
+        == 0
+    )
     (folder,) = tmp_path.glob("esc10/*/seed0")
     rows, split = table(folder / "predictions.csv"), table(folder / "split.csv")
     assert list(rows[0]) == ["fold", "part", "path", "label", "prediction", "probability"]
     listed = [row for row in split if row["fold"] == "2" and row["split"] in ("val", "test")]
-    assert [(r["fold"], r["part"], r["label"], r["path"]) for r in rows] == [(*row.values(),) for row in listed]
+    assert [(r["fold"], r["part"], r["label"], r["path"]) for r in rows] == [
+        (*row.values(),) for row in listed
+    ]
     dataset = load_dataset("esc10", esc50_dir, cache_dir)
     features, _ = build_features(dataset, 50, cache_dir)
     index = [dataset.names.index(row["path"]) for row in rows]
     with torch.inference_mode():
-        expected = load_trained(folder / "fold2.safetensors")(torch.from_numpy(features[index]).float()).softmax(1)
+        expected = load_trained(folder / "fold2.safetensors")(
+            torch.from_numpy(features[index]).float()
+        ).softmax(1)
     exact = "bfloat16" not in options
     for row, probabilities in zip(rows, expected, strict=True):
         number = dataset.classes.index(row["prediction"])
         assert number == probabilities.argmax() or not exact
-        assert float(row["probability"]) == pytest.approx(probabilities[number].item(), abs=1e-5 if exact else 0.05)
+        assert float(row["probability"]) == pytest.approx(
+            probabilities[number].item(), abs=1e-5 if exact else 0.05
+        )
         assert len(row["probability"]) == len("0.123456")
     (result,) = json.loads((folder / "result.json").read_text())["folds"]
     for part, name in (("val", "validation_accuracy"), ("test", "accuracy")):
@@ -116,17 +134,30 @@ def test_folds_that_are_finished_apart_share_the_files(finished):
     assert [(row["fold"], row["part"]) for row in rows] == [
         (fold, part) for fold in "23" for part in ("val", "test") for _ in range(10)
     ]
-    assert [row["fold"] + row["epoch"] for row in table(finished / "metrics.csv")] == ["21", "22", "31", "32"]
+    assert [row["fold"] + row["epoch"] for row in table(finished / "metrics.csv")] == [
+        "21",
+        "22",
+        "31",
+        "32",
+    ]
 
 
 def test_a_fold_file_holds_what_is_needed(finished, capsys):
-    """Its tensors are those that train, and its header says what came out. `export show` leaves out the record."""
+    """Its tensors are those that train, and its header says what came out. `export show` leaves out
+    the record."""
     file = finished / "fold2.safetensors"
     header = read_header(file)
     record = header["record"]
-    assert [row["epoch"] for row in record["history"]] == [1, 2] and len(record["predictions"]) == 20
-    assert load_file(file).keys() == {name for name, p in load_trained(file).named_parameters() if p.requires_grad}
-    assert header["settings"] == json.loads(json.dumps(header["settings"])) and header["result"]["fold"] == 2
+    assert [row["epoch"] for row in record["history"]] == [1, 2] and len(
+        record["predictions"]
+    ) == 20
+    assert load_file(file).keys() == {
+        name for name, p in load_trained(file).named_parameters() if p.requires_grad
+    }
+    assert (
+        header["settings"] == json.loads(json.dumps(header["settings"]))
+        and header["result"]["fold"] == 2
+    )
     export.show(file)
     assert "millionths" not in capsys.readouterr().out
 
@@ -136,51 +167,105 @@ def test_settings_are_checked_by_the_names_they_have():
 
 
 def test_a_model_in_another_format_leaves_the_record_behind(tmp_path):
-    record = {"history": [{"fold": 1, "epoch": 1}], "predictions": [3, 0], "millionths": [500_000, 10**6]}
+    record = {
+        "history": [{"fold": 1, "epoch": 1}],
+        "predictions": [3, 0],
+        "millionths": [500_000, 10**6],
+    }
     save_random(tmp_path / "fold1.safetensors", "lora", "cls_dist", record=record)
     for to, out in (("merged", "merged.safetensors"), ("hf", "hf"), ("peft", "peft")):
-        assert export.main(["export", f"{tmp_path}/fold1.safetensors", "--to", to, "--out", f"{tmp_path}/{out}"]) == 0
+        assert (
+            export.main(
+                [
+                    "export",
+                    f"{tmp_path}/fold1.safetensors",
+                    "--to",
+                    to,
+                    "--out",
+                    f"{tmp_path}/{out}",
+                ]
+            )
+            == 0
+        )
     for file in (tmp_path / "merged.safetensors", tmp_path / "hf" / "model.safetensors"):
         with safe_open(file, "pt") as opened:
             assert "history" not in opened.metadata()["ast_petl"]
 
 
 def test_names_that_the_locale_cannot_show(tmp_path):
-    """A table with an emoji in a path and in a class: what is written is UTF-8, what is printed is ASCII."""
+    """A table with an emoji in a path and in a class: what is written is UTF-8, what is printed is
+    ASCII."""
     make_folder(tmp_path / "sounds", classes=("\N{DOG FACE}", "low"))
     bad = tmp_path / "sounds" / "low" / "\N{CAT FACE}.wav"
     bad.write_text("no sound")
     names = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.wav"))
     write_csv(tmp_path / "t.csv", "path,label", *(f"{name},{name.split('/')[1]}" for name in names))
     out = tmp_path / "\N{DOG FACE}"
-    words = ["--dataset", "csv", "--data-dir", tmp_path / "t.csv", "--weights", SMALL_AST, "--method", "linear",
-             "--epochs", 1, "--skip-bad", "--cache-dir", tmp_path / "cache", "--out", out]  # fmt: skip
-    locale = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [
+        "--dataset",
+        "csv",
+        "--data-dir",
+        tmp_path / "t.csv",
+        "--weights",
+        SMALL_AST,
+        "--method",
+        "linear",
+        "--epochs",
+        1,
+        "--skip-bad",
+        "--cache-dir",
+        tmp_path / "cache",
+        "--out",
+        out,
+    ]
+    locale = {
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
     command = [sys.executable, train.__file__, *map(str, words)]
-    done = subprocess.run(command, env={**os.environ, **locale}, capture_output=True, encoding="ascii", check=True)
+    done = subprocess.run(
+        command, env={**os.environ, **locale}, capture_output=True, encoding="ascii", check=True
+    )
     assert "\\udcf0\\udc9f\\udc90\\udcb1.wav: is in no known sound format" in done.stderr
-    assert "tools.predict" in done.stdout and "\\udcf0\\udc9f\\udc90\\udcb6/csv/linear/seed0" in done.stdout
+    assert (
+        "tools.predict" in done.stdout
+        and "\\udcf0\\udc9f\\udc90\\udcb6/csv/linear/seed0" in done.stdout
+    )
     run = out / "csv" / "linear" / "seed0"
     split, rows = table(run / "split.csv"), table(run / "predictions.csv")
-    assert sorted(row["path"] for row in split) == names and {row["label"] for row in split} == {"\N{DOG FACE}", "low"}
-    assert {row["path"].split("/")[1] for row in rows} == {row["label"] for row in rows} == {"\N{DOG FACE}", "low"}
-    assert {(row["path"], row["label"]) for row in rows} <= {(row["path"], row["label"]) for row in split}
+    assert sorted(row["path"] for row in split) == names and {row["label"] for row in split} == {
+        "\N{DOG FACE}",
+        "low",
+    }
+    assert (
+        {row["path"].split("/")[1] for row in rows}
+        == {row["label"] for row in rows}
+        == {"\N{DOG FACE}", "low"}
+    )
+    assert {(row["path"], row["label"]) for row in rows} <= {
+        (row["path"], row["label"]) for row in split
+    }
 
 
-# --------------------------------------------------------------------------------------------------- files for people
+# --------------------------------------------------------------------------------- files for people
 
 SPOILT = {
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_bytes(b""),
     "no text": lambda file: file.write_bytes(b"\xff\0\n"),
-    "another number": lambda file: file.write_bytes(re.sub(rb"\b0(?=[.,])", b"1", file.read_bytes(), count=1)),
+    "another number": lambda file: file.write_bytes(
+        re.sub(rb"\b0(?=[.,])", b"1", file.read_bytes(), count=1)
+    ),
 }
 
 
 @pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.parametrize("name", MADE_AGAIN)
 def test_what_is_written_for_people_is_never_read(again, name, how):
-    """Whoever reads the run reads the same as before, and the same command of train.py makes the file again."""
+    """Whoever reads the run reads the same as before, and the same command of train.py makes the
+    file again."""
     folder, call = again
     before, run = contents(folder), read_run(folder)
     SPOILT[how](folder / name)
@@ -196,9 +281,17 @@ def test_metrics_epoch_by_epoch(again, capsys):
     now = [dict.fromkeys(METRICS, "0") | {"fold": 1, "epoch": epoch} for epoch in (1, 2)]
     for epochs in (now[:1], now):
         write_metrics(folder, Progress(1, epochs))
-        assert table(folder / "metrics.csv") == [{k: str(v) for k, v in row.items()} for row in epochs] + rows
-    write_metrics(folder, Progress(2, [{**row, "fold": 2} for row in now]))  # which is trained again
-    assert [row["fold"] + row["loss"][:1] for row in table(folder / "metrics.csv")][:2] == ["20", "20"]
+        assert (
+            table(folder / "metrics.csv")
+            == [{k: str(v) for k, v in row.items()} for row in epochs] + rows
+        )
+    write_metrics(
+        folder, Progress(2, [{**row, "fold": 2} for row in now])
+    )  # which is trained again
+    assert [row["fold"] + row["loss"][:1] for row in table(folder / "metrics.csv")][:2] == [
+        "20",
+        "20",
+    ]
 
 
 def test_seconds_of_a_fold(monkeypatch):
@@ -221,17 +314,21 @@ def test_the_command_that_is_printed_can_be_copied(finished, tmp_path):
     assert shlex.split(line)[-2:] == [str(folder), "SOUND.wav"]
 
 
-# --------------------------------------------------------------------------------------------- settings and the splits
+# -------------------------------------------------------------------------- settings and the splits
 
 
 def test_a_config_that_is_missing_is_written_again(again):
     """The fold files say which settings it must have."""
     folder, call = again
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="is no finished run of train.py: there is no config.json"):
+    with pytest.raises(
+        UserError, match=r"is no finished run of train\.py: there is no config\.json"
+    ):
         read_run(folder)
     (line,) = call("--epochs", 3, code=2)
-    assert line.startswith(f"error: {folder / 'fold2.safetensors'} is of a run with epochs 2, not 3: delete it")
+    assert line.startswith(
+        f"error: {folder / 'fold2.safetensors'} is of a run with epochs 2, not 3: delete it"
+    )
     assert call() == [] and read_run(folder).config["epochs"] == 2
 
 
@@ -241,7 +338,10 @@ def test_a_config_that_is_damaged_or_another_is_refused(again):
     for content, message in (
         (text[:-30], f"cannot read {file} ("),
         (text.replace('"epochs": 2', '"epochs": 2.5'), f"{file}: epochs: Expected int"),
-        (text.replace('"epochs": 2', '"epochs": 3'), f"{folder} holds a run with epochs 3, not 2: give another --out"),
+        (
+            text.replace('"epochs": 2', '"epochs": 3'),
+            f"{folder} holds a run with epochs 3, not 2: give another --out",
+        ),
     ):
         assert content != text
         file.write_text(content)
@@ -256,13 +356,18 @@ def test_other_splits_are_never_used(again):
     folder, call = again
     file = folder / "split.csv"
     before = file.read_text()
-    for spoil in (lambda: file.write_text(before.replace("3,test,", "3,val,")), lambda: file.write_text(before[:-3])):
+    for spoil in (
+        lambda: file.write_text(before.replace("3,test,", "3,val,")),
+        lambda: file.write_text(before[:-3]),
+    ):
         spoil()
-        with pytest.raises(UserError, match=r"split\.csv is not that of the run: delete it, and the same command"):
+        with pytest.raises(
+            UserError, match=r"split\.csv is not that of the run: delete it, and the same command"
+        ):
             read_run(folder)
         assert call() == [] and file.read_text() == before
     file.unlink()
-    with pytest.raises(UserError, match="there is no split.csv"):
+    with pytest.raises(UserError, match=r"there is no split\.csv"):
         read_run(folder)
     assert call() == [] and file.read_text() == before
 
@@ -281,7 +386,9 @@ def test_of_two_experiments_that_start_together_one_is_refused(finished, tmp_pat
 
     def start(lr):
         with suppress(UserError):
-            records.start_run(tmp_path, replace(settings, lr=lr), "fold,split,label,path\n", [], {}, options)
+            records.start_run(
+                tmp_path, replace(settings, lr=lr), "fold,split,label,path\n", [], {}, options
+            )
             return lr
 
     monkeypatch.setattr(Path, "exists", looked)
@@ -290,7 +397,7 @@ def test_of_two_experiments_that_start_together_one_is_refused(finished, tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == started
 
 
-# ------------------------------------------------------------------------------------------------ files of another run
+# ----------------------------------------------------------------------------- files of another run
 
 
 def changed(file: Path, new: Path, **settings) -> None:
@@ -302,10 +409,15 @@ def changed(file: Path, new: Path, **settings) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "what"),
-    [({"lr": 0.1}, "lr 0.1, not 0.005"), ({"seed": 7}, "seed 7, not 0"), ({"clips": "0" * 64}, "other clips or splits")],
+    [
+        ({"lr": 0.1}, "lr 0.1, not 0.005"),
+        ({"seed": 7}, "seed 7, not 0"),
+        ({"clips": "0" * 64}, "other clips or splits"),
+    ],
 )
 def test_a_fold_of_other_settings_is_never_averaged(again, settings, what):
-    """By train.py, by whoever reads the run, and by tools.predict, also where config.json is missing."""
+    """By train.py, by whoever reads the run, and by tools.predict, also where config.json is
+    missing."""
     folder, call = again
     file = folder / "fold3.safetensors"
     changed(file, file, **settings)
@@ -324,17 +436,35 @@ def test_a_fold_under_another_name_is_refused(again):
     folder, call = again
     shutil.copy(folder / "fold3.safetensors", folder / "fold1.safetensors")
     (line,) = call("--folds", 1, code=2)
-    assert line == f"error: {folder / 'fold1.safetensors'} is of a run with fold 3: delete it, or give another --out"
+    assert (
+        line == f"error: {folder / 'fold1.safetensors'} is of a run with fold 3: delete it, "
+        "or give another --out"
+    )
     for read in (read_run, predict.load):
         with pytest.raises(UserError, match=r"fold1\.safetensors is of a run with fold 3"):
             read(folder)
 
 
 def test_names_of_folds_are_matched_exactly(again, tmp_path):
-    """fold02 and a fold with an Arabic two are not fold 2. Folds come in the order of their numbers."""
-    for name in ("fold10", "fold2", "fold1", "foldx", "fold01", "fold0", "fold\u0662", "fold1234567890", "xfold3"):
+    """fold02 and a fold with an Arabic two are not fold 2.
+
+    Folds come in the order of their numbers.
+    """
+    for name in (
+        "fold10",
+        "fold2",
+        "fold1",
+        "foldx",
+        "fold01",
+        "fold0",
+        "fold\u0662",
+        "fold1234567890",
+        "xfold3",
+    ):
         (tmp_path / f"{name}.safetensors").touch()
-    assert list(records.fold_files(tmp_path).items()) == [(k, tmp_path / f"fold{k}.safetensors") for k in (1, 2, 10)]
+    assert list(records.fold_files(tmp_path).items()) == [
+        (k, tmp_path / f"fold{k}.safetensors") for k in (1, 2, 10)
+    ]
     folder, call = again
     before = read_run(folder)
     for name in ("fold02", "fold\u0662"):
@@ -344,7 +474,8 @@ def test_names_of_folds_are_matched_exactly(again, tmp_path):
 
 @pytest.fixture
 def interrupted(words, tmp_path, monkeypatch, capsys):
-    """A function that trains two folds until the second epoch of the second one, and returns the folder."""
+    """A function that trains two folds until the second epoch of the second one, and returns the
+    folder."""
     save = records.save_progress
 
     def call(*options) -> Path:
@@ -358,7 +489,16 @@ def interrupted(words, tmp_path, monkeypatch, capsys):
 
         with monkeypatch.context() as patch:
             patch.setattr(records, "save_progress", stop)
-            options = ("--method", "linear", "--no-mask", "--folds", "1,2", "--out", tmp_path / "runs", *options)
+            options = (
+                "--method",
+                "linear",
+                "--no-mask",
+                "--folds",
+                "1,2",
+                "--out",
+                tmp_path / "runs",
+                *options,
+            )
             assert train.main(words(*options)) == 130
         capsys.readouterr()
         return saved[-1].parent
@@ -367,7 +507,16 @@ def interrupted(words, tmp_path, monkeypatch, capsys):
 
 
 def resume(words, folder: Path, capsys, code: int, *options) -> list[str]:
-    options = ("--method", "linear", "--no-mask", "--folds", "1,2", "--out", folder.parents[2], *options)
+    options = (
+        "--method",
+        "linear",
+        "--no-mask",
+        "--folds",
+        "1,2",
+        "--out",
+        folder.parents[2],
+        *options,
+    )
     assert train.main(words("--resume", *options)) == code
     return said(capsys)
 
@@ -381,7 +530,10 @@ def test_a_state_of_another_run_is_never_resumed(interrupted, words, change, wha
     state = torch.load(folder / "fold2.resume.pt")
     del state["digest"]
     state = {**state, **{name: value for name, value in change.items() if name == "fold"}}
-    state["settings"] = {**state["settings"], **{name: value for name, value in change.items() if name != "fold"}}
+    state["settings"] = {
+        **state["settings"],
+        **{name: value for name, value in change.items() if name != "fold"},
+    }
     torch.save({**state, "digest": sha256_of(state)}, folder / "fold2.resume.pt")
     (line,) = resume(words, folder, capsys, 2)
     file = folder / "fold2.resume.pt"
@@ -395,15 +547,21 @@ def test_the_state_of_one_seed_is_not_that_of_another(interrupted, words, capsys
     other.mkdir()
     shutil.move(folder / "fold2.resume.pt", other)
     (line,) = resume(words, folder, capsys, 2, "--seed", 2)
-    assert "fold2.resume.pt is of a run with seed 1, not 2: delete it, or give another --out" in line
+    assert (
+        "fold2.resume.pt is of a run with seed 1, not 2: delete it, or give another --out" in line
+    )
 
 
 def test_epochs_of_the_interrupted_fold_are_in_metrics_csv(interrupted):
     folder = interrupted()
-    assert [row["fold"] + row["epoch"] for row in table(folder / "metrics.csv")] == ["11", "12", "21"]
+    assert [row["fold"] + row["epoch"] for row in table(folder / "metrics.csv")] == [
+        "11",
+        "12",
+        "21",
+    ]
 
 
-# ------------------------------------------------------------------------------------------------- kills and damage
+# --------------------------------------------------------------------------------- kills and damage
 
 
 def test_the_state_of_a_finished_fold_goes_at_the_next_start(again):
@@ -420,7 +578,10 @@ def test_a_damaged_fold_file_is_not_averaged(again):
     content[content.index(b"millionths") + 16] ^= 1  # a digit
     (folder / "fold3.safetensors").write_bytes(content)
     (line,) = call(code=2)
-    assert line.startswith(f"error: {folder / 'fold3.safetensors'} is no whole file") and "its SHA-256" in line
+    assert (
+        line.startswith(f"error: {folder / 'fold3.safetensors'} is no whole file")
+        and "its SHA-256" in line
+    )
 
 
 @pytest.mark.parametrize("key", [b"record", b"digest", b"settings"])
@@ -429,7 +590,9 @@ def test_a_key_that_is_damaged_is_not_a_missing_key(again, key):
     file = folder / "fold2.safetensors"
     file.write_bytes(file.read_bytes().replace(key, key[:-1] + b"_"))
     (line,) = call(code=2)
-    assert line.startswith(f"error: {file}") and ("it is damaged" in line or "missing required field digest" in line)
+    assert line.startswith(f"error: {file}") and (
+        "it is damaged" in line or "missing required field digest" in line
+    )
 
 
 class Killed(BaseException):
@@ -457,7 +620,8 @@ def killed(monkeypatch, writes: int, action, *arguments) -> bool:
 
 
 def test_a_kill_between_two_writes_loses_nothing(words, tmp_path, monkeypatch, capsys):
-    """A run that is killed at each file it writes, and then goes on: nothing is said, and the end is the same."""
+    """A run that is killed at each file it writes, and then goes on: nothing is said, and the end
+    is the same."""
     run = words("--method", "linear", "--no-mask", "--resume", "--out")
     assert train.main([*run, str(tmp_path / "whole")]) == 0
     whole, writes = tmp_path / "whole" / "esc10" / "linear" / "seed0", 0
@@ -468,6 +632,8 @@ def test_a_kill_between_two_writes_loses_nothing(words, tmp_path, monkeypatch, c
         assert said(capsys) == []
         assert (folder / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
         assert read_run(folder).result()["accuracy"] == read_run(whole).result()["accuracy"]
-        assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in whole.iterdir())
+        assert sorted(file.name for file in folder.iterdir()) == sorted(
+            file.name for file in whole.iterdir()
+        )
         writes += 1
     assert writes > 9

@@ -76,7 +76,7 @@ class Searches(Struct):
 
 
 def best_of(tried: list[tuple[float, float | None]], usual: float) -> float | None:
-    """The rate with the highest accuracy; of equals the nearest to the usual. None: all diverged."""
+    """The rate with the highest accuracy, of equals the nearest to the usual. None: all diverge."""
     ranked = []
     for lr, accuracy in tried:
         if accuracy is not None:
