@@ -37,9 +37,10 @@ def checked(content: Any, kind: type[T], origin: Path | str) -> T:
     try:
         return msgspec.convert(content, kind)
     except (ValidationError, RecursionError) as error:
-        what, _, key = str(error).replace("`", "").partition(" - at ")
-        where = f"{key.removeprefix('$.')}: " if key else ""
-        raise UserError(f"{origin}: {where}{what}") from None
+        what, _, key = str(error).replace("`", "").rpartition(" - at ")
+        if not what:  # it says no place
+            raise UserError(f"{origin}: {key[:200]}") from None
+        raise UserError(f"{origin}: {key.removeprefix('$.')}: {what[:200]}") from None
 
 
 # ---------------------------------------------------------------------------- methods and settings
