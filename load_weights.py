@@ -10,7 +10,7 @@ numbers are finite. It reads .bin and .pth with `weights_only`, so no code in th
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ import petl_more  # noqa: F401, adds the later methods to petl.METHODS
 from ast_model import AST, ASTConfig, UserError, make_head
 from data import FRONT_END
 from support.checkpoints import (
-    fetch, read_hf_config, read_metadata, read_tensors, remedy, write_tensors,
+    fetch, read_hf_config, read_metadata, read_tensors, write_tensors,
 )  # fmt: skip
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -369,10 +369,14 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
                 "which no row of METHODS has"
             )
         options = {name: value for name, value in part.items() if name != "part"}
-        unknown = options.keys() - {field.name for field in fields(kind)}
-        if unknown:
-            names = some_of(sorted(unknown))
-            raise UserError(f"{origin}: the part {part['part']!r} has no field {names}")
+        known = fields(kind)
+        unknown = options.keys() - {field.name for field in known}
+        missing = {field.name for field in known if field.default is MISSING} - options.keys()
+        if unknown or missing:
+            raise UserError(
+                f"{origin}: the part {part['part']!r} has missing fields ({some_of(sorted(missing))}) "
+                f"or unknown ones ({some_of(sorted(unknown))})"
+            )
         parts.append(kind(**options))
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
     return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)
@@ -441,7 +445,8 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
     if model.backbone.sha256 != wanted.sha256:
         raise UserError(
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), "
-            f"not on {model.backbone.name} ({model.backbone.sha256[:12]}): {remedy(wanted.sha256)}"
+            f"not on {model.backbone.name} ({model.backbone.sha256[:12]}): "
+            "give the right one as --weights"
         )
     petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)

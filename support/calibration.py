@@ -15,7 +15,7 @@ PARTS = 5  # of the validation clips: each is measured by what the others tell
 
 @dataclass(frozen=True)
 class Calibration:
-    """The defaults change nothing: for runs without validation clips, and those of earlier versions."""
+    """The defaults change nothing: for runs without validation clips."""
 
     temperature: float = 1.0
     min_confidence: float = 0.0  # nine of ten right answers of the validation clips have this or more
@@ -103,10 +103,9 @@ def error(probabilities: torch.Tensor, right: torch.Tensor, bins: int = 15) -> f
     return 100 * gaps.abs().sum().item() / len(right)
 
 
-def calibrated(outcome: dict, validated: tuple | None, tested: tuple) -> dict:
-    """What a fold's header says, with its calibration; each a pair of logits (clips, classes) and labels (clips,).
-    None: of an interrupted fold of an earlier version."""
-    found = fit(*validated) if validated else None
+def calibrated(outcome: dict, validated: tuple, tested: tuple) -> dict:
+    """What a fold's header says, with its calibration; each a pair of logits (clips, classes) and labels (clips,)."""
+    found = fit(*validated)
     if found is None:
         return outcome
     (logits, labels), errors = tested, {}

@@ -22,7 +22,7 @@ def default_cache_dir() -> Path:
 
 @contextmanager
 def locked(path: Path):
-    """Holds the lock of what is at `path`, or will be. Who has to wait for another run says so."""
+    """Hold the lock of what is, or will be, at `path`. Who has to wait for another run says so."""
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=2)
@@ -37,11 +37,15 @@ def locked(path: Path):
 
 @contextmanager
 def whole_file(path: Path):
-    """Yields a temporary path beside `path` that takes its place at the end: readers see all of the file or none."""
+    """Yield a temporary path, whose file takes the place of `path` at the end.
+
+    Readers see all of the file or none of it.
+    """
     if path.exists() and not path.is_file():  # a folder, or /dev/full, whose place root could take
         raise FileExistsError(errno.EEXIST, "is there and no file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat on other machines
+    # Process numbers repeat on other machines, random names do not.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -55,9 +59,12 @@ def whole_file(path: Path):
 
 @contextmanager
 def whole_folder(path: Path):
-    """Yields an empty folder beside `path` that takes its place at the end. Its maker holds a lock: there is one."""
+    """Yield an empty folder, which takes the place of `path` at the end.
+
+    The caller holds a lock, so that there is one such folder.
+    """
     temporary = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # a run that was killed may have left it
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -87,7 +94,7 @@ def table_of(columns: Iterable[str], rows: Iterable[dict]) -> str:
 
 
 def to_bytes(text: str) -> bytes:
-    """UTF-8, and as they were the bytes that a name of a file may have besides."""
+    """UTF-8. Bytes of a file's name that are no UTF-8 stay as they were."""
     return text.encode("utf-8", "surrogateescape")
 
 

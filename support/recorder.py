@@ -1,24 +1,31 @@
-"""What makes a run of train.py robust, behind two objects: files, --resume, progress, a forecast, several processes."""
+"""The objects behind which train.py keeps what makes a run robust.
+
+A `Recorder` is the run: its folders, its files, what is printed. A `FoldLog` is what train_fold
+tells of its epochs. It writes the state that --resume goes on from.
+"""
 
 import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from support import command, console, ledger, records
+from support import command, console, records
 from support.calibration import calibrated
-from support.checkpoints import read_header
-from support.processes import is_first, process_group, say, wait_for_all
+from support.processes import process_group, say, wait_for_all
+from support.progress import Bar
 
 
 @contextmanager
 def protected(args, batch_size: int):
-    """Processes of torchrun joined, and one line in place of a traceback for what a person can mend."""
+    """Join the processes of torchrun. What a user can mend becomes one line, no traceback."""
     tried = args.micro_batch or args.batch_size or batch_size
-    with command.explained(args.device, tried, args.out, args.cache_dir), process_group(args.device):
+    with (
+        command.explained(args.device, tried, args.out, args.cache_dir),
+        process_group(args.device),
+    ):
         yield
 
 
@@ -26,109 +33,145 @@ class Recorder:
     """The run: one folder for each seed, in it one file for each fold."""
 
     def __init__(self, args, dataset, machine):
-        self.args, self.dataset, self.machine, self.started = args, dataset, machine, time.perf_counter()
+        self.args = args
+        self.dataset = dataset
+        self.machine = machine
+        self.started = time.perf_counter()
         self.folds = command.chosen_folds(args.folds, list(dataset.folds) or [1], args.dataset)
-        self.ahead, self.summaries = None, {}
+        self.summaries = {}
+        self.to_forecast = None  # folds to train, of all seeds; 0 once the estimate is printed
 
     def describe_clips(self, folds: dict, bad: dict[int, str]) -> str:
-        """SHA-256 of split.csv, which this makes."""
-        self.bad, self.table = bad, records.split_table(self.dataset, folds, bad)
-        return ledger.hash_of(self.table)
+        """The SHA-256 of split.csv, which this makes."""
+        self.bad = bad
+        self.table = records.split_table(self.dataset, folds, bad)
+        return records.hash_of(self.table)
 
     def start(self, settings) -> None:
         """Begin a seed. UserError if its folder holds another experiment."""
-        self.settings, self.home = settings, self.args.out / self.args.dataset / settings.method["name"]
+        self.settings = settings
+        self.home = self.args.out / self.args.dataset / settings.method["name"]
         self.folder = self.home / f"seed{settings.seed}"
-        if self.ahead is None:
-            self.ahead = console.folds_left(self.home, self.args.seed, self.folds)
-        records.start_run(self.folder, settings, self.table, self.dataset, self.bad, vars(self.args))
-        say(console.describe(settings, settings.n_frames / 100, self.args.device))
+        if self.to_forecast is None:
+            self.to_forecast = console.folds_left(self.home, self.args.seed, self.folds)
+        names = self.dataset.names
+        records.start_run(self.folder, settings, self.table, names, self.bad, vars(self.args))
+        say(console.describe(settings, self.args.device))
 
-    def file(self, fold: int):
+    def file(self, fold: int) -> Path:
         return self.folder / f"fold{fold}.safetensors"
 
     def progress(self, fold: int) -> "FoldLog":
-        self.current, self.ahead = FoldLog(self, fold, self.ahead), 0  # saying how long it takes once is enough
+        self.current = FoldLog(self, fold)
         return self.current
 
     def header(self, best: dict, logits: torch.Tensor, labels: torch.Tensor) -> dict:
         """What the fold file says of itself."""
-        outcome = self.current.outcome(best, logits, labels)
-        known = {"classes": self.dataset.classes, "settings": asdict(self.settings), "versions": records.versions()}
-        return {**outcome, **known}
+        return {
+            **self.current.outcome(best, logits, labels),
+            "classes": self.dataset.classes,
+            "settings": asdict(self.settings),
+            "versions": records.versions(),
+        }
 
     def finish_fold(self, fold: int) -> None:
-        """The fold file is there: its state is not needed any more, and its result is printed."""
-        if is_first():
+        """The fold file is there. Print its result, and delete the state to resume from."""
+        if self.machine.is_first:
+            header = records.read_fold(self.file(fold), fold, records.plain(self.settings))
             self.file(fold).with_suffix(".resume.pt").unlink(missing_ok=True)
-            say(console.describe_fold(read_header(self.file(fold), "result")["result"], self.settings.best))
+            say(console.describe_fold(header["result"], self.settings.choose_by))
 
     def finish(self) -> None:
-        """End a seed: result.json and the other files that are made of the fold files."""
+        """End a seed: write result.json and the other files that are made of the fold files."""
         wait_for_all()
-        self.summaries[self.settings.seed] = console.summarise(self.folder, self.settings, self.started)
+        if self.machine.is_first:
+            run = records.write_results(self.folder)
+            seconds = time.perf_counter() - self.started
+            say(console.summary(run, seconds))
+            self.summaries[self.settings.seed] = run.result()
 
     def results(self) -> dict:
-        summaries = self.summaries
-        return summaries[self.args.seed[0]] if len(summaries) == 1 else console.summarise_seeds(self.home, summaries)
+        """What result.json holds. With several seeds there is another one above their folders."""
+        if not self.machine.is_first:
+            return {}
+        if len(self.summaries) == 1:
+            return self.summaries[self.args.seed[0]]
+        return console.summarise_seeds(self.home, self.summaries)
 
 
 class FoldLog:
-    """The `log` of train.train_fold that writes metrics.csv and the state that --resume goes on from."""
+    """The `log` of train.train_fold, which writes metrics.csv and the state to resume from."""
 
-    def __init__(self, run: Recorder, fold: int, ahead: int):
-        self.run, self.fold, self.ahead = run, fold, ahead
+    def __init__(self, run: Recorder, fold: int):
+        self.run = run
+        self.fold = fold
         self.state_file = run.file(fold).with_suffix(".resume.pt")
 
     def start(self, learner, split) -> dict | None:
-        run, self.learner, self.split = self.run, learner, split
-        self.progress, state = records.read_progress(self.state_file, self.fold, run.args.resume)
-        device, done = run.machine.device, len(self.progress.history)
-        console.forecast(learner.optimizer, self.progress, split, run.settings, device, self.ahead)
-        hidden = None if is_first() else True  # None leaves it to tqdm: no bar where the output is no terminal
-        self.bar = tqdm(None, f"fold {self.fold}", run.settings.epochs, initial=done, unit="epoch", disable=hidden)
-        return state and {**state, "best": self.progress.best, "epoch": done}
+        run = self.run
+        self.learner = learner
+        self.split = split
+        self.progress, state = records.read_progress(
+            self.state_file, self.fold, run.settings, run.args.resume
+        )
+        done = len(self.progress.history)
+        epochs = run.settings.epochs
+        self.bar = Bar(desc=f"fold {self.fold}", total=epochs, initial=done, unit="epoch")
+        return state
 
     def trained(self, epoch: int, losses: list[float]) -> None:
-        self.losses, self.trained_at = losses, time.perf_counter()
+        self.losses = losses
+        self.trained_at = time.perf_counter()
 
     def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
-        progress, losses = self.progress, self.losses
-        progress.history.append({
-            "fold": self.fold, "epoch": epoch, "step": len(losses) * epoch, "loss": round(statistics.mean(losses), 6),
+        progress = self.progress
+        before = progress.clock
+        row = {
+            "fold": self.fold,
+            "epoch": epoch,
+            "step": len(self.losses) * epoch,
+            "loss": round(statistics.mean(self.losses), 6),
             "accuracy": "" if accuracy is None else round(accuracy, 4),
             "lr": f"{self.learner.optimizer.param_groups[0]['lr']:.4g}",
-            "clips/s": round(len(self.split.train) / (self.trained_at - progress.clock), 1),
-        })  # fmt: skip
-        progress.best = state["best"]
+            "clips/s": round(len(self.split.train) / (self.trained_at - before), 1),
+        }
+        progress.history.append(row)
         progress.tick()
-        records.save_progress(self.state_file, progress, state)
-        last = progress.history[-1]
-        self.bar.set_postfix(loss=last["loss"], accuracy=last["accuracy"], refresh=False)
+        records.save_progress(self.state_file, progress, self.run.settings, state)
+        self.forecast(progress.clock - before)
+        self.bar.set_postfix(loss=row["loss"], accuracy=row["accuracy"], refresh=False)
         self.bar.update()
-        if len(progress.history) == self.run.settings.epochs:
+        if epoch == self.run.settings.epochs:
             self.bar.close()
 
+    def forecast(self, seconds: float) -> None:
+        """Print once how long the run will take. `seconds`: what an epoch took."""
+        run = self.run
+        folds = run.to_forecast
+        run.to_forecast = 0
+        epochs = folds * run.settings.epochs - len(self.progress.history)
+        lines = console.forecast(seconds * epochs, folds, run.settings, run.machine.device)
+        for line in lines:
+            with Bar.external_write_mode():  # not into the bar
+                say(line)
+
     def outcome(self, best: dict, logits: torch.Tensor, labels: torch.Tensor) -> dict:
-        """Of the header of the fold file what comes from training and testing it."""
-        peak, validation = records.peak_memory(), best["validation"]
-        answers = torch.cat([predicted(validation[0]), predicted(logits)]) if len(validation[0]) else predicted(logits)
+        """What the header of the fold file says of training and testing it."""
+        peak = records.peak_memory()
         right = (logits.argmax(1) == labels).sum().item()
-        outcome = {
-            "result": {
-                "fold": self.fold, "accuracy": 100 * right / len(labels), "validation_accuracy": best["accuracy"],
-                "epoch": best["epoch"], "seconds": round(self.progress.seconds, 1),
-                "peak_memory_mb": peak and peak >> 20,
-            },
-            "record": {
-                "history": self.progress.history, "predictions": answers[:, 0].int().tolist(),
-                "millionths": (1e6 * answers[:, 1].double()).round().int().tolist(),
-            },
-        }  # fmt: skip
-        return calibrated(outcome, validation, (logits, labels))
-
-
-def predicted(logits: torch.Tensor) -> torch.Tensor:
-    """Class and probability of each answer, (clips, 2)."""
-    probability = logits.softmax(1).amax(1).nan_to_num()  # float16 may overflow
-    return torch.stack([logits.argmax(1), probability], dim=1)
+        result = {
+            "fold": self.fold,
+            "accuracy": 100 * right / len(labels),
+            "validation_accuracy": best["accuracy"],
+            "epoch": best["epoch"],
+            "seconds": round(self.progress.seconds, 1),
+            "peak_memory_mb": peak and peak >> 20,
+        }
+        record = {"history": self.progress.history, "predictions": [], "millionths": []}
+        for answers, _ in (best["validation"], (logits, labels)):
+            probabilities = answers.softmax(1).amax(1).nan_to_num()  # float16 may overflow
+            millionths = (1e6 * probabilities.double()).round().int()
+            record["predictions"] += answers.argmax(1).tolist()
+            record["millionths"] += millionths.tolist()
+        outcome = {"result": result, "record": record}
+        return calibrated(outcome, best["validation"], (logits, labels))

@@ -1,118 +1,171 @@
-"""What a run leaves on disk, but for the tensors.
+"""The files of a run, but for the tensors.
 
-At its start config.json and split.csv, after every epoch metrics.csv and foldK.resume.pt, at its end predictions.csv,
-confusion.csv and result.json. These, and metrics.csv for a finished fold, are made from the fold files, at any time
-again.
+A run is what its fold files hold: settings, history, predictions and a digest. config.json and
+split.csv are written at its start, foldK.resume.pt after every epoch. metrics.csv, predictions.csv,
+confusion.csv and result.json are made of the fold files, for people. No program reads them.
 """
 
 import csv
 import ctypes
 import gc
+import hashlib
 import io
 import json
 import platform
+import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from msgspec import to_builtins
 
-from support import ledger
-from support.checkpoints import read_header, read_json, remedy, sha256_of, unpickled
-from support.command import UserError, first_of, is_number, warn
-from support.files import csv_of, json_of, table_of, whole_file
-from support.headers import ResumeState, RunConfig, RunResult, Settings, checked
+from ast_model import UserError
+from support.checkpoints import read_header, read_json, read_metadata, sha256_of, unpickled
+from support.files import csv_of, json_of, table_of, to_bytes, whole_file, write_text
+from support.headers import RunConfig, Settings
 from support.processes import is_first, say
 from support.scores import confusion, confusion_table, scores
 
-SOURCE = ("data_dir", "cache_dir", "group", "windows")  # options of train.py: where and how the clips are found
-INPUTS = ("config.json", "split.csv")  # what no fold file holds
-METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # the columns of metrics.csv
-PREDICTIONS = ("fold", "part", "path", "label", "prediction", "probability")  # and of predictions.csv
+SOURCE = ("data_dir", "cache_dir", "group", "windows")  # options of train.py that find the clips
+METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # columns of metrics.csv
+PREDICTIONS = ("fold", "part", "path", "label", "prediction", "probability")
+AGAIN = "the same command of train.py writes it again"
 
-# ----------------------------------------------------------------------------------------------- the start of a run
+# ------------------------------------------------------------------------------ the start of a run
 
 
 def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
-    """split.csv: what each clip is used for in each fold. Training clips that --shots has not drawn are left out."""
-    rows, names = [["fold", "split", "label", "path"]], dataset.names
+    """split.csv: what each clip is used for in each fold.
+
+    Training clips that --shots has not drawn are left out.
+    """
+    rows = [["fold", "split", "label", "path"]]
+    names = dataset.names
     for fold, split in folds.items():
         for part, clips in {**vars(split), "skipped": sorted(bad)}.items():
             rows += [[fold, part, dataset.classes[dataset.labels[i]], names[i]] for i in clips]
     return csv_of(rows)
 
 
-def start_run(folder: Path, settings: Settings, table: str, dataset, bad: dict[int, str], options: dict) -> None:
-    """Write config.json and split.csv; `options`: those of train.py, of which SOURCE are kept.
+def hash_of(content: str | bytes) -> str:
+    content = to_bytes(content) if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()
 
-    UserError if `folder` holds another experiment: its finished folds must not be mixed with these.
+
+def lock(folder: Path) -> FileLock:
+    """Who writes the text files of a run holds it: several machines may train folds of one run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".run.lock")
+
+
+def start_run(folder: Path, settings, table: str, names: list[str], bad: dict, options: dict):
+    """Write config.json and split.csv.
+
+    `options` are those of train.py, of which SOURCE are kept. `names` are those of the clips.
+    A UserError if `folder` holds another experiment, whose folds must not be mixed with these.
     """
-    check(folder)
-    names = dataset.names
     source = {name: options[name] for name in SOURCE}
-    places = {name: str(path.resolve()) for name, path in source.items() if isinstance(path, Path)}
-    config = {
-        **asdict(settings), "command": sys.argv, "skipped_clips": {names[i]: reason for i, reason in bad.items()},
-        **source, **places,
-    }  # fmt: skip
-    with ledger.lock(folder):  # of two experiments that start together the second one sees what the first one is
-        for old in settings_in(folder):
-            # `weights` is a name; `backbone` is what counts.
-            compare_settings(folder, old, {k: value for k, value in asdict(settings).items() if k != "weights"})
+    for name, value in source.items():
+        source[name] = str(value.resolve()) if isinstance(value, Path) else value
+    skipped = {names[i]: reason for i, reason in bad.items()}
+    config = {**asdict(settings), "command": sys.argv, "skipped_clips": skipped, **source}
+    with lock(folder):  # of two experiments that start together the second sees the first
+        if (folder / "config.json").exists():
+            compare_settings(folder, read_config(folder), plain(settings))
+        for fold, file in fold_files(folder).items():
+            read_fold(file, fold, plain(settings))
         if is_first():
-            ledger.write_files(folder, {"config.json": json_of(config), "split.csv": table})
-            for file in fold_files(folder).values():  # a kill may have left the state of a fold that is finished
+            for file in fold_files(
+                folder
+            ).values():  # a kill may have left the state of such a fold
                 file.with_suffix(".resume.pt").unlink(missing_ok=True)
-            if source["data_dir"]:
-                warn_of_newer(folder, dataset, bad)
+            write_text(folder / "config.json", json_of(config))
+            write_text(folder / "split.csv", table)
 
 
-def warn_of_newer(folder: Path, dataset, bad: dict[int, str]) -> None:
-    """Say which finished folds have not heard the sounds as they are now: they are not trained again."""
-    files = fold_files(folder).values()
-    times = {i: path.stat().st_mtime for i, path in enumerate(dataset.paths) if i not in bad} if files else {}
-    for file in files:
-        if newer := [dataset.names[i] for i, time in times.items() if time > file.stat().st_mtime]:
-            warn(f"{file} is older than {len(newer)} of the sounds ({first_of(newer)}): delete it to train on these, "
-                 "or give another --out")  # fmt: skip
+def plain(settings) -> dict:
+    """Settings as JSON has them."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
-def settings_in(folder: Path) -> list[dict]:
-    """The settings of the run there: those of config.json, or where that is missing those of the finished folds."""
-    file = folder / "config.json"
-    if file.exists():
-        return [to_builtins(read_json(file, RunConfig, mend="delete the folder, or give another --out"))]
-    if states := [*folder.glob("fold*.resume.pt")]:
-        raise UserError(f"{states[0]}: nothing says of which settings it is, as config.json is missing: delete it")
-    return [read_header(file, "settings")["settings"] for file in fold_files(folder).values()]
+def read_config(folder: Path) -> dict:
+    """config.json: the settings, and where the clips were found."""
+    path = folder / "config.json"
+    return to_builtins(read_json(path, RunConfig, mend=f"delete it, and {AGAIN}"))
 
 
 def fold_files(folder: Path) -> dict[int, Path]:
-    """Those of the finished folds, by their numbers."""
-    files = {file.stem.removeprefix("fold"): file for file in folder.glob("fold*.safetensors")}
-    return {int(number): files[number] for number in sorted(filter(is_number, files), key=int)}
+    """The files of the finished folds by their numbers. Only train.py's own names count."""
+    files = {}
+    for file in folder.glob("fold*.safetensors"):
+        if found := re.fullmatch(r"fold([1-9][0-9]{0,8})\.safetensors", file.name):
+            files[int(found[1])] = file
+    return dict(sorted(files.items()))
+
+
+def difference(old: dict, new: dict) -> str | None:
+    """The first of the `new` settings that is another in the `old` ones, in words."""
+    for name, value in new.items():
+        before = old[name]
+        if before == value or name == "weights":  # a name; the backbone is what counts
+            continue
+        if name == "clips":
+            return "other clips or splits"
+        if name == "method":
+            return "other settings of the method"
+        if name == "n_frames":
+            return f"--seconds {before / 100:g}, not {value / 100:g}"
+        if name == "backbone":
+            return f"the backbone {old['weights']} as it was then (give the right one as --weights)"
+        return f"{name} {before}, not {value}"
+    return None
 
 
 def compare_settings(folder: Path, old: dict, new: dict) -> None:
-    """UserError that names the first of the `new` settings that differs from the `old` ones, those of the run there."""
-    in_words = {
-        "clips": "other clips or splits", "method": "other settings of the method",
-        "n_frames": f"--seconds {old.get('n_frames', 0) / 100:g}, not {new['n_frames'] / 100:g}",
-        "backbone": f"the backbone {old.get('weights')} as it was then ({remedy(old.get('backbone'))})",
-    }  # fmt: skip
-    later = {field.name: field.default for field in fields(Settings)}  # what the runs before a field had
-    for name, value in json.loads(json.dumps(new)).items():  # JSON has no tuples
-        before = old.get(name, later.get(name))
-        if before != value:
-            what = in_words.get(name, f"{name} {before}, not {value}")
-            raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
+    """UserError if the run in `folder`, with the `old` settings, is not one with the `new` ones."""
+    if what := difference(old, new):
+        raise UserError(f"{folder} holds a run with {what}: give another --out, or delete it")
 
 
-# ---------------------------------------------------------------------------------------------------- epoch by epoch
+def read_folds(folder: Path) -> dict[int, dict]:
+    """The headers of the finished folds. UserError if they are not all of one run.
+
+    config.json says which run. Without it, as in a copy of the fold files, the first of them does.
+    """
+    files = fold_files(folder)
+    if not files:
+        return {}
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        settings = {name: config[name] for name in Settings.__struct_fields__}
+    else:
+        settings = read_header(next(iter(files.values())), "settings")["settings"]
+    return {fold: read_fold(file, fold, settings) for fold, file in files.items()}
+
+
+def check_run(file: Path, fold: int, settings: dict, wanted_fold: int, wanted: dict) -> None:
+    """UserError if a file, of this fold and these settings, is not of the wanted ones."""
+    what = difference(settings, wanted)
+    if fold != wanted_fold:
+        what = f"fold {fold}"
+    if what:
+        raise UserError(f"{file} is of a run with {what}: delete it, or give another --out")
+
+
+def read_fold(file: Path, fold: int, settings: dict) -> dict:
+    """The header of a fold file. UserError if it is damaged, or of another fold or settings."""
+    needed = ("settings", "result", "record", "classes", "parameters", "versions")
+    header = read_header(file, *needed)
+    check_run(file, header["result"]["fold"], header["settings"], fold, settings)
+    return header
+
+
+# ----------------------------------------------------------------------------------- epoch by epoch
 
 
 @dataclass
@@ -121,30 +174,40 @@ class Progress:
 
     fold: int
     history: list[dict] = field(default_factory=list)  # the rows of metrics.csv
-    best: dict = field(default_factory=dict)  # see train.train_fold
     seconds: float = 0.0
     clock: float = field(default_factory=time.perf_counter)  # when it was last read
 
     def tick(self) -> None:
         """Add what has passed since the clock was last read."""
         now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
+        self.seconds += now - self.clock
+        self.clock = now
 
 
-def save_progress(file: Path, progress: Progress, state: dict) -> None:
-    """metrics.csv, and in `file` the state that --resume goes on from."""
-    if is_first():
-        write_metrics(file.parent, progress.fold, progress.history)
-        known = {"history": progress.history, "best": progress.best, "seconds": progress.seconds}
-        state = {**state, **known}  # `best` may be in both
-        buffer = io.BytesIO()  # torch would call a full disk something else
-        torch.save({**state, "digest": sha256_of(state)}, buffer)
-        with whole_file(file) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+def save_progress(file: Path, progress: Progress, settings, state: dict) -> None:
+    """Write the state that --resume goes on from, and then metrics.csv."""
+    if not is_first():
+        return
+    state = {
+        **state,
+        "fold": progress.fold,
+        "settings": plain(settings),
+        "epoch": len(progress.history),
+        "history": progress.history,
+        "seconds": progress.seconds,
+    }
+    buffer = io.BytesIO()  # torch would call a full disk something else
+    torch.save({**state, "digest": sha256_of(state)}, buffer)
+    with whole_file(file) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+    write_metrics(file.parent, progress)
 
 
-def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict | None]:
-    """What `save_progress` left of an interrupted fold, if it is to be resumed; else a fresh start and None."""
+def read_progress(file: Path, fold: int, settings, resume: bool) -> tuple[Progress, dict | None]:
+    """The interrupted fold that `save_progress` left, if it is to be resumed; else a fresh start.
+
+    UserError if the state is damaged, or of another fold or settings.
+    """
     if not file.exists():
         return Progress(fold), None
     if not resume:
@@ -152,50 +215,32 @@ def read_progress(file: Path, fold: int, resume: bool) -> tuple[Progress, dict |
         return Progress(fold), None
     try:
         state = unpickled(file)
-        checked(state, ResumeState, file)
-        if state.pop("digest") != sha256_of(state):
-            raise ValueError
-    except (OSError, ValueError, UserError):
-        raise UserError(f"{file} is damaged: delete it, and the fold starts over") from None
-    progress = Progress(fold, *(state.pop(name) for name in ("history", "best", "seconds")))
-    say(f"fold {fold}: going on after epoch {len(progress.history)}")
-    return progress, state
+        is_whole = state.pop("digest") == sha256_of(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # or it is no table
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{file} is damaged: delete it, and the fold starts over")
+    check_run(file, state["fold"], state["settings"], fold, plain(settings))
+    say(f"fold {fold}: going on after epoch {state['epoch']}")
+    return Progress(fold, state["history"], state["seconds"]), state
 
 
-def write_metrics(folder: Path, fold: int, history: list[dict]) -> None:
-    """Put the epochs of one fold into metrics.csv, beside those of the others: folds may run in parallel."""
-    with ledger.lock(folder):
-        rows = [row for row in read_metrics(folder) if row["fold"] != fold]
-        ledger.write_files(folder, {"metrics.csv": metrics_of(rows + history)})
+def write_metrics(folder: Path, progress: Progress) -> None:
+    """metrics.csv, from the files of the finished folds and the epochs of the current one."""
+    with lock(folder):
+        rows = list(progress.history)
+        for fold, file in fold_files(folder).items():
+            if fold != progress.fold:
+                rows += read_metadata(file, tensors=False)["record"]["history"]
+        write_text(folder / "metrics.csv", metrics_of(rows))
 
 
 def metrics_of(rows: list[dict]) -> str:
     return table_of(METRICS, sorted(rows, key=lambda row: (row["fold"], row["epoch"])))
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.csv. If it is damaged, those that the files of the finished folds hold."""
-    path = folder / "metrics.csv"
-    try:
-        if path.name in ledger.wrong(folder):
-            raise ValueError
-        if not path.exists():
-            return []
-        reader = csv.DictReader(path.read_text().splitlines())
-        rows = list(reader)
-        if reader.fieldnames != [*METRICS] or any(None in row or None in row.values() for row in rows):
-            raise ValueError
-        return [{**row, "fold": int(row["fold"]), "epoch": int(row["epoch"])} for row in rows]
-    except UserError:
-        raise
-    except (ValueError, csv.Error):
-        warn(f"{path} is damaged or missing: it is made again from the fold files")
-        records = [read_header(file).get("record", {}) for file in fold_files(folder).values()]
-        return [row for record in records for row in record.get("history", [])]
-
-
 def peak_memory() -> int | None:
-    """Most bytes that this process has taken: on the GPU where one is used, else in main memory. None on Windows."""
+    """Most bytes that this process has taken, on the GPU if one is used. None on Windows."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if platform.system() == "Windows":
@@ -207,7 +252,7 @@ def peak_memory() -> int | None:
 
 
 def forget_peak() -> bool:
-    """From now on `peak_memory` is that from now on. False where the system cannot forget it: Linux can."""
+    """Let `peak_memory` begin anew. False where the system cannot do so: Linux can."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -221,111 +266,111 @@ def forget_peak() -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------- made of fold files
+# ----------------------------------------------------------------------------------- a finished run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with one finished fold or more, for programs."""
+
+    folder: Path
+    config: dict  # config.json
+    split: list[dict[str, str]]  # the rows of split.csv
+    folds: dict[int, dict]  # the headers of the fold files
+
+    @property
+    def first(self) -> dict:
+        return next(iter(self.folds.values()))
+
+    @property
+    def classes(self) -> list[str]:
+        return self.first["classes"]
+
+    def file(self, fold: int) -> Path:
+        return self.folder / f"fold{fold}.safetensors"
+
+    def history(self) -> list[dict]:
+        """The rows of metrics.csv."""
+        return [row for header in self.folds.values() for row in header["record"]["history"]]
+
+    def clips(self, *parts: str) -> list[dict[str, str]]:
+        """The rows of split.csv in these parts of the finished folds."""
+        folds = [str(fold) for fold in self.folds]
+        return [row for row in self.split if row["split"] in parts and row["fold"] in folds]
+
+    def predictions(self) -> list[dict]:
+        """The rows of predictions.csv."""
+        rows = []
+        clips = self.clips("val", "test")
+        for fold, header in self.folds.items():
+            record = header["record"]
+            ours = [clip for clip in clips if clip["fold"] == str(fold)]
+            if {len(record["predictions"]), len(record["millionths"])} != {len(ours)}:
+                raise UserError(f"{self.file(fold)} does not answer {len(ours)} clips: delete it")
+            answers = zip(ours, record["predictions"], record["millionths"], strict=True)
+            for clip, number, millionths in answers:
+                row = {"fold": fold, "part": clip["split"], "path": clip["path"]}
+                row["label"] = clip["label"]
+                row["prediction"] = self.classes[number]
+                row["probability"] = f"{millionths / 1e6:.6f}"
+                rows.append(row)
+        return rows
+
+    def tested(self) -> list[dict]:
+        """The rows of predictions.csv that test."""
+        return [row for row in self.predictions() if row["part"] == "test"]
+
+    def confusion(self) -> np.ndarray:
+        """Counts of the test clips, (classes, classes)."""
+        return confusion(self.tested(), self.classes)
+
+    def result(self) -> dict:
+        """What result.json holds."""
+        results = [header["result"] for header in self.folds.values()]
+        return {
+            **mean_and_std(results),
+            "folds": results,
+            "parameters": self.first["parameters"],
+            "seconds": round(sum(result["seconds"] for result in results), 1),
+            "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
+            "versions": self.first["versions"],
+            "scores": scores(self.confusion(), self.classes),
+        }
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder. UserError if it has no finished fold, or files of another run."""
+    missing = [name for name in ("config.json", "split.csv") if not (folder / name).is_file()]
+    missing += [] if fold_files(folder) else ["foldK.safetensors"]
+    if missing:
+        raise UserError(f"{folder} is no finished run of train.py: there is no {missing[0]}")
+    config = read_config(folder)
+    folds = read_folds(folder)
+    table = (folder / "split.csv").read_bytes()
+    if hash_of(table) != config["clips"]:
+        raise UserError(f"{folder / 'split.csv'} is not that of the run: delete it, and {AGAIN}")
+    text = io.StringIO(table.decode("utf-8", "surrogateescape"), newline="")
+    return Run(folder, config, list(csv.DictReader(text)), folds)
+
+
+def write_results(folder: Path) -> Run:
+    """Write the files that are made of the fold files: they are for people. Returns the run."""
+    with lock(folder):  # folds may end at the same time on several machines
+        run = read_run(folder)
+        write_text(folder / "metrics.csv", metrics_of(run.history()))
+        write_text(folder / "predictions.csv", table_of(PREDICTIONS, run.predictions()))
+        write_text(folder / "confusion.csv", confusion_table(run.confusion(), run.classes))
+        write_text(folder / "result.json", json_of(run.result()))
+    return run
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    python = platform.python_version()
+    return {"python": python, "torch": torch.__version__, "numpy": np.__version__}
 
 
 def mean_and_std(results: list[dict]) -> dict:
-    """Accuracies in percent, with their sample standard deviation where there are several."""
+    """Accuracies in percent; their sample standard deviation where there are several."""
     accuracies = [result["accuracy"] for result in results]
     std = round(statistics.stdev(accuracies), 4) if len(accuracies) > 1 else None
     return {"accuracy": round(statistics.mean(accuracies), 4), "std": std}
-
-
-def write_results(folder: Path) -> tuple[dict, list[dict]]:
-    """Write metrics.csv, predictions.csv, confusion.csv and result.json from the files of the finished folds. Returns
-    the last one and the rows of predictions.csv that test.
-
-    The caller holds the lock. UserError if a fold file is damaged, or split.csv not that of the fold.
-    """
-    files = fold_files(folder)
-    headers = {fold: read_header(file, "result", "parameters", "versions") for fold, file in files.items()}
-    new = {fold: header["record"]["history"] for fold, header in headers.items() if "record" in header}
-    epochs = [row for row in read_metrics(folder) if row["fold"] not in new]
-    epochs += [row for history in new.values() for row in history]
-    predictions = predictions_of(folder, {fold: headers[fold] for fold in new})
-    tested = [row for row in predictions if row["part"] == "test"]
-    contents = {"metrics.csv": metrics_of(epochs), "predictions.csv": table_of(PREDICTIONS, predictions)}
-    if old := [fold for fold in files if fold not in new]:
-        warn(f"{folder}: of an earlier version, without predictions: fold {', '.join(map(str, old))}")
-    if results := [header["result"] for header in headers.values()]:
-        first = headers[results[0]["fold"]]
-        summary = {
-            **mean_and_std(results), "folds": results, "parameters": first["parameters"],
-            "seconds": round(sum(result["seconds"] for result in results), 1),
-            "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
-            "versions": first["versions"],
-        }  # fmt: skip
-        if tested:
-            classes = headers[min(new)]["classes"]
-            counts = confusion(tested, classes)
-            contents["confusion.csv"] = confusion_table(counts, classes)
-            summary["scores"] = scores(counts, classes)
-        contents["result.json"] = json_of(summary)
-    ledger.write_files(folder, contents)
-    return (summary if results else {}), tested
-
-
-def predictions_of(folder: Path, headers: dict[int, dict]) -> list[dict]:
-    """The rows of predictions.csv for these folds."""
-    split, rows = (folder / "split.csv").read_bytes(), []
-    clips = list(csv.DictReader(io.StringIO(split.decode("utf-8", "surrogateescape"), newline="")))
-    for fold, header in headers.items():
-        if header["settings"]["clips"] != ledger.hash_of(split):
-            raise UserError(f"{folder / 'split.csv'} is not what fold {fold} was trained on: delete it, and the same "
-                            "command of train.py writes it again")  # fmt: skip
-        ours = [clip for clip in clips if clip["fold"] == str(fold) and clip["split"] in ("val", "test")]
-        record, classes = header["record"], header["classes"]
-        ours = ours[-len(record["predictions"]) :]  # those that test, where an earlier version has begun the fold
-        rows += [
-            {"fold": fold, "part": clip["split"], "path": clip["path"], "label": clip["label"],
-             "prediction": classes[number], "probability": f"{millionths / 1e6:.6f}"}
-            for clip, number, millionths in zip(ours, record["predictions"], record["millionths"], strict=True)
-        ]  # fmt: skip
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------- damage
-
-
-def damaged(folder: Path) -> list[str]:
-    """The files of a run that are missing or not what was written; in one of an earlier version as far as it shows."""
-    wrong, result = ledger.wrong(folder), folder / "result.json"
-    try:
-        if result.exists() and result.name not in wrong:
-            read_json(result, RunResult)
-        return wrong
-    except UserError:
-        return [*wrong, result.name]
-
-
-def check(folder: Path) -> list[str]:
-    """Say which files of a run are damaged or missing and made again from the fold files; returns their names.
-
-    UserError for config.json and split.csv. `read_metrics` says it of metrics.csv.
-    """
-    if not damaged(folder):
-        return []
-    with ledger.lock(folder):  # now nobody is between writing a file and listing it
-        wrong = damaged(folder)
-    for name in wrong:
-        path = folder / name
-        if name in INPUTS:
-            again = "the same command of train.py writes it again"
-            if path.exists():
-                raise UserError(f"{path} is damaged, SHA256SUMS lists another: delete it, and {again}")
-            if is_first():
-                warn(f"{path} is missing: {again}")
-        elif name != "metrics.csv" and is_first():
-            warn(f"{path} is {'damaged' if path.exists() else 'missing'}: it is made again from the fold files")
-    return [name for name in wrong if name not in INPUTS]
-
-
-def mend(folder: Path) -> None:
-    """Make again what is damaged or missing of a run. UserError for config.json and split.csv."""
-    if check(folder) and (folder / "split.csv").exists():
-        with ledger.lock(folder):
-            write_results(folder)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import constant, save_random, write_sound
+from helpers import constant, of_run, save_random, write_sound
 
 import data
 from sounds.audio import read_audio
@@ -75,8 +75,8 @@ def test_what_is_far_from_every_class_is_unsure(tmp_path):
 
 def test_folds_have_their_own_temperatures(tmp_path):
     """Probabilities, confidence and the least confidence are the means of theirs; one without them has 1 and 0."""
-    constant(tmp_path / "fold1.safetensors", 0.8, 0.2, classes=["a", "b"], calibration=FACTS)
-    constant(tmp_path / "fold2.safetensors", 0.9, 0.1, classes=["a", "b"])
+    constant(tmp_path / "fold1.safetensors", 0.8, 0.2, classes=["a", "b"], calibration=FACTS, **of_run(1))
+    constant(tmp_path / "fold2.safetensors", 0.9, 0.1, classes=["a", "b"], **of_run(2))
     classify = load(tmp_path)
     assert classify.min_confidence == 0.3
     found = classify(np.zeros(8000), 16_000)
@@ -243,7 +243,8 @@ def test_options_that_cannot_be(tmp_path, error):
 def test_embeddings(tmp_path, answer):
     """What the heads of all folds read, of files or of windows, in the order of the output; files that cannot be read
     are left out."""
-    models = [save_random(tmp_path / "run" / f"fold{fold}.safetensors", "convpass_houlsby_par") for fold in (1, 2)]
+    files = {fold: tmp_path / "run" / f"fold{fold}.safetensors" for fold in (1, 2)}
+    models = [save_random(file, "convpass_houlsby_par", **of_run(fold)) for fold, file in files.items()]
     file, other = write_sound(tmp_path / "a.wav", seconds=0.9), write_sound(tmp_path / "b.wav", seconds=0.4)
     (tmp_path / "bad.wav").write_text("no sound")
     words = [tmp_path / "run", file, tmp_path / "bad.wav", other, "--embeddings", tmp_path / "new" / "vectors.npz"]

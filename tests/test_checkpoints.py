@@ -14,16 +14,14 @@ from helpers import SMALL_AST, SMALL_CONFIG, SMALL_STATE, write_ast
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
-from load_weights import load_ast, load_trained
-from support.checkpoints import read_header
-from load_weights import fill
-from support.checkpoints import unusual
+from load_weights import fill, load_ast, load_trained
+from support.checkpoints import read_header, unusual
 from support.command import UserError
 
 ROOT = Path(__file__).parents[1]
 
 
-# --------------------------------------------------------------------------------------------- damaged and dangerous
+# ---------------------------------------------------------------------------- damaged and dangerous
 
 
 class Trap:
@@ -73,30 +71,41 @@ def test_a_config_that_is_no_table(tmp_path, text):
 
 
 def test_tensors_that_fit_no_model():
-    """In one line, which names the tensor: torch's own message begins with a line that says nothing."""
-    with pytest.raises(UserError, match=r"^x\.bin is no AST: its tensors do not fit together: size mismatch for bias: .*\[4\].*\[3\]\)\.$"):
+    """In one line, which names the tensor: torch's own message begins with a line that says
+    nothing."""
+    with pytest.raises(
+        UserError,
+        match=r"^x\.bin is no AST: its tensors do not fit together: size mismatch for bias: .*\[4\].*\[3\]\)\.$",
+    ):
         fill(torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.ones(4)}, "x.bin")
 
 
 def test_not_a_file_of_trained_parts(tmp_path):
     with pytest.raises(UserError, match="it has no such header"):
         read_header(SMALL_AST / "model.safetensors")
-    for name, mend in (("fold1", "delete it and train it again"), ("cut", "give a run of train.py or a fold")):
+    for name, mend in (
+        ("fold1", "delete it and train it again"),
+        ("cut", "give a run of train.py or a fold"),
+    ):
         (tmp_path / f"{name}.safetensors").write_bytes(b"\x10\x00")
         with pytest.raises(UserError, match=rf"no whole file of trained parts \(.*\): {mend}"):
             load_trained(tmp_path / f"{name}.safetensors")
 
 
-# ----------------------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 def test_no_network_says_what_to_download(tmp_path):
     """In a process of its own, where nothing else has imported parts of huggingface_hub."""
     code = "from load_weights import load_ast; load_ast('audioset', n_classes=3)"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=offline, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=offline, capture_output=True, text=True
+    )
     message = done.stderr.strip().splitlines()[-1]
-    assert re.search(r"UserError: cannot fetch MIT/ast-finetuned.* by hand.* --weights", message), done.stderr
+    assert re.search(r"UserError: cannot fetch MIT/ast-finetuned.* by hand.* --weights", message), (
+        done.stderr
+    )
 
 
 def test_hub_weights_come_through_the_users_cache(monkeypatch):
@@ -110,15 +119,23 @@ def test_hub_weights_come_through_the_users_cache(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
     huggingface_hub.utils.logging.set_verbosity_warning()
     model = load_ast("hf:somebody/some-ast", pool="cls_dist")
-    assert huggingface_hub.utils.logging.get_verbosity() == logging.ERROR  # not a line for each of its five retries
-    assert asked == [("somebody/some-ast", "config.json"), ("somebody/some-ast", "model.safetensors")]
+    assert (
+        huggingface_hub.utils.logging.get_verbosity() == logging.ERROR
+    )  # not a line for each of its five retries
+    assert asked == [
+        ("somebody/some-ast", "config.json"),
+        ("somebody/some-ast", "model.safetensors"),
+    ]
     expected = load_ast(SMALL_AST, pool="cls_dist").state_dict()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
     ("weights", "repository"),
-    [("audioset", "MIT/ast-finetuned-audioset-10-10-0.4593"), ("hf:somebody/else", "somebody/else")],
+    [
+        ("audioset", "MIT/ast-finetuned-audioset-10-10-0.4593"),
+        ("hf:somebody/else", "somebody/else"),
+    ],
 )
 def test_the_hub_is_asked_for_safetensors_first(weights, repository, tmp_path, monkeypatch):
     folder = write_ast(tmp_path, SMALL_STATE, SMALL_CONFIG)
@@ -134,8 +151,12 @@ def test_the_hub_is_asked_for_safetensors_first(weights, repository, tmp_path, m
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
     model = load_ast(weights, n_classes=3)
-    assert asked == [(repository, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")]
-    assert model.backbone.name == weights and model.config.heads == 2  # which only the config.json knows
+    assert asked == [
+        (repository, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")
+    ]
+    assert (
+        model.backbone.name == weights and model.config.heads == 2
+    )  # which only the config.json knows
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

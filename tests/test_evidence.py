@@ -1,4 +1,5 @@
-"""Intervals, paired tests and claims: against published examples, counts by hand, and predictions made up here."""
+"""Intervals, paired tests and claims: against published examples, counts by hand, and predictions
+made up here."""
 
 import csv
 import json
@@ -7,26 +8,38 @@ from itertools import product
 
 import numpy as np
 import pytest
-from helpers import SMALL_AST, make_run, predict, table_of
+from helpers import SMALL_AST, make_run, table_of
+from safetensors.torch import load_file
 
 from sounds.paper import RECORDING
+from support.checkpoints import read_header, write_tensors
+from support.command import UserError
+from support.records import read_run
 from tools import campaign, cells, claims, evidence, experiments, tables
 from tools.cells import Cell
 
-# ---------------------------------------------------------------------------------------- intervals and tests
+# ------------------------------------------------------------------------------ intervals and tests
 
 
 def test_students_interval_over_runs():
-    """The hours of sleep in Student (1908), Biometrika 6: R's t.test gives 1.58, 0.7001142 to 2.4598858."""
+    """The hours of sleep in Student (1908), Biometrika 6: R's t.test gives 1.58, 0.7001142 to
+    2.4598858."""
     hours = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
     assert evidence.interval(hours, 5) == pytest.approx((0.7001142, 2.4598858), abs=1e-7)
     assert evidence.interval([80.0, 80.0], 5) == (80, 80)
-    assert evidence.interval([0.0, 1.0], 5)[0] == 0 and evidence.interval([99.0, 100.0], 5)[1] == 100
+    assert (
+        evidence.interval([0.0, 1.0], 5)[0] == 0 and evidence.interval([99.0, 100.0], 5)[1] == 100
+    )
 
 
 @pytest.mark.parametrize(
     ("right", "clips", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilsons_interval_of_one_run(right, clips, low, high):
     """Newcombe (1998), Statistics in Medicine 17, Table I, method 3."""
@@ -35,19 +48,26 @@ def test_wilsons_interval_of_one_run(right, clips, low, high):
 
 
 def test_holms_correction():
-    """The example of Wikipedia's 'Holm-Bonferroni method', and the steps of Holm (1979) by hand: 3 x 0.01 = 0.03, then
-    2 x 0.012 = 0.024, which may not be less; equals; and never above 1."""
+    """The example of Wikipedia's 'Holm-Bonferroni method', and the steps of Holm (1979) by hand: 3
+    x 0.01 = 0.03, then 2 x 0.012 = 0.024, which may not be less; equals; and never above 1."""
     assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert evidence.holm([0.012, 0.01, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
-    assert evidence.holm([0.6, 0.7]) == [1, 1] and evidence.holm([0.2]) == [0.2] and evidence.holm([]) == []
+    assert (
+        evidence.holm([0.6, 0.7]) == [1, 1]
+        and evidence.holm([0.2]) == [0.2]
+        and evidence.holm([]) == []
+    )
 
 
 def scores(*values: float, first=0) -> evidence.Scores:
-    return {("1", f"{i}.wav", f"{i}.wav", "a"): value for i, value in enumerate(values, first)}
+    return {(1, f"{i}.wav", f"{i}.wav", "a"): value for i, value in enumerate(values, first)}
 
 
 def test_a_sign_test_counts_clips():
-    """9 against 3: twice (220 + 66 + 12 + 1) / 2**12. Clips that both tell, or that seeds even out, have no say."""
+    """9 against 3: twice (220 + 66 + 12 + 1) / 2**12.
+
+    Clips that both tell, or that seeds even out, have no say.
+    """
     one = evidence.difference([scores(*[1] * 9, *[-1] * 3, *[0] * 8)])
     assert (one.more, one.less, one.recordings, one.seeds) == (9, 3, 20, 1)
     assert one.p == pytest.approx(598 / 4096) and one.points == pytest.approx(30)
@@ -68,7 +88,8 @@ def test_the_bootstrap_draws_clips():
 
 
 def test_the_bootstrap_draws_seeds_too():
-    """All 4 x 4 draws of two seeds and two clips by hand; and seeds that differ on all clips: no clip's interval."""
+    """All 4 x 4 draws of two seeds and two clips by hand; and seeds that differ on all clips: no
+    clip's interval."""
     values = np.array([[3.0, 1.0], [0.0, 0.0]])  # (seeds, clips)
     draws = [values[np.ix_(s, c)].mean() for s, c in product(product((0, 1), repeat=2), repeat=2)]
     _, *bounds = evidence.bootstrap(values, np.ones((2, 2)))
@@ -77,27 +98,42 @@ def test_the_bootstrap_draws_seeds_too():
 
 
 def test_the_interval_is_students_where_seeds_scatter():
-    """10, 20 and 30 points: 20 +- 4.302653 x 10 / sqrt(3), where the bootstrap has some 10 to 30; and the bootstrap's
-    where they do not scatter."""
+    """10, 20 and 30 points: 20 +- 4.302653 x 10 / sqrt(3), where the bootstrap has some 10 to 30;
+    and the bootstrap's where they do not scatter."""
     one = evidence.difference([scores(*[1] * n, *[0] * (100 - n)) for n in (10, 20, 30)])
-    assert (one.points, one.low, one.high) == pytest.approx((20, 20 - 24.8414, 20 + 24.8414), abs=1e-3)
+    assert (one.points, one.low, one.high) == pytest.approx(
+        (20, 20 - 24.8414, 20 + 24.8414), abs=1e-3
+    )
     assert one.p < 1e-6 and one.holds(one.p) == evidence.UNTOLD  # the seed may have made it
     same = evidence.difference([scores(*[1] * 20, *[0] * 80)] * 3)
     assert (same.low, same.high) == pytest.approx((20 - 7.84, 20 + 7.84), abs=1)
 
 
 def test_interval_and_sign_test_must_agree():
-    """Three seeds: 75 clips that one of them tells and the other method does not, 40 the other way round in all."""
+    """Three seeds: 75 clips that one of them tells and the other method does not, 40 the other way
+    round in all."""
     gains = [[1 if k % 3 == seed else 0 for k in range(75)] for seed in range(3)]
     one = evidence.difference([scores(*gain, *[-1] * 40, *[0] * 2885) for gain in gains])
-    assert one.high < 0 and (one.more, one.less) == (75, 40) and one.p < 0.01 and one.holds(one.p) == evidence.UNTOLD
+    assert (
+        one.high < 0
+        and (one.more, one.less) == (75, 40)
+        and one.p < 0.01
+        and one.holds(one.p) == evidence.UNTOLD
+    )
 
 
 def test_pieces_of_a_recording_are_one_clip():
-    """By their spans: as many pieces as one likes make no recording surer. A number sign alone is a name."""
-    names = {f"{r}.wav#{k / 2}-{k / 2 + 1}": 1 if r < 4 else -1 for r in range(6) for k in range(50)}
+    """By their spans: as many pieces as one likes make no recording surer.
+
+    A number sign alone is a name.
+    """
+    names = {
+        f"{r}.wav#{k / 2}-{k / 2 + 1}": 1 if r < 4 else -1 for r in range(6) for k in range(50)
+    }
     names |= {"rain.wav#2-": 0, "take#1.wav": 0}
-    one = evidence.difference([{("1", evidence.recording_of(name, None), name, "a"): s for name, s in names.items()}])
+    one = evidence.difference(
+        [{("1", evidence.recording_of(name, None), name, "a"): s for name, s in names.items()}]
+    )
     assert (one.recordings, one.more, one.less) == (8, 4, 2) and one.p == pytest.approx(44 / 64)
     assert one.points == pytest.approx(100 * 100 / 302) and one.low < 0
 
@@ -108,7 +144,11 @@ def test_pieces_of_a_recording_are_one_clip():
         ("esc50", ("audio/1-100032-A-0.wav", "audio/1-100032-B-0.wav"), "100032"),
         ("us8k", ("audio/fold1/101415-3-0-2.wav", "audio/fold1/101415-3-1-10.wav"), "101415"),
         ("gsc", ("bed/0a7c2a8d_nohash_0.wav", "yes/0a7c2a8d_nohash_12.wav"), "0a7c2a8d"),
-        ("fsc", ("wavs/speakers/2BqVo8kVB2/0a31.wav", "wavs/speakers/2BqVo8kVB2/0b2.wav"), "2BqVo8kVB2"),
+        (
+            "fsc",
+            ("wavs/speakers/2BqVo8kVB2/0a31.wav", "wavs/speakers/2BqVo8kVB2/0b2.wav"),
+            "2BqVo8kVB2",
+        ),
     ],
 )
 def test_names_say_what_is_of_one_recording(dataset, paths, recording):
@@ -122,16 +162,23 @@ def test_groups_are_of_one_recording(tmp_path):
     finish(tmp_path, "rw")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"group": r"^(\d)"}))
-    assert [recording for _, recording, _, _ in evidence.scores_in(tmp_path)] == ["0", "1"]
+    assert [recording for _, recording, _, _ in evidence.scores_of(read_run(tmp_path))] == [
+        "0",
+        "1",
+    ]
 
 
 def test_seeds_may_test_different_clips():
     """As they do where the seed draws them: the mean is over those that were tested."""
     one = evidence.difference([scores(*[1] * 10), scores(*[0] * 30, first=5)])
-    assert one.recordings == 35 and one.points == pytest.approx(100 * 10 / 40) and (one.more, one.less) == (10, 0)
+    assert (
+        one.recordings == 35
+        and one.points == pytest.approx(100 * 10 / 40)
+        and (one.more, one.less) == (10, 0)
+    )
 
 
-# ----------------------------------------------------------------------------------------------- what runs leave
+# ---------------------------------------------------------------------------------- what runs leave
 
 
 def finish(run, *folds: str) -> None:
@@ -141,10 +188,11 @@ def finish(run, *folds: str) -> None:
 
 
 def test_only_the_folds_that_are_asked_for(tmp_path):
-    told = predict(tmp_path, "rw", "ww")
-    first = {("1", "0.wav", "0.wav", "bell"): 1, ("1", "1.wav", "1.wav", "bell"): 0}
-    assert evidence.scores_of(tmp_path, told[:1], "folder") == first
-    assert len(evidence.scores_of(tmp_path, told, "folder")) == 4
+    finish(tmp_path, "rw", "ww")
+    run = read_run(tmp_path)
+    first = {(1, "0.wav", "0.wav", "bell"): 1, (1, "1.wav", "1.wav", "bell"): 0}
+    assert evidence.scores_of(run, [1]) == first
+    assert len(evidence.scores_of(run)) == 4
 
 
 def compare(*runs) -> int:
@@ -157,9 +205,17 @@ def test_compare_two_runs(tmp_path, capsys):
     finish(tmp_path / "c", "r" * 16, "rrrrr" * 4)
     assert compare(tmp_path / "a", tmp_path / "b") == 0
     printed = capsys.readouterr().out
-    assert "+44.44 [" in printed and "36 recordings, seeds: 1; right more often on 20, less on 4" in printed
-    assert "p = 0.0015: the first is better\n" in printed and "one seed says nothing of others" in printed
-    assert compare(tmp_path / "b", tmp_path / "a") == 0 and "-44.44 [" in (printed := capsys.readouterr().out)
+    assert (
+        "+44.44 [" in printed
+        and "36 recordings, seeds: 1; right more often on 20, less on 4" in printed
+    )
+    assert (
+        "p = 0.0015: the first is better\n" in printed
+        and "one seed says nothing of others" in printed
+    )
+    assert compare(tmp_path / "b", tmp_path / "a") == 0 and "-44.44 [" in (
+        printed := capsys.readouterr().out
+    )
     assert ": the second is better\n" in printed
     assert compare(tmp_path / "a", tmp_path / "c", tmp_path / "b") == 0
     to_c, to_b, _ = capsys.readouterr().out.splitlines()
@@ -168,85 +224,129 @@ def test_compare_two_runs(tmp_path, capsys):
 
 
 def test_compare_all_seeds_of_two_methods(tmp_path, capsys):
-    for seed, (a, b) in enumerate([("r" * 20, "w" * 20), ("rrrw" * 5, "wwwr" * 5), ("w" * 20, "r" * 20)]):
+    for seed, (a, b) in enumerate(
+        [("r" * 20, "w" * 20), ("rrrw" * 5, "wwwr" * 5), ("w" * 20, "r" * 20)]
+    ):
         finish(tmp_path / "a" / f"seed{seed}", a)
         if seed < 2:
             finish(tmp_path / "b" / f"seed{seed}", b)
     assert compare(tmp_path / "a", tmp_path / "b") == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert "+75.00 [" in line and "20 recordings, seeds: 2; right more often on 15, less on 0" in line
+    assert (
+        "+75.00 [" in line and "20 recordings, seeds: 2; right more often on 15, less on 0" in line
+    )
     finish(tmp_path / "c" / "seed7", "r" * 20)
     assert compare(tmp_path / "a", tmp_path / "c") == 2
     assert "have no seed in common" in capsys.readouterr().err
-    assert compare(tmp_path / "a" / "seed1", tmp_path / "c") == 0  # one of each: that is what is asked for
+    assert (
+        compare(tmp_path / "a" / "seed1", tmp_path / "c") == 0
+    )  # one of each: that is what is asked for
 
 
 def test_runs_that_cannot_be_compared(tmp_path, capsys):
     for name in ("a", "b"):
         finish(tmp_path / name, "rrrw")
-    file, original = tmp_path / "b" / "predictions.csv", (tmp_path / "b" / "predictions.csv").read_text()
 
     def error() -> str:
         assert compare(tmp_path / "a", tmp_path / "b") == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    file.write_text(original.replace("3.wav", "9.wav"))
+    finish(tmp_path / "b", "rrw")
     assert "these runs tested different clips, or by different labels" in error()
-    file.write_text(original.replace("0.wav,bell,bell", "0.wav,drum,drum"))
-    assert "these runs tested different clips, or by different labels" in error()
-    file.write_text(original.replace("3.wav,bell,drum", "3.wav,bell,bell"))
-    assert "predictions.csv is not of fold 1 as result.json has it: make the run again" in error()
-    file.write_text(original.replace("label", "class"))
-    assert "predictions.csv is damaged: make the run again" in error()
-    file.unlink()
-    assert f"{tmp_path / 'b'} has no predictions.csv, it is of an earlier version: make the run again" in error()
+    finish(tmp_path / "b", "rrrw")
+    file = tmp_path / "b" / "fold1.safetensors"
+    header = read_header(file)
+    header["record"]["predictions"].append(0)
+    header["record"]["millionths"].append(0)
+    write_tensors(file, load_file(file), header)
+    assert f"{file} does not answer 6 clips: delete it" in error()
+    (tmp_path / "b" / "split.csv").write_text("fold,split,label,path\n")
+    assert "split.csv is not that of the run" in error()
     finish(tmp_path / "a", "r")
     finish(tmp_path / "b", "w")
     assert "test clips of 1 recording: nothing to compare" in error()
     assert compare(tmp_path / "a") == 2 and "two runs" in capsys.readouterr().err
-    assert compare(tmp_path / "a", tmp_path / "no") == 2 and "is no finished run" in capsys.readouterr().err
+    assert (
+        compare(tmp_path / "a", tmp_path / "no") == 2
+        and "is no finished run" in capsys.readouterr().err
+    )
 
 
-# ------------------------------------------------------------------------------------------------- tables and claims
+# -------------------------------------------------------------------------------- tables and claims
 
 
 def result(cell: Cell, plan, *folds: str) -> dict:
     """What `result_of` gives for a cell with these predictions."""
+    make_run(plan.out / cell.name, campaign.options(cell, plan), *folds)
+    folds = [
+        {**header["result"], "tested": len(letters)}
+        for header, letters in zip(
+            read_run(plan.out / cell.name).folds.values(), folds, strict=True
+        )
+    ]
     return {
-        "folds": predict(plan.out / cell.name, *folds),
+        "folds": folds,
         "seconds": 9.0,
         "parameters": {"petl": 10, "head": 5, "total": 99},
     }
 
 
 def test_marks_of_what_cannot_be_told_apart(tmp_path):
-    plan = experiments.parse(["table7", "--datasets", "demo", "--seeds", "0,1", "--out", str(tmp_path)])
-    rows = {"pfeiffer_seq": "r" * 36 + "w" * 4, "adapter_ffn_seq_no_residual": "r" * 33 + "w" * 7,
-            "adapter_ffn_par_before": "r" * 20 + "w" * 20}  # fmt: skip
-    done = {cell: result(cell, plan, letters) for method, letters in rows.items()
-            for cell in (Cell("demo", method, seed, "demo") for seed in (0, 1))}  # fmt: skip
+    plan = experiments.parse(
+        ["table7", "--datasets", "demo", "--seeds", "0,1", "--out", str(tmp_path)]
+    )
+    rows = {
+        "pfeiffer_seq": "r" * 36 + "w" * 4,
+        "adapter_ffn_seq_no_residual": "r" * 33 + "w" * 7,
+        "adapter_ffn_par_before": "r" * 20 + "w" * 20,
+    }
+    done = {
+        cell: result(cell, plan, letters)
+        for method, letters in rows.items()
+        for cell in (Cell("demo", method, seed, "demo") for seed in (0, 1))
+    }
     text, records = tables.render("table7", done, plan)
-    lines = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in text.splitlines() if "|" in line}
+    lines = {
+        line.split("|")[1].strip(): line.split("|")[3].strip()
+        for line in text.splitlines()
+        if "|" in line
+    }
     assert lines["Seq, residual"] == "**90.00** [90.00, 90.00]"
     assert lines["Seq, no residual"] == "_82.50_ [82.50, 82.50] ~"
-    assert lines["Par, no residual"] == "50.00 [50.00, 50.00]" and lines["Par, residual"] == "missing"
-    assert "Student's t over 2 runs" in text and "Wilson" not in text and "Columns without ~" not in text
+    assert (
+        lines["Par, no residual"] == "50.00 [50.00, 50.00]" and lines["Par, residual"] == "missing"
+    )
+    assert (
+        "Student's t over 2 runs" in text
+        and "Wilson" not in text
+        and "Columns without ~" not in text
+    )
     told = {record["method"]: (record["behind the best"], record["p"]) for record in records}
     # 3 discordant clips: 2 / 2**3; 16: 2 / 2**16, twice, for there are two comparisons
     assert told["adapter_ffn_seq_no_residual"] == (7.5, 0.25)
-    assert told["adapter_ffn_par_before"] == (40, pytest.approx(4 / 2**16)) and told["pfeiffer_seq"] == (None, None)
+    assert told["adapter_ffn_par_before"] == (40, pytest.approx(4 / 2**16)) and told[
+        "pfeiffer_seq"
+    ] == (None, None)
 
-    (tmp_path / "demo" / "pfeiffer_seq" / "seed1" / "predictions.csv").unlink()
-    text, _ = tables.render("table7", done, plan)  # a run of an earlier version
-    assert "_82.50_ [82.50, 82.50] |" in text and "Columns without ~: 1. " in text and "has no predictions.csv" in text
+    (tmp_path / "demo" / "pfeiffer_seq" / "seed1" / "split.csv").unlink()
+    text, _ = tables.render("table7", done, plan)
+    assert (
+        "_82.50_ [82.50, 82.50] |" in text
+        and "Columns without ~: 1. " in text
+        and "there is no split.csv" in text
+    )
 
 
 def test_a_single_run_has_wilsons_interval(tmp_path):
     plan = experiments.parse(["table7", "--datasets", "demo", "--out", str(tmp_path)])
     cell = Cell("demo", "pfeiffer_seq", 0, "demo")
     text, _ = tables.render("table7", {cell: result(cell, plan, "r" * 81 + "w" * 182)}, plan)
-    assert "30.80 [25.53, 36.62]" in text and "Wilson's over the test clips." in text and "Student" not in text
+    assert (
+        "30.80 [25.53, 36.62]" in text
+        and "Wilson's over the test clips." in text
+        and "Student" not in text
+    )
 
 
 def test_claims_are_of_cells_that_tables_and_figures_train():
@@ -254,22 +354,35 @@ def test_claims_are_of_cells_that_tables_and_figures_train():
     others = cells.cells_of(experiments.parse(["all"]))
     of_claims = cells.cells_of(experiments.parse(["claims"]))
     tables_alone = [name for name in cells.TARGETS if name != "claims"]
-    assert set(of_claims) <= set(cells.cells_of(experiments.parse(tables_alone))) and set(of_claims) <= set(others)
+    assert set(of_claims) <= set(cells.cells_of(experiments.parse(tables_alone))) and set(
+        of_claims
+    ) <= set(others)
     assert {target for claim in cells.CLAIMS for target in claim.targets} <= cells.TARGETS.keys()
     demo = experiments.parse(["claims", "--datasets", "demo"])
     rows = {claim.claim: (len(claim.pairs(demo)), claim.columns(demo)) for claim in cells.CLAIMS}
     assert rows["Adapters and LoRA beat prompts and biases"] == (9 * 4, [("demo", None)])
     assert rows["Adapters win with few clips"] == (4, [("demo", k) for k in (1, 2, 4, 8)])
     gains = next(claim for claim in cells.CLAIMS if claim.targets == ["fig3", "fig4"])
-    assert gains.columns(experiments.parse(["claims"])) == [("gsc", None), ("fsc", None), ("esc50", None)]
+    assert gains.columns(experiments.parse(["claims"])) == [
+        ("gsc", None),
+        ("fsc", None),
+        ("esc50", None),
+    ]
     (plus, minus) = cells.terms_of(gains.pairs(demo)[1], ("demo", None), 3, demo)
-    curve = {method: cells.budgets("demo", method, 3, "demo") for method in ("lora", "pfeiffer_par")}
+    curve = {
+        method: cells.budgets("demo", method, 3, "demo") for method in ("lora", "pfeiffer_par")
+    }
     assert plus == [curve["lora"][-1], curve["pfeiffer_par"][0]]
     assert minus == [curve["pfeiffer_par"][-1], curve["lora"][0]]
 
 
 CLAIM = {"claim": "a claim", "where": "Table I", "sentence": "it is", "targets": ["table1"]}
-RIGHT = {"lora": "r" * 40, "dpt": "r" * 20 + "w" * 20, "spt": "r" * 38 + "w" * 2, "bitfit": "w" * 40}
+RIGHT = {
+    "lora": "r" * 40,
+    "dpt": "r" * 20 + "w" * 20,
+    "spt": "r" * 38 + "w" * 2,
+    "bitfit": "w" * 40,
+}
 
 
 @pytest.mark.parametrize(
@@ -287,18 +400,25 @@ RIGHT = {"lora": "r" * 40, "dpt": "r" * 20 + "w" * 20, "spt": "r" * 38 + "w" * 2
     ],
 )
 def test_claims(better, than, holds, counts, weakest, tmp_path, monkeypatch):
-    """Yes, no, cannot be told: from predictions that leave no doubt, or little; and what has not been trained."""
+    """Yes, no, cannot be told: from predictions that leave no doubt, or little; and what has not
+    been trained."""
     claim = cells.Claim(**CLAIM, better=better, than=than)
     for module in (cells, claims):
         monkeypatch.setattr(module, "CLAIMS", [claim])
     plan = experiments.parse(["claims", "--datasets", "demo", "--out", str(tmp_path)])
-    done = {cell: result(cell, plan, letters) for cell, letters in
-            ((Cell("demo", method, 0, "demo"), letters) for method, letters in RIGHT.items())}  # fmt: skip
+    done = {
+        cell: result(cell, plan, letters)
+        for cell, letters in (
+            (Cell("demo", method, 0, "demo"), letters) for method, letters in RIGHT.items()
+        )
+    }
     records, why = claims.judge(done, plan)
     text = claims.as_text(records)
     assert text["holds"] == [holds] and text["the weakest"] == [weakest] and not why
     assert text["pairs: yes, no, untold"] == [counts] and text["dataset"] == ["demo"]
-    assert (text["points"] == ["-"]) == (weakest == "-") and text["seeds"] == ["-" if weakest == "-" else "1"]
+    assert (text["points"] == ["-"]) == (weakest == "-") and text["seeds"] == [
+        "-" if weakest == "-" else "1"
+    ]
 
 
 @pytest.mark.parametrize(("better", "told"), [("lora rr=32", True), ("lora", False)])
@@ -310,10 +430,13 @@ def test_whose_rr_a_claim_names_is_told(better, told, tmp_path, monkeypatch):
 
 
 def test_all_pairs_of_all_claims_are_corrected_together(tmp_path, monkeypatch):
-    """6 clips of 40 that differ, 2 / 2**6 = 0.031: alone yes, beside another such pair no longer."""
+    """6 clips of 40 differ, 2 / 2**6 = 0.031: alone yes, beside another such pair no longer."""
     plan = experiments.parse(["claims", "--datasets", "demo", "--out", str(tmp_path)])
     letters = {"lora": "r" * 40, "dpt": "r" * 34 + "w" * 6, "spt": "w" * 6 + "r" * 34}
-    done = {(cell := Cell("demo", method, 0, "demo")): result(cell, plan, row) for method, row in letters.items()}
+    done = {
+        (cell := Cell("demo", method, 0, "demo")): result(cell, plan, row)
+        for method, row in letters.items()
+    }
     one, two = (cells.Claim(**CLAIM, better=["lora"], than=[method]) for method in ("dpt", "spt"))
     for listed, expected in (([one], ["yes"]), ([one, two], ["cannot be told"] * 2)):
         monkeypatch.setattr(claims, "CLAIMS", listed)
@@ -344,12 +467,25 @@ def test_the_command_claims(here, monkeypatch, capsys):
         ("pfeiffer_seq", "adapter_ffn_seq_no_residual", "90.0"),
         ("adapter_ffn_par_before", "adapter_ffn_par_residual", "-100.0"),
     ]
-    next(here.out.rglob("pfeiffer_seq/seed0/predictions.csv")).unlink()
-    assert here("claims") == 0 and len(here.started) == 4
-    assert table_of(here.out, "claims")["Sequential adapters need a residual path"]["holds"] == "missing"
+    with monkeypatch.context() as patch:
+
+        def unreadable(run):
+            raise UserError(f"{run} is damaged")
+
+        patch.setattr(evidence, "read_run", unreadable)
+        assert here("claims") == 0 and len(here.started) == 4
+    assert (
+        table_of(here.out, "claims")["Sequential adapters need a residual path"]["holds"]
+        == "missing"
+    )
     assert "- Missing: " in capsys.readouterr().out
-    assert here("claims", "--methods", "adapter_ffn_par_before,adapter_ffn_par_residual", out="other") == 0
-    assert len(here.started) == 6 and "'residuals are necessary" not in capsys.readouterr().out  # of a claim left out
+    assert (
+        here("claims", "--methods", "adapter_ffn_par_before,adapter_ffn_par_residual", out="other")
+        == 0
+    )
+    assert (
+        len(here.started) == 6 and "'residuals are necessary" not in capsys.readouterr().out
+    )  # of a claim left out
     assert here("claims", "--methods", "pfeiffer_seq,adapter_ffn_par_residual") == 2
     assert "--methods: no claim compares these with one another" in capsys.readouterr().err
 
@@ -358,4 +494,7 @@ def test_scipy_is_asked_for_before_anything_is_trained(here, monkeypatch, capsys
     for module in ("scipy", "scipy.stats"):
         monkeypatch.setitem(sys.modules, module, None)
     assert here("table1", "--methods", "linear") == 2 and not here.started
-    assert capsys.readouterr().err == "error: intervals need scipy: pip install -r requirements-figures.txt\n"
+    assert (
+        capsys.readouterr().err
+        == "error: intervals need scipy: pip install -r requirements-figures.txt\n"
+    )

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import SMALL_AST, constant, save_random
+from helpers import SETTINGS, SMALL_AST, constant, save_random
 from safetensors.torch import load_file, save_file
 
 import data
@@ -19,7 +19,7 @@ import petl
 from ast_model import POOL
 from load_weights import load_ast, load_trained, save_ast, save_trained, to_dict
 from support import headers
-from support.checkpoints import read_header
+from support.checkpoints import read_header, write_tensors
 from tools import export
 
 ROOT = Path(petl.__file__).parent
@@ -380,8 +380,7 @@ def test_a_header_of_another_method(tmp_path, command):
     save_random(tmp_path / "fold1.safetensors", "lora")
     header = read_header(tmp_path / "fold1.safetensors")
     header["method"] = to_dict(petl.METHODS["houlsby_par"])
-    tensors = load_file(tmp_path / "fold1.safetensors")
-    save_file(tensors, tmp_path / "mixed.safetensors", {"ast_petl": json.dumps(header)})
+    write_tensors(tmp_path / "mixed.safetensors", load_file(tmp_path / "fold1.safetensors"), header)
     words = ["export", tmp_path / "mixed.safetensors", "--to", "onnx", "--out", tmp_path / "model.onnx"]
     assert "does not fit the method 'houlsby_par'" in command(*words, code=2)
 
@@ -424,7 +423,7 @@ HEADER = {
     "classes": ["rain", "dog"],
     "parameters": {"petl": 1234, "head": 258, "total": 98765},
     "result": {"fold": 3, "accuracy": 81.256, "validation_accuracy": 90.5, "epoch": 7, "seconds": 2.0},
-    "settings": {"dataset": "esc50", "method": {"name": "lora"}, "seed": 2, "lr": 0.005},
+    "settings": SETTINGS | {"dataset": "esc50", "seed": 2},
     "versions": {"python": "3.11.7", "torch": "2.0"},
 }
 
@@ -444,7 +443,9 @@ def test_show_line_by_line(tmp_path, command):
         "front end   60 frames; sample_rate 16000, window 400, hop 160, n_fft 512, n_mels 128, mean -4.2677393, std "
         "4.5689974",
         "accuracy    81.26 % of the test clips of fold 3 (epoch 7, best of validation, 90.50 %)",
-        "trained on  dataset esc50, seed 2, lr 0.005",
+        f"trained on  dataset esc50, weights demo, backbone {'0' * 64}, pool mean, seed 2, shots None, "
+        f"clips {'0' * 64}, n_frames 60, epochs 1, batch_size 8, lr 0.005, mask_frames 0, dtype float32, keep None, "
+        "balance False, best accuracy",
         "versions    python 3.11.7, torch 2.0",
     ]
     assert command("show", file).splitlines() == lines

@@ -19,14 +19,18 @@ def test_where_downloads_and_features_are_kept():
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "result.json"
     with whole_file(path) as temporary:
-        assert temporary.parent == path.parent and temporary.name.startswith(".") and temporary != path
+        assert (
+            temporary.parent == path.parent and temporary.name.startswith(".") and temporary != path
+        )
         temporary.write_text("first")
         assert not path.exists()
     assert path.read_text() == "first"
     with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
         temporary.write_text("half of the sec")
         raise KeyboardInterrupt
-    assert path.read_text() == "first" and [file.name for file in path.parent.iterdir()] == ["result.json"]
+    assert path.read_text() == "first" and [file.name for file in path.parent.iterdir()] == [
+        "result.json"
+    ]
     with whole_file(path) as one, whole_file(path) as other:
         assert one != other  # two processes at once
         one.write_text("one")
@@ -73,4 +77,7 @@ def test_errors_name_the_file_and_not_the_temporary_one(tmp_path):
 
 
 def test_a_table_is_plain_lines():
-    assert table_of(["path", "label"], [{"path": "a, b.wav", "label": "dog"}]) == 'path,label\n"a, b.wav",dog\n'
+    assert (
+        table_of(["path", "label"], [{"path": "a, b.wav", "label": "dog"}])
+        == 'path,label\n"a, b.wav",dog\n'
+    )

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import soxr
 import torch
-from helpers import SMALL_AST, SMALL_STATE, Terminal, constant, save_random, write_ast
+from helpers import SMALL_AST, SMALL_STATE, Terminal, constant, of_run, save_random, write_ast
 
 import data
 import petl
@@ -310,11 +310,13 @@ def test_wrong_and_damaged_checkpoints(tmp_path, fold, fails):
 
 
 def test_folds_that_do_not_belong_together(tmp_path, fails):
-    save_random(tmp_path / "run/fold1.safetensors", "lora")
-    save_random(tmp_path / "run/fold2.safetensors", "lora", classes=["a", "b", "c", "d"])
-    assert "have other classes: they are not folds of one run" in fails(tmp_path / "run")
-    save_random(tmp_path / "run/fold2.safetensors", "lora", n_frames=100)
-    assert "have other n_frames" in fails(tmp_path / "run")
+    save_random(tmp_path / "run/fold1.safetensors", "lora", **of_run(1))
+    save_random(tmp_path / "run/fold2.safetensors", "lora", **of_run(2, n_frames=100))
+    assert "fold2.safetensors is of a run with --seconds 1, not 0.6" in fails(tmp_path / "run")
+    save_random(tmp_path / "run/fold2.safetensors", "lora", **of_run(1))
+    assert "fold2.safetensors is of a run with fold 1" in fails(tmp_path / "run")
+    save_random(tmp_path / "run/fold2.safetensors", "lora")
+    assert "fold2.safetensors is no whole file of trained parts (its header has no settings)" in fails(tmp_path / "run")
 
 
 def test_another_front_end(tmp_path, monkeypatch, fails):
@@ -390,7 +392,7 @@ def test_a_file_that_cannot_be_read_in_every_form(tmp_path, answer, capsys):
 def test_the_folds_of_a_run_vote_with_their_probabilities(tmp_path, answer):
     """Not with their logits: the mean of (0.9, 0.1) and (0.2, 0.8) and (0.5, 0.5)."""
     for fold, probabilities in {1: (0.9, 0.1), 2: (0.2, 0.8), 10: (0.5, 0.5)}.items():
-        constant(tmp_path / "run" / f"fold{fold}.safetensors", *probabilities, classes=["a", "b"])
+        constant(tmp_path / "run" / f"fold{fold}.safetensors", *probabilities, classes=["a", "b"], **of_run(fold))
     (line,) = answer(tmp_path / "run", glide(tmp_path / "a.wav", 4000), "--json")
     found = {entry["class"]: entry["probability"] for entry in json.loads(line)["classes"]}
     assert found == {"a": pytest.approx(1.6 / 3, abs=2e-6), "b": pytest.approx(1.4 / 3, abs=2e-6)}

@@ -1,4 +1,5 @@
-"""What is told of predictions beside their accuracy, held to scikit-learn, and the weights of classes."""
+"""What is told of predictions beside their accuracy, held to scikit-learn, and the weights of
+classes."""
 
 import csv
 import json
@@ -7,13 +8,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-
-import train
 import torch.nn.functional as F
 from helpers import make_folder, result_of, train_on, write_sound
 from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight
 
+import train
 from support import console
 from support.scores import confusion, mistakes, scores
 
@@ -27,7 +27,10 @@ def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_of(true, predicted) -> list[dict]:
-    return [{"label": CLASSES[t], "prediction": CLASSES[p]} for t, p in zip(true, predicted, strict=True)]
+    return [
+        {"label": CLASSES[t], "prediction": CLASSES[p]}
+        for t, p in zip(true, predicted, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -44,14 +47,18 @@ def test_scores_are_those_of_scikit_learn(seed):
     f1 = metrics.f1_score(true, predicted, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(100 * f1, abs=1e-4)
     assert found["majority"] == pytest.approx(100 * (true == 0).mean())
-    each = metrics.precision_recall_fscore_support(true, predicted, labels=range(5), zero_division=0)
+    each = metrics.precision_recall_fscore_support(
+        true, predicted, labels=range(5), zero_division=0
+    )
     for name, precision, recall, f1, support in zip(CLASSES, *each, strict=True):
         of = found["classes"][name]
         assert list(of) == ["support", "precision", "recall", "f1"] and of["support"] == support
         assert [of["precision"], of["recall"], of["f1"]] == pytest.approx(
             [100 * precision, 100 * recall, 100 * f1], abs=1e-4
         )
-    assert train.score_of(torch.eye(len(CLASSES))[torch.tensor(predicted)], torch.tensor(true), "balanced") == pytest.approx(100 * balanced)
+    assert train.score_of(
+        torch.eye(len(CLASSES))[torch.tensor(predicted)], torch.tensor(true), "balanced"
+    ) == pytest.approx(100 * balanced)
 
 
 def test_macro_f1_leaves_out_classes_that_nobody_names():
@@ -61,7 +68,9 @@ def test_macro_f1_leaves_out_classes_that_nobody_names():
 
 
 def test_weights_of_classes_are_balanced():
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 0])  # the last clip does not train, and class 3 has none that does
+    labels = torch.tensor(
+        [0, 0, 0, 0, 1, 1, 2, 3, 0]
+    )  # the last clip does not train, and class 3 has none that does
     clips = torch.tensor([0, 1, 2, 3, 4, 5, 6])
     weights = train.weights_of_classes(labels, clips)
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels[clips].numpy())
@@ -70,9 +79,20 @@ def test_weights_of_classes_are_balanced():
 
 
 def test_the_most_confident_mistakes():
-    probabilities = ["0.900000", "0.100000", "0.990000", "0.950000", "0.500000", "0.990000", "0.600000", "0.700000"]
-    rows = [{"path": f"{i}", "label": "a", "prediction": "a" if i == 2 else "b", "probability": p}
-            for i, p in enumerate(probabilities)]  # fmt: skip
+    probabilities = [
+        "0.900000",
+        "0.100000",
+        "0.990000",
+        "0.950000",
+        "0.500000",
+        "0.990000",
+        "0.600000",
+        "0.700000",
+    ]
+    rows = [
+        {"path": f"{i}", "label": "a", "prediction": "a" if i == 2 else "b", "probability": p}
+        for i, p in enumerate(probabilities)
+    ]
     assert [row["path"] for row in mistakes(rows)] == ["5", "3", "0", "7", "6"]
     assert mistakes(rows[2:3]) == []
 
@@ -84,7 +104,7 @@ def test_the_score_of_own_sounds_is_balanced_accuracy():
     assert [train.score_of(x, labels, "balanced") for x in (always, mixed)] == [50.0, 75.0]
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_a_run_says_what_accuracy_hides(tmp_path, capsys):
@@ -94,35 +114,52 @@ def test_a_run_says_what_accuracy_hides(tmp_path, capsys):
     assert train_on("folder", root, tmp_path, "--epochs", 2) == 0
     out = capsys.readouterr().out
     run, result = tmp_path / "runs/folder/linear/seed0", result_of("folder", tmp_path)
-    rows = [row for row in csv.DictReader((run / "predictions.csv").read_text().splitlines()) if row["part"] == "test"]
+    rows = [
+        row
+        for row in csv.DictReader((run / "predictions.csv").read_text().splitlines())
+        if row["part"] == "test"
+    ]
     true, said = [row["label"] for row in rows], [row["prediction"] for row in rows]
     names = ["bell", "drum", "flute"]
     counts = metrics.confusion_matrix(true, said, labels=names)
     table = list(csv.reader((run / "confusion.csv").read_text().splitlines()))
-    assert table == [["true / predicted", *names], *([n, *map(str, r)] for n, r in zip(names, counts, strict=True))]
-    assert result["scores"] == scores(counts, names) and result["scores"]["accuracy"] == result["accuracy"]
-    assert f"{result['scores']['majority']:.2f} % for always answering 'drum'" in out and "66.67 % for always" in out
+    assert table == [
+        ["true / predicted", *names],
+        *([n, *map(str, r)] for n, r in zip(names, counts, strict=True)),
+    ]
+    assert (
+        result["scores"] == scores(counts, names)
+        and result["scores"]["accuracy"] == result["accuracy"]
+    )
+    assert (
+        f"{result['scores']['majority']:.2f} % for always answering 'drum'" in out
+        and "66.67 % for always" in out
+    )
     assert "by balanced accuracy" in out
     config = json.loads((run / "config.json").read_text())
-    assert (config["best"], config["balance"]) == ("balanced", False)
+    assert (config["choose_by"], config["balance"]) == ("balanced", False)
 
 
-def test_what_the_summary_names():
+def test_what_the_summary_names(monkeypatch):
     rows = rows_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 0, 1, 0])
     rows = [{**row, "path": f"{i}.wav", "probability": f"0.{9 - i}"} for i, row in enumerate(rows)]
     counts = confusion(rows, CLASSES[:3])
-    said = console.describe_scores(rows, scores(counts, CLASSES[:3]))
+    said = "\n".join(console.describe_scores(rows, scores(counts, CLASSES[:3])))
     assert "never answered  'c': 1 of 3 classes" in said
     assert "most confused   2 of 3 clips of 'a' were taken for 'b'" in said
     assert "50.00 % for always answering 'a'" in said and "balanced accuracy 27.78 %" in said
     classes = scores(counts, CLASSES[:3])["classes"]
-    assert console.describe_classes(rows, classes).startswith("  class  clips  precision")
-    said = console.describe_classes(rows, classes, rows=2).splitlines()
-    assert [line.split()[0] for line in said[1:3]] == ["c", "a"] and "2 of 3 classes with the lowest F1" in said[0]
-    assert said[5:] == [
-        "   80.00%  1.wav: 'b', but it is 'a'", "   70.00%  2.wav: 'b', but it is 'a'",
-        "   60.00%  3.wav: 'a', but it is 'b'", "   40.00%  5.wav: 'a', but it is 'c'",
-    ]  # fmt: skip
+    assert console.describe_classes(classes)[0].startswith("  class  clips  precision")
+    monkeypatch.setattr(console, "ROWS", 2)
+    said = console.describe_classes(classes)
+    assert [line.split()[0] for line in said[1:]] == ["c", "a"]
+    assert "2 of 3 classes with the lowest F1" in said[0]
+    assert console.describe_mistakes(rows)[1:] == [
+        "   80.00%  1.wav: 'b', but it is 'a'",
+        "   70.00%  2.wav: 'b', but it is 'a'",
+        "   60.00%  3.wav: 'a', but it is 'b'",
+        "   40.00%  5.wav: 'a', but it is 'c'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +171,13 @@ def test_what_the_summary_names():
     ],
 )
 def test_what_is_said_of_a_fold(validation, by, chosen):
-    result = {"fold": 2, "accuracy": 50.0, "validation_accuracy": validation, "epoch": 3, "seconds": 4.4}
+    result = {
+        "fold": 2,
+        "accuracy": 50.0,
+        "validation_accuracy": validation,
+        "epoch": 3,
+        "seconds": 4.4,
+    }
     assert console.describe_fold(result, by) == f"fold 2: test accuracy 50.00 % ({chosen}), 4 s"
 
 
@@ -155,6 +198,10 @@ def test_a_balanced_loss(tmp_path, monkeypatch):
         == 0
     )
     plain, balanced = asked
-    assert plain is None and balanced.tolist() == pytest.approx([12 / 9, 12 / 18, 12 / 9])  # 3, 6 and 3 clips train
-    assert json.loads((tmp_path / "b/folder/linear/seed0/config.json").read_text())["balance"] is True
+    assert plain is None and balanced.tolist() == pytest.approx(
+        [12 / 9, 12 / 18, 12 / 9]
+    )  # 3, 6 and 3 clips train
+    assert (
+        json.loads((tmp_path / "b/folder/linear/seed0/config.json").read_text())["balance"] is True
+    )
     assert train_on("folder", root, tmp_path, "--balance") == 2  # another experiment

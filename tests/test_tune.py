@@ -1,9 +1,11 @@
-"""The search for learning rates: what is tried, what is chosen, and that the file of it is read back."""
+"""The search for learning rates: what is tried, what is chosen, and that the file of it is read
+back."""
 
 import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from helpers import SMALL_AST, make_folder, make_run, table_of
@@ -11,21 +13,28 @@ from helpers import SMALL_AST, make_folder, make_run, table_of
 import petl
 import train
 from support.command import UserError
-from support.records import Progress
 from tools import campaign, cells, experiments, tables, tune
 from tools.cells import Cell
 
 
 def test_the_rates(monkeypatch):
-    """Five, a factor of about 3 apart, the same for every method; the paper's is the cell that all tables share."""
+    """Five, a factor of about 3 apart, the same for every method; the paper's is the cell that all
+    tables share."""
     for method, paper in (("lora", 0.005), ("dpt", 0.01)):
         cell = Cell("esc50", method, 1000, "audioset")
         rates = tune.rates_of(cell)
-        assert list(rates) == pytest.approx([0.1 * paper, 0.3 * paper, paper, 3 * paper, 10 * paper])
+        assert list(rates) == pytest.approx(
+            [0.1 * paper, 0.3 * paper, paper, 3 * paper, 10 * paper]
+        )
         ratios = [b / a for a, b in zip(list(rates), list(rates)[1:], strict=False)]
         assert all(2.9 < ratio < 3.4 for ratio in ratios)
-        assert rates.pop(paper) == cell and all(campaign.method_of(one).lr == lr for lr, one in rates.items())
-    assert tune.rates_of(Cell("esc50", "lora", 1000, "audioset"))[0.0005].name == "lr0.0005/esc50/lora/seed1000"
+        assert rates.pop(paper) == cell and all(
+            campaign.method_of(one).lr == lr for lr, one in rates.items()
+        )
+    assert (
+        tune.rates_of(Cell("esc50", "lora", 1000, "audioset"))[0.0005].name
+        == "lr0.0005/esc50/lora/seed1000"
+    )
     monkeypatch.setattr(tune, "method_of", lambda cell: replace(petl.find("lora"), lr=0.2))
     assert list(tune.rates_of(cell)) == [0.02, 0.06, 0.2, 0.6]  # train.py takes none above 1
 
@@ -35,7 +44,10 @@ def test_the_rates(monkeypatch):
     [
         ([(0.001, 70.0), (0.003, 71.0), (0.01, 70.5)], 0.003),
         ([(0.001, 71.0), (0.003, 70.0), (0.01, 71.0), (0.03, 71.0)], 0.01),  # equals: the paper's
-        ([(0.001, 71.0), (0.003, 71.0), (0.01, 70.0), (0.03, 71.0)], 0.03),  # times 3 is nearer than times 0.3
+        (
+            [(0.001, 71.0), (0.003, 71.0), (0.01, 70.0), (0.03, 71.0)],
+            0.03,
+        ),  # times 3 is nearer than times 0.3
         ([(0.001, 0.0), (0.01, None), (0.1, None)], 0.001),  # what diverged is never chosen
         ([(0.001, None), (0.01, None)], None),
     ],
@@ -46,28 +58,38 @@ def test_the_best(tried, best):
 
 @pytest.fixture
 def made_up(here, monkeypatch) -> dict[tuple[str, float], float]:
-    """Validation accuracies by method and learning rate, for a campaign that trains nothing: 50 where there is none.
-    Of the test clips a run with the best of them tells one, others nine of ten."""
+    """Validation accuracies by method and learning rate, for a campaign that trains nothing: 50
+    where there is none. Of the test clips a run with the best of them tells one, others nine of
+    ten."""
     accuracies = {}
 
     def train_cell(folder, words):
         args = train.parse(words)
         accuracy = accuracies.get((args.method, args.lr), 50.0)
-        return make_run(folder, words, "r" + "w" * 9 if accuracy > 50 else "r" * 9 + "w", validation=accuracy)
+        return make_run(
+            folder, words, "r" + "w" * 9 if accuracy > 50 else "r" * 9 + "w", validation=accuracy
+        )
 
     monkeypatch.setattr(campaign, "train_cell", train_cell)
     return accuracies
 
 
 def test_a_search(here, made_up, capsys):
-    """Of two methods: validation clips judge, whatever the test clips say. Then all is read back."""
+    """Of two methods: validation clips judge, whatever the test clips say.
+
+    Then all is read back.
+    """
     words = ["table1", "--methods", "linear,bitfit", "--seeds", "0,1"]
     made_up["linear", 0.03] = 60.0  # of bitfit all are equal
     assert here("tune", *words) == 0
     printed = capsys.readouterr().out
-    tried = "0.001 50.00, 0.003 50.00, 0.01 50.00, 0.03 60.00, 0.1 50.00; best 0.03, without search 0.01"
+    tried = "0.001 50.00, 0.003 50.00, 0.01 50.00, 0.03 60.00, 0.1 50.00"
+    tried += "; best 0.03, without search 0.01"
     assert f"linear/seed1000: validation accuracy by learning rate {tried}\n" in printed
-    variants = [Cell("esc10", "linear", 0, str(SMALL_AST), lr=lr).variant for lr in (0.001, 0.003, None, 0.03, 0.1)]
+    variants = [
+        Cell("esc10", "linear", 0, str(SMALL_AST), lr=lr).variant
+        for lr in (0.001, 0.003, None, 0.03, 0.1)
+    ]
     linear = [str(run.relative_to(here.out)) for run in here.started if run.parent.name == "linear"]
     search, reported = linear[:5], linear[5:]
     assert search == [f"{variant}/esc10/linear/seed1000" for variant in variants]
@@ -75,7 +97,9 @@ def test_a_search(here, made_up, capsys):
     assert len(here.started) == 9 + 5 + 2  # of bitfit the paper's rate is the best
     searches = json.loads((here.out / "tuned.json").read_text())["searches"]
     assert {s["method"]: (s["usual"], s["best"], s["seed"]) for s in searches} == {
-        "linear": (0.01, 0.03, 1000), "bitfit": (0.005, 0.005, 1000)}  # fmt: skip
+        "linear": (0.01, 0.03, 1000),
+        "bitfit": (0.005, 0.005, 1000),
+    }
     table = table_of(here.out, "table1")
     assert table["Linear"]["ESC-10"] == "90.00 [90.00, 90.00]"
     assert table["BitFit"]["ESC-10"] == "90.00 [90.00, 90.00] ~"
@@ -83,18 +107,31 @@ def test_a_search(here, made_up, capsys):
     assert table["BitFit"]["ESC-10, tuned"] == "**90.00** [90.00, 90.00] at 0.005"
     assert "by seed 1000: the same search" in printed and "Best at its edge" not in printed
 
-    for setting, heads in (("paper", ["ESC-10"]), ("tuned", ["ESC-10, tuned"]), ("both", ["ESC-10", "ESC-10, tuned"])):
+    for setting, heads in (
+        ("paper", ["ESC-10"]),
+        ("tuned", ["ESC-10, tuned"]),
+        ("both", ["ESC-10", "ESC-10, tuned"]),
+    ):
         shutil.rmtree(here.out / "tables")
         assert here(*words, "--setting", setting) == 0
-        assert [head for head in table_of(here.out, "table1")["Linear"] if head.startswith("ESC")] == heads
+        assert [
+            head for head in table_of(here.out, "table1")["Linear"] if head.startswith("ESC")
+        ] == heads
     shutil.rmtree(here.out / "tables")
     assert here("table1", "--methods", "linear") == 0  # Wilson's of 9 in 10
     assert table_of(here.out, "table1")["Linear"]["ESC-10"] == "90.00 [59.58, 98.21]"
     capsys.readouterr()
-    assert here("tune", *words) == 0 and "0 cells, 0 finished, 0 to train" in capsys.readouterr().out
+    assert (
+        here("tune", *words) == 0 and "0 cells, 0 finished, 0 to train" in capsys.readouterr().out
+    )
     (here.out / "tuned.json").unlink()
-    assert here("tune", *words) == 0 and "10 cells, 10 finished, 0 to train" in capsys.readouterr().out
-    assert json.loads((here.out / "tuned.json").read_text())["searches"] == searches and len(here.started) == 16
+    assert (
+        here("tune", *words) == 0 and "10 cells, 10 finished, 0 to train" in capsys.readouterr().out
+    )
+    assert (
+        json.loads((here.out / "tuned.json").read_text())["searches"] == searches
+        and len(here.started) == 16
+    )
     assert here("tune", "table1", "--methods", "linear,lora") == 0  # one more is put beside them
     assert len(json.loads((here.out / "tuned.json").read_text())["searches"]) == 3
 
@@ -107,7 +144,9 @@ def test_train_py_gets_the_rate_that_was_found(here):
     for _ in range(2):
         assert here("table1", "--methods", "linear", "--setting", "tuned") == 0
     (run,) = here.started
-    assert json.loads((run / "config.json").read_text())["lr"] == 0.03 and "lr0.03/esc10/linear" in str(run)
+    assert json.loads((run / "config.json").read_text())[
+        "lr"
+    ] == 0.03 and "lr0.03/esc10/linear" in str(run)
 
 
 def test_no_validation_clips(here, monkeypatch, capsys):
@@ -120,12 +159,27 @@ def test_no_validation_clips(here, monkeypatch, capsys):
 
 
 def test_own_sounds_without_validation_clips(here, tmp_path, capsys):
-    """Of two clips of a class one trains and one tests. That is said before the search, not after it."""
+    """Of two clips of a class one trains and one tests.
+
+    That is said before the search, not after it.
+    """
     root = make_folder(tmp_path / "mine", 2)
-    words = ["tune", "table1", "--methods", "linear", "--datasets", "folder", "--data-dir", f"folder={root}"]
+    words = [
+        "tune",
+        "table1",
+        "--methods",
+        "linear",
+        "--datasets",
+        "folder",
+        "--data-dir",
+        f"folder={root}",
+    ]
     assert here(*words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line == "error: folder has no validation clips to judge learning rates by: leave it out, --datasets"
+    assert (
+        line == "error: folder has no validation clips to judge learning rates by: "
+        "leave it out, --datasets"
+    )
     assert not here.started
     make_folder(root, 5)
     assert here(*words, "--dry-run") == 0 and "5 cells, 0 finished" in capsys.readouterr().out
@@ -133,51 +187,109 @@ def test_own_sounds_without_validation_clips(here, tmp_path, capsys):
 
 def entry(**changes) -> dict:
     tried = [[0.0005, 60.0], [0.0015, 61.0], [0.005, 62.0], [0.015, 63.0], [0.05, 63.5]]
-    return {"dataset": "esc10", "method": "lora", "weights": str(SMALL_AST), "shots": None, "rr": None, "prompts": None,
-            "kernel": None, "seed": 1000, "epochs": 1, "options": ["--folds", "1", "--seconds", "0.5"], "usual": 0.005,
-            "tried": tried, "best": 0.05, **changes}  # fmt: skip
+    return {
+        "dataset": "esc10",
+        "method": "lora",
+        "weights": str(SMALL_AST),
+        "shots": None,
+        "rr": None,
+        "prompts": None,
+        "kernel": None,
+        "seed": 1000,
+        "epochs": 1,
+        "options": ["--folds", "1", "--seconds", "0.5"],
+        "usual": 0.005,
+        "tried": tried,
+        "best": 0.05,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
     ("content", "words", "message"),
     [
         ("{", [], "tuned.json (Expecting property name"),
-        ({"searches": [entry(best=0.005)]}, [], "tuned.json: searches[0]: best: Expected the best of those tried"),
+        (
+            {"searches": [entry(best=0.005)]},
+            [],
+            "tuned.json: searches[0]: best: Expected the best of those tried",
+        ),
         ({"searches": [entry(seed="x")]}, [], "tuned.json: searches[0].seed: Expected"),
-        ({"searches": [entry(tried=[[0.0, 60.0]])]}, [], "tuned.json: searches[0].tried[0][0]: Expected"),
-        ({"searches": [entry()]}, ["--seeds", "0,1000"], "--seeds: 1000 has chosen the learning rate of"),
+        (
+            {"searches": [entry(tried=[[0.0, 60.0]])]},
+            [],
+            "tuned.json: searches[0].tried[0][0]: Expected",
+        ),
+        (
+            {"searches": [entry()]},
+            ["--seeds", "0,1000"],
+            "--seeds: 1000 has chosen the learning rate of",
+        ),
         ({"searches": [entry(method="dpt")]}, [], "no learning rate has been searched for"),
-        ({"searches": [entry(epochs=2)]}, ["tune"], "a search for lora on esc10 with epochs 2, not 1: give another"),
-        ({"searches": [entry(options=[])]}, ["tune"], "with options [], not ['--folds', '1', '--seconds', '0.5']"),
+        (
+            {"searches": [entry(epochs=2)]},
+            ["tune"],
+            "a search for lora on esc10 with epochs 2, not 1: give another",
+        ),
+        (
+            {"searches": [entry(options=[])]},
+            ["tune"],
+            "with options [], not ['--folds', '1', '--seconds', '0.5']",
+        ),
         ({"searches": [entry(seed=7)]}, ["tune"], "with seed 7, not 1000"),
-        ({"searches": []}, ["tune", "--seeds", "1000"], "--search-seed 1000 is one of those to report"),
-        ({"searches": []}, ["tune", "--datasets", "us8k"], "us8k has no validation clips to judge learning rates by"),
+        (
+            {"searches": []},
+            ["tune", "--seeds", "1000"],
+            "--search-seed 1000 is one of those to report",
+        ),
+        (
+            {"searches": []},
+            ["tune", "--datasets", "us8k"],
+            "us8k has no validation clips to judge learning rates by",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_one_line(content, words, message, here, capsys):
     here.out.mkdir()
-    (here.out / "tuned.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (here.out / "tuned.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
     start = ["tune", "table1"] if "tune" in words else ["table1", "--setting", "tuned"]
     assert here(*start, "--methods", "lora", *[word for word in words if word != "tune"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line and not here.started
-    assert content != "{" or here("table1", "--methods", "lora", "--dry-run") == 0  # which does not ask for it
+    assert (
+        content != "{" or here("table1", "--methods", "lora", "--dry-run") == 0
+    )  # which does not ask for it
 
 
 def test_a_tuned_table_of_results_by_hand(tmp_path):
-    """Both settings side by side, the paper's numbers beside its own; the edge of the search is told."""
-    plan = experiments.parse(["table1", "--methods", "lora", "--datasets", "esc50,gsc", "--setting", "both"])
+    """Both settings side by side, the paper's numbers beside its own; the edge of the search is
+    told."""
+    plan = experiments.parse(
+        ["table1", "--methods", "lora", "--datasets", "esc50,gsc", "--setting", "both"]
+    )
     found = tune.Search(**entry(weights="audioset", dataset="esc50"))
     plan.tuned.update({Cell("esc50", "lora", 0, "audioset"): found})
-    with pytest.raises(UserError, match="searched for gsc/lora/seed0: `tune` as the first word does so"):
+    with pytest.raises(
+        UserError, match="searched for gsc/lora/seed0: `tune` as the first word does so"
+    ):
         cells.cells_of(plan)
-    gsc = tune.Search(**entry(weights="audioset", dataset="gsc", tried=[[0.001, 1.0], [0.005, 2.0]], best=0.005))
+    gsc = tune.Search(
+        **entry(weights="audioset", dataset="gsc", tried=[[0.001, 1.0], [0.005, 2.0]], best=0.005)
+    )
     plan.tuned.update({Cell("gsc", "lora", 0, "audioset"): gsc})
     tuned = Cell("esc50", "lora", 0, "audioset", lr=0.05)
-    assert cells.cells_of(plan) == [Cell("esc50", "lora", 0, "audioset"), tuned, Cell("gsc", "lora", 0, "audioset")]
+    assert cells.cells_of(plan) == [
+        Cell("esc50", "lora", 0, "audioset"),
+        tuned,
+        Cell("gsc", "lora", 0, "audioset"),
+    ]
     folds = [{"fold": 1, "accuracy": 50.0, "tested": 40}]
-    done = {cell: {"folds": folds, "seconds": 2.0, "parameters": {"petl": 10, "head": 5, "total": 99}}
-            for cell in cells.cells_of(plan)}  # fmt: skip
+    done = {
+        cell: {"folds": folds, "seconds": 2.0, "parameters": {"petl": 10, "head": 5, "total": 99}}
+        for cell in cells.cells_of(plan)
+    }
     text, records = tables.render("table1", done, plan)
     head, _, line = (row.split("|") for row in text.splitlines() if row.startswith("|"))
     assert line[-2].strip() == "4"  # seconds of the tuned cells alone
@@ -189,17 +301,30 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
         "Avg",
         "Avg, tuned",
     ]
-    assert "(86.45)" in line[3] and "at 0.05" in line[5] and "(" not in line[5] and "at 0.005" in line[6]
-    assert "test clips of another. The search had the options `--folds 1 --seconds 0.5`. Best at" in text
+    assert (
+        "(86.45)" in line[3]
+        and "at 0.05" in line[5]
+        and "(" not in line[5]
+        and "at 0.005" in line[6]
+    )
+    assert (
+        "test clips of another. The search had the options `--folds 1 --seconds 0.5`. Best at"
+        in text
+    )
     assert "Best at its edge, so that another may be better: lora on esc50, lora on gsc." in text
     assert [(r["setting"], r["lr"]) for r in records] == [
-        ("paper", 0.005), ("paper", 0.005), ("tuned", 0.05), ("tuned", 0.005)]  # fmt: skip
+        ("paper", 0.005),
+        ("paper", 0.005),
+        ("tuned", 0.05),
+        ("tuned", 0.005),
+    ]
 
 
 def test_a_rate_that_diverges_and_a_run_that_fails(here, made_up, monkeypatch, capsys):
-    """The first is a finding, null in the file; the second leaves the search open, and the table unmade."""
+    """The first is a finding, null in the file; the second leaves the search open, and the table
+    unmade."""
     with pytest.raises(UserError) as error:
-        Progress(1).trained([1.0, math.nan], [0.1, 0.1], 8)
+        train.check_losses([1.0, math.nan], SimpleNamespace(lr=0.1), "fold 1, epoch 1")
     train_cell, broken = campaign.train_cell, {0.1: str(error.value), 0.003: "a bug"}
 
     def train_some(folder, words):
@@ -209,11 +334,20 @@ def test_a_rate_that_diverges_and_a_run_that_fails(here, made_up, monkeypatch, c
     words = ["tune", "table1", "--methods", "linear"]
     assert here(*words) == 1
     assert capsys.readouterr().err.endswith("seed1000: a bug\n")
-    assert json.loads((here.out / "tuned.json").read_text()) == {"searches": []} and not (here.out / "tables").exists()
+    assert (
+        json.loads((here.out / "tuned.json").read_text()) == {"searches": []}
+        and not (here.out / "tables").exists()
+    )
     del broken[0.003]
     assert here(*words) == 0
     (search,) = json.loads((here.out / "tuned.json").read_text())["searches"]
-    assert search["tried"] == [[0.001, 50.0], [0.003, 50.0], [0.01, 50.0], [0.03, 50.0], [0.1, None]]
+    assert search["tried"] == [
+        [0.001, 50.0],
+        [0.003, 50.0],
+        [0.01, 50.0],
+        [0.03, 50.0],
+        [0.1, None],
+    ]
     monkeypatch.setattr(campaign, "train_cell", lambda folder, words: str(error.value))
     assert here("tune", "table1", "--methods", "bitfit") == 1
     assert "bitfit/seed1000: the loss is not finite at any learning rate" in capsys.readouterr().err

@@ -7,7 +7,6 @@ campaigns may work in one folder.
 """
 
 import argparse
-import csv
 import os
 import signal
 import statistics
@@ -21,17 +20,14 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from msgspec import to_builtins
 
 import petl
 import train
 from data import DATASETS, frames_for, load_dataset
 from load_weights import find_checkpoint, to_dict
-from support.checkpoints import read_json
 from support.command import UserError
-from support.headers import RunConfig, RunResult
 from support.processes import say
-from support.records import compare_settings, mend
+from support.records import compare_settings, fold_files, read_run
 from support.variants import fitted
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
 
@@ -212,72 +208,54 @@ def options(cell: Cell, plan: Plan) -> list[str]:
 
 def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
-    lr = cell.lr or DATASETS[cell.dataset].lr.get(cell.method)
-    sizes = {"rr": cell.rr, "prompts": cell.prompts, "kernel": cell.kernel}
-    return fitted(petl.find(cell.method), shape_of(cell.weights), lr, **sizes)
+    args = argparse.Namespace(**vars(cell), alpha=None, keep=None, blocks=None)
+    lr = DATASETS[cell.dataset].lr.get(cell.method)
+    return fitted(petl.find(cell.method), shape_of(cell.weights), args, lr)
 
 
 def result_of(cell: Cell, plan: Plan) -> dict | None:
-    """result.json of a cell whose folds are all finished, else None.
+    """The result of a cell whose folds are all finished, else None.
 
     Raises UserError if another experiment lies there.
     """
     folder = plan.out / cell.name
-    mend(folder)
-    if not (folder / "result.json").exists():
+    if not (folder / "result.json").exists() or not fold_files(folder):
+        return None  # result.json is what a run writes at its end
+    run = read_run(folder)
+    args = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
+    compare_settings(folder, run.config, expected_settings(cell, plan, args, run.config))
+    wanted = set(args.folds or {int(row["fold"]) for row in run.split})
+    if not wanted <= run.folds.keys():
         return None
-    config, result, split = read_run(folder)
-    run = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
-    compare_settings(folder, config, expected_settings(cell, plan, run, config))
-    wanted = set(run.folds or {int(row["fold"]) for row in split})
-    tested = Counter(int(row["fold"]) for row in split if row["split"] == "test")
-    folds = []
-    for fold in result["folds"]:
-        if fold["fold"] in wanted:
-            folds.append({**fold, "tested": tested[fold["fold"]]})
-    if len(folds) < len(wanted):
-        return None
-    accuracy = statistics.mean(fold["accuracy"] for fold in folds)
-    seconds = sum(fold["seconds"] for fold in folds)
-    return {**result, "folds": folds, "accuracy": accuracy, "seconds": seconds}
+    tested = Counter(int(row["fold"]) for row in run.clips("test"))
+    folds = [{**run.folds[fold]["result"], "tested": tested[fold]} for fold in sorted(wanted)]
+    return {
+        "folds": folds,
+        "accuracy": statistics.mean(fold["accuracy"] for fold in folds),
+        "seconds": sum(fold["seconds"] for fold in folds),
+        "parameters": run.first["parameters"],
+    }
 
 
 def expected_settings(cell: Cell, plan: Plan, run: argparse.Namespace, config: dict) -> dict:
     """What config.json of the cell says if it is the run with these options and nothing else."""
     recipe = DATASETS[cell.dataset]
     expected = {name: getattr(run, name) for name in ("epochs", "pool", "shots", "balance")}
-    expected |= recipe.masks(config["n_frames"])
     expected["method"] = to_dict(method_of(cell))
     expected["batch_size"] = run.batch_size or recipe.batch_size
     expected["n_frames"] = config["n_frames"]  # the clips decide, unless the options say it
+    expected["choose_by"] = "balanced" if recipe.own else "accuracy"
     if plan.dtype:
         expected["dtype"] = run.dtype
     if run.seconds or recipe.n_frames:
         expected["n_frames"] = frames_for(recipe, None, run.seconds)
+    expected["mask_frames"] = recipe.widest_mask(config["n_frames"])
     is_file = cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:"))
     if is_file:  # which may have changed
         expected["backbone"] = shape_and_hash(cell.weights)[1]
     if recipe.own:
         expected["data_dir"] = run.data_dir and str(run.data_dir.resolve())
     return expected
-
-
-def read_run(run: Path) -> tuple[dict, dict, list[dict[str, str]]]:
-    """config.json, result.json and the rows of split.csv of a finished run.
-
-    What is damaged is made again from the fold files, where that is possible. Raises UserError if
-    there is no finished run.
-    """
-    mend(run)
-    for name in ("config.json", "result.json", "split.csv"):
-        if not (run / name).exists():
-            raise UserError(f"{run} is no finished run of train.py: there is no {name}")
-    remake = "delete it: the same command makes it again"
-    config = read_json(run / "config.json", RunConfig, mend="delete the folder")
-    result = read_json(run / "result.json", RunResult, mend=remake)
-    with open(run / "split.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        split = list(csv.DictReader(file))
-    return to_builtins(config), to_builtins(result), split
 
 
 if __name__ == "__main__":

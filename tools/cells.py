@@ -1,7 +1,7 @@
 """What the paper's tables and figures compare, and which runs they are made of.
 
-paper_results.json has the paper's tables, their methods and numbers, paper_claims.json what it concludes from them. A
-*cell* is one run of train.py: `cells_of` lists those that a Plan asks for.
+paper_results.json has the paper's tables, their methods and numbers. paper_claims.json has what the
+paper concludes from them. A *cell* is one run of train.py: `cells_of` lists the cells of a Plan.
 """
 
 import json
@@ -28,40 +28,63 @@ class Table:
 
     title: str
     datasets: tuple[str, ...]
-    rows: dict[str, str]  # name of the row: method in petl.METHODS, and perhaps settings: "lora rr=64"
+    rows: dict[str, str]  # {name: method, and perhaps settings: "lora rr=64"}
     few_shot: bool = False  # a column for each number of clips per class
-    numbers: dict[tuple[str, str], str] = field(default_factory=dict)  # {(row, column): with the paper's digits}
+    numbers: dict[tuple[str, str], str] = field(default_factory=dict)  # {(row, column)}
     note: str = ""
-    columns: tuple[tuple[str, int | None], ...] = ()  # dataset and clips per class; of a figure none
+    columns: tuple[tuple[str, int | None], ...] = ()  # dataset, clips per class; of a figure none
 
 
 def read_table(title: str, columns: list[str], rows: dict[str, list], note: str = "") -> Table:
     """A table as paper_results.json has it: the method of a row comes before its numbers."""
-    words = [column.split() for column in columns]  # dataset, or dataset and clips per class
-    datasets = tuple(dict.fromkeys(word[0] for word in words if word[0] in DATASETS))
-    numbers = {(row, c): n for row, (_, *line) in rows.items() for c, n in zip(columns, line, strict=True)}
-    methods = {row: method for row, (method, *_) in rows.items()}
-    columns = tuple((word[0], int(word[1]) if word[1:] else None) for word in words if word[0] in DATASETS)
-    return Table(title, datasets, methods, any(shots for _, shots in columns), numbers, note, columns)
+    methods = {}
+    numbers = {}
+    for row, (method, *line) in rows.items():
+        methods[row] = method
+        for column, number in zip(columns, line, strict=True):
+            numbers[row, column] = number
+    places = []
+    for column in columns:  # a dataset, a dataset and clips per class, or "params" and the like
+        name, _, shots = column.partition(" ")
+        if name in DATASETS:
+            places.append((name, int(shots) if shots else None))
+    datasets = tuple(dict.fromkeys(name for name, _ in places))
+    few_shot = any(shots for _, shots in places)
+    return Table(title, datasets, methods, few_shot, numbers, note, tuple(places))
 
 
-PAPER = json.loads(Path(__file__).with_name("paper_results.json").read_text(encoding="utf-8"), parse_float=str)
+HERE = Path(__file__).parent
+PAPER = json.loads((HERE / "paper_results.json").read_text(encoding="utf-8"), parse_float=str)
 TABLES = {name: read_table(**table) for name, table in PAPER.items() if name != "about"}
-CURVES = {"HOU par": "houlsby_par", "PF par": "pfeiffer_par", "LoRA": "lora", "DPT": "dpt", "Full FT": "full_ft"}
+CURVES = {
+    "HOU par": "houlsby_par",
+    "PF par": "pfeiffer_par",
+    "LoRA": "lora",
+    "DPT": "dpt",
+    "Full FT": "full_ft",
+}
 FIGURES = {
-    "fig2": Table("Figure 2. What the methods make of the test clips", ("fsc",), {
-        "Linear": "linear", "DPT-25": "dpt", "HOU par": "houlsby_par", "Full FT": "full_ft",
-    }),
+    "fig2": Table(
+        "Figure 2. What the methods make of the test clips",
+        ("fsc",),
+        {
+            "Linear": "linear",
+            "DPT-25": "dpt",
+            "HOU par": "houlsby_par",
+            "Full FT": "full_ft",
+        },
+    ),
     "fig3": Table("Figure 3. Accuracy against trained parameters", ("gsc", "fsc"), CURVES),
     "fig4": Table("Figure 4. Accuracy against trained parameters", ("esc50",), CURVES),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of its methods: each of `better` has a higher accuracy than each of `than`.
+    """The paper says that each of `better` has a higher accuracy than each of `than`.
 
-    These are words of `cell_of`, or two of them with a minus between: "lora rr=32 - lora rr=512" is what LoRA gains.
+    These are words of `cell_of`, or two of them with a minus between: "lora rr=32 - lora rr=512" is
+    what LoRA gains.
     """
 
     claim: str
@@ -72,33 +95,47 @@ class Claim:
     than: list[str]
 
     def pairs(self, plan: "Plan") -> list[tuple[str, str]]:
-        """Those of which --methods leaves both."""
-        methods = {pair: {term.split()[0] for side in pair for term in side.split(" - ")}
-                   for pair in product(self.better, self.than)}  # fmt: skip
-        return [pair for pair, names in methods.items() if not plan.methods or names <= {*plan.methods}]
+        """The pairs of which --methods leaves both."""
+        pairs = []
+        for pair in product(self.better, self.than):
+            names = {term.split()[0] for side in pair for term in side.split(" - ")}
+            if not plan.methods or names <= {*plan.methods}:
+                pairs.append(pair)
+        return pairs
 
     def columns(self, plan: "Plan") -> list[tuple[str, int | None]]:
-        return list(dict.fromkeys(column for target in self.targets for column in columns_of(target, plan)))
+        columns = [column for target in self.targets for column in columns_of(target, plan)]
+        return list(dict.fromkeys(columns))
 
 
-CLAIMS = json.loads(Path(__file__).with_name("paper_claims.json").read_text(encoding="utf-8"))["claims"]
-CLAIMS = [Claim(**claim) for claim in CLAIMS]
-TERMS = dict.fromkeys(term for claim in CLAIMS for side in claim.better + claim.than for term in side.split(" - "))
+CONCLUSIONS = json.loads((HERE / "paper_claims.json").read_text(encoding="utf-8"))
+CLAIMS = [Claim(**claim) for claim in CONCLUSIONS["claims"]]
+TERMS = dict.fromkeys(
+    term for claim in CLAIMS for side in claim.better + claim.than for term in side.split(" - ")
+)
 TARGETS = {
-    **TABLES, **FIGURES,
-    "claims": Table("What the paper concludes", ("esc50", "us8k", "gsc", "fsc"), {term: term for term in TERMS}),
-}  # fmt: skip
-BUDGETS = (0.25, 0.5, 1, 2, 4)  # Figures 3 and 4: RR divided, or the number of prompts multiplied, by each of these
+    **TABLES,
+    **FIGURES,
+    "claims": Table(
+        "What the paper concludes", ("esc50", "us8k", "gsc", "fsc"), {term: term for term in TERMS}
+    ),
+}
+# In Figures 3 and 4, RR is divided, or the number of prompts multiplied, by each of these:
+BUDGETS = (0.25, 0.5, 1, 2, 4)
 
 SHOTS = {"gsc": (2, 8, 32, 64)}
 OTHER_SHOTS = (1, 2, 4, 8)  # of ESC-50, and of every dataset that is not in Table II
-KERNELS = {"esc50": 8, "esc10": 8, "us8k": 8}  # of conformer adapters with all clips; elsewhere 31, as in METHODS
+# Windows of conformer adapters with all clips. Elsewhere they are 31, as in METHODS.
+KERNELS = {"esc50": 8, "esc10": 8, "us8k": 8}
 FEW_SHOT_EPOCHS = 30  # at least: with few clips an epoch is a step or two
 
 
 def heading(dataset: str, shots: int | None, setting: str) -> str:
     """A column's name."""
-    return PRINTED.get(dataset, dataset) + (f", {shots}" if shots else "") + ", tuned" * (setting == "tuned")
+    words = [PRINTED.get(dataset, dataset)]
+    words += [str(shots)] if shots else []
+    words += ["tuned"] if setting == "tuned" else []
+    return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -124,7 +161,7 @@ class Plan:
     setting: str
     passed: list[str]  # options of train.py
     tune: bool = False  # search for learning rates first
-    tuned: dict = field(default_factory=dict)  # what tune.py has found for each cell, the seed apart
+    tuned: dict = field(default_factory=dict)  # what tune.py has found, by cells with seed 0
 
     @property
     def settings(self) -> list[str]:
@@ -147,7 +184,7 @@ class Cell:
 
     @property
     def variant(self) -> str:
-        """The folder of everything that differs from Table I in the same way; empty for Table I itself."""
+        """The folder of all cells that differ from Table I in the same way; empty for Table I."""
         weights = None if self.weights == DATASETS[self.dataset].weights else slug(self.weights)
         names = ("shots", "rr", "prompts", "kernel", "lr")
         settings = {"weights-": weights} | {name: getattr(self, name) for name in names}
@@ -168,78 +205,105 @@ def columns_of(target: str, plan: Plan) -> list[tuple[str, int | None]]:
     if table.columns and not plan.datasets:
         return list(table.columns)
     datasets = plan.datasets or table.datasets
-    return [(d, shots) for d in datasets for shots in (SHOTS.get(d, OTHER_SHOTS) if table.few_shot else (None,))]
+    if not table.few_shot:
+        return [(dataset, None) for dataset in datasets]
+    return [(dataset, n) for dataset in datasets for n in SHOTS.get(dataset, OTHER_SHOTS)]
 
 
 def lines_of(target: str, plan: Plan) -> list[tuple[str, str, dict[str, str]]]:
     """The rows of a table or figure: name, method, weights for each dataset.
 
-    Those that --methods leaves and those that --add puts below; --random puts a second block below Table I.
+    --methods chooses rows, --add puts others below, --random puts a second block below Table I.
     """
     rows = TARGETS[target].rows
-    weights = {dataset: plan.weights or DATASETS[dataset].weights for dataset, _ in columns_of(target, plan)}
-    lines = [(name, method, weights) for name, method in rows.items()]
-    lines = [line for line in lines if not plan.methods or line[1].split()[0] in plan.methods]
-    lines += [(method, method, weights) for method in plan.add if method not in [method for _, method, _ in lines]]
+    datasets = [dataset for dataset, _ in columns_of(target, plan)]
+    weights = {dataset: plan.weights or DATASETS[dataset].weights for dataset in datasets}
+    lines = []
+    for name, method in rows.items():
+        if not plan.methods or method.split()[0] in plan.methods:
+            lines.append((name, method, weights))
+    known = [method for _, method, _ in lines]
+    lines += [(method, method, weights) for method in plan.add if method not in known]
     if target == "table1" and plan.random:
         weights = {dataset: random_like(name) for dataset, name in weights.items()}
         names = {method: name for name, method in rows.items()}
-        lines += [(f"{names.get(method, method)}, random weights", method, weights) for method in plan.random]
+        for method in plan.random:
+            lines.append((f"{names.get(method, method)}, random weights", method, weights))
     return lines
 
 
 def cells_of(plan: Plan) -> list[Cell]:
-    """All cells of the targets, each once, though several tables may show it; one seed after the other."""
+    """All cells of the targets, each once, though several tables may show it.
+
+    They come one seed after the other.
+    """
     cells = []
     for seed, target in product(plan.seeds, plan.targets):
         if target == "claims":
-            cells += [cell for claim in CLAIMS for pair in claim.pairs(plan) for column in claim.columns(plan)
-                      for part in terms_of(pair, column, seed, plan) for cell in part]  # fmt: skip
+            for claim in CLAIMS:
+                for pair, column in product(claim.pairs(plan), claim.columns(plan)):
+                    first, second = terms_of(pair, column, seed, plan)
+                    cells += first + second
             continue
-        for (dataset, shots), (_, method, weights) in product(columns_of(target, plan), lines_of(target, plan)):
+        places = product(columns_of(target, plan), lines_of(target, plan))
+        for (dataset, shots), (_, method, weights) in places:
             if target in ("fig3", "fig4"):
                 cells += budgets(dataset, method, seed, weights[dataset])
             else:
                 cells.append(cell_of(dataset, method, seed, weights[dataset], shots))
-    return list(dict.fromkeys(rated(cell, setting, plan) for cell in cells for setting in plan.settings))
+    with_rates = [rated(cell, setting, plan) for cell in cells for setting in plan.settings]
+    return list(dict.fromkeys(with_rates))
 
 
-def terms_of(pair: tuple[str, str], column: tuple[str, int | None], seed: int, plan: Plan) -> list[list[Cell]]:
-    """The cells of a claim's difference, first - second: those that count in its favour and those against it."""
+def terms_of(
+    pair: tuple[str, str], column: tuple[str, int | None], seed: int, plan: Plan
+) -> list[list[Cell]]:
+    """The cells of a claim's difference: those that count for it, and those against it."""
     dataset, shots = column
     weights = plan.weights or DATASETS[dataset].weights
-    (for_it, *less), (against, *more) = (
-        [cell_of(dataset, term, seed, weights, shots) for term in side.split(" - ")] for side in pair
-    )
-    return [[for_it, *more], [against, *less]]
+    sides = []
+    for side in pair:
+        sides.append([cell_of(dataset, term, seed, weights, shots) for term in side.split(" - ")])
+    better, than = sides
+    return [better[:1] + than[1:], than[:1] + better[1:]]
 
 
 def rated(cell: Cell, setting: str, plan: Plan) -> Cell:
-    """The cell with the paper's learning rate, or with the one that was found. UserError if none was, or not by a seed
-    of its own."""
+    """The cell with the paper's learning rate, or with the one that was found.
+
+    UserError if none was found, or if a seed to report has found it.
+    """
     if setting == "paper":
         return cell
     found = plan.tuned.get(replace(cell, seed=0))
     if found is None:
-        raise UserError(f"no learning rate has been searched for {cell.name}: `tune` as the first word does so")
+        raise UserError(
+            f"no learning rate has been searched for {cell.name}: `tune` as the first word does so"
+        )
     if found.seed in plan.seeds:
-        raise UserError(f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others")
+        raise UserError(
+            f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others"
+        )
     return replace(cell, lr=None if found.best == found.usual else found.best)
 
 
 def cell_of(dataset: str, words: str, seed: int, weights: str, shots: int | None = None) -> Cell:
     """The cell of a method, or of one with settings as they are for 768 dimensions: "lora rr=64".
 
-    What is the same experiment as a row of METHODS becomes that row's cell: PF par with twice the parameters is PF par
-    x2. Conformer adapters have the published window of the dataset.
+    The same experiment as a row of METHODS is that row's cell: PF par with twice the parameters is
+    PF par x2. Conformer adapters have the published window of the dataset.
     """
     name, *settings = words.split()
-    row, dim = petl.find(name), shape_of(weights).dim
+    row = petl.find(name)
+    dim = shape_of(weights).dim
     asked = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
     if not shots and dataset in KERNELS and first(row, "kernel"):
         asked = {"kernel": KERNELS[dataset], **asked}
     method = narrowed(override(row, **asked), dim)
-    known = {(narrowed(other, dim).parts, other.lr): other.name for other in [*petl.METHODS.values(), row]}
+    known = {
+        (narrowed(other, dim).parts, other.lr): other.name
+        for other in [*petl.METHODS.values(), row]
+    }
     if (method.parts, row.lr) in known:
         return Cell(dataset, known[method.parts, row.lr], seed, weights, shots)
     return Cell(dataset, name, seed, weights, shots, **{key: first(method, key) for key in asked})
@@ -251,16 +315,19 @@ def first(method: petl.Method, setting: str):
 
 
 def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
-    """The cells of a curve in Figures 3 and 4: a method with a quarter to four times its parameters.
+    """The cells of a curve in Figures 3 and 4: a quarter to four times the method's parameters.
 
     Methods with neither RR nor prompts have one cell.
     """
-    row, cells = petl.find(method), []
+    row = petl.find(method)
+    cells = []
     for budget in BUDGETS:
-        sizes = {"rr": 1 / budget, "prompts": budget} if budget != 1 else {}
-        sizes = {key: max(1, round(n * by)) for key, by in sizes.items() if (n := first(row, key)) is not None}
-        words = " ".join([method, *(f"{key}={n}" for key, n in sizes.items())])
-        cells.append(cell_of(dataset, words, seed, weights))
+        words = [method]
+        for key, factor in (("rr", 1 / budget), ("prompts", budget)):
+            number = first(row, key)
+            if number is not None and budget != 1:
+                words.append(f"{key}={max(1, round(number * factor))}")
+        cells.append(cell_of(dataset, " ".join(words), seed, weights))
     return list(dict.fromkeys(cells))  # few prompts cannot be halved often
 
 
@@ -270,12 +337,14 @@ def epochs_of(cell: Cell, plan: Plan) -> int:
 
 
 def random_like(weights: str) -> str:
-    """Random weights of the same shape as the backbone `weights`. UserError if train.py has none."""
+    """Random weights of the shape of the backbone `weights`. UserError if train.py has none."""
     shape = shape_of(weights)
     for size, its_shape in RANDOM.items():
         if its_shape == (shape.dim, shape.depth, shape.heads):
             return f"random:{size}"
-    raise UserError(f"--random: there are no random weights of {shape.dim} dimensions in {shape.depth} blocks")
+    raise UserError(
+        f"--random: there are no random weights of {shape.dim} dimensions in {shape.depth} blocks"
+    )
 
 
 def shape_of(weights: str) -> ASTConfig:

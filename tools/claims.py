@@ -1,9 +1,10 @@
-"""What the paper concludes, as tests of the runs here: does each of its claims hold, with intervals?
+"""What the paper concludes, as tests of the runs here: does each of its claims hold?
 
     python -m tools.experiments claims --datasets demo --seeds 0,1,2
 
-The claims are data, paper_claims.json. A claim is a set of pairs, and holds where in every pair the first is better; it
-does not where in one of them the second is. evidence.py says when a method is better.
+The claims are data, paper_claims.json. A claim is a set of pairs. It holds where in every pair the
+first is better, and does not where in one of them the second is. evidence.py says when a method is
+better.
 """
 
 from dataclasses import asdict, fields
@@ -16,40 +17,59 @@ from tools.evidence import NO, UNTOLD, YES, Difference, holm, reader
 
 def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
     """A record for each pair of each claim, on each dataset, and why some could not be compared."""
-    compared, found, why = reader(done, plan), [], {}
+    compared = reader(done, plan)
+    found = []
+    why = []
     for claim, setting in product(CLAIMS, plan.settings):
         for column, pair in product(claim.columns(plan), claim.pairs(plan)):
-            seeds = [[[rated(cell, setting, plan) for cell in side] for side in terms_of(pair, column, seed, plan)]
-                     for seed in plan.seeds]  # fmt: skip
+            seeds = [
+                [
+                    [rated(cell, setting, plan) for cell in side]
+                    for side in terms_of(pair, column, seed, plan)
+                ]
+                for seed in plan.seeds
+            ]
             try:
                 one = compared(seeds)
             except UserError as error:
-                one, why[str(error)] = None, None
-            record = {"claim": claim.claim, "where": claim.where, "dataset": column[0], "shots": column[1],
-                      "setting": setting, "better": pair[0], "than": pair[1]}  # fmt: skip
+                one = None
+                why.append(str(error))
+            record = {
+                "claim": claim.claim,
+                "where": claim.where,
+                "dataset": column[0],
+                "shots": column[1],
+                "setting": setting,
+                "better": pair[0],
+                "than": pair[1],
+            }
             found.append((record, one))
     corrected = iter(holm([one.p for _, one in found if one]))
     for record, one in found:
         p = next(corrected) if one else None
         record |= asdict(one) if one else dict.fromkeys(field.name for field in fields(Difference))
         record |= {"corrected": p, "holds": one.holds(p) if one else "missing"}
-    return [record for record, _ in found], list(why)
+    return [record for record, _ in found], why
 
 
 def as_text(records: list[dict]) -> dict[str, list[str]]:
-    """The table of claims, {heading: texts}, from the records of their pairs, which lie together."""
+    """The table of claims, {heading: texts}. The records of a claim's pairs lie together."""
     rows = []
-    for (claim, where, dataset, shots, setting), pairs in groupby(records, lambda r: tuple(r.values())[:5]):
+    for place, pairs in groupby(records, lambda record: tuple(record.values())[:5]):
+        claim, where, *column = place
         pairs = list(pairs)
         verdicts = [record["holds"] for record in pairs]
-        weakest = min((r for r in pairs if r["points"] is not None), key=lambda r: r["points"], default=None)
-        rows.append({
-            "claim": claim, "where": where,
-            "dataset": heading(dataset, shots, setting),
-            "holds": next((word for word in (NO, "missing", UNTOLD) if word in verdicts), YES),
-            "pairs: yes, no, untold": ", ".join(str(verdicts.count(word)) for word in (YES, NO, UNTOLD)),
-            "the weakest": "{better} over {than}".format(**weakest) if weakest else "-",
-            "points": "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**weakest) if weakest else "-",
-            "seeds": f"{weakest['seeds']}" if weakest else "-",
-        })  # fmt: skip
+        holds = [word for word in (NO, "missing", UNTOLD) if word in verdicts]
+        counts = [str(verdicts.count(word)) for word in (YES, NO, UNTOLD)]
+        row = {"claim": claim, "where": where, "dataset": heading(*column)}
+        row["holds"] = holds[0] if holds else YES
+        row["pairs: yes, no, untold"] = ", ".join(counts)
+        row |= {"the weakest": "-", "points": "-", "seeds": "-"}
+        compared = [record for record in pairs if record["points"] is not None]
+        if compared:
+            weakest = min(compared, key=lambda record: record["points"])
+            row["the weakest"] = "{better} over {than}".format(**weakest)
+            row["points"] = "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**weakest)
+            row["seeds"] = str(weakest["seeds"])
+        rows.append(row)
     return {head: [row[head] for row in rows] for head in rows[0]}

@@ -1,29 +1,36 @@
-"""The paper's experiments: every table and figure by one command, the paper's number beside the measured one.
+"""The paper's experiments: every table and figure by one command, beside the paper's numbers.
 
-    python -m tools.experiments table1 --datasets demo --seeds 0,1,2   # offline; any dataset of train.py will do
-    python -m tools.experiments all --dry-run                          # what would be trained, and what that takes
-    python -m tools.experiments tune table1 --datasets demo            # with a search for learning rates before
-    python -m tools.experiments claims --datasets demo                 # does what the paper concludes hold?
-    python -m tools.experiments compare RUN RUN                        # is a method better than another?
-    python -m tools.experiments plot experiments/demo/lora/seed0       # confusion matrix and learning curves of a run
+    python -m tools.experiments table1 --datasets demo --seeds 0,1,2  # any dataset of train.py
+    python -m tools.experiments all --dry-run                         # what would be trained
+    python -m tools.experiments tune table1 --datasets demo           # learning rates first
+    python -m tools.experiments claims --datasets demo                # do the paper's claims hold?
+    python -m tools.experiments compare RUN RUN                       # is one method better?
+    python -m tools.experiments plot experiments/demo/lora/seed0      # confusion, learning curves
 
-cells.py says what is compared, campaign.py trains it, tune.py searches, evidence.py compares, claims.py concludes,
-tables.py and figures.py show; here is the command.
+This file is the command. cells.py says what is compared, campaign.py trains it, tune.py searches,
+evidence.py compares, claims.py concludes, and tables.py and figures.py show.
 """
 
-import math
 import signal
 import sys
 from dataclasses import asdict, replace
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
 import petl
 import train
-from data import DATASETS, Dataset, folds_of, load_dataset
-from sounds.paper import ESC50, FSC, GSC, US8K
-from support.command import Parser, UserError, choose_device, exit_code, nearest, no_place, numbers, positive, reason_of
+from data import DATASETS
+from support.command import (
+    Parser,
+    UserError,
+    choose_device,
+    exit_code,
+    nearest,
+    no_place,
+    numbers,
+    positive,
+    reason_of,
+)
 from support.files import default_cache_dir, table_of, write_text
 from support.processes import say
 from tools import cells, evidence, figures, tune
@@ -31,21 +38,24 @@ from tools.campaign import options, take_results, train_cells
 from tools.cells import FIGURES, PRINTED, TARGETS, Cell, Plan, columns_of, lines_of, rated
 from tools.tables import file_of, measure, write_table
 
-# ---------------------------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------------------- the figures
 
 
 def write_tokens(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     """Figure 2 from the cells that are finished, one for each dataset."""
-    for setting, (dataset, _) in product(plan.settings, columns := columns_of(target, plan)):
+    columns = columns_of(target, plan)
+    for setting, (dataset, _) in product(plan.settings, columns):
         runs = {}
         for name, method, weights in lines_of(target, plan):
             cell = rated(Cell(dataset, method, plan.seeds[0], weights[dataset]), setting, plan)
             if m := measure([cell], done):
                 runs[f"{name}, {m.mean:.1f} % [{m.low:.1f}, {m.high:.1f}]"] = plan.out / cell.name
-        path = Path(f"{file_of(target, plan, setting)}{f'-{dataset}' if len(columns) > 1 else ''}")
+        path = file_of(target, plan, setting)
+        if len(columns) > 1:
+            path = Path(f"{path}-{dataset}")
         if runs:
-            data_dir, device = plan.data_dir.get(dataset), choose_device(plan.device)
-            figures.draw_tokens(runs, path, data_dir, plan.cache_dir, device)
+            data_dir = plan.data_dir.get(dataset)
+            figures.draw_tokens(runs, path, data_dir, plan.cache_dir, choose_device(plan.device))
         else:
             say(f"{FIGURES[target].title}: no cell of {dataset} is finished, nothing to draw")
 
@@ -53,15 +63,19 @@ def write_tokens(target: str, done: dict[Cell, dict], plan: Plan) -> None:
 def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     """Figure 3 or 4 from the cells that are finished, a panel for each dataset."""
     for setting in plan.settings:
-        path, panels, records = file_of(target, plan, setting), {}, []
-        for (dataset, _), (name, method, weights) in product(columns_of(target, plan), lines_of(target, plan)):
+        path = file_of(target, plan, setting)
+        panels = {}
+        records = []
+        curves = product(columns_of(target, plan), lines_of(target, plan))
+        for (dataset, _), (name, method, weights) in curves:
             seeds = [cells.budgets(dataset, method, seed, weights[dataset]) for seed in plan.seeds]
             for same in zip(*seeds, strict=True):  # cells that differ in the seed
                 same = [rated(cell, setting, plan) for cell in same]
                 if m := measure(same, done):
-                    curves = panels.setdefault(PRINTED.get(dataset, dataset), {})
-                    curves.setdefault(name, []).append((m.trained, m.mean, m.low, m.high))
-                    records.append({"dataset": dataset, "curve": name, "cell": same[0].name, **asdict(m)})
+                    panel = panels.setdefault(PRINTED.get(dataset, dataset), {})
+                    panel.setdefault(name, []).append((m.trained, m.mean, m.low, m.high))
+                    record = {"dataset": dataset, "curve": name, "cell": same[0].name}
+                    records.append(record | asdict(m))
         if panels:
             figures.draw_curves(panels, path)
             write_text(Path(f"{path}.csv"), table_of(records[0], records))
@@ -69,50 +83,34 @@ def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
             say(f"{FIGURES[target].title}: no cell is finished, nothing to draw")
 
 
-# ---------------------------------------------------------------------------------------------- what would be trained
+# ---------------------------------------------------------------------------- what would be trained
 
 
 def dry_run(listed: list[Cell], plan: Plan) -> None:
-    """List the cells with the numbers of `size_of`, and whether they are finished."""
-    done, failed = {}, {}
-    left = {*take_results(listed, done, failed, plan), *failed}
-    sizes = {cell: size_of(cell, plan) for cell in listed}
+    """List the cells, and whether they are finished."""
+    done = {}
+    failed = {}
+    left = take_results(listed, done, failed, plan)
     width = max(len(cell.name) for cell in listed)
-    say(f"{'cell':<{width}}  {'clips':>11}  {'steps':>9}  state")
-    for cell, size in sizes.items():
-        clips, steps = (f"{n:,}" for n in size) if size else "--"
-        state = f"conflict: {failed[cell]}" if cell in failed else "to do" if cell in left else "finished"
-        say(f"{cell.name:<{width}}  {clips:>11}  {steps:>9}  {state}")
-    clips, steps = (sum(sizes[cell][i] for cell in left if sizes[cell]) for i in (0, 1))
-    unknown = sum(sizes[cell] is None for cell in left)
-    without = f"; {unknown} more have no count, their data is not here yet" if unknown else ""
-    say(f"{len(listed)} cells, {len(done)} finished; the rest trains on {clips:,} clips in {steps:,} steps{without}")
+    for cell in listed:
+        state = "to do" if cell in left else "finished"
+        if cell in failed:
+            state = f"conflict: {failed[cell]}"
+        say(f"{cell.name:<{width}}  {state}")
+    say(f"{len(listed)} cells, {len(done)} finished")
 
 
-def size_of(cell: Cell, plan: Plan) -> tuple[int, int] | None:
-    """Clips and steps that a cell trains with, over all epochs and folds; None where the data are not here."""
-    dataset = local_dataset(cell.dataset, plan.data_dir.get(cell.dataset), plan.cache_dir)
-    if dataset is None:
-        return None
-    run = train.parse([*options(cell, plan), "--device", "cpu"])
-    batch, folds = run.batch_size or DATASETS[cell.dataset].batch_size, folds_of(dataset, cell.seed)
-    train_on = [len(split.train) for fold, split in folds.items() if fold in (run.folds or folds)]
-    train_on = [cell.shots * len(dataset.classes) if cell.shots else n for n in train_on]
-    return run.epochs * sum(train_on), run.epochs * sum(math.ceil(n / batch) for n in train_on)
+# --------------------------------------------------------------------------------- the command line
 
-
-@lru_cache
-def local_dataset(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset | None:
-    """The dataset, or None if it would have to be fetched."""
-    source = {"esc50": ESC50, "esc10": ESC50, "us8k": US8K, "gsc": GSC, "fsc": FSC}.get(name)
-    if source and data_dir is None and not (cache_dir / source.folder).exists():
-        return None
-    return load_dataset(name, data_dir, cache_dir)
-
-
-# ---------------------------------------------------------------------------------------------------- the command line
-
-PASSED = ("--folds", "--batch-size", "--micro-batch", "--seconds", "--pool", "--compile", "--recompute", "--skip-bad")
+PASSED = (
+    "--folds",
+    "--batch-size",
+    "--micro-batch",
+    "--seconds",
+    "--pool",
+    "--compile",
+    "--skip-bad",
+)
 
 
 def names(text: str) -> list[str]:
@@ -120,35 +118,103 @@ def names(text: str) -> list[str]:
 
 
 def parse(argv: list[str]) -> Plan:
-    own, passed = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, passed = (
+        (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    )
     parser = Parser(
         prog="python -m tools.experiments",
-        usage="%(prog)s [tune] TARGET... [options] [-- options of train.py]\n       %(prog)s compare RUN RUN...\n"
+        usage="%(prog)s [tune] TARGET... [options] [-- options of train.py]\n"
+        "       %(prog)s compare RUN RUN...\n"
         "       %(prog)s plot RUN",
-        description="Train what a table or figure of the paper compares, and put it beside the paper's numbers.",
+        description="Train what a table or figure of the paper compares, beside its numbers.",
     )
     add = parser.add_argument
     add("targets", nargs="+", metavar="TARGET", help=f"{', '.join(TARGETS)}, or all")
-    add("--datasets", type=names, default=[], metavar="D,D", help="any of train.py, in place of the paper's")
-    add("--methods", type=names, default=[], metavar="M,M", help="only these rows, by the names of --list-methods")
-    add("--add", type=names, default=[], metavar="M,M", help="methods that get a row in every table")
-    add("--random", type=names, default=[], metavar="M,M", help="Table I also from random weights, for these methods")
-    add("--seeds", type=numbers, default=[0], metavar="0,1,2", help="each cell once for each of these")
-    add("--epochs", type=positive, help=f"default: the dataset's, in Table II at least {cells.FEW_SHOT_EPOCHS}")
+    add(
+        "--datasets",
+        type=names,
+        default=[],
+        metavar="D,D",
+        help="any of train.py, in place of the paper's",
+    )
+    add(
+        "--methods",
+        type=names,
+        default=[],
+        metavar="M,M",
+        help="only these rows, by the names of --list-methods",
+    )
+    add(
+        "--add", type=names, default=[], metavar="M,M", help="methods that get a row in every table"
+    )
+    add(
+        "--random",
+        type=names,
+        default=[],
+        metavar="M,M",
+        help="Table I also from random weights, for these methods",
+    )
+    add(
+        "--seeds",
+        type=numbers,
+        default=[0],
+        metavar="0,1,2",
+        help="each cell once for each of these",
+    )
+    add(
+        "--epochs",
+        type=positive,
+        help=f"default: the dataset's, in Table II at least {cells.FEW_SHOT_EPOCHS}",
+    )
     add("--weights", help="the backbone; default: the dataset's")
-    add("--data-dir", action="append", default=[], metavar="[D=]PATH", help="where a dataset is; once for each of them")
-    add("--cache-dir", type=Path, default=default_cache_dir(), help="for downloads and features (%(default)s)")
+    add(
+        "--data-dir",
+        action="append",
+        default=[],
+        metavar="[D=]PATH",
+        help="where a dataset is; once for each of them",
+    )
+    add(
+        "--cache-dir",
+        type=Path,
+        default=default_cache_dir(),
+        help="for downloads and features (%(default)s)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", help="of the arithmetic, see train.py")
-    add("--jobs", type=positive, default=1, metavar="N", help="train N cells at a time; on a CPU they share the cores")
-    add("--dry-run", action="store_true", help="list the cells, their clips and steps; train nothing")
-    add("--out", type=Path, default=Path("experiments"), help="runs, tables/ and figures/ go here (%(default)s)")
-    add("--setting", choices=["paper", "tuned", "both"], help="the paper's learning rates, those that `tune TARGET...` "
-        "has found, or both, the default after a search")  # fmt: skip
-    add("--search-seed", type=positive, default=1000, help="of `tune`: none of those to report (%(default)s)")
+    add(
+        "--jobs",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="train N cells at a time; on a CPU they share the cores",
+    )
+    add("--dry-run", action="store_true", help="list the cells; train nothing")
+    add(
+        "--out",
+        type=Path,
+        default=Path("experiments"),
+        help="runs, tables/ and figures/ go here (%(default)s)",
+    )
+    add(
+        "--setting",
+        choices=["paper", "tuned", "both"],
+        help="the paper's learning rates, those that `tune TARGET...` "
+        "has found, or both, the default after a search",
+    )
+    add(
+        "--search-seed",
+        type=positive,
+        default=1000,
+        help="of `tune`: none of those to report (%(default)s)",
+    )
     plan = Plan(**vars(parser.parse_args(own)), passed=passed)
     if tuning := plan.targets[0] == "tune":
-        plan = replace(plan, tune=True, targets=plan.targets[1:] or parser.error("tune what? Name a table or figure"))
+        plan = replace(
+            plan,
+            tune=True,
+            targets=plan.targets[1:] or parser.error("tune what? Name a table or figure"),
+        )
     plan = replace(plan, setting=plan.setting or ("both" if tuning else "paper"))
     for name in plan.targets:
         nearest(name, [*TARGETS, "all"], "target")
@@ -158,15 +224,25 @@ def parse(argv: list[str]) -> Plan:
     for name in [*plan.methods, *plan.add, *plan.random]:
         petl.find(name)
     for name in plan.methods:
-        if not any(name in [method.split()[0] for method in table.rows.values()] for table in tables.values()):
-            raise UserError(f"--methods {name}: no row of {', '.join(tables)} is that; --add {name} makes one")
+        if not any(
+            name in [method.split()[0] for method in table.rows.values()]
+            for table in tables.values()
+        ):
+            raise UserError(
+                f"--methods {name}: no row of {', '.join(tables)} is that; --add {name} makes one"
+            )
     if plan.random and "table1" not in tables:
         raise UserError("--random belongs to table1: add it to the targets, or leave --random out")
     unknown = [word for word in passed if word.startswith("-") and word.split("=")[0] not in PASSED]
     if unknown:
-        raise UserError(f"{unknown[0]} behind --: of train.py's options only {', '.join(PASSED)} fit all cells")
-    data_dir = data_dirs(plan.data_dir, [d for target in tables for d, _ in columns_of(target, plan)])
-    targets = [t for t in tables if lines_of(t, plan) and (t != "claims" or any(c.pairs(plan) for c in cells.CLAIMS))]
+        raise UserError(
+            f"{unknown[0]} behind --: of train.py's options only {', '.join(PASSED)} fit all cells"
+        )
+    datasets = [dataset for target in tables for dataset, _ in columns_of(target, plan)]
+    data_dir = data_dirs(plan.data_dir, datasets)
+    targets = [target for target in tables if lines_of(target, plan)]
+    if "claims" in targets and not any(claim.pairs(plan) for claim in cells.CLAIMS):
+        targets.remove("claims")
     if not targets:
         raise UserError("--methods: no claim compares these with one another")
     return replace(plan, data_dir=data_dir, targets=targets)
@@ -179,8 +255,11 @@ def data_dirs(words: list[str], datasets: list[str]) -> dict[str, Path]:
         name, equals, path = word.partition("=")
         if not equals or name not in DATASETS:
             if len(set(datasets)) > 1:
-                raise UserError(f"--data-dir {word}: say of which dataset, like {datasets[0]}={word}")
-            name, path = datasets[0], word
+                raise UserError(
+                    f"--data-dir {word}: say of which dataset, like {datasets[0]}={word}"
+                )
+            name = datasets[0]
+            path = word
         found[name] = Path(path)
     return found
 
@@ -194,8 +273,11 @@ def start(argv: list[str]) -> int | None:
         plan = replace(plan, tuned=tune.read_tuned(plan))
     left = tune.cells_to_try(plan) if plan.tune else {}
     listed = [cell for rates in left.values() for cell in rates.values()] or cells.cells_of(plan)
-    # Wrong options of train.py or a wrong checkpoint: now, not once for each cell. (This process needs no GPU.)
-    train.parse([*options(listed[0], plan), *(["--device", "cpu"] if plan.device == "auto" else [])])
+    # Wrong options of train.py or a wrong checkpoint are found now, not once for each cell.
+    words = options(listed[0], plan)
+    if plan.device == "auto":  # this process needs no GPU
+        words += ["--device", "cpu"]
+    train.parse(words)
     if plan.weights:
         cells.shape_of(plan.weights)
     if plan.dry_run:
@@ -210,8 +292,12 @@ def start(argv: list[str]) -> int | None:
             plan = replace(plan, tuned=tune.read_tuned(plan))
             done, failed = train_cells(cells.cells_of(plan), plan)
             for target in plan.targets:
-                write = {"fig2": write_tokens, "fig3": write_curves, "fig4": write_curves}.get(target, write_table)
-                write(target, done, plan)
+                if target == "fig2":
+                    write_tokens(target, done, plan)
+                elif target in FIGURES:
+                    write_curves(target, done, plan)
+                else:
+                    write_table(target, done, plan)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise

@@ -38,7 +38,7 @@ from support.checkpoints import read_header, read_names
 from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, first_of, positive
 from support.files import whole_file
 from support.progress import Bar
-from support.records import fold_files
+from support.records import fold_files, read_folds
 from support.speed import Machine, autocast, prepare
 from tools.answers import COLUMNS, Answer, events_of, printable, save_embeddings, shown, write_tracks
 
@@ -119,16 +119,17 @@ def load(
     path, device = Path(path), choose_device(device)
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint; give a folder or a foldK.safetensors that train.py wrote")
-    files = list(fold_files(path).values()) if path.is_dir() else [path]
+    if path.is_dir():
+        headers = list(read_folds(path).values())
+        files = list(fold_files(path).values())
+    else:
+        headers = [read_header(path)]
+        files = [path]
     if not files:
         raise UserError(f"{path} holds no fold*.safetensors: give the folder of a run with a finished fold")
-    headers = [read_header(file) for file in files]
     for file, header in zip(files, headers, strict=True):
         if header.get("front_end", FRONT_END) != FRONT_END:
             raise UserError(f"{file} was trained with another front end: {header['front_end']}, not {FRONT_END}")
-        for fact in ("classes", "n_frames"):
-            if header.get(fact) != headers[0].get(fact):
-                raise UserError(f"{file} and {files[0]} have other {fact}: they are not folds of one run")
     models = [load_trained(file, weights) for file in files]
     classes = headers[0].get("classes") or [f"class {i}" for i in range(models[0].config.n_classes)]
     calibrations = [Calibration(**header.get("calibration", {})) for header in headers]

@@ -72,13 +72,13 @@ def run(*words):
     """
     import train
     from load_weights import load_trained
-    from support.records import read_metrics
+    from support.checkpoints import read_header
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         args = train.parse([str(word) for word in (*words, "--out", folder)])
         result = train.run(args)
         file = next(Path(folder).glob("*/*/seed*/fold*.safetensors"))
-        rows = read_metrics(file.parent)
+        rows = read_header(file)["record"]["history"]
         history = [{name: float(row[name] or "nan") for name in ("epoch", "loss", "accuracy")} for row in rows]
         return SimpleNamespace(accuracy=result["accuracy"], history=history, model=load_trained(file), result=result)
 
