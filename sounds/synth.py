@@ -1,67 +1,83 @@
 """Sounds made here, so that everything can be tried without downloading anything.
 
-Each kind of sound is a short recipe: sweeps, vowels, bells, plucked strings, clicks, noises,
-engines, and events that follow each other. SOURCE has 68 of them. The training of the small
-backbone in `weights/` began with these. TARGET has ten of other kinds. It is the task that
+Each kind of sound is a short recipe. There are sweeps, vowels, bells, plucked strings, clicks,
+noises, engines, and events that follow each other. SOURCE has 68 kinds. The training of the small
+backbone in `weights/` began on them. TARGET has ten other kinds. They are the task that
 `python train.py` adapts that backbone to.
 
-TARGET is five pairs of opposites: where one rises the other falls. An average over time hardly
-tells three of the pairs apart. It tells `eoe` from `oeo`, because each has more of another vowel,
-and often a tone around a noise from a noise around a tone.
+TARGET consists of five pairs of opposites. Where one kind rises, the other falls. An average over
+time hardly tells three of the pairs apart. It tells `eoe` from `oeo`, because each has more of
+another vowel. It often tells `tone_noise_tone` from `noise_tone_noise`.
 
     wave = render("bell", index=0)  # (16000,) float32: one second at 16 kHz
 
-A sound follows from its class, its index and a seed alone. Pitch, tempo, timbre, onset, level and
-the noise behind it are drawn anew for each index.
+A sound follows from its class, its index and a seed alone. Each index has its own pitch, tempo,
+timbre, onset, level and background noise.
 """
 
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 
 from sounds.audio import RATE
 
-SAMPLES = RATE  # of a clip: one second
-LATEST = RATE // 8  # sample at which a sound begins, at the latest
+SAMPLES = RATE  # a clip lasts one second
+LATEST = RATE // 8  # a sound begins at this sample or before it
 
-# -------------------------------------------------------------------- blocks: arrays in, arrays out
+# ----------------------------------------------------------------- blocks: arrays in, arrays out
 
 
-def glide(seconds: float, *points: float) -> np.ndarray:
-    """A curve through `points` at equal distances in time.
+def times(seconds):
+    """The time of every sample of a sound, in seconds."""
+    return np.arange(int(seconds * RATE)) / RATE
 
-    It is straight on a logarithmic scale, as the ear hears pitch.
+
+def glide(seconds, *points):
+    """A curve through `points`, which lie at equal distances in time.
+
+    The curve is straight on a logarithmic scale, because the ear hears pitch on such a scale.
     """
     n = int(seconds * RATE)
     return np.exp(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(points)), np.log(points)))
 
 
-def tone(hz: np.ndarray, harmonics) -> np.ndarray:
-    """A tone whose pitch follows the curve `hz`; harmonics[k] is the level of the (k + 1)-th."""
+def tone(hz, harmonics):
+    """A tone whose pitch follows the curve `hz`. harmonics[0] is the level of the fundamental.
+
+    A harmonic above half the sampling rate would come back as a wrong pitch. It is left out.
+    """
     cycles = (np.cumsum(hz / RATE) % 1).astype(np.float32)
-    # A harmonic above half the sampling rate would be aliased.
-    audible = [
-        (k, level) for k, level in enumerate(harmonics, 1) if level and k * hz.max() < RATE / 2
-    ]
     return sum(
-        np.float32(level) * np.sin(np.float32(2 * np.pi * k) * cycles) for k, level in audible
+        np.float32(level) * np.sin(2 * np.pi * k * cycles)
+        for k, level in enumerate(harmonics, 1)
+        if k * hz.max() < RATE / 2
     )
 
 
-def buzz(hz: np.ndarray) -> np.ndarray:
-    """A sawtooth: all harmonics, what vocal folds and cylinders give."""
+def ping(hz, half_life, level=1):
+    """A sine whose pitch follows `hz` and whose level halves every `half_life` seconds."""
+    samples = np.arange(len(hz), dtype=np.float32)
+    return tone(hz, [level]) * np.exp2(-samples / (half_life * RATE))
+
+
+def sine(hz, n, phase=0):
+    """A sine of `n` samples, which moves the pitch or the level of a sound up and down."""
+    return np.sin(2 * np.pi * hz * np.arange(n) / RATE + phase)
+
+
+def buzz(hz):
+    """A sawtooth, which has all harmonics. Vocal folds and cylinders sound like it."""
     return (2 * (np.cumsum(hz / RATE) % 1) - 1).astype(np.float32)
 
 
-def colour(sound: np.ndarray, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """A filter: every frequency of the sound times gain(Hz)."""
-    hz = np.fft.rfftfreq(SAMPLES, 1 / RATE)  # of one second, because other lengths may be slow
-    filtered = np.fft.irfft(np.fft.rfft(sound, SAMPLES) * gain(hz), SAMPLES)
-    return filtered[: len(sound)].astype(np.float32)
+def colour(sound, gain):
+    """A filter. Every frequency of the sound is multiplied by gain(frequency in Hz)."""
+    hz = np.fft.rfftfreq(SAMPLES, 1 / RATE)  # one second: some lengths make a slow transform
+    spectrum = np.fft.rfft(sound, SAMPLES) * gain(hz)
+    return np.fft.irfft(spectrum)[: len(sound)].astype(np.float32)
 
 
-def hiss(rng, seconds: float, low: float, high: float) -> np.ndarray:
+def hiss(rng, seconds, low, high):
     """Noise between two frequencies in Hz, with soft edges."""
     return colour(
         rng.standard_normal(int(seconds * RATE), np.float32),
@@ -69,110 +85,121 @@ def hiss(rng, seconds: float, low: float, high: float) -> np.ndarray:
     )
 
 
-def shaped(sound: np.ndarray, attack: float = 0.01, release: float = 0.03) -> np.ndarray:
-    """The sound with a linear fade at both ends, in seconds: no clicks where none are meant."""
+def shaped(sound, attack=0.01, release=0.03):
+    """The sound with a linear fade at both ends, so that the ends do not click.
+
+    `attack` and `release` are the lengths of the fades in seconds.
+    """
     n = len(sound)
-    ramp = np.minimum(
-        np.arange(n) / (attack * RATE + 1), np.arange(n, 0, -1) / (release * RATE + 1)
+    fade_in = np.arange(n) / (attack * RATE + 1)
+    fade_out = np.arange(n, 0, -1) / (release * RATE + 1)
+    return sound * np.minimum(np.minimum(fade_in, fade_out), 1).astype(np.float32)
+
+
+def blend(sounds, position):
+    """Sounds of one length, faded into each other.
+
+    At each sample, position 1 is the second sound and 1.5 is half the second and half the third.
+    """
+    return sum(
+        np.clip(1 - abs(position - i), 0, 1).astype(np.float32) * sound
+        for i, sound in enumerate(sounds)
     )
-    return sound * np.minimum(ramp, 1).astype(np.float32)
 
 
-def dying(seconds: float, half_life: float) -> np.ndarray:
-    """An envelope that halves every `half_life` seconds."""
-    return np.exp2(-np.arange(int(seconds * RATE), dtype=np.float32) / (half_life * RATE))
-
-
-def at(events: list[tuple[float, np.ndarray]]) -> np.ndarray:
-    """Sounds added up at their times, (seconds, sound); what reaches beyond one second is lost."""
-    clip = np.zeros(SAMPLES, np.float32)
+def at(events):
+    """One second with each (start in seconds, sound) added to it. What reaches beyond is lost."""
+    clip = np.zeros(2 * SAMPLES, np.float32)
     for seconds, sound in events:
         start = int(seconds * RATE)
-        sound = sound[: max(0, SAMPLES - start)]
         clip[start : start + len(sound)] += sound
-    return clip
+    return clip[:SAMPLES]
 
 
-def row(*sounds: np.ndarray, gap: float = 0.0) -> np.ndarray:
-    """Sounds one after another, `gap` seconds of silence between them."""
-    silence = np.zeros(int(gap * RATE), np.float32)
-    return np.concatenate([piece for sound in sounds for piece in (sound, silence)])
+def row(sounds, gap):
+    """Sounds one after another, with `gap` seconds of silence after each."""
+    return np.concatenate([np.pad(sound, (0, int(gap * RATE))) for sound in sounds])
 
 
-# --------------------------------------------------- families: a random generator in, one sound out
+def heights(base, size, steps):
+    """Frequencies in Hz: `base`, raised by each of `steps` times an interval of `size` octaves."""
+    return [base * 2 ** (size * step) for step in steps]
 
 
-def voice(rng) -> np.ndarray:
-    """A random timbre: one to six harmonics."""
-    numbers = np.arange(1, rng.integers(2, 8))
-    return np.where(numbers == 1, 1, rng.uniform(0.2, 1, len(numbers)) / np.sqrt(numbers))
-
-
-def pitch(rng, low: float, high: float) -> float:
+def pitch(rng, low, high):
     """A frequency in Hz, uniform on a logarithmic scale."""
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    return np.exp(rng.uniform(np.log(low), np.log(high)))
 
 
-def sweep(rng, *octaves: float) -> np.ndarray:
-    """One tone that glides through these heights, in units of a random interval."""
+def voice(rng):
+    """A random timbre: the levels of one to six harmonics."""
+    levels = rng.uniform(0.2, 1, rng.integers(1, 7))
+    levels[0] = 1
+    return levels / np.sqrt(np.arange(1, len(levels) + 1))
+
+
+# ---------------------------------------------- families: a random generator in, one sound out
+
+# A family makes the kinds of sound that differ in a few arguments only. The tables below give
+# these arguments. The order of the random draws decides how every sound of a family turns out.
+
+
+def sweep(rng, *steps):
+    """One tone that glides through `steps`, in units of a random interval."""
     size = rng.uniform(0.5, 1.6)
     base = pitch(rng, 250, 900)
-    hz = glide(rng.uniform(0.5, 1), *(base * 2 ** (size * octave) for octave in octaves))
+    hz = glide(rng.uniform(0.5, 1), *heights(base, size, steps))
     return shaped(tone(hz, voice(rng)))
 
 
-def chirps(rng, *octaves: float) -> np.ndarray:
-    """The same short sweep again and again, 4 to 9 times a second."""
-    rate = rng.uniform(4, 9)
-    base = pitch(rng, 500, 1500)
-    size = rng.uniform(0.5, 1.2)
+def short_sweeps(rng, rate, shortest, steps, directions):
+    """A short sweep, played `rate` times a second: forwards (1) or backwards (-1)."""
+    pitches = heights(pitch(rng, 500, 1500), rng.uniform(0.5, 1.2), steps)
     timbre = voice(rng)
-    length = rng.uniform(0.4, 0.9) / rate
-    hz = glide(length, *(base * 2 ** (size * octave) for octave in octaves))
-    one = shaped(tone(hz, timbre), 0.005, 0.01)
-    return at([(i / rate, one) for i in range(int(rate))])
-
-
-def calls(rng, *steps: int) -> np.ndarray:
-    """Short sweeps up (1) or down (-1), three to four of them a second."""
-    rate = rng.uniform(3, 4)
-    base = pitch(rng, 500, 1500)
-    size = rng.uniform(0.5, 1.2)
-    timbre = voice(rng)
-    length = rng.uniform(0.5, 0.9) / rate
-    up = glide(length, base, base * 2**size)
+    hz = glide(rng.uniform(shortest, 0.9) / rate, *pitches)
     return at(
-        [(i / rate, shaped(tone(up[::step], timbre), 0.005, 0.01)) for i, step in enumerate(steps)]
+        (i / rate, shaped(tone(hz[::direction], timbre), 0.005, 0.01))
+        for i, direction in enumerate(directions)
     )
 
 
-def steady(rng, harmonics) -> np.ndarray:
-    return shaped(tone(glide(rng.uniform(0.4, 1), pitch(rng, 200, 1200)), harmonics))
+def chirps(rng, *steps):
+    """The same short sweep again and again, 4 to 9 times a second."""
+    rate = rng.uniform(4, 9)
+    return short_sweeps(rng, rate, 0.4, steps, [1] * int(rate))
 
 
-def chord(rng, *ratios: float) -> np.ndarray:
+def calls(rng, *directions):
+    """Short sweeps up (1) or down (-1), three to four of them a second."""
+    return short_sweeps(rng, rng.uniform(3, 4), 0.5, (0, 1), directions)
+
+
+def steady(rng, *harmonics):
+    """One tone of a constant pitch with the given levels of its harmonics."""
+    hz = glide(rng.uniform(0.4, 1), pitch(rng, 200, 1200))
+    return shaped(tone(hz, harmonics))
+
+
+def chord(rng, *ratios):
+    """Tones at the same time, whose pitches are `ratios` of the lowest."""
     seconds = rng.uniform(0.5, 1)
     base = pitch(rng, 200, 600)
     timbre = voice(rng)
     return shaped(sum(tone(glide(seconds, base * ratio), timbre) for ratio in ratios))
 
 
-def wobble(
-    rng, rate: tuple[float, float], pitch_depth: float = 0.0, level_depth: float = 0.0
-) -> np.ndarray:
-    """Vibrato (pitch, in octaves) or tremolo (level, 0 to 1) at a rate in Hz."""
-    speed = 2 * np.pi * rng.uniform(*rate)
-    n = int(rng.uniform(0.7, 1) * RATE)
-    phase = speed * np.arange(n) / RATE + rng.uniform(0, 6)
-    wave = tone(pitch(rng, 300, 1200) * 2 ** (pitch_depth * np.sin(phase)), voice(rng))
-    return shaped(wave * (1 - level_depth * (0.5 + 0.5 * np.sin(phase))))
+def wobble(rng, rate, pitch_depth, level_depth=0):
+    """Vibrato (of the pitch, in octaves) or tremolo (of the level, 0 to 1) at a rate in Hz."""
+    swing = sine(rng.uniform(*rate), int(rng.uniform(0.7, 1) * RATE), rng.uniform(0, 6))
+    hz = pitch(rng, 300, 1200) * 2 ** (pitch_depth * swing)
+    return shaped(tone(hz, voice(rng)) * (1 - level_depth * (0.5 + 0.5 * swing)))
 
 
-def alternate(rng, rate: tuple[float, float], octaves: tuple[float, float]) -> np.ndarray:
+def siren(rng):
     """Two pitches in turn, without a glide between them."""
-    n = int(rng.uniform(0.75, 1) * RATE)
-    second = (np.arange(n) / RATE * rng.uniform(*rate) + rng.uniform(0, 2)) % 2 > 1
-    return shaped(tone(pitch(rng, 300, 1000) * 2 ** (rng.uniform(*octaves) * second), voice(rng)))
+    turns = times(rng.uniform(0.75, 1)) * rng.uniform(2.5, 4) + rng.uniform(0, 2)
+    hz = pitch(rng, 300, 1000) * 2 ** (rng.uniform(0.3, 0.6) * (turns % 2 > 1))
+    return shaped(tone(hz, voice(rng)))
 
 
 FORMANTS = {  # Hz; Peterson and Barney, "Control methods used in a study of the vowels", 1952, men
@@ -185,229 +212,220 @@ FORMANTS = {  # Hz; Peterson and Barney, "Control methods used in a study of the
 }
 
 
-def vowel(rng, *names: str) -> np.ndarray:
-    """A buzz through the resonances of the vocal tract; several vowels glide one into the next."""
+def vowel(rng, *names):
+    """A buzz through the resonances of the vocal tract. Several vowels glide into each other."""
     seconds = rng.uniform(0.4, 0.95)
     size = rng.uniform(0.9, 1.2)
-    base = pitch(rng, 90, 260)
-    folds = buzz(glide(seconds, *base * rng.uniform(0.85, 1.15, 3)))
+    folds = buzz(glide(seconds, *pitch(rng, 90, 260) * rng.uniform(0.85, 1.15, 3)))
 
-    def tract(name):  # three resonances, each 180 Hz wide
-        centres = [size * formant for formant in FORMANTS[name]]
-        return lambda hz: sum(
-            level / (1 + ((hz - centre) / 90) ** 2)
-            for level, centre in zip((1, 0.6, 0.3), centres, strict=True)
+    def spoken(name):  # each resonance is 180 Hz wide
+        return colour(
+            folds,
+            lambda hz: sum(
+                level / (1 + ((hz - size * formant) / 90) ** 2)
+                for level, formant in zip((1, 0.6, 0.3), FORMANTS[name], strict=True)
+            ),
         )
 
-    spoken = [colour(folds, tract(name)) for name in names]
-    # Which vowel is spoken when. 1.5 is halfway from the second to the third.
     position = np.interp(np.linspace(0, 1, len(folds)), [0.2, 0.8], [0, len(names) - 1])
-    weights = [np.clip(1 - abs(position - i), 0, 1).astype(np.float32) for i in range(len(names))]
-    speech = sum(weight * sound for weight, sound in zip(weights, spoken, strict=True))
-    return shaped(speech, 0.03, 0.05)
+    return shaped(blend(map(spoken, names), position), 0.03, 0.05)
 
 
-def strike(rng, low: float, high: float, ratios, half_life: tuple[float, float]) -> np.ndarray:
-    """Something hit: partials at `ratios` of a pitch. The upper ones die faster."""
+def strike(rng, low, high, ratios, half_life):
+    """Something hit. Its partials are `ratios` of a pitch. The upper ones fade faster."""
     base = pitch(rng, low, high)
     life = rng.uniform(*half_life)
     seconds = rng.uniform(0.5, 0.95)
-    ratios = np.asarray(ratios) * rng.uniform(0.98, 1.02, len(ratios))
+    ratios = rng.uniform(0.98, 1.02, len(ratios)) * ratios
     partials = (
-        rng.uniform(0.3, 1) * tone(glide(seconds, base * r), [1]) * dying(seconds, life / r**0.7)
-        for r in ratios
+        ping(glide(seconds, base * ratio), life / ratio**0.7, rng.uniform(0.3, 1))
+        for ratio in ratios
     )
     return shaped(sum(partials), 0.002, 0.05)
 
 
-def string(hz: float, seconds: float, half_life: float) -> np.ndarray:
-    """A plucked string: seven harmonics. The n-th is n times as weak, and dies n times as fast."""
-    t = np.arange(int(seconds * RATE)) / RATE
-    # The n-th power of the first harmonic is the n-th harmonic.
+def string(hz, seconds, half_life):
+    """A plucked string with seven harmonics.
+
+    The n-th harmonic is n times as weak as the first. It fades n times as fast.
+    """
+    t = times(seconds)
     first = np.exp2(-t / half_life) * np.exp(2j * np.pi * hz * t)
-    return shaped(np.polyval([*(1 / n for n in range(7, 0, -1)), 0], first).imag, 0.002, 0.02)
+    levels = [1 / n for n in range(7, 0, -1)]  # the n-th power of `first` is the n-th harmonic
+    return shaped(np.polyval([*levels, 0], first).imag, 0.002, 0.02)
 
 
-def strings(rng, *octaves: float) -> np.ndarray:
-    """Strings plucked one after another at these heights, in units of a random interval."""
-    base = pitch(rng, 150, 450)
-    size = rng.uniform(0.3, 0.6)
-    step = rng.uniform(0.13, 0.2)
-    length = 0.9 - step * (len(octaves) - 1)
+def strings(rng, *steps):
+    """Strings plucked one after another at `steps`, in units of a random interval."""
+    pitches = heights(pitch(rng, 150, 450), rng.uniform(0.3, 0.6), steps)
+    wait = rng.uniform(0.13, 0.2)
+    length = 0.9 - wait * (len(steps) - 1)
     life = rng.uniform(0.04, 0.15)
-    heights = [base * 2 ** (size * octave) for octave in octaves]
-    return at([(i * step, string(hz, length, life)) for i, hz in enumerate(heights)])
+    return at((i * wait, string(hz, length, life)) for i, hz in enumerate(pitches))
 
 
-def click(rng) -> np.ndarray:
+def click(rng):
     """A few milliseconds of a resonance."""
-    return tone(glide(0.012, pitch(rng, 800, 4000)), [1]) * dying(0.012, rng.uniform(0.001, 0.003))
+    return ping(glide(0.012, pitch(rng, 800, 4000)), rng.uniform(0.001, 0.003))
 
 
-def clicks(rng, *rates: float) -> np.ndarray:
-    """Clicks whose number per second follows `rates`, each times a random tempo."""
+def clicks(rng, *rates):
+    """Clicks whose number per second follows `rates`, each times a random factor."""
     rate = glide(1, *(rate * rng.uniform(0.8, 1.25) for rate in rates))
-    density = np.cumsum(rate / RATE) + rng.uniform(0, 1)
-    starts = np.flatnonzero(np.diff(density.astype(int))) / RATE
+    count = np.cumsum(rate / RATE) + rng.random()
+    starts = np.flatnonzero(np.diff(count.astype(int))) / RATE
     one = click(rng)
-    return at([(start, one) for start in starts])
+    return at((start, one) for start in starts)
 
 
-def gallop(rng, rhythm: tuple[float, ...], tempo: tuple[float, float]) -> np.ndarray:
-    """Clicks in a rhythm: their times as parts of a bar, and the bars in a second."""
-    bars = rng.uniform(*tempo)
+def gallop(rng):
+    """Pairs of clicks. The second click follows a quarter of a bar after the first."""
+    bars = rng.uniform(3, 5)  # a second
     one = click(rng)
     start = rng.uniform(0, 0.2)
-    return at(
-        [(start + (bar + part) / bars, one) for bar in range(int(bars) + 1) for part in rhythm]
-    )
+    beats = [bar + part for bar in range(int(bars) + 1) for part in (0, 0.25)]
+    return at((start + beat / bars, one) for beat in beats)
 
 
-def scatter(rng, density: tuple[float, float]) -> np.ndarray:
-    """Clicks at random times, with sounds and levels of their own. Many of them are rain."""
+def scatter(rng, density):
+    """Clicks at random times and levels. A few are a crackle, and many are rain."""
     count = rng.poisson(rng.uniform(*density))
     kinds = [click(rng) for _ in range(8)]
-    times = rng.uniform(0, 0.98, max(count, 3))
-    return at([(t, rng.lognormal(0, 0.8) * kinds[rng.integers(8)]) for t in times])
+    starts = rng.uniform(0, 0.98, max(count, 3))
+    return at((start, rng.lognormal(0, 0.8) * kinds[rng.integers(8)]) for start in starts)
 
 
-def drips(rng) -> np.ndarray:
-    """Drops into water: short blips of rising pitch."""
+def drips(rng):
+    """Drops into water, which are short blips of rising pitch."""
     events = []
     for start in np.arange(rng.uniform(0, 0.2), 0.95, rng.uniform(0.15, 0.3)):
         hz = pitch(rng, 500, 1200)
-        length = rng.uniform(0.03, 0.06)
-        blip = tone(glide(length, hz, 2 * hz), [1]) * dying(length, 0.02)
-        events.append((start, shaped(blip, 0.002)))
+        drop = ping(glide(rng.uniform(0.03, 0.06), hz, 2 * hz), 0.02)
+        events.append((start, shaped(drop, 0.002)))
     return at(events)
 
 
-def band(rng, low: float, high: float) -> np.ndarray:
+def band(rng, low, high):
+    """Noise between two frequencies, which are both moved by one random factor."""
     shift = rng.uniform(0.8, 1.25)
     return shaped(hiss(rng, rng.uniform(0.4, 1), low * shift, high * shift))
 
 
-def moving_band(rng, start: float, end: float) -> np.ndarray:
-    """Noise whose band moves from one frequency to another: three bands, faded into each other."""
+def moving_band(rng, start, end):
+    """Noise that moves from one frequency to another: three bands, faded into each other."""
     seconds = rng.uniform(0.5, 1)
-    shift = rng.uniform(0.8, 1.25)
-    centres = shift * np.geomspace(start, end, 3)
+    centres = rng.uniform(0.8, 1.25) * np.geomspace(start, end, 3)
     bands = [hiss(rng, seconds, centre / 1.4, centre * 1.4) for centre in centres]
-    position = np.linspace(0, 2, len(bands[0]), dtype=np.float32)
-    return shaped(sum(np.clip(1 - abs(position - i), 0, 1) * band for i, band in enumerate(bands)))
+    return shaped(blend(bands, np.linspace(0, 2, len(bands[0]), dtype=np.float32)))
 
 
-def pulsing_noise(rng, rate: tuple[float, float]) -> np.ndarray:
-    seconds = rng.uniform(0.7, 1)
+def wind(rng, seconds):
+    """Noise two octaves wide."""
     centre = pitch(rng, 600, 4000)
-    noise = hiss(rng, seconds, centre / 2, centre * 2)
-    phase = 2 * np.pi * rng.uniform(*rate) * np.arange(len(noise)) / RATE
-    return shaped(noise * (0.5 + 0.5 * np.sin(phase)) ** 2)
+    return hiss(rng, seconds, centre / 2, centre * 2)
 
 
-def swelling_noise(rng, start: float, end: float) -> np.ndarray:
+def pulsing_noise(rng):
+    """Noise in four to seven pulses a second."""
+    noise = wind(rng, rng.uniform(0.7, 1))
+    swing = sine(rng.uniform(4, 7), len(noise))
+    return shaped(noise * (0.5 + 0.5 * swing) ** 2)
+
+
+def swelling_noise(rng, start, end):
     """Noise that grows louder or softer, from the level `start` to the level `end`."""
     seconds = rng.uniform(0.6, 1)
-    centre = pitch(rng, 600, 4000)
-    noise = hiss(rng, seconds, centre / 2, centre * 2)
-    return shaped(noise * glide(seconds, start, end))
+    return shaped(wind(rng, seconds) * glide(seconds, start, end))
 
 
-def engine(rng, *speeds: float) -> np.ndarray:
-    """Combustion at 25 to 60 Hz times `speeds`, through an exhaust, with noise in its rhythm."""
+def engine(rng, *speeds):
+    """Combustion through an exhaust. Its rate is 25 to 60 Hz times each of `speeds` in turn.
+
+    The noise follows the rhythm of the cylinders.
+    """
     seconds = rng.uniform(0.7, 1)
     base = pitch(rng, 25, 60)
     exhaust = pitch(rng, 150, 500)
     strokes = buzz(glide(seconds, *(base * speed for speed in speeds)))
     noise = rng.standard_normal(len(strokes), np.float32) * np.clip(strokes, 0, 1) ** 3
-    sound = colour(strokes + 0.7 * noise, lambda hz: 1 / (1 + ((hz - exhaust) / exhaust) ** 2))
-    return shaped(sound, 0.05, 0.05)
+    resonance = colour(strokes + 0.7 * noise, lambda hz: 1 / (1 + ((hz - exhaust) / exhaust) ** 2))
+    return shaped(resonance, 0.05, 0.05)
 
 
-def insect(
-    rng, carrier: tuple[float, float], pulse: tuple[float, float], song: tuple[float, float]
-) -> np.ndarray:
-    """A tone in pulses, and the pulses in phrases. Crickets are high and fast, frogs low and slow.
-
-    The ranges are of the pitch and of the two rates, in Hz.
-    """
-    t = np.arange(int(rng.uniform(0.8, 1) * RATE)) / RATE
+def insect(rng, carrier, pulse, song):
+    """A tone in pulses, and the pulses in phrases. All three arguments are ranges in Hz."""
+    t = times(rng.uniform(0.8, 1))
     wave = tone(np.full(len(t), pitch(rng, *carrier)), [1, 0.3])
-    fast = 0.5 - 0.5 * np.cos(2 * np.pi * rng.uniform(*pulse) * t)
-    return wave * fast * ((t * rng.uniform(*song) + rng.uniform(0, 1)) % 1 < 0.6)
+    pulses = 0.5 - 0.5 * np.cos(2 * np.pi * rng.uniform(*pulse) * t)
+    return wave * pulses * ((t * rng.uniform(*song) + rng.random()) % 1 < 0.6)
 
 
-def beep(hz: float, seconds: float, timbre) -> np.ndarray:
+def beep(hz, seconds, timbre):
+    """A tone of a constant pitch."""
     return shaped(tone(glide(seconds, hz), timbre), 0.01, 0.02)
 
 
-def beeps(rng, *lengths: int) -> np.ndarray:
-    """One pitch in a rhythm, short (1) and long (3), as in Morse code."""
+def beeps(rng, *lengths):
+    """One pitch in a rhythm of short (1) and long (3) beeps, as in Morse code."""
     unit = rng.uniform(0.06, 0.085)
     hz = pitch(rng, 300, 1500)
     timbre = voice(rng)
-    return row(*(beep(hz, unit * length, timbre) for length in lengths), gap=unit)
+    return row([beep(hz, unit * length, timbre) for length in lengths], unit)
 
 
-def notes(rng, *steps: int) -> np.ndarray:
-    """Notes of one length at these heights, in units of an interval of 3 to 8 semitones."""
+def notes(rng, *steps):
+    """Notes at `steps`, in units of a random interval of three to eight semitones."""
     length = rng.uniform(0.14, 0.25)
-    base = pitch(rng, 300, 700)
-    size = rng.uniform(3, 8) / 12
+    pitches = heights(pitch(rng, 300, 700), rng.uniform(3, 8) / 12, steps)
     timbre = voice(rng)
-    sounds = [beep(base * 2 ** (size * step), length, timbre) for step in steps]
-    return row(*sounds, gap=rng.uniform(0, 0.05))
+    sounds = [beep(hz, length, timbre) for hz in pitches]
+    return row(sounds, rng.uniform(0, 0.05))
 
 
-def tone_and_noise(rng, *kinds: str) -> np.ndarray:
-    """A tone (t), a noise (n) or a click (c), in the given order."""
+def tone_and_noise(rng, *kinds):
+    """A tone, a noise or a click, in the given order."""
     length = rng.uniform(0.12, 0.22)
     hz = pitch(rng, 300, 1500)
     timbre = voice(rng)
     centre = pitch(rng, 800, 4000)
-    make = {
-        "t": lambda: beep(hz, length, timbre),
-        "n": lambda: 2 * shaped(hiss(rng, length, centre / 1.5, centre * 1.5)),
-        "c": lambda: row(1.5 * click(rng), gap=length / 2),
-    }
     gap = rng.uniform(0.02, 0.08)
-    return row(*[make[kind]() for kind in kinds], gap=gap)
+
+    def make(kind):
+        if kind == "tone":
+            return beep(hz, length, timbre)
+        if kind == "noise":
+            return 2 * shaped(hiss(rng, length, centre / 1.5, centre * 1.5))
+        return row([1.5 * click(rng)], length / 2)
+
+    return row([make(kind) for kind in kinds], gap)
 
 
-def hisses(rng, *steps: int) -> np.ndarray:
-    """Bursts of noise, dark (0) and bright (1). The bands are 1.5 to 2.5 octaves apart."""
+def hisses(rng, *steps):
+    """Bursts of noise, dark (0) and bright (1), 1.5 to 2.5 octaves apart."""
     length = rng.uniform(0.22, 0.28)
-    dark = pitch(rng, 400, 1000)
-    apart = rng.uniform(1.5, 2.5)
-    centres = [dark * 2 ** (apart * step) for step in steps]
+    centres = heights(pitch(rng, 400, 1000), rng.uniform(1.5, 2.5), steps)
     gap = rng.uniform(0.02, 0.06)
     bursts = [shaped(hiss(rng, length, centre / 1.3, centre * 1.3)) for centre in centres]
-    return row(*bursts, gap=gap)
+    return row(bursts, gap)
 
 
-# -------------------------------------------------------------------------------------- the classes
+# ---------------------------------------------------------------------------------- the classes
 
-# The name of a sound, its family, and the arguments of the family after the random generator.
+# The kind of sound, its family, and the arguments of the family after the random generator.
 SOURCE = {
     # Pitch that moves
-    "rise": (sweep, 0, 1),
-    "fall": (sweep, 1, 0),
     "hill": (sweep, 0, 1, 0),
     "valley": (sweep, 1, 0, 1),
-    "late_jump": (sweep, 0, 0, 0, 1),
-    "early_drop": (sweep, 1, 0, 0, 0),
-    "chirps_up": (chirps, 0, 1),
-    "chirps_down": (chirps, 1, 0),
     "slow_vibrato": (wobble, (3, 5), 0.15),
     "fast_vibrato": (wobble, (9, 14), 0.15),
     "slow_tremolo": (wobble, (3, 5), 0, 0.9),
     "fast_tremolo": (wobble, (10, 16), 0, 0.9),
-    "two_tone_siren": (alternate, (2.5, 4), (0.3, 0.6)),
     "wailing_siren": (wobble, (1, 1.8), 0.5),
+    "two_tone_siren": (siren,),
     # Tones that stay
-    "whistle": (steady, [1]),
-    "organ": (steady, [1, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15]),
-    "clarinet": (steady, [1, 0, 0.6, 0, 0.4, 0, 0.3, 0, 0.2]),
+    "whistle": (steady, 1),
+    "organ": (steady, 1, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15),
+    "clarinet": (steady, 1, 0, 0.6, 0, 0.4, 0, 0.3, 0, 0.2),
     "fifth": (chord, 1, 1.5),
     "minor_second": (chord, 1, 1.06),
     "triad": (chord, 1, 1.26, 1.5),
@@ -416,64 +434,61 @@ SOURCE = {
     "vowel_a": (vowel, "a"),
     "vowel_u": (vowel, "u"),
     "vowel_er": (vowel, "er"),
-    "ai": (vowel, "a", "i"),
-    "ia": (vowel, "i", "a"),
-    "iu": (vowel, "i", "u"),
-    "ui": (vowel, "u", "i"),
     # Things hit and plucked
     "bell": (strike, 400, 1000, (1, 2, 2.4, 3, 4.5, 5.3), (0.12, 0.3)),
     "gong": (strike, 90, 200, (1, 1.6, 2.3, 3.1, 4.3, 5.9), (0.15, 0.4)),
     "wood_block": (strike, 500, 1300, (1, 2.6), (0.01, 0.03)),
     "pluck": (strings, 0),
-    "plucks_up": (strings, 0, 1, 2),
-    "plucks_down": (strings, 2, 1, 0),
     # Clicks
     "slow_clicks": (clicks, 6),
     "fast_clicks": (clicks, 20),
-    "clicks_faster": (clicks, 5, 25),
-    "clicks_slower": (clicks, 25, 5),
-    "gallop": (gallop, (0, 0.25), (3, 5)),
+    "gallop": (gallop,),
     "crackle": (scatter, (8, 25)),
     "rain": (scatter, (120, 250)),
     "drips": (drips,),
     # Noises and machines
     "low_noise": (band, 150, 500),
     "high_noise": (band, 3000, 6000),
-    "noise_up": (moving_band, 500, 4000),
-    "noise_down": (moving_band, 4000, 500),
-    "noise_pulses": (pulsing_noise, (4, 7)),
-    "noise_grows": (swelling_noise, 0.05, 1),
-    "noise_fades": (swelling_noise, 1, 0.05),
+    "noise_pulses": (pulsing_noise,),
     "engine_runs": (engine, 1),
-    "engine_starts": (engine, 0.7, 2.5),
-    "engine_stops": (engine, 2.5, 0.7),
     "cricket": (insect, (3000, 5500), (25, 45), (3, 5)),
     "frog": (insect, (400, 900), (18, 28), (1.5, 3)),
     # One thing after another
-    "cuckoo": (notes, 1, 0),
-    "doorbell": (notes, 0, 1),
     "yodel": (notes, 0, 1, 0),
     "dip": (notes, 1, 0, 1),
-    "arpeggio_up": (notes, 0, 1, 2),
-    "arpeggio_down": (notes, 2, 1, 0),
-    "dark_bright": (hisses, 0, 1),
-    "bright_dark": (hisses, 1, 0),
-    "tone_noise": (tone_and_noise, "t", "n"),
-    "noise_tone": (tone_and_noise, "n", "t"),
-    "click_tone": (tone_and_noise, "c", "t"),
-    "tone_click": (tone_and_noise, "t", "c"),
-    "dash_dot_dot": (beeps, 3, 1, 1),
-    "dot_dot_dash": (beeps, 1, 1, 3),
 }
-TARGET = {  # five pairs: what one does, the other does the other way round
+# Each row adds two kinds to SOURCE. The second has the arguments of the first in reverse order.
+PAIRS = [
+    ("rise", "fall", sweep, 0, 1),
+    ("late_jump", "early_drop", sweep, 0, 0, 0, 1),
+    ("chirps_up", "chirps_down", chirps, 0, 1),
+    ("ai", "ia", vowel, "a", "i"),
+    ("iu", "ui", vowel, "i", "u"),
+    ("plucks_up", "plucks_down", strings, 0, 1, 2),
+    ("clicks_faster", "clicks_slower", clicks, 5, 25),
+    ("noise_up", "noise_down", moving_band, 500, 4000),
+    ("noise_grows", "noise_fades", swelling_noise, 0.05, 1),
+    ("engine_starts", "engine_stops", engine, 0.7, 2.5),
+    ("doorbell", "cuckoo", notes, 0, 1),
+    ("arpeggio_up", "arpeggio_down", notes, 0, 1, 2),
+    ("dark_bright", "bright_dark", hisses, 0, 1),
+    ("tone_noise", "noise_tone", tone_and_noise, "tone", "noise"),
+    ("click_tone", "tone_click", tone_and_noise, "click", "tone"),
+    ("dash_dot_dot", "dot_dot_dash", beeps, 3, 1, 1),
+]
+for first, second, family, *arguments in PAIRS:
+    SOURCE[first] = (family, *arguments)
+    SOURCE[second] = (family, *reversed(arguments))
+
+TARGET = {  # five pairs of opposites
     "rise_fall_rise": (sweep, 0, 1, 0, 1),
     "fall_rise_fall": (sweep, 1, 0, 1, 0),
     "up_up_down": (calls, 1, 1, -1),
     "down_down_up": (calls, -1, -1, 1),
     "plucks_low_high_middle": (strings, 0, 2, 1),
     "plucks_high_low_middle": (strings, 2, 0, 1),
-    "tone_noise_tone": (tone_and_noise, "t", "n", "t"),
-    "noise_tone_noise": (tone_and_noise, "n", "t", "n"),
+    "tone_noise_tone": (tone_and_noise, "tone", "noise", "tone"),
+    "noise_tone_noise": (tone_and_noise, "noise", "tone", "noise"),
     "eoe": (vowel, "e", "o", "e"),
     "oeo": (vowel, "o", "e", "o"),
 }
@@ -494,12 +509,11 @@ def render(name: str, index: int, seed: int = 0) -> np.ndarray:
     random colour. The peak of both together is 1 to 20 dB below full scale.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
-    wave = sound(name, rng)[:SAMPLES]
+    wave = sound(name, rng)
     clip = np.zeros(SAMPLES, np.float32)
     start = rng.integers(min(SAMPLES - len(wave), LATEST) + 1)
     clip[start : start + len(wave)] = wave
-    # 0 is white noise, and 1 is pink noise, whose power falls with the frequency.
-    slope = rng.uniform(0, 1)
+    slope = rng.random()  # from white noise (0) to pink noise, whose power falls as 1 / Hz (1)
     white = rng.standard_normal(SAMPLES, np.float32)
     noise = colour(white, lambda hz: np.maximum(hz, 20) ** (-slope / 2))
     signal_to_noise = 10 ** (rng.uniform(-3, 15) / 20)
