@@ -374,7 +374,7 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
         missing = {field.name for field in known if field.default is MISSING} - options.keys()
         if unknown or missing:
             raise UserError(
-                f"{origin}: the part {part['part']!r} has missing fields ({some_of(sorted(missing))}) "
+XX
                 f"or unknown ones ({some_of(sorted(unknown))})"
             )
         parts.append(kind(**options))
