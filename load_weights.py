@@ -374,8 +374,8 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
         missing = {field.name for field in known if field.default is MISSING} - options.keys()
         if unknown or missing:
             raise UserError(
-XX
-                f"or unknown ones ({some_of(sorted(unknown))})"
+                f"{origin}: the part {part['part']!r} lacks {some_of(sorted(missing))}, "
+                f"and has the unknown {some_of(sorted(unknown))}"
             )
         parts.append(kind(**options))
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
