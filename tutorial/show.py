@@ -94,7 +94,7 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
     import train
     from load_weights import load_ast, to_dict
     from support.files import default_cache_dir
-    from support.variants import fitted
+    from support.variants import narrowed
 
     cpu, cache = torch.device("cpu"), default_cache_dir()
     dataset = data.load_dataset("demo", None, cache)
@@ -102,16 +102,31 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
     split = data.folds_of(dataset, seed, shots=shots)[1]
     split = data.Split(split.train, [], split.test[:: len(split.test) // tests])
     pretrained = load_ast("demo", 98, len(dataset.classes))
-    method = fitted(petl.find(method) if isinstance(method, str) else method, pretrained.config)
+    if isinstance(method, str):
+        method = petl.find(method)
+    method = narrowed(method, pretrained.config.dim)
     settings = train.Settings(
-        dataset="demo", weights="demo", backbone="", method=to_dict(method), pool="mean", seed=seed, shots=shots,
-        clips="", n_frames=98, epochs=epochs, batch_size=16, lr=method.lr, mask=False, dtype="float32",
-    )  # fmt: skip
+        dataset="demo",
+        weights="demo",
+        backbone="",
+        method=to_dict(method),
+        pool="mean",
+        seed=seed,
+        shots=shots,
+        clips="",
+        n_frames=98,
+        epochs=epochs,
+        batch_size=16,
+        lr=method.lr,
+        mask_frames=0,
+        dtype="float32",
+    )
     machine = train.Machine(cpu)
     with redirect_stdout(StringIO()):
         model = train.adapted(pretrained, method, 1, settings, machine)
-        network, inputs = train.probed(model, clips, split, settings, machine)
-        _, logits, labels = train.train_fold(network, inputs, split, 1, settings, machine, train.Log())
+        network, inputs = train.skip_frozen(model, clips, split, settings, machine)
+        learner = train.Learner(network, settings, machine)
+        _, logits, labels = train.train_fold(learner, inputs, split, 1, train.Progress())
     right = logits.argmax(1) == labels
     accuracy, trained = train.score_of(logits, labels, "accuracy"), petl.count(model)["petl"]
     return SimpleNamespace(accuracy=accuracy, right=right, trained=trained, model=model.eval())
