@@ -71,7 +71,7 @@ SETTINGS = {
     "dtype": "float32",
     "keep": None,
     "balance": False,
-    "best": "accuracy",
+    "choose_by": "accuracy",
 }
 
 

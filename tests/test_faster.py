@@ -93,8 +93,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train_main, tmp_path, monke
     assert train_main(*words, "--out", tmp_path / "whole") == 0
     save = records.save_progress
 
-    def once(file, progress, state):
-        save(file, progress, state)
+    def once(file, progress, settings, state):
+        save(file, progress, settings, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train_main, tmp_path, monke
     assert train_main(*words, "--out", tmp_path / "broken", "--resume") == 0
     whole, broken = fold(tmp_path, "whole"), fold(tmp_path, "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    runs = [records.read_metrics(tmp_path / out / "esc10/lora/seed0") for out in ("whole", "broken")]
+    runs = [records.read_run(tmp_path / out / "esc10/lora/seed0").history() for out in ("whole", "broken")]
     assert [row["loss"] for row in runs[0]] == [row["loss"] for row in runs[1]]  # the best epoch may be the first
 
 
