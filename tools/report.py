@@ -46,9 +46,12 @@ def template():
     """The template of a page. UserError if jinja2 is not installed."""
     with needed("a report needs"):
         import jinja2
-    loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("report.html")
 
