@@ -282,13 +282,11 @@ def test_own_sounds(dataset, here, tmp_path, capsys):
             ["table1", "--setting", "tuned", "--datasets", "demo"],
             "no learning rate has been searched for demo/full_ft",
         ),
-        (["plot"], "arguments are required: RUN"),
-        (["plot", "absent"], "absent is no finished run of train.py"),
     ],
 )
 def test_wrong_use_is_one_line(options, message, capsys, tmp_path, cache_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if options and options[0] != "plot":
+    if options:
         options = [options[0], "--cache-dir", str(cache_dir), *options[1:]]
     assert experiments.main(options) == 2
     error = capsys.readouterr().err

@@ -27,7 +27,8 @@ from sounds import audio
 from sounds.audio import length_of, lengths_of, read_audio
 from sounds.clip import PARTS, WHOLE
 from support.command import UserError
-from tools.figures import clips_of_run
+from support.records import read_run
+from tools.report import dataset_of
 
 # ------------------------------------------------------------------------------------------ folders
 
@@ -653,9 +654,8 @@ def test_windows_of_recordings(tmp_path, capsys):
     assert not recordings["train"] & recordings["test"]
     config = json.loads((tmp_path / "runs/folder/linear/seed0/config.json").read_text())
     assert (config["windows"], config["group"]) == (2.0, None)
-    clips_of_run(
-        tmp_path / "runs/folder/linear/seed0", None, None
-    )  # a tool finds the windows again
+    run = read_run(tmp_path / "runs/folder/linear/seed0")
+    assert dataset_of(run, None, None).names == dataset.names  # a tool finds the windows again
     assert train_on("folder", tmp_path / "my", tmp_path, "--windows") == 2
     assert "--windows: say by --seconds" in capsys.readouterr().err
     assert train_on("csv", tmp_path / "my", tmp_path, *options) == 2

@@ -64,16 +64,6 @@ CURVES = {
     "Full FT": "full_ft",
 }
 FIGURES = {
-    "fig2": Table(
-        "Figure 2. What the methods make of the test clips",
-        ("fsc",),
-        {
-            "Linear": "linear",
-            "DPT-25": "dpt",
-            "HOU par": "houlsby_par",
-            "Full FT": "full_ft",
-        },
-    ),
     "fig3": Table("Figure 3. Accuracy against trained parameters", ("gsc", "fsc"), CURVES),
     "fig4": Table("Figure 4. Accuracy against trained parameters", ("esc50",), CURVES),
 }
@@ -247,7 +237,7 @@ def cells_of(plan: Plan) -> list[Cell]:
             continue
         places = product(columns_of(target, plan), lines_of(target, plan))
         for (dataset, shots), (_, method, weights) in places:
-            if target in ("fig3", "fig4"):
+            if target in FIGURES:
                 cells += budgets(dataset, method, seed, weights[dataset])
             else:
                 cells.append(cell_of(dataset, method, seed, weights[dataset], shots))

@@ -5,7 +5,6 @@
     python -m tools.experiments tune table1 --datasets demo           # learning rates first
     python -m tools.experiments claims --datasets demo                # do the paper's claims hold?
     python -m tools.experiments compare RUN RUN                       # is one method better?
-    python -m tools.experiments plot experiments/demo/lora/seed0      # confusion, learning curves
 
 This file is the command. cells.py says what is compared, campaign.py trains it, tune.py searches,
 evidence.py compares, claims.py concludes, and tables.py and figures.py show.
@@ -23,7 +22,6 @@ from data import DATASETS
 from support.command import (
     Parser,
     UserError,
-    choose_device,
     exit_code,
     nearest,
     no_place,
@@ -39,25 +37,6 @@ from tools.cells import FIGURES, PRINTED, TARGETS, Cell, Plan, columns_of, lines
 from tools.tables import file_of, measure, write_table
 
 # -------------------------------------------------------------------------------------- the figures
-
-
-def write_tokens(target: str, done: dict[Cell, dict], plan: Plan) -> None:
-    """Figure 2 from the cells that are finished, one for each dataset."""
-    columns = columns_of(target, plan)
-    for setting, (dataset, _) in product(plan.settings, columns):
-        runs = {}
-        for name, method, weights in lines_of(target, plan):
-            cell = rated(Cell(dataset, method, plan.seeds[0], weights[dataset]), setting, plan)
-            if m := measure([cell], done):
-                runs[f"{name}, {m.mean:.1f} % [{m.low:.1f}, {m.high:.1f}]"] = plan.out / cell.name
-        path = file_of(target, plan, setting)
-        if len(columns) > 1:
-            path = Path(f"{path}-{dataset}")
-        if runs:
-            data_dir = plan.data_dir.get(dataset)
-            figures.draw_tokens(runs, path, data_dir, plan.cache_dir, choose_device(plan.device))
-        else:
-            say(f"{FIGURES[target].title}: no cell of {dataset} is finished, nothing to draw")
 
 
 def write_curves(target: str, done: dict[Cell, dict], plan: Plan) -> None:
@@ -124,8 +103,7 @@ def parse(argv: list[str]) -> Plan:
     parser = Parser(
         prog="python -m tools.experiments",
         usage="%(prog)s [tune] TARGET... [options] [-- options of train.py]\n"
-        "       %(prog)s compare RUN RUN...\n"
-        "       %(prog)s plot RUN",
+        "       %(prog)s compare RUN RUN...",
         description="Train what a table or figure of the paper compares, beside its numbers.",
     )
     add = parser.add_argument
@@ -265,9 +243,8 @@ def data_dirs(words: list[str], datasets: list[str]) -> dict[str, Path]:
 
 
 def start(argv: list[str]) -> int | None:
-    commands = {"plot": figures.plot, "compare": evidence.compare}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+    if argv and argv[0] == "compare":
+        return evidence.compare(argv[1:])
     plan = parse(argv)
     if plan.tune or plan.setting != "paper":
         plan = replace(plan, tuned=tune.read_tuned(plan))
@@ -292,9 +269,7 @@ def start(argv: list[str]) -> int | None:
             plan = replace(plan, tuned=tune.read_tuned(plan))
             done, failed = train_cells(cells.cells_of(plan), plan)
             for target in plan.targets:
-                if target == "fig2":
-                    write_tokens(target, done, plan)
-                elif target in FIGURES:
+                if target in FIGURES:
                     write_curves(target, done, plan)
                 else:
                     write_table(target, done, plan)

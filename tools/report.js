@@ -19,7 +19,7 @@ function list(button) {
   }
   for (const other of buttons) other.setAttribute("aria-pressed", other === button);
   listed.textContent = cell
-    ? `${button.getAttribute("aria-label") ?? button.textContent}: ${shown} of them ${shown === 1 ? "is" : "are"} on this page, ${
+    ? `${button.getAttribute("aria-label")}: ${shown} of them ${shown === 1 ? "is" : "are"} on this page, ${
         count - shown} more in predictions.csv`
     : `${shown} of the ${cards.length} clips on this page`;
   if (cell) heading.focus();
