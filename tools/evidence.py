@@ -9,11 +9,12 @@ is wider: the bootstrap hardly sees how two or three seeds scatter. A sign test 
 clips on which one method is right more often are too many for chance. With one seed that is
 McNemar's exact test. One method is better where the interval leaves out zero and p, by Holm's
 correction for all the comparisons beside it, is below 5 %. Clips of one recording or speaker count
-as one, as far as their names or --group say which these are.
+as one, as far as their names or --group say which these are. The interval of one seed is over the
+clips alone: one seed says nothing of others.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -134,7 +135,7 @@ def difference(seeds: list[Scores]) -> Difference:
     return Difference(points, low, high, more, less, p, len(places), len(seeds))
 
 
-def bootstrap(table: np.ndarray, tested: np.ndarray) -> tuple[float, float, float]:
+def bootstrap(table, tested):
     """Mean in points and its 95 % interval, drawing recordings and seeds.
 
     table: scores (seeds, recordings). tested: numbers of clips (seeds, recordings).
@@ -160,7 +161,7 @@ def bootstrap(table: np.ndarray, tested: np.ndarray) -> tuple[float, float, floa
 # --------------------------------------------------------------------------------- what runs leave
 
 
-def scores_of(run: Run, folds: Iterable[int] | None = None) -> Scores:
+def scores_of(run: Run, folds: list[int] | None = None) -> Scores:
     """What the run made of the test clips of these folds, or of all."""
     pattern = run.config["group"] or RECORDING.get(run.config["dataset"])
     scores = {}
@@ -172,7 +173,7 @@ def scores_of(run: Run, folds: Iterable[int] | None = None) -> Scores:
     return scores
 
 
-def recording_of(path: str, pattern: str | None) -> str:
+def recording_of(path, pattern):
     """What the first parenthesis of the pattern finds in the path of a clip.
 
     Without a pattern it is the file that the clip is a piece of.
@@ -182,8 +183,8 @@ def recording_of(path: str, pattern: str | None) -> str:
     return found[1] if found else file
 
 
-def minus(first: list[Scores], second: list[Scores]) -> Scores:
-    """The sum of the `first` minus the sum of the `second`, clip by clip.
+def minus(first, second):
+    """The sum of the `first` scores minus the sum of the `second`, clip by clip.
 
     UserError if they tested different clips.
     """

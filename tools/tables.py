@@ -5,7 +5,6 @@ it cannot be told apart from the best of its column.
 """
 
 import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -42,14 +41,13 @@ class Measured:
     mean: float  # accuracy in percent
     low: float  # of its 95 % interval
     high: float
-    std: float | None  # sample standard deviation; None for a single run
     runs: int
     seeds: int
     seconds: float  # of training, all folds of one seed
     trained: int  # parameters besides the final LayerNorm and head, unless nothing else trains
 
 
-def measure(same: Iterable[Cell], done: dict[Cell, dict]) -> Measured | None:
+def measure(same: list[Cell], done: dict[Cell, dict]) -> Measured | None:
     """The finished ones of cells that are the `same` but for the seed."""
     results = [done[cell] for cell in same if cell in done]
     if not results:
@@ -62,7 +60,6 @@ def measure(same: Iterable[Cell], done: dict[Cell, dict]) -> Measured | None:
         mean=statistics.mean(accuracies),
         low=low,
         high=high,
-        std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         runs=len(accuracies),
         seeds=len(results),
         seconds=statistics.mean(result["seconds"] for result in results),
@@ -113,18 +110,28 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
         for row, m in enumerate(numbers):
             gap, p = gaps.get((column, row), (None, None))
             lr = method_of(grid[column][row][0]).lr
-            if m:
-                ours[row] += f" [{m.low:.2f}, {m.high:.2f}]"
-                if gap and gap.holds(p) != evidence.YES:
-                    ours[row] += " ~"
-                if setting == "tuned":
-                    ours[row] += f" at {lr:g}"
-                if m.seeds < len(plan.seeds):
-                    ours[row] += f", {m.seeds} of {len(plan.seeds)} seeds"
-            record = {"row": names[row], "method": lines[row][1], "dataset": dataset}
-            record |= {"shots": shots, "setting": setting, "lr": lr, "paper": theirs[row]}
-            record |= {"behind the best": gap and gap.points, "p": p}
-            records.append(record | (asdict(m) if m else {}))
+            record = {
+                "row": names[row],
+                "method": lines[row][1],
+                "dataset": dataset,
+                "shots": shots,
+                "setting": setting,
+                "lr": lr,
+                "paper": theirs[row],
+                "behind the best": gap and gap.points,
+                "p": p,
+            }
+            records.append(record)
+            if not m:
+                continue
+            record |= asdict(m)
+            ours[row] += f" [{m.low:.2f}, {m.high:.2f}]"
+            if gap and gap.holds(p) != evidence.YES:
+                ours[row] += " ~"
+            if setting == "tuned":
+                ours[row] += f" at {lr:g}"
+            if m.seeds < len(plan.seeds):
+                ours[row] += f", {m.seeds} of {len(plan.seeds)} seeds"
         head = heading(dataset, shots, setting)
         text[head] = beside(ours, theirs) if setting == plan.settings[0] else ours
 
@@ -133,8 +140,9 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
         for setting in plan.settings:
             each = [measured[(setting, *column)] for column in columns]
             ours = marked([average(line) for line in zip(*each, strict=True)])
-            is_paper = datasets == table.datasets
-            text[heading("Avg", None, setting)] = beside(ours, theirs) if is_paper else ours
+            if datasets == table.datasets:
+                ours = beside(ours, theirs)
+            text[heading("Avg", None, setting)] = ours
     if any(theirs) and not set(datasets) & set(table.datasets):  # at least the order is compared
         order = zip(marked(theirs), theirs, strict=True)
         text["Avg in the paper"] = [mark if number else "-" for mark, number in order]
@@ -189,7 +197,7 @@ def page(target, columns, notes, why, plan):
         notes.append(tune.note_of(cells.cells_of(untuned), plan))
     if why:
         notes.append(f"Not compared: {len(why)}. {why[0]}.")
-    listed = [f"- {note}" for note in notes]
+    listed = [f"- {note}" for note in notes if note]
     return "\n".join([f"### {TARGETS[target].title}\n", *lines, "", *listed, ""])
 
 
@@ -203,16 +211,13 @@ def notes_of(table, datasets, plan):
         "paper's. Best **bold**, second best in _italics_. In brackets the 95 % interval: "
         "Student's t over runs (folds and seeds), Wilson's over the test clips of a single run. "
         "~: cannot be told apart from the best of its column on the same clips, by Holm's "
-        "correction for all of the table (tools/evidence.py)."
-    ]
-    notes += [note_of_dataset(dataset, table, plan) for dataset in datasets]
-    if table.note:
-        notes.append(table.note)
-    notes.append(
+        "correction for all of the table (tools/evidence.py).",
+        *(note_of_dataset(dataset, table, plan) for dataset in datasets),
+        table.note,
         "Trained: parameters besides the final LayerNorm and head, which are all of `linear`; Full "
         "FT and BitFit include the LayerNorm, `probe` is a head alone. Seconds: training of one "
-        "seed, all folds and datasets."
-    )
+        "seed, all folds and datasets.",
+    ]
     if plan.passed:
         notes.append(f"Options of train.py: `{' '.join(plan.passed)}`.")
     return notes
@@ -237,8 +242,9 @@ def note_of_dataset(dataset, table, plan):
     text += "."
     if others:
         text += f" Not as in the paper: {', '.join(others)}."
-    is_narrow = method_of(cell).parts != petl.find("lora").parts
-    return text + (NARROW if is_narrow else "")
+    if method_of(cell).parts != petl.find("lora").parts:
+        text += NARROW
+    return text
 
 
 # --------------------------------------------------------------------------------------- its files
@@ -261,7 +267,7 @@ def write_table(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     write = render_claims if target == "claims" else render
     content, records = write(target, done, plan)
     path = file_of(target, plan, plan.setting)
-    columns = dict.fromkeys(name for record in records for name in record)
+    columns = max(records, key=len)  # the record of a missing cell is shorter
     write_text(Path(f"{path}.md"), content)
     write_text(Path(f"{path}.csv"), table_of(columns, records))
     say(f"\n{content}\nwritten to {path}.md and .csv")
