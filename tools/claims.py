@@ -7,34 +7,26 @@ first is better, and does not where in one of them the second is. evidence.py sa
 better.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import groupby, product
 
-from support.command import UserError
 from tools.cells import CLAIMS, Cell, Plan, heading, rated, terms_of
-from tools.evidence import NO, UNTOLD, YES, Difference, holm, reader
+from tools.evidence import NO, UNTOLD, YES, differences
 
 
 def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
     """A record for each pair of each claim, on each dataset, and why some could not be compared."""
-    compared = reader(done, plan)
-    found = []
-    why = []
+    pairs = {}
+    records = {}
     for claim, setting in product(CLAIMS, plan.settings):
         for column, pair in product(claim.columns(plan), claim.pairs(plan)):
-            seeds = [
-                [
-                    [rated(cell, setting, plan) for cell in side]
-                    for side in terms_of(pair, column, seed, plan)
-                ]
-                for seed in plan.seeds
-            ]
-            try:
-                one = compared(seeds)
-            except UserError as error:
-                one = None
-                why.append(str(error))
-            record = {
+            seeds = []
+            for seed in plan.seeds:
+                sides = terms_of(pair, column, seed, plan)
+                seeds.append([[rated(cell, setting, plan) for cell in side] for side in sides])
+            key = (claim.claim, setting, column, pair)
+            pairs[key] = seeds
+            records[key] = {
                 "claim": claim.claim,
                 "where": claim.where,
                 "dataset": column[0],
@@ -42,14 +34,12 @@ def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
                 "setting": setting,
                 "better": pair[0],
                 "than": pair[1],
+                "holds": "missing",
             }
-            found.append((record, one))
-    corrected = iter(holm([one.p for _, one in found if one]))
-    for record, one in found:
-        p = next(corrected) if one else None
-        record |= asdict(one) if one else dict.fromkeys(field.name for field in fields(Difference))
-        record |= {"corrected": p, "holds": one.holds(p) if one else "missing"}
-    return [record for record, _ in found], why
+    found, why = differences(pairs, done, plan)
+    for key, (one, p) in found.items():
+        records[key] |= asdict(one) | {"corrected": p, "holds": one.holds(p)}
+    return list(records.values()), why
 
 
 def as_text(records: list[dict]) -> dict[str, list[str]]:
@@ -65,7 +55,7 @@ def as_text(records: list[dict]) -> dict[str, list[str]]:
         row["holds"] = holds[0] if holds else YES
         row["pairs: yes, no, untold"] = ", ".join(counts)
         row |= {"the weakest": "-", "points": "-", "seeds": "-"}
-        compared = [record for record in pairs if record["points"] is not None]
+        compared = [record for record in pairs if "points" in record]
         if compared:
             weakest = min(compared, key=lambda record: record["points"])
             row["the weakest"] = "{better} over {than}".format(**weakest)

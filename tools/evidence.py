@@ -9,11 +9,11 @@ is wider: the bootstrap hardly sees how two or three seeds scatter. A sign test 
 clips on which one method is right more often are too many for chance. With one seed that is
 McNemar's exact test. One method is better where the interval leaves out zero and p, by Holm's
 correction for all the comparisons beside it, is below 5 %. Clips of one recording or speaker count
-as one, as far as their names or --group say which these are.
+as one, as far as their names or --group say which these are. The interval of one seed is over the
+clips alone: one seed says nothing of others.
 """
 
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,6 @@ from support.records import Run, read_run
 from tools.cells import Cell, Plan
 
 LEVEL = 0.95
-RESAMPLES = 5_000
 YES = "yes"
 NO = "no"
 UNTOLD = "cannot be told"
@@ -35,7 +34,7 @@ PIECE = re.compile(r"#[\d.]+-[\d.]*$")  # behind the path of a recording: sounds
 
 # {(fold, recording, path and label of a test clip): 1 if the answer was right, 0 if not}; or
 # differences of these.
-Scores = dict[tuple[int, str, str, str], int]
+Scores = dict[tuple, int]
 
 
 def stats():
@@ -85,7 +84,7 @@ def holm(p: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two methods: first - second, in points of accuracy."""
+    """Two methods compared: first - second, in points of accuracy."""
 
     points: float
     low: float  # of the 95 % interval
@@ -97,11 +96,15 @@ class Difference:
     seeds: int
 
     def holds(self, p: float) -> str:
-        """Whether the first is better, `p` being corrected: YES, NO if the second is, or UNTOLD."""
-        opposed = (self.low > 0) != (self.more > self.less)  # few clips by much, many by little
-        if p >= 1 - LEVEL or self.low <= 0 <= self.high or opposed:
-            return UNTOLD
-        return YES if self.low > 0 else NO
+        """Whether the first is better, `p` being corrected: YES, NO if the second is, or UNTOLD.
+
+        Interval and counts must agree: a method may win few clips by much and lose many by little.
+        """
+        if p < 1 - LEVEL and self.low > 0 and self.more > self.less:
+            return YES
+        if p < 1 - LEVEL and self.high < 0 and self.more < self.less:
+            return NO
+        return UNTOLD
 
     def __str__(self):
         return f"{self.points:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
@@ -109,59 +112,57 @@ class Difference:
 
 def difference(seeds: list[Scores]) -> Difference:
     """What the `minus` of two methods says, over the seeds. UserError if there is one recording."""
-    number = {}
-    places = []
-    for seed, scores in enumerate(seeds):  # each may have drawn its own clips
-        for (fold, recording, *_), score in scores.items():
-            places.append((seed, number.setdefault((fold, recording), len(number)), score))
-    if len(number) < 2:
-        raise UserError(f"test clips of {len(number)} recording: nothing to compare")
-    table = np.zeros((len(seeds), len(number)), int)  # scores (seeds, recordings)
-    tested = np.zeros_like(table)  # clips
-    for seed, recording, score in places:
-        table[seed, recording] += score
-        tested[seed, recording] += 1
+    recordings = dict.fromkeys(key[:2] for scores in seeds for key in scores)
+    places = {recording: place for place, recording in enumerate(recordings)}
+    if len(places) < 2:
+        raise UserError(f"test clips of {len(places)} recording: nothing to compare")
+    table = np.zeros((len(seeds), len(places)))  # the sum of the scores of a recording
+    tested = np.zeros_like(table)  # its clips: each seed may have drawn others
+    for seed, scores in enumerate(seeds):
+        for key, score in scores.items():
+            place = places[key[:2]]
+            table[seed, place] += score
+            tested[seed, place] += 1
     points, low, high = bootstrap(table, tested)
     if len(seeds) > 1:
         half = student(100 * table.sum(1) / tested.sum(1))
         low = min(low, points - half)
         high = max(high, points + half)
-    over_seeds = table.sum(0)
-    more = int((over_seeds > 0).sum())
-    less = int((over_seeds < 0).sum())
+    more = (table.sum(0) > 0).sum()
+    less = (table.sum(0) < 0).sum()
     p = stats().binomtest(more, more + less).pvalue if more + less else 1.0
-    return Difference(points, low, high, more, less, float(p), len(number), len(seeds))
+    return Difference(points, low, high, more, less, p, len(places), len(seeds))
 
 
-def bootstrap(table: np.ndarray, tested: np.ndarray) -> tuple[float, float, float]:
+def bootstrap(table, tested):
     """Mean in points and its 95 % interval, drawing recordings and seeds.
 
     table: scores (seeds, recordings). tested: numbers of clips (seeds, recordings).
     """
 
-    def mean(recordings, seeds=None, axis=-1):  # (..., recordings), (..., seeds)
-        # By the drawn recordings, (..., seeds):
-        points = np.moveaxis(table[:, recordings].sum(-1), 0, -1)
-        count = np.moveaxis(tested[:, recordings].sum(-1), 0, -1)
-        if seeds is not None:
-            points = np.take_along_axis(points, seeds, -1)
-            count = np.take_along_axis(count, seeds, -1)
-        return 100 * points.sum(-1) / count.sum(-1).clip(1)
+    def mean(recordings, seeds=slice(None)):
+        clips = tested[seeds][:, recordings].sum()
+        return 100 * table[seeds][:, recordings].sum() / max(clips, 1)
 
-    places = [np.arange(n) for n in table.shape[::-1] if n > 1]
-    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile"}
-    drawn = stats().bootstrap(places, mean, batch=100, rng=np.random.default_rng(0), **options)
-    interval = drawn.confidence_interval
-    return float(mean(*places)), float(interval.low), float(interval.high)
+    drawn = [np.arange(n) for n in table.shape[::-1] if n > 1]  # a single seed is not drawn
+    found = stats().bootstrap(
+        drawn,
+        mean,
+        n_resamples=5_000,
+        batch=100,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return mean(*drawn), *found.confidence_interval
 
 
 # --------------------------------------------------------------------------------- what runs leave
 
 
-def scores_of(run: Run, folds: Iterable[int] | None = None) -> Scores:
+def scores_of(run: Run, folds: list[int] | None = None) -> Scores:
     """What the run made of the test clips of these folds, or of all."""
-    dataset = run.config["dataset"]
-    pattern = run.config["group"] or RECORDING.get(dataset)
+    pattern = run.config["group"] or RECORDING.get(run.config["dataset"])
     scores = {}
     for row in run.tested():
         if folds is None or row["fold"] in folds:
@@ -171,7 +172,7 @@ def scores_of(run: Run, folds: Iterable[int] | None = None) -> Scores:
     return scores
 
 
-def recording_of(path: str, pattern: str | None) -> str:
+def recording_of(path, pattern):
     """What the first parenthesis of the pattern finds in the path of a clip.
 
     Without a pattern it is the file that the clip is a piece of.
@@ -181,8 +182,8 @@ def recording_of(path: str, pattern: str | None) -> str:
     return found[1] if found else file
 
 
-def minus(first: list[Scores], second: list[Scores]) -> Scores:
-    """The sum of the `first` minus the sum of the `second`, clip by clip.
+def minus(first, second):
+    """The sum of the `first` scores minus the sum of the `second`, clip by clip.
 
     UserError if they tested different clips.
     """
@@ -193,107 +194,70 @@ def minus(first: list[Scores], second: list[Scores]) -> Scores:
     return {key: sum(s[key] for s in first) - sum(s[key] for s in second) for key in first[0]}
 
 
-def reader(
-    done: dict[Cell, dict], plan: Plan
-) -> Callable[[list[list[list[Cell]]]], Difference | None]:
-    """A function that returns the difference of cells, given for each seed two lists of them.
-
-    The first list counts for it, the second against it. None if no seed has all its cells.
-    """
-
-    @cache
-    def scores(cell: Cell) -> Scores:
-        folds = [fold["fold"] for fold in done[cell]["folds"]]
-        return scores_of(read_run(plan.out / cell.name), folds)
-
-    def compared(seeds: list[list[list[Cell]]]) -> Difference | None:
-        gaps = []
-        for first, second in seeds:
-            if all(cell in done for cell in first + second):
-                gaps.append(minus([*map(scores, first)], [*map(scores, second)]))
-        return difference(gaps) if gaps else None
-
-    return compared
-
-
 # --------------------------------------------------------------------------------- tables and runs
 
 
-def beside_best(
-    grid: dict[tuple, list[list[Cell]]],
-    means: dict[tuple, list[float | None]],
-    done: dict[Cell, dict],
-    plan: Plan,
-) -> tuple[dict[tuple, tuple[Difference, float]], list[str]]:
-    """The best of each column against the others: {(column, row): difference and corrected p}.
+def differences(pairs: dict, done: dict[Cell, dict], plan: Plan) -> tuple[dict, list[str]]:
+    """{key: difference and corrected p} of the pairs that are finished.
 
-    The second value are the reasons of the columns that have none. grid: for each column the rows,
-    each a cell for each seed. means: their accuracies.
+    pairs: for each key and seed the cells that count for it and those that count against it. The
+    second value says why some cannot be compared.
     """
-    compared = reader(done, plan)
+
+    @cache
+    def scores(cell):
+        folds = [fold["fold"] for fold in done[cell]["folds"]]
+        return scores_of(read_run(plan.out / cell.name), folds)
+
     found = {}
     why = []
-    for column, rows in grid.items():
-        measured = {row: mean for row, mean in enumerate(means[column]) if mean is not None}
-        best = max(measured, key=measured.get, default=None)
+    for key, seeds in pairs.items():
+        gaps = []
         try:
-            others = {}
-            for row in measured:
-                if row == best:
-                    continue
-                seeds = [[[a], [b]] for a, b in zip(rows[best], rows[row], strict=True)]
-                if gap := compared(seeds):
-                    others[column, row] = gap
-            found |= others
+            for first, second in seeds:
+                if all(cell in done for cell in first + second):
+                    gaps.append(minus([*map(scores, first)], [*map(scores, second)]))
+            if gaps:
+                found[key] = difference(gaps)
         except UserError as error:
             why.append(str(error))
-    corrected = holm([one.p for one in found.values()])
-    gaps = zip(found.items(), corrected, strict=True)
-    return {key: (gap, p) for (key, gap), p in gaps}, why
+    corrected = holm([gap.p for gap in found.values()])
+    both = zip(found.items(), corrected, strict=True)
+    return {key: (gap, p) for (key, gap), p in both}, why
 
 
-def runs_in(folder: Path) -> dict[str, Path]:
-    """All runs of a method by the names of their seeds, or the one run that the folder is."""
-    runs = {file.parent for file in folder.glob("seed*/fold*.safetensors")}
-    return {run.name: run for run in sorted(runs)} or {folder.name: folder}
+def scores_in(folder):
+    """{seed: Scores} of the runs of a method, or {"": Scores} of the one run that the folder is."""
+    seeds = {file.parent.name for file in folder.glob("seed*/fold*.safetensors")}
+    if not seeds:
+        return {"": scores_of(read_run(folder))}
+    return {seed: scores_of(read_run(folder / seed)) for seed in sorted(seeds)}
 
 
 def compare(argv: list[str]) -> None:
     """The command `compare`: is the first method better than the others?"""
     parser = Parser(
         prog="python -m tools.experiments compare",
-        description="Say whether the first of these is better than the others, on the same clips.",
+        description="Say whether the first of these is better than the others, on the same clips. "
+        "Each is a finished run, .../METHOD/seedS, or .../METHOD with all its seeds.",
     )
-    help_ = "finished runs, .../METHOD/seedS, or .../METHOD with all its seeds"
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help_)
-    folders = parser.parse_args(argv).runs
-    if len(folders) < 2:
-        raise UserError("compare needs two runs, or more")
-    first, *others = [
-        {seed: scores_of(read_run(run)) for seed, run in runs_in(folder).items()}
-        for folder in folders
-    ]
-    found = []
-    for folder, other in zip(folders[1:], others, strict=True):
-        seeds = [(first[seed], other[seed]) for seed in first if seed in other]
-        if len(first) == len(other) == 1:
-            seeds = [(*first.values(), *other.values())]
-        if not seeds:
+    parser.add_argument("first", type=Path)
+    parser.add_argument("others", type=Path, nargs="+")
+    args = parser.parse_args(argv)
+    first = scores_in(args.first)
+    found = {}
+    for folder in args.others:
+        other = scores_in(folder)
+        gaps = [minus([first[seed]], [other[seed]]) for seed in first if seed in other]
+        if not gaps:
             raise UserError(
-                f"{folders[0]} and {folder} have no seed in common: give a run of each, .../seedS"
+                f"{args.first} and {folder} have no seed in common: give a run of each, .../seedS"
             )
-        found.append(difference([minus([a], [b]) for a, b in seeds]))
-    for folder, one, p in zip(folders[1:], found, holm([one.p for one in found]), strict=True):
-        words = {
-            YES: "the first is better",
-            NO: "the second is better",
-            UNTOLD: "they cannot be told apart",
-        }
-        corrected = f", for {len(found)} comparisons {p:.2g}" if len(found) > 1 else ""
+        found[folder] = difference(gaps)
+    corrected = holm([one.p for one in found.values()])
+    for (folder, one), p in zip(found.items(), corrected, strict=True):
         say(
-            f"{folders[0]} - {folder}: {one} points; {one.recordings:,} recordings, "
+            f"{args.first} - {folder}: {one} points; {one.recordings:,} recordings, "
             f"seeds: {one.seeds}; right more often on {one.more}, less on {one.less}, "
-            f"p = {one.p:.2g}{corrected}: {words[one.holds(p)]}"
+            f"p = {one.p:.2g}, by Holm's correction {p:.2g}; is the first better: {one.holds(p)}"
         )
-    if any(one.seeds == 1 for one in found):
-        say("The intervals of one seed are over the clips alone: one seed says nothing of others.")
