@@ -5,7 +5,7 @@
 The contestants run in turn, so a busy machine slows all of them, and the median counts. They have
 the same random weights of the base AST with a head of 50 classes, the same batch, optimizer, type,
 and threads or GPU. Their logits must agree before the clock starts. The loop of train.py trains
-both. peft adds LoRA to transformers. --compile compiles both.
+both. peft adds LoRA to transformers. --compile compiles both for training, as in train.py.
 
 The memory is that of the weights, of the optimizer, and of what a step needs beyond them.
 """
@@ -16,8 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +31,7 @@ from support.command import Parser, choose_device, choose_dtype, exit_code, need
 from support.files import write_json
 from support.records import forget_peak, peak_memory
 from support.speed import Machine
-from support.vectors import probed
+from support.vectors import skip_frozen
 from tools.export import write_hf
 
 N_CLASSES = 50
@@ -56,9 +55,9 @@ class Bench(Machine):
     repeats: int = 3
     weights: str = "random:base"
 
-    def settings(self, **changes) -> train.Settings:
+    def settings(self, lr: float = 1e-4, mask_frames: int = 0) -> train.Settings:
         """The settings of a run on random clips."""
-        settings = train.Settings(
+        return train.Settings(
             dataset="random",
             weights=self.weights,
             backbone="",
@@ -70,25 +69,13 @@ class Bench(Machine):
             n_frames=self.n_frames,
             epochs=10**9,
             batch_size=self.batch,
-            lr=1e-4,
-            mask=False,
+            lr=lr,
+            mask_frames=mask_frames,
             dtype=self.dtype,
         )
-        return replace(settings, **changes)
 
 
 # ------------------------------------------------------------------------------------- contestants
-
-
-class Theirs(nn.Module):
-    """A model of transformers that is called as ours is."""
-
-    def __init__(self, wrapped: nn.Module):
-        super().__init__()
-        self.wrapped = wrapped
-
-    def forward(self, fbank):
-        return self.wrapped(input_values=fbank).logits
 
 
 def theirs(folder: Path, method: str | None) -> nn.Module:
@@ -112,7 +99,9 @@ def theirs(folder: Path, method: str | None) -> nn.Module:
     elif method != "full_ft":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(tuple(last)))
-    return Theirs(model)
+    # A call returns the logits alone, as a call of our model does.
+    model.register_forward_hook(lambda model, inputs, output: output.logits)
+    return model
 
 
 def contestants(method: str | None, bench: Bench) -> dict[str, nn.Module]:
@@ -132,6 +121,7 @@ def contestants(method: str | None, bench: Bench) -> dict[str, nn.Module]:
 
 
 def random_clips(n: int, bench: Bench) -> data.Clips:
+    """Clips of noise, on the device."""
     torch.manual_seed(0)
     features = torch.randn(n, bench.n_frames, data.N_MELS).half()
     labels = torch.arange(n, device=bench.device) % N_CLASSES
@@ -140,12 +130,11 @@ def random_clips(n: int, bench: Bench) -> data.Clips:
 
 def pass_of(method: str | None, network: nn.Module, clips: data.Clips, bench: Bench) -> Callable:
     """An epoch over all clips by the loop of train.py; without a method their evaluation."""
-    settings = bench.settings()
-    learner = train.Learner(network, settings, bench)
+    learner = train.Learner(network, bench.settings(), bench)
     every = list(range(len(clips.labels)))
     if method is None:
-        return partial(train.evaluate, learner.forward, clips, every, settings, bench)
-    return partial(train.train_epoch, learner, clips, every, 1, settings, bench)
+        return lambda: train.evaluate(learner, clips, every)
+    return lambda: train.train_epoch(learner, clips, every, 1).tolist()
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -206,7 +195,7 @@ def measure(row: str, bench: Bench) -> list[dict]:
         ms = round(1e3 * middle / bench.batch, 3)
         spread = round(50 * (max(seconds) - min(seconds)) / middle, 1)
         ratio = round(middle / median(times["ours"]), 2)
-        memory = memory_mb(ways[name], models[name]) if name in models else None
+        memory = memory_mb(ways[name], models[name]) if models else None
         values = (row, name, ms, spread, ratio, memory)
         print(LINE.format(*values), flush=True)
         results.append(dict(zip(COLUMNS, values, strict=True)))
@@ -222,8 +211,8 @@ def passes(method: str | None, models: dict[str, nn.Module], bench: Bench) -> di
     ways = {name: pass_of(method, model, clips, bench) for name, model in models.items()}
     if method == "linear":
         split = data.Split(list(range(bench.batch)), [], [])
-        vectors = probed(models["ours"], clips, split, bench.settings(), bench)
-        ways["ours"] = pass_of(method, *vectors, bench)
+        network, vectors = skip_frozen(models["ours"], clips, split, bench.settings(), bench)
+        ways["ours"] = pass_of(method, network, vectors, bench)
     return ways
 
 
@@ -255,10 +244,11 @@ def describe(bench: Bench) -> str:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
+    """The options, and what they say of all measurements."""
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
     add("--quick", action="store_true", help="clips of one second instead of five")
-    add("--compile", action="store_true", help="torch.compile all contestants")
+    add("--compile", action="store_true", help="torch.compile all contestants for training")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--weights", default="random:base", help="the backbone")
