@@ -17,7 +17,10 @@ CPU = bench.Bench(torch.device("cpu"), n_frames=100, batch=3, weights="random:de
 def quick(tmp_path_factory):
     """The short table on the small random backbone: what it prints, and its JSON."""
     file = tmp_path_factory.mktemp("bench") / "numbers.json"
-    assert bench.main(["--quick", "--weights", "random:demo", "--device", "cpu", "--json", str(file)]) == 0
+    assert (
+        bench.main(["--quick", "--weights", "random:demo", "--device", "cpu", "--json", str(file)])
+        == 0
+    )
     return json.loads(file.read_text())
 
 
@@ -37,10 +40,14 @@ def test_the_numbers_are_whole(quick):
             assert result["memory_mb"] > 3  # 0.84 M parameters in float32
         if result["row"] == "full fine-tuning step":
             assert result["memory_mb"] > 10  # AdamW keeps two more numbers for each
-    ms = {(result["row"], result["contestant"]): result["ms_per_clip"] for result in quick["results"]}
+    ms = {
+        (result["row"], result["contestant"]): result["ms_per_clip"] for result in quick["results"]
+    }
     probe = "linear probe, epoch 2"
     assert ms[probe, "ours"] < ms[probe, "theirs"]
-    (ratio,) = [r["ratio"] for r in quick["results"] if (r["row"], r["contestant"]) == (probe, "theirs")]
+    (ratio,) = [
+        r["ratio"] for r in quick["results"] if (r["row"], r["contestant"]) == (probe, "theirs")
+    ]
     assert ratio == pytest.approx(ms[probe, "theirs"] / ms[probe, "ours"], rel=0.05)
 
 
@@ -48,7 +55,11 @@ def test_the_median_and_its_spread(monkeypatch, capsys):
     times = {"ours": [0.1, 0.4, 0.2], "theirs": [0.3, 0.3, 0.3]}
     monkeypatch.setattr(bench, "in_turn", lambda ways, repeats: times)
     ours, theirs = bench.measure("features", CPU)
-    assert (ours["ms_per_clip"], ours["spread"], ours["ratio"]) == (66.667, 75.0, 1.0)  # batches of three
+    assert (ours["ms_per_clip"], ours["spread"], ours["ratio"]) == (
+        66.667,
+        75.0,
+        1.0,
+    )  # batches of three
     assert (theirs["ms_per_clip"], theirs["spread"], theirs["ratio"]) == (100.0, 0.0, 1.5)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -59,7 +70,9 @@ def test_contestants_train_the_same(method):
     models = bench.contestants(method, CPU)
     clips = bench.random_clips(3, CPU)
     x, y = clips.batch(torch.arange(3), CPU.device)
-    counts = {sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models.values()}
+    counts = {
+        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models.values()
+    }
     assert len(counts) == 1
     if method is None:
         return
@@ -74,14 +87,18 @@ def test_contestants_train_the_same(method):
         gradients, logits = [], []
         for model in models.values():
             torch.manual_seed(1)
-            inserted = [p for name, p in model.named_parameters() if re.search(r"lora_|\.[ab](\.|$)", name)]
+            inserted = [
+                p for name, p in model.named_parameters() if re.search(r"lora_|\.[ab](\.|$)", name)
+            ]
             assert inserted
             for p in inserted:
                 p.data.normal_(std=0.1)
             out = model.train()(x)
             cross_entropy(out, y).backward()
             logits.append(out.detach())
-            gradients.append(next(p.grad for p in model.parameters() if p.requires_grad and p.shape == (50, 128)))
+            gradients.append(
+                next(p.grad for p in model.parameters() if p.requires_grad and p.shape == (50, 128))
+            )
         torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
@@ -112,7 +129,9 @@ def test_peak_memory_sees_a_large_tensor():
 def test_missing_libraries_are_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert bench.main(["--quick", "--weights", "random:demo"]) == 2
-    assert "the comparison needs peft: pip install -r requirements-dev.txt" in capsys.readouterr().err
+    assert (
+        "the comparison needs peft: pip install -r requirements-dev.txt" in capsys.readouterr().err
+    )
 
 
 def test_parse_knows_the_defaults():
