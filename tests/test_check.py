@@ -41,7 +41,10 @@ CPU = Bench(torch.device("cpu"), n_frames=60, batch=2, repeats=1, weights=str(SM
 
 
 def save_ast_of_transformers(folder: Path, names: dict[int, str] = AUDIOSET, **config) -> str:
-    """A random checkpoint and its extractor as the library saves them, with all keys of the AudioSet model's files."""
+    """A random checkpoint and its extractor as the library saves them.
+
+    They have all keys of the AudioSet model's files.
+    """
     ids = {name: i for i, name in names.items()}
     config = transformers.ASTConfig(
         architectures=["ASTForAudioClassification"], id2label=names, label2id=ids, **config
@@ -82,7 +85,10 @@ def esc50(tmp_path_factory) -> Path:
 
 
 def fake_hub(cache: Path, folder: Path) -> None:
-    """What huggingface_hub keeps of a repository it has fetched: blobs, a snapshot of links to them, and a branch."""
+    """What huggingface_hub keeps of a repository it has fetched.
+
+    There are blobs, a snapshot of links to them, and a branch.
+    """
     repository = cache / "models--MIT--ast-finetuned-audioset-10-10-0.4593"
     commit = "0123456789abcdef" * 2 + "01234567"
     snapshot = repository / "snapshots" / commit
@@ -101,10 +107,10 @@ def change_json(file: Path, **changes) -> None:
 
 def lines_of(text: str) -> dict[str, str]:
     """The status of each check by its name."""
-    return {line[11:37].strip(): line[:11].strip() for line in text.splitlines()[:-1]}
+    return {line[11:37].strip(): line[:11].strip() for line in text.splitlines()}
 
 
-# -------------------------------------------------------------------------------------------------------- all at once
+# -------------------------------------------------------------------------------------- all at once
 
 
 def test_all_is_right_with_the_checkpoint_in_the_hubs_cache(original, esc50, tmp_path):
@@ -118,7 +124,7 @@ def test_all_is_right_with_the_checkpoint_in_the_hubs_cache(original, esc50, tmp
     said = done.stderr.splitlines()
     assert all("60 clips of 12 classes, where the release has" in line for line in said), said
     statuses = lines_of(done.stdout)
-    assert len(statuses) == 13 and done.stdout.splitlines()[-1].split(", ")[1] == "0 wrong"
+    assert len(statuses) == 13
     assert statuses.pop("features") in (
         "right",
         "not there",
@@ -166,7 +172,10 @@ def test_no_network_and_no_data_is_not_wrong(quick, tmp_path, monkeypatch, capsy
 
 
 def test_something_wrong_ends_with_1(quick, tmp_path, capsys):
-    """A checkpoint of another kind: random weights train in its place. A folder that is not there is wrong, too."""
+    """A checkpoint of another kind: random weights train in its place.
+
+    A folder that is not there is wrong, too.
+    """
     options = ["--cache-dir", str(tmp_path), "--device", "cpu", "--weights"]
     assert check.main([*options, str(SMALL_AST)]) == 1
     assert lines_of(capsys.readouterr().out)["checkpoint"] == "wrong" and quick == ["random:base"]
@@ -187,18 +196,20 @@ def test_a_crash_is_a_line(capsys):
 def test_without_transformers(monkeypatch, original):
     monkeypatch.setitem(sys.modules, "transformers", None)
     for compare in (check.tensors, lambda weights: check.logits(weights, 500), check.tags):
-        with pytest.raises(NotThere, match=r"transformers.*-r requirements-dev\.txt"):
+        with pytest.raises(NotThere, match=r"transformers.*pip install -r requirements-dev\.txt"):
             compare(original)
     assert "527 classes" in check.opens(original)
 
 
 def test_a_file_that_transformers_cannot_read(tmp_path, original):
     (tmp_path / "ast.pth").write_bytes(b"")
-    with pytest.raises(NotThere, match=r"ast\.pth is not read by transformers .* config\.json"):
+    with pytest.raises(
+        NotThere, match=r"transformers cannot read .*ast\.pth, it needs config\.json"
+    ):
         check.tensors(str(tmp_path / "ast.pth"))
 
 
-# ----------------------------------------------------------------------------------------------- planted: checkpoint
+# ------------------------------------------------------------------------------ planted: checkpoint
 
 
 def test_the_head_of_another_checkpoint(tmp_path):
@@ -232,7 +243,10 @@ def test_only_the_head_differs(monkeypatch, original):
 
 
 def test_swapped_projections(monkeypatch, original):
-    """q and k: tensors and tokens show it. The table of names that the loader reads is not the one that checks it."""
+    """q and k: tensors and tokens show it.
+
+    The table of names that the loader reads is not the one that checks it.
+    """
     swap = {"q": "k", "k": "q"}
     names = [
         (row[0], *load_weights.NAMES[{5: 6, 6: 5}.get(i, i)][1:])
@@ -241,7 +255,7 @@ def test_swapped_projections(monkeypatch, original):
     assert [row[0] for row in names[5:7]] == [f".attn.{letter}." for letter in swap]
     check.tensors(original)
     monkeypatch.setattr(load_weights, "NAMES", names)
-    with pytest.raises(Wrong, match=r"8 of 43 tensors are not those .* blocks\.0\.attn\.q\.weight"):
+    with pytest.raises(AssertionError, match=r"not equal(.|\n)*'blocks\.0\.attn\.k\.bias'"):
         check.tensors(original)
     with pytest.raises(Wrong, match="tokens differ by"):
         check.logits(original, 1024)
@@ -261,7 +275,7 @@ def test_names_of_classes_read_in_another_order(monkeypatch, original):
         check.tags(original)
 
 
-# ------------------------------------------------------------------------------------------ planted: features, ESC-50
+# ------------------------------------------------------------------------- planted: features, ESC-50
 
 
 def test_features_beside_torchaudio(monkeypatch):
@@ -293,7 +307,7 @@ def test_esc50_is_found_in_the_cache_and_not_fetched(tmp_path):
     with pytest.raises(NotThere):
         check.esc50(None, tmp_path)
     make_esc50(tmp_path / "ESC-50")
-    assert check.esc50(None, tmp_path).startswith("60 clips, 12 classes, 5 folds")
+    assert check.esc50(None, tmp_path).startswith("60 clips have the class and the fold")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +326,7 @@ def test_labels_and_folds_shifted_by_one(tmp_path, column, change):
         check.esc50(None, tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------- planted: training
+# -------------------------------------------------------------------------------- planted: training
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +335,7 @@ def backbone():
 
 
 def test_a_projection_that_never_learns(monkeypatch, backbone):
-    """Both sides of an adapter at zero: weight decay cannot move them, and neither gets a gradient."""
+    """Both sides of an adapter at zero: weight decay cannot move them, and no gradient does."""
     check.moves("pfeiffer_par", backbone, CPU)
     adapted = train.adapted
 
@@ -338,7 +352,7 @@ def test_a_projection_that_never_learns(monkeypatch, backbone):
 
 
 def test_adapter_plus_may_leave_out_whole_batches():
-    """In a step of two clips it leaves out both of them in some block of twelve: that is no mistake."""
+    """In a step of two clips some block of twelve leaves out both of them: that is no mistake."""
     check.moves("adapter_plus", load_ast("random:tiny", 100, 50), replace(CPU, n_frames=100))
 
 

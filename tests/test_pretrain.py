@@ -66,7 +66,7 @@ def test_faster_is_higher():
 
 
 def test_a_filter_is_the_same_on_the_sound_and_on_its_features():
-    """Against a filter of the spectrum itself, where neighbouring frequencies of a band get nearly the same."""
+    """Against a filter of the spectrum: neighbouring frequencies of a band get nearly the same."""
     drawn = np.random.default_rng(3).uniform([-12, -6, 0.5, 0], [12, 6, 3, 1], (1, 4))[0]
     noise = np.random.default_rng(0).standard_normal(data.RATE)
     f = np.linspace(0, 1, data.RATE // 2 + 1)

@@ -60,13 +60,13 @@ def read_all(folder: Path) -> list[np.ndarray]:
     return list(waves.values())
 
 
-# ---------------------------------------------------------------------- what is heard of a sound
+# -------------------------------------------------------------------------- what the model hears
 
 
-def crop(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """LENGTH samples from anywhere: of four draws the first that is not silent.
+def crop(wave, rng):
+    """LENGTH samples from anywhere in a wave, of four draws the first that is not silent.
 
-    A shorter sound lies anywhere in them.
+    A shorter wave lies anywhere in them.
     """
     if len(wave) <= LENGTH:
         before = rng.integers(0, LENGTH - len(wave) + 1)
@@ -79,13 +79,13 @@ def crop(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return clip
 
 
-def faster(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def faster(clip, rng):
     """At 0.85 to 1.18 times the speed, pitch and all. What is missing at the end is silent."""
     samples = np.arange(LENGTH)
     return np.interp(samples * rng.uniform(0.85, 1.18), samples, clip, right=0)
 
 
-def heard(waves: list[np.ndarray], i: int, rng: np.random.Generator) -> np.ndarray:
+def heard(waves, i, rng):
     """Recording i, as it is heard this time: (LENGTH,) float32."""
     clip = crop(waves[i], rng)
     if rng.random() < 0.5:
@@ -100,7 +100,7 @@ def heard(waves: list[np.ndarray], i: int, rng: np.random.Generator) -> np.ndarr
     return (clip * 10 ** (rng.uniform(-30, 0) / 20)).astype(np.float32)
 
 
-def gains(size: int, rng: np.random.Generator) -> torch.Tensor:
+def gains(size, rng):
     """Filters of `size` clips, (size, 1, 128), to be added to their features.
 
     Four of five tilt the spectrum by up to 12 dB and make a wave of up to 6 dB in it.
@@ -115,7 +115,7 @@ def gains(size: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(decibels * math.log(10) / 10).float()[:, None]
 
 
-def batch(waves: list[np.ndarray], size: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(waves, size, step):
     """Masked features (size, N_FRAMES, 128), and which recordings they are (size,)."""
     rng = np.random.default_rng([0, step])
     labels = rng.integers(len(waves), size=size)
@@ -128,14 +128,7 @@ def batch(waves: list[np.ndarray], size: int, step: int) -> tuple[torch.Tensor, 
 # ---------------------------------------------------------------------------------- the training
 
 
-def pretrain(
-    waves: list[np.ndarray],
-    weights: str,
-    steps: int,
-    out: Path,
-    size: int = 64,
-    save_every: int = 250,
-) -> None:
+def pretrain(waves, weights, steps, out, size=64, save_every=250):
     """Train `steps` steps from `weights`, and write the model without its head.
 
     The learning rate rises for at most 200 steps, stays, and falls to zero in the last quarter. The
@@ -143,7 +136,7 @@ def pretrain(
     another training.
     """
     torch.manual_seed(0)  # the new head is drawn
-    model = load_ast(weights, N_FRAMES, len(waves)).train()
+    model = load_ast(weights, N_FRAMES, len(waves))
     network = Patchout(model, KEEP)
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.98), 1e-6, 0.05)
     file = out.with_suffix(".resume.pt")
@@ -163,7 +156,7 @@ def pretrain(
         first = state["step"]
 
     warm = max(1, min(200, steps // 10))
-    bar = Bar(range(first, steps), "pretraining", unit="step", initial=first, total=steps)
+    bar = Bar(range(first, steps), "pretraining", unit="step")
     for step in bar:
         x, labels = batch(waves, size, step)
         torch.manual_seed(step)  # the patches that are kept are drawn
@@ -176,12 +169,9 @@ def pretrain(
         optimizer.step()
         bar.set_postfix(loss=loss.item())
         if (step + 1) % save_every == 0:
-            state = {
-                "which": which,
-                "step": step + 1,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
+            state = {"which": which, "step": step + 1}
+            state["model"] = model.state_dict()
+            state["optimizer"] = optimizer.state_dict()
             buffer = io.BytesIO()  # torch would call a full disk something else
             torch.save(state, buffer)
             with whole_file(file) as temporary:
@@ -195,7 +185,7 @@ def pretrain(
     print(f"written to {out}, made from {made}")
 
 
-def start(argv: list[str] | None) -> None:
+def start(argv):
     parser = Parser("python -m tools.pretrain", description="Make a backbone from recordings.")
     add = parser.add_argument
     add("sounds", type=Path, metavar="SOUNDS", help="a folder with recordings, anywhere beneath it")
