@@ -7,7 +7,8 @@ from helpers import SMALL_AST, make_folder, write_sound
 from safetensors.torch import load_file
 
 import data
-from load_weights import load_ast, read_header
+from load_weights import load_ast
+from support.checkpoints import read_header
 from tools import pretrain
 
 
@@ -17,26 +18,36 @@ def waves(tmp_path_factory):
 
 
 def test_a_recording_is_read_once_and_only_if_something_is_heard(tmp_path, capsys):
-    sounds = [("a/one.wav", 0.5, 1), ("b/same.wav", 0.5, 1), ("two.ogg", 0.5, 2), ("short.wav", 0.05, 3)]
+    sounds = [
+        ("a/one.wav", 0.5, 1),
+        ("b/same.wav", 0.5, 1),
+        ("two.ogg", 0.5, 2),
+        ("short.wav", 0.05, 3),
+    ]
     for name, seconds, seed in sounds:
         write_sound(tmp_path / name, seconds=seconds, seed=seed)
     (tmp_path / "text.wav").write_text("this is no sound")
     found = pretrain.read_all(tmp_path)
-    assert [len(wave) for wave in found] == [8000, 8000] and all(np.abs(wave).max() == 1 for wave in found)
+    assert [len(wave) for wave in found] == [8000, 8000] and all(
+        np.abs(wave).max() == 1 for wave in found
+    )
     assert "text.wav is in no known sound format, left out" in capsys.readouterr().err
     assert pretrain.main([str(tmp_path / "a"), "--out", str(tmp_path / "x.safetensors")]) == 2
     assert "has 1 recordings of at least 0.1 s" in capsys.readouterr().err
-    assert pretrain.main([str(tmp_path), "--out", str(tmp_path)]) == 2  # said before the training, not after it
-    assert capsys.readouterr().err == f"error: --out {tmp_path} is a folder: give the name of a file\n"
-    assert pretrain.main([str(tmp_path), "--steps", "1", "--out", str(tmp_path / "x.bin")]) == 2
-    message = f"error: --out {tmp_path / 'x.bin'}: give the name of a file that ends in .safetensors\n"
-    assert capsys.readouterr().err == message
+    for out in (tmp_path, tmp_path / "x.bin"):  # said before the training, not after it
+        assert pretrain.main([str(tmp_path), "--steps", "1", "--out", str(out)]) == 2
+        message = f"error: --out {out}: give the name of a file that ends in .safetensors\n"
+        assert capsys.readouterr().err == message
 
 
 def test_a_crop_is_a_part_of_the_sound_that_is_not_silent():
     rng = np.random.default_rng(0)
     ramp = np.arange(1, 40_001, dtype=np.float32) / 40_000
-    starts = {int(clip[0] * 40_000) for _ in range(20) if len(clip := pretrain.crop(ramp, rng)) == pretrain.LENGTH}
+    starts = {
+        int(clip[0] * 40_000)
+        for _ in range(20)
+        if len(clip := pretrain.crop(ramp, rng)) == pretrain.LENGTH
+    }
     assert len(starts) > 10 and max(starts) <= 40_000 - pretrain.LENGTH + 1
     short = pretrain.crop(ramp[:100], rng)
     assert len(short) == pretrain.LENGTH and short[short > 0].tolist() == ramp[:100].tolist()
@@ -55,7 +66,7 @@ def test_faster_is_higher():
 
 
 def test_a_filter_is_the_same_on_the_sound_and_on_its_features():
-    """Against a filter of the spectrum itself, where neighbouring frequencies of a band get nearly the same."""
+    """Against a filter of the spectrum: neighbouring frequencies of a band get nearly the same."""
     drawn = np.random.default_rng(3).uniform([-12, -6, 0.5, 0], [12, 6, 3, 1], (1, 4))[0]
     noise = np.random.default_rng(0).standard_normal(data.RATE)
     f = np.linspace(0, 1, data.RATE // 2 + 1)
@@ -66,7 +77,9 @@ def test_a_filter_is_the_same_on_the_sound_and_on_its_features():
     assert (after - expected)[..., 20:].mean(1).abs().max() < 0.05
 
 
-def test_an_interrupted_training_ends_with_the_bits_of_an_unbroken_one(waves, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_with_the_bits_of_an_unbroken_one(
+    waves, tmp_path, monkeypatch
+):
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     pretrain.pretrain(waves, str(SMALL_AST), 5, whole, size=3, save_every=2)
     assert not whole.with_suffix(".resume.pt").exists()
@@ -81,7 +94,9 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_unbroken_one(waves, tm
         clip = torch.nn.utils.clip_grad_norm_
         patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (stop(*args), clip(*args)))
         pretrain.pretrain(waves, str(SMALL_AST), 5, broken, size=3, save_every=2)
-    with pytest.raises(pretrain.UserError, match=r"broken\.resume\.pt is damaged or of another training: delete it"):
+    with pytest.raises(
+        pretrain.UserError, match=r"broken\.resume\.pt is damaged or of another training: delete it"
+    ):
         pretrain.pretrain(waves, str(SMALL_AST), 6, broken, size=3)
     file = broken.with_suffix(".resume.pt")
     state = file.read_bytes()
@@ -92,7 +107,9 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_unbroken_one(waves, tm
     file.write_bytes(state)
     pretrain.pretrain(waves, str(SMALL_AST), 5, broken, size=3, save_every=2)
     first, second = load_file(whole), load_file(broken)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_the_file_is_a_backbone_without_a_head(waves, tmp_path):

@@ -5,24 +5,20 @@
 The contestants run in turn, so a busy machine slows all of them, and the median counts. They have
 the same random weights of the base AST with a head of 50 classes, the same batch, optimizer, type,
 and threads or GPU. Their logits must agree before the clock starts. The loop of train.py trains
-both. peft adds LoRA to transformers. --compile compiles both.
+both. peft adds LoRA to transformers. --compile compiles both for training, as in train.py.
 
 The memory is that of the weights, of the optimizer, and of what a step needs beyond them.
 """
 
-import argparse
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
 
 import data
 import petl
@@ -32,7 +28,7 @@ from support.command import Parser, choose_device, choose_dtype, exit_code, need
 from support.files import write_json
 from support.records import forget_peak, peak_memory
 from support.speed import Machine
-from support.vectors import probed
+from support.vectors import skip_frozen
 from tools.export import write_hf
 
 N_CLASSES = 50
@@ -56,9 +52,9 @@ class Bench(Machine):
     repeats: int = 3
     weights: str = "random:base"
 
-    def settings(self, **changes) -> train.Settings:
+    def settings(self, lr: float = 1e-4, mask_frames: int = 0) -> train.Settings:
         """The settings of a run on random clips."""
-        settings = train.Settings(
+        return train.Settings(
             dataset="random",
             weights=self.weights,
             backbone="",
@@ -70,28 +66,16 @@ class Bench(Machine):
             n_frames=self.n_frames,
             epochs=10**9,
             batch_size=self.batch,
-            lr=1e-4,
-            mask=False,
+            lr=lr,
+            mask_frames=mask_frames,
             dtype=self.dtype,
         )
-        return replace(settings, **changes)
 
 
 # ------------------------------------------------------------------------------------- contestants
 
 
-class Theirs(nn.Module):
-    """A model of transformers that is called as ours is."""
-
-    def __init__(self, wrapped: nn.Module):
-        super().__init__()
-        self.wrapped = wrapped
-
-    def forward(self, fbank):
-        return self.wrapped(input_values=fbank).logits
-
-
-def theirs(folder: Path, method: str | None) -> nn.Module:
+def theirs(folder, method):
     """The same model with transformers and peft. UserError where they are not installed."""
     with needed("the comparison needs", "-r requirements-dev.txt"):
         import peft
@@ -112,47 +96,52 @@ def theirs(folder: Path, method: str | None) -> nn.Module:
     elif method != "full_ft":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(tuple(last)))
-    return Theirs(model)
+    # A call returns the logits alone, as a call of our model does.
+    model.register_forward_hook(lambda model, inputs, output: output.logits)
+    return model
 
 
-def contestants(method: str | None, bench: Bench) -> dict[str, nn.Module]:
-    """Models with equal logits. Without a method, final LayerNorm and head alone are trained."""
+def contestants(method, bench):
+    """Our model and theirs by name. Their logits are equal.
+
+    Without a method, final LayerNorm and head alone are trained.
+    """
     torch.compiler.reset()  # torch compiles a function a few times only: other rows must not count
     ours = load_ast(bench.weights, bench.n_frames, N_CLASSES, "cls_dist")
     with tempfile.TemporaryDirectory() as folder:
         write_hf(ours, {}, Path(folder))
         other = theirs(Path(folder), method).to(bench.device)
     ours = bench.prepare(petl.apply(ours, method or "linear"), bench.dtype)
-    x, _ = random_clips(bench.batch, bench).batch(slice(None), bench.device)
+    x = random_clips(bench.batch, bench).features.float()
     with torch.inference_mode(), bench.autocast(bench.dtype):
-        difference = (ours.eval()(x).float() - other.eval()(x).float()).abs().max().item()
+        difference = (ours.eval()(x) - other.eval()(x)).abs().max().item()
     if not difference < (1e-3 if bench.dtype == "float32" else 0.1):
         raise RuntimeError(f"they do not compute the same: logits differ by {difference:.2g}")
     return {"ours": ours, "theirs": other}
 
 
-def random_clips(n: int, bench: Bench) -> data.Clips:
+def random_clips(n, bench):
+    """Clips of noise, on the device."""
     torch.manual_seed(0)
     features = torch.randn(n, bench.n_frames, data.N_MELS).half()
     labels = torch.arange(n, device=bench.device) % N_CLASSES
     return data.Clips(features.to(bench.device), labels)
 
 
-def pass_of(method: str | None, network: nn.Module, clips: data.Clips, bench: Bench) -> Callable:
-    """An epoch over all clips by the loop of train.py; without a method their evaluation."""
-    settings = bench.settings()
-    learner = train.Learner(network, settings, bench)
+def pass_of(method, network, clips, bench):
+    """A function that trains an epoch by the loop of train.py. Without a method it evaluates."""
+    learner = train.Learner(network, bench.settings(), bench)
     every = list(range(len(clips.labels)))
     if method is None:
-        return partial(train.evaluate, learner.forward, clips, every, settings, bench)
-    return partial(train.train_epoch, learner, clips, every, 1, settings, bench)
+        return lambda: train.evaluate(learner, clips, every)
+    return lambda: train.train_epoch(learner, clips, every, 1).tolist()
 
 
 # --------------------------------------------------------------------------------------- measuring
 
 
-def in_turn(ways: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each, one after the other in every round.
+def in_turn(ways, repeats):
+    """Seconds of `repeats` calls of each function by its name, one after the other in every round.
 
     All calls end by reading a number, which waits for the device. In its turn each is called twice,
     and the second call counts. The first call gets back the memory that the others have taken.
@@ -167,38 +156,40 @@ def in_turn(ways: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peak_mb(step: Callable) -> float | None:
-    """Memory that a step takes at its peak beyond what is there before, in MB. None if unknown."""
+def memory_mb(step, network):
+    """Memory of the weights, of the optimizer, and of a step at its peak, in MB. None if unknown.
+
+    AdamW keeps two numbers for each trained one.
+    """
     if not forget_peak():
         return None
     before = peak_memory()
     step()
-    return (peak_memory() - before) / 1e6
+    taken = peak_memory() - before
+    for tensor in [*network.parameters(), *network.buffers()]:
+        taken += tensor.nbytes * (3 if tensor.requires_grad else 1)
+    return round(taken / 1e6)
 
 
-def memory_mb(step: Callable, network: nn.Module) -> int | None:
-    """Memory of the weights, of the optimizer, and of a step at its peak, in MB.
-
-    AdamW keeps two numbers for each trained one.
-    """
-    kept = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
-    kept += 2 * sum(tensor.nbytes for tensor in network.parameters() if tensor.requires_grad)
-    peak = peak_mb(step)
-    return None if peak is None else round(peak + kept / 1e6)
-
-
-def measure(row: str, bench: Bench) -> list[dict]:
+def measure(row, bench):
     """A row of the table for every contestant, which is printed.
 
     The time is the median. `spread` is half the range from the fastest to the slowest, in percent
-    of it. `ratio` is how much faster ours is.
+    of it. `ratio` is how much faster ours is. Our linear probe trains on vectors that its first
+    epoch has kept.
     """
     models = {}
     if row == "features":
         ways = features(bench)
     else:
-        models = contestants(STEPS[row], bench)
-        ways = passes(STEPS[row], models, bench)
+        method = STEPS[row]
+        models = contestants(method, bench)
+        clips = random_clips(bench.batch, bench)
+        ways = {name: pass_of(method, model, clips, bench) for name, model in models.items()}
+        if method == "linear":
+            split = data.Split(list(range(bench.batch)), [], [])
+            network, vectors = skip_frozen(models["ours"], clips, split, bench.settings(), bench)
+            ways["ours"] = pass_of(method, network, vectors, bench)
     times = in_turn(ways, bench.repeats)
     results = []
     for name, seconds in times.items():
@@ -206,28 +197,14 @@ def measure(row: str, bench: Bench) -> list[dict]:
         ms = round(1e3 * middle / bench.batch, 3)
         spread = round(50 * (max(seconds) - min(seconds)) / middle, 1)
         ratio = round(middle / median(times["ours"]), 2)
-        memory = memory_mb(ways[name], models[name]) if name in models else None
+        memory = memory_mb(ways[name], models[name]) if models else None
         values = (row, name, ms, spread, ratio, memory)
         print(LINE.format(*values), flush=True)
         results.append(dict(zip(COLUMNS, values, strict=True)))
     return results
 
 
-def passes(method: str | None, models: dict[str, nn.Module], bench: Bench) -> dict[str, Callable]:
-    """A training step of each model. Without a method it is an evaluation.
-
-    Our linear probe trains on vectors that its first epoch has kept.
-    """
-    clips = random_clips(bench.batch, bench)
-    ways = {name: pass_of(method, model, clips, bench) for name, model in models.items()}
-    if method == "linear":
-        split = data.Split(list(range(bench.batch)), [], [])
-        vectors = probed(models["ours"], clips, split, bench.settings(), bench)
-        ways["ours"] = pass_of(method, *vectors, bench)
-    return ways
-
-
-def features(bench: Bench) -> dict[str, Callable]:
+def features(bench):
     """Waveforms to features, one by one: ours, and the extractor of transformers.
 
     The extractor uses torchaudio where that is installed.
@@ -245,7 +222,7 @@ def features(bench: Bench) -> dict[str, Callable]:
 # ------------------------------------------------------------------------------------- the command
 
 
-def describe(bench: Bench) -> str:
+def describe(bench):
     """The machine and what else the numbers depend on."""
     where = f"CPU, {torch.get_num_threads()} threads"
     if bench.device.type == "cuda":
@@ -254,18 +231,18 @@ def describe(bench: Bench) -> str:
     return f"{where}, {bench.dtype}, {clips}, torch {torch.__version__}"
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
+def run(argv):
     parser = Parser("python -m tools.bench", description="Measure speed and memory.")
     add = parser.add_argument
     add("--quick", action="store_true", help="clips of one second instead of five")
-    add("--compile", action="store_true", help="torch.compile all contestants")
+    add("--compile", action="store_true", help="torch.compile all contestants for training")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--weights", default="random:base", help="the backbone")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     sizes = {"batch": 32, "repeats": 20} if device.type == "cuda" else {}
-    return args, Bench(
+    bench = Bench(
         device,
         compile=args.compile,
         dtype=choose_dtype("auto", device),
@@ -273,10 +250,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Bench]:
         weights=args.weights,
         **sizes,
     )
-
-
-def run(argv: list[str] | None) -> None:
-    args, bench = parse(argv)
     warnings.filterwarnings("ignore", module="transformers")  # of its own next version
     print(describe(bench))
     print(LINE.format(*COLUMNS))
