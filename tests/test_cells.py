@@ -99,9 +99,7 @@ def test_tables_name_the_rows_of_petl():
     for name, table in TABLES.items():
         for row, method in table.rows.items():
             if name in tables:
-                first.setdefault(
-                    method, f"{tables[name]}, {row.split(',')[0].replace('Seq/Par', 'Seq')}"
-                )
+                first.setdefault(method, f"{tables[name]}, {row.split(',')[0]}")
     assert first == {
         method.name: method.where for method in petl.METHODS.values() if method.where != "-"
     }

@@ -177,19 +177,6 @@ def test_what_cannot_be_is_said_in_one_line(train_main, capsys, words, message):
     assert (message in error and error.startswith("error: ")) or message in error.splitlines()[-1]
 
 
-def test_a_run_that_knew_no_share_of_patches_goes_on(train_main, tmp_path, capsys):
-    """Its config.json has no such key, and no list of checksums lies beside it: it is a run with all of them."""
-    assert train_main("--method", "lora", "--epochs", 1) == 0
-    file = tmp_path / "runs/esc10/lora/seed0/config.json"
-    config = json.loads(file.read_text())
-    del config["keep"]
-    for words, code in ((["--folds", "1,2"], 0), (["--keep", 0.5], 2)):
-        file.write_text(json.dumps(config))
-        file.with_name("SHA256SUMS").unlink()
-        assert train_main("--method", "lora", "--epochs", 1, *words) == code
-    assert "holds a run with keep None, not 0.5" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("method", ["hydra", "adapter_ffn_par_before", "adapter_lora"])
 def test_blocks_of_unequal_width_are_no_plain_model(method):
     model = petl.apply(tiny_ast(depth=3), replace(petl.METHODS[method], blocks=(2, 3)))
