@@ -1,4 +1,7 @@
-"""Answers that are unsure, events, label tracks, embeddings, and the same from Python; numbers typed by hand."""
+"""Answers that are unsure, events, label tracks, embeddings, and the same from Python.
+
+The numbers are typed by hand.
+"""
 
 import json
 from pathlib import Path
@@ -49,11 +52,11 @@ def error(capsys):
     return call
 
 
-# ---------------------------------------------------------------------------------------------------------- unsure
+# ------------------------------------------------------------------------------------------- unsure
 
 
 def test_unsure_is_the_first_answer_in_every_form(tmp_path, answer):
-    """Of 0.8 and 0.2 a temperature of 2 makes 2/3 and 1/3; what is told of a class does not change."""
+    """A temperature of 2 makes 2/3 and 1/3 of 0.8 and 0.2."""
     fold = constant(tmp_path / "fold1.safetensors", 0.8, 0.2, classes=["a", "b"], calibration=FACTS)
     file = write_sound(tmp_path / "x.wav")
     words = [fold, file, "--min-confidence", 0.7]
@@ -71,7 +74,10 @@ def test_unsure_is_the_first_answer_in_every_form(tmp_path, answer):
 
 
 def test_what_is_far_from_every_class_is_unsure(tmp_path):
-    """Squared distance d of the logits, log 0.8 and log 0.2, from the only centre: the probability times exp(1 - d)."""
+    """The confidence is the probability times exp(1 - d).
+
+    d is the squared distance of the logits, log 0.8 and log 0.2, from the only centre.
+    """
     far = {**FACTS, "whitening": [[1.0, 0.0], [0.0, 1.0]]}
     fold = constant(tmp_path / "fold1.safetensors", 0.8, 0.2, calibration=far)
     found = load(fold)(np.zeros(8000), 16_000)
@@ -81,7 +87,10 @@ def test_what_is_far_from_every_class_is_unsure(tmp_path):
 
 
 def test_folds_have_their_own_temperatures(tmp_path):
-    """Probabilities, confidence and the least confidence are the means of theirs; one without them has 1 and 0."""
+    """Probabilities, confidence and the least confidence are the means over the folds.
+
+    A fold without a temperature and a least confidence has 1 and 0.
+    """
     constant(
         tmp_path / "fold1.safetensors", 0.8, 0.2, classes=["a", "b"], calibration=FACTS, **of_run(1)
     )
@@ -95,7 +104,7 @@ def test_folds_have_their_own_temperatures(tmp_path):
     }
 
 
-# ------------------------------------------------------------------------------------------------------ from Python
+# -------------------------------------------------------------------------------------- from Python
 
 
 def test_from_python(tmp_path, answer):
@@ -129,7 +138,7 @@ def test_sounds_that_are_none(tmp_path):
             classify(samples, 16_000)
         with pytest.raises(ValueError, match=wanted):
             list(classify.listen(samples, 16_000))
-    with pytest.raises(ValueError, match="no sound: .* and their rate"):
+    with pytest.raises(ValueError, match=r"no sound: .* and their rate"):
         classify(np.zeros(16_000))
     for rate in (0, 1e-9, np.nan):
         with pytest.raises(ValueError, match="no sound"):
@@ -138,7 +147,7 @@ def test_sounds_that_are_none(tmp_path):
         load(tmp_path / "absent")
 
 
-# ----------------------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
 
 
 def windows(text: str) -> list[Answer]:
@@ -154,20 +163,31 @@ def told(answers) -> list[tuple]:
 
 
 def test_events_by_hand():
-    """Windows of a second every half: each speaks for the half second in its middle, the first and last for more."""
+    """Windows of a second, one every half second.
+
+    Each speaks for the half second in its middle, the first and last for more.
+    """
     assert told(events_of(windows("AABbB?CCa"), 0.5)) == [
-        ("A", 0.0, 1.25, 0.9), ("B", 1.25, 1.75, 0.9), ("B", 2.25, 2.75, 0.9), ("C", 3.25, 4.25, 0.9),
-    ]  # fmt: skip
+        ("A", 0.0, 1.25, 0.9),
+        ("B", 1.25, 1.75, 0.9),
+        ("B", 2.25, 2.75, 0.9),
+        ("C", 3.25, 4.25, 0.9),
+    ]
     assert told(events_of(windows("AABbB?CCa"), 0.4)) == [
-        ("A", 0.0, 1.25, 0.9), ("B", 1.25, 2.75, pytest.approx(2.2 / 3, abs=1e-6)), ("C", 3.25, 4.25, 0.9),
+        ("A", 0.0, 1.25, 0.9),
+        ("B", 1.25, 2.75, pytest.approx(2.2 / 3, abs=1e-6)),
+        ("C", 3.25, 4.25, 0.9),
         ("A", 4.25, 5.0, 0.4),
-    ]  # fmt: skip
+    ]
     assert told(events_of(windows("A"), 0.5)) == [("A", 0.0, 1.0, 0.9)]
     assert told(events_of(windows("?a?"), 0.5)) == []
 
 
 def test_label_tracks(tmp_path, answer, capsys):
-    """Beside each recording that can be read, by a name that no other program uses; a second time over the first."""
+    """A track lies beside each recording that can be read, by a name that no other program uses.
+
+    A second track replaces the first.
+    """
     fold = constant(tmp_path / "fold1.safetensors", 0.9, 0.1, classes=["one\tthing", "b"])
     file = write_sound(tmp_path / "sounds" / "a.wav", seconds=2.0)
     cut = write_sound(tmp_path / "sounds" / "b.wav", seconds=20.0)
@@ -196,7 +216,7 @@ def test_embeddings_over_what_is_there(tmp_path, error, capsys):
     assert file.read_bytes() == content
 
 
-# ------------------------------------------------------------------------------------------------------- embeddings
+# --------------------------------------------------------------------------------------- embeddings
 
 
 def test_embeddings(tmp_path, answer):

@@ -1,4 +1,5 @@
-"""tools.predict as a user runs it: windows, formats, folders, several folds, tags, and everything that can go wrong."""
+"""tools.predict as a user runs it: windows, formats, folders, several folds, tags, and what can go
+wrong."""
 
 import csv
 import io
@@ -91,7 +92,7 @@ def as_tensor(row: dict) -> torch.Tensor:
     return torch.tensor([found[name] for name in CLASSES])
 
 
-# --------------------------------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------------------------------------ windows
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,10 @@ def as_tensor(row: dict) -> torch.Tensor:
 @pytest.mark.parametrize("hop", [160, 480, 800])
 @pytest.mark.parametrize("block", [1, 333, 10_000])
 def test_windows_cover_everything(length, hop, block):
-    """Windows of 4 frames, 880 samples: in order, a hop apart but for the last, which ends with the sound."""
+    """Windows of 4 frames, 880 samples, come in order and a hop apart.
+
+    The last ends with the sound.
+    """
     wave = np.arange(length, dtype=np.float32)
     blocks = [wave[i : i + block] for i in range(0, length, block)]
     windows = list(predict.cut(blocks, n_frames=4, hop=hop))
@@ -153,7 +157,10 @@ def test_a_long_sound_is_the_mean_of_its_windows(tmp_path, fold, rows):
 
 
 def test_windows_point_at_the_events(tmp_path):
-    """Three tones in two minutes of noise. The head is fitted to a random backbone, which is enough to tell tones."""
+    """Three tones in two minutes of noise.
+
+    The head is fitted to a random backbone, which is enough to tell tones.
+    """
     rng = np.random.default_rng(0)
 
     def tone(hz, seconds):  # at 44.1 kHz
@@ -211,7 +218,7 @@ def test_windows_at_once(tmp_path, fold, monkeypatch):
         assert dict(one.classes) == pytest.approx(dict(other.classes), abs=2e-6)
 
 
-# ------------------------------------------------------------------------------------------- files, folders, formats
+# -------------------------------------------------------------------------- files, folders, formats
 
 
 def test_folders_are_walked(tmp_path, fold, rows, main):
@@ -319,7 +326,7 @@ def test_what_follows_in_the_pipe_may_stop_reading(tmp_path, fold):
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
-# ----------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 def test_a_merged_model_answers_alike(tmp_path, rows):
@@ -353,7 +360,10 @@ def test_a_merged_model_answers_alike(tmp_path, rows):
 
 @pytest.mark.parametrize(("pool", "method"), [("mean", "linear"), ("cls_dist", "dpt")])
 def test_a_trained_run_knows_its_sounds(pool, method, train_main, tmp_path, esc50_dir, rows):
-    """train.py --pool, then tools.predict on the test clips of the fold: as many right as the fold's accuracy says."""
+    """train.py --pool, then tools.predict on the test clips of the fold.
+
+    As many answers are right as the accuracy of the fold says.
+    """
     assert train_main("--method", method, "--pool", pool, "--epochs", 3, "--lr", 1e-2) == 0
     run = tmp_path / "runs/esc10" / method / "seed0"
     assert read_header(run / "fold1.safetensors")["pool"] == pool
@@ -371,7 +381,7 @@ def test_a_trained_run_knows_its_sounds(pool, method, train_main, tmp_path, esc5
     assert 100 * sum(right) / len(right) == pytest.approx(accuracy)
 
 
-# -------------------------------------------------------------------------------------------------------- bad models
+# --------------------------------------------------------------------------------------- bad models
 
 
 @pytest.fixture
@@ -420,13 +430,17 @@ def test_another_front_end(tmp_path, monkeypatch, fails):
 
 
 def test_no_sounds_and_unknown_options(fold, main):
-    for words, message in (((fold,), "no sounds to classify"), ((fold, "x.wav", "--top", "0"), "--top"),
-                           ((fold, "x.wav", "--json", "--csv"), "not allowed with"), ((), "are required")):  # fmt: skip
+    for words, message in (
+        ((fold,), "no sounds to classify"),
+        ((fold, "x.wav", "--top", "0"), "--top"),
+        ((fold, "x.wav", "--json", "--csv"), "not allowed with"),
+        ((), "are required"),
+    ):
         code, _, err = main(*words)
         assert code == 2 and message in err and err.count("\n") == 1
 
 
-# ---------------------------------------------------------------------- lines and numbers typed by hand
+# ------------------------------------------------------------------ lines and numbers typed by hand
 
 
 def glide(path: Path, samples: int, rate: int = 16_000) -> Path:
@@ -572,7 +586,8 @@ def test_a_long_recording_is_listened_to_as_it_comes(tmp_path, fold, monkeypatch
 
 
 def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, monkeypatch, capsys):
-    """Nothing trained: its own head on the mean of [CLS] and [distillation], a sigmoid for each tag."""
+    """Nothing trained: a sigmoid for each tag of its own head, which reads the mean of [CLS] and
+    [distillation]."""
     asked = []
 
     def deliver(repository, name):

@@ -73,8 +73,10 @@ def events_of(windows: list[Answer], threshold: float) -> Iterator[Answer]:
     An event is a row of windows that are sure of one class, each with a probability of `threshold`
     or more. The probability of the event is the mean of theirs.
     """
-    middles = [(window.start + window.end) / 2 for window in windows]
-    edges = [0.0, *((one + next) / 2 for one, next in pairwise(middles)), windows[-1].end]
+    edges = [0.0]
+    for one, other in pairwise(windows):
+        edges.append((one.start + one.end + other.start + other.end) / 4)
+    edges.append(windows[-1].end)
     pieces = [
         replace(window, start=start, end=end)
         for window, (start, end) in zip(windows, pairwise(edges), strict=True)
