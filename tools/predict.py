@@ -1,53 +1,68 @@
 """Classify sounds with what train.py trained, or tag them with the pretrained model.
 
     python -m tools.predict runs/demo/houlsby_par/seed0 recording.wav folder_of_sounds/
-    python -m tools.predict --tags street.mp3                    # AudioSet's 527 tags, nothing trained
+    python -m tools.predict --tags street.mp3  # AudioSet's 527 tags, nothing trained
 
     from tools.predict import load
     classify = load("runs/demo/houlsby_par/seed0")
-    classify("recording.wav").best                               # the class, or "unsure"; all probabilities: .classes
-    classify(samples, 44_100).confidence                         # an array at any rate
+    classify("recording.wav").best  # the class, or "unsure"; all probabilities: .classes
+    classify(samples, 44_100).confidence  # an array at any rate
 
-A sound longer than the training clips is read in windows. `windows_of` cuts all sounds into one stream of windows,
-`score` turns that stream into probabilities, batch by batch, `answers` gathers them again sound by sound. Everything is
-lazy: at no time more than one batch of windows is in memory, however many files there are and however long they are.
+A sound longer than the training clips is read in windows. Its answer is the mean of theirs. A
+recording is read as it comes: never more than one batch of its windows is in memory.
 """
 
 import argparse
-import math
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
-from sounds.audio import RATE, SUFFIXES, files_in, length_of, stream_audio
-from support import command
+from sounds.audio import RATE, SUFFIXES, files_in, stream_audio
 from support.calibration import Calibration
 from support.checkpoints import read_header, read_names
-from support.command import Parser, UserError, choose_device, choose_dtype, exit_code, first_of, positive
-from support.files import whole_file
+from support.command import (
+    Parser,
+    UserError,
+    choose_device,
+    choose_dtype,
+    exit_code,
+    first_of,
+    positive,
+    warn,
+)
+from support.files import csv_of
 from support.progress import Bar
 from support.records import fold_files, read_folds
-from support.speed import Machine, autocast, prepare
-from tools.answers import COLUMNS, Answer, events_of, printable, save_embeddings, shown, write_tracks
+from support.speed import Machine
+from tools.answers import (
+    COLUMNS,
+    Answer,
+    events_of,
+    print_answer,
+    printable,
+    save_embeddings,
+    write_track,
+)
 
-CPU = torch.device("cpu")
+BATCH = 16  # windows at once
+
+
+class Unreadable(ValueError):
+    """A sound that cannot be read, and the reason."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Models whose answers are averaged: one, or those of several folds. All read and answer the same.
+    """Models whose answers are averaged: one model, or the models of several folds.
 
     `load` makes one. It is called with a sound and returns an Answer.
     """
@@ -55,70 +70,107 @@ class Classifier:
     models: list[AST]
     classes: list[str]
     activation: Callable[[torch.Tensor], torch.Tensor]  # logits to probabilities
-    calibrations: list[Calibration]  # of each model
-    min_confidence: float = 0.0
-    device: torch.device = CPU
-    dtype: str = "float32"
-
-    @property
-    def n_frames(self) -> int:
-        return self.models[0].config.n_frames
+    calibrations: list[Calibration]  # one of each model
+    min_confidence: float
+    machine: Machine  # the device
 
     def __call__(self, sound: Path | str | np.ndarray, rate: int | None = None) -> Answer:
-        """A file, or samples (samples,) or (samples, channels) in [-1, 1] at `rate` Hz, to an Answer on all classes.
-
-        Raises ValueError with the reason for a sound that cannot be read.
-        """
-        if rate is None and isinstance(sound, np.ndarray):
-            raise ValueError("samples need a rate: classify(samples, 44_100)")
-        sound = Path(sound) if rate is None else at_16_khz(sound, rate)
-        (answer,) = deque(self.listen([sound], top=len(self.classes)), maxlen=1)
-        if answer.error is not None:
-            raise ValueError(f"{sound}: {answer.error}")
-        return answer
+        """The answer on a whole sound, with all classes. The arguments are those of `listen`."""
+        for answer in self.listen(sound, rate, top=len(self.classes)):
+            whole = answer
+        return whole
 
     def listen(
-        self, sounds: Iterable[Path | str | np.ndarray], hop: float | None = None, top: int = 3, batch_size: int = 32
+        self,
+        sound: Path | str | np.ndarray,
+        rate: int | None = None,
+        hop: float | None = None,
+        top: int = 3,
     ) -> Iterator[Answer]:
-        """Of each sound, a file or samples (samples,) at 16 kHz, an Answer on every window, with its best class, and
-        then on the whole, with the best `top`; or one with an `error`.
+        """Yield an Answer on each window of a sound, with its best class, as it is heard.
 
-        A window begins `hop` seconds after the one before it (None: half a window), and they come as they are heard.
-        Raises UserError for a hop that is longer than a window or no frame at all.
+        The last Answer is on the whole sound, with the best `top` classes. A sound is a file, or
+        samples (samples,) in [-1, 1] at `rate` Hz. A window begins `hop` seconds after the window
+        before it. None means half a window. Raises Unreadable, a ValueError, and UserError for a
+        hop that is longer than a window or no frame at all.
         """
-        wanted = self.n_frames // 2 if hop is None else hop * RATE / HOP  # frames
-        if not 0.5 < wanted <= self.n_frames + 0.5:
-            long = f"windows are {self.n_frames * HOP / RATE:g} s long"
-            raise UserError(f"--hop {hop}: {long}, give a hop of 0.01 s to that")
-        windows = windows_of(sounds, self.n_frames, round(wanted) * HOP)
-        return answers(score(windows, self, batch_size), self, top)
+        n_frames = self.models[0].config.n_frames
+        frames = n_frames // 2 if hop is None else hop * RATE / HOP
+        if not 0.5 < frames <= n_frames + 0.5:
+            length = f"{n_frames * HOP / RATE:g} s"
+            raise UserError(f"--hop {hop}: windows are {length} long, give a hop of 0.01 s to that")
+        is_file = isinstance(sound, Path | str)
+        blocks = stream_audio(Path(sound)) if is_file else [at_16_khz(sound, rate)]
+        windows = cut(blocks, n_frames, round(frames) * HOP)
+        total = 0
+        count = 0
+        while True:
+            try:
+                batch = list(islice(windows, BATCH))
+            except ValueError as error:
+                raise Unreadable(f"{sound}: {error}") from None
+            if not batch:
+                break
+            rows = self.score([wave for _, wave in batch])
+            for (start, wave), row in zip(batch, rows, strict=True):
+                end = (start + len(wave)) / RATE
+                total = total + row.astype(float)
+                count += 1
+                yield self.answer(row, 1, start / RATE, end)
+        yield self.answer(total / count, top, 0.0, end)
+
+    @torch.inference_mode()
+    def score(self, waves: list[np.ndarray]) -> np.ndarray:
+        """Windows of sound, each (samples,), to (windows, classes + 1 + dim * models).
+
+        First the probabilities, then the factor of Calibration.known. Both are the mean over the
+        models. Then come the vectors that the heads of the models read.
+        """
+        n_frames = self.models[0].config.n_frames
+        waves = [torch.from_numpy(wave).to(self.machine.device) for wave in waves]
+        x = torch.stack([to_input(fbank(wave), n_frames) for wave in waves])
+        total = 0
+        vectors = []
+        for model, calibration in zip(self.models, self.calibrations, strict=True):
+            with self.machine.autocast(dtype_on(self.machine)):
+                vector = model.vector(x)
+                logits = model.head(vector).float()
+            probabilities = self.activation(logits / calibration.temperature)
+            total = total + torch.cat([probabilities, calibration.known(logits)[:, None]], dim=1)
+            vectors.append(vector.float())
+        return torch.cat([total / len(vectors), *vectors], dim=1).cpu().numpy()
+
+    def answer(self, row: np.ndarray, top: int, start: float, end: float) -> Answer:
+        """A row of `score` in words. Names of classes may come from anyone, so they are escaped."""
+        count = len(self.classes)
+        order = np.argsort(-row[:count], kind="stable")[:top]
+        best = tuple((printable(self.classes[i]), float(row[i])) for i in order)
+        confidence = best[0][1] * float(row[count])
+        unsure = confidence < self.min_confidence
+        return Answer(start, end, best, confidence, unsure, row[count + 1 :].astype(np.float32))
 
 
-@dataclass(frozen=True)
-class Window:
-    """A piece of a sound, or the reason why there is none. A file that breaks off ends with such a reason."""
-
-    number: int  # of its sound: arrays have no name, and the same file may come twice
-    file: Path | None
-    start: int = 0  # samples at 16 kHz
-    wave: np.ndarray | None = None  # (samples,)
-    error: str | None = None
+def probabilities(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
+    """Windows of sound, each (samples,), to probabilities (windows, classes)."""
+    return classifier.score(waves)[:, : len(classifier.classes)]
 
 
-# ------------------------------------------------------------------------------------------------------- the models
+# ------------------------------------------------------------------------------------- the models
 
 
 def load(
-    path: Path | str, weights: str | None = None, min_confidence: float | None = None, device: str = "auto"
+    path: Path | str,
+    weights: str | None = None,
+    min_confidence: float | None = None,
+    device: str = "auto",
 ) -> Classifier:
-    """The model of a fold file, or those of all folds in a run folder, as something to call with a sound.
+    """The model of a fold file, or the models of all folds in a run folder.
 
-    weights: where the backbone is now. min_confidence: what is less sure is answered "unsure"; None takes the value at
-    which nine of ten right answers on the validation clips stay (without such clips: 0). Raises UserError.
+    `weights` says where the backbone is now. An answer of less than `min_confidence` is "unsure".
+    None takes the value at which nine of ten right answers on the validation clips stay. Without
+    such clips it is 0. Raises UserError.
     """
-    path, device = Path(path), choose_device(device)
-    if not path.exists():
-        raise UserError(f"{path}: no such run or checkpoint; give a folder or a foldK.safetensors that train.py wrote")
+    path = Path(path)
     if path.is_dir():
         headers = list(read_folds(path).values())
         files = list(fold_files(path).values())
@@ -126,274 +178,188 @@ def load(
         headers = [read_header(path)]
         files = [path]
     if not files:
-        raise UserError(f"{path} holds no fold*.safetensors: give the folder of a run with a finished fold")
+        raise UserError(f"{path} holds no fold*.safetensors: give a run with a finished fold")
     for file, header in zip(files, headers, strict=True):
         if header.get("front_end", FRONT_END) != FRONT_END:
-            raise UserError(f"{file} was trained with another front end: {header['front_end']}, not {FRONT_END}")
+            raise UserError(f"{file} was trained with another front end than {FRONT_END}")
     models = [load_trained(file, weights) for file in files]
-    classes = headers[0].get("classes") or [f"class {i}" for i in range(models[0].config.n_classes)]
+    classes = headers[0].get("classes")
+    if classes is None:
+        classes = [f"class {i}" for i in range(models[0].config.n_classes)]
     calibrations = [Calibration(**header.get("calibration", {})) for header in headers]
     if min_confidence is None:
         min_confidence = float(np.mean([each.min_confidence for each in calibrations]))
-    classifier = Classifier(models, classes, partial(torch.softmax, dim=-1), calibrations, min_confidence)
-    return placed(classifier, device)
+    softmax = partial(torch.softmax, dim=-1)
+    machine = place(models, device)
+    return Classifier(models, classes, softmax, calibrations, min_confidence, machine)
 
 
-def load_tagger(weights: str = "audioset", min_confidence: float | None = None, device: str = "auto") -> Classifier:
-    """The pretrained AST with its own head. Several tags may be true at once: a sigmoid, not a softmax."""
+def load_tagger(
+    weights: str = "audioset", min_confidence: float | None = None, device: str = "auto"
+) -> Classifier:
+    """The pretrained AST with its own head. Several tags may be true at once: a sigmoid."""
     model = load_ast(weights, pool="cls_dist").eval()
-    names = class_names(weights, model.config.n_classes)
-    classifier = Classifier([model], names, torch.sigmoid, [Calibration()], min_confidence or 0.0)
-    return placed(classifier, choose_device(device))
+    classes = class_names(weights, model.config.n_classes)
+    machine = place([model], device)
+    floor = min_confidence or 0.0
+    return Classifier([model], classes, torch.sigmoid, [Calibration()], floor, machine)
 
 
-def placed(classifier: Classifier, device: torch.device, dtype: str = "auto") -> Classifier:
-    """The same on a device and in a type of arithmetic, by default the one that suits the device."""
-    dtype = choose_dtype(dtype, device)
-    for model in classifier.models:
-        prepare(model, dtype, Machine(device))
-    return replace(classifier, device=device, dtype=dtype)
+def place(models: list[AST], device: str) -> Machine:
+    """Move models to the device of this name."""
+    machine = Machine(choose_device(device))
+    for model in models:
+        machine.prepare(model, dtype_on(machine))
+    return machine
+
+
+def dtype_on(machine: Machine) -> str:
+    return choose_dtype("auto", machine.device)
 
 
 def class_names(weights: str, n_classes: int) -> list[str]:
-    """Names of the classes that a checkpoint's own head knows, the id2label of its config.json."""
-    config_path = None if weights.startswith("random:") else find_checkpoint(weights)[1]
-    names = read_names(config_path).classes() if config_path else []
-    if not names:
-        raise UserError(f"{weights}: the names of its classes are unknown; they stand in the config.json beside it")
+    """The names of the classes of a checkpoint's own head: the id2label of its config.json."""
+    names = read_names(find_checkpoint(weights)[1]).classes()
     if len(names) != n_classes:
-        expected = f"Expected as many names as the head has, {n_classes}, got {len(names)}"
-        raise UserError(f"{config_path}: id2label: {expected}")
+        count = f"{len(names)} names for the {n_classes} classes of its head"
+        raise UserError(f"{weights}: id2label in its config.json has {count}")
     return names
 
 
-# ------------------------------------------------------------------------------------------------ sounds to windows
+# ------------------------------------------------------------------------------- sounds to windows
 
 
 def find_sounds(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are, folders with every sound beneath them; each only once. UserError for folders without any."""
-    found = {}
+    """Files as they are, and every sound beneath folders. UserError for folders without any."""
+    found = []
     for path in paths:
         files, others = files_in(path) if path.is_dir() else ([path], [])
         if not files:
             raise UserError(f"{path} holds no sounds ({', '.join(SUFFIXES)})")
-        if names := [file.name for file in others if not file.name.endswith(".events.txt")]:  # written here
-            command.warn(f"{path}: {len(names)} files are no {', '.join(SUFFIXES)}, ignored ({first_of(names)})")
-        found.update(dict.fromkeys(files))
-    return list(found)
+        # Tracks of events were written here.
+        names = [file.name for file in others if not file.name.endswith(".events.txt")]
+        if names:
+            some = printable(first_of(names))
+            warn(f"{path}: {len(names)} files are no {', '.join(SUFFIXES)}, ignored ({some})")
+        found += files
+    return found
 
 
-def at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (samples,) or (samples, channels) to mono float32, (samples,). ValueError if they are no sound."""
+def at_16_khz(samples: np.ndarray, rate: int | None) -> np.ndarray:
+    """Samples at a rate to float32 at 16 kHz, (samples,). Unreadable if they are no sound.
+
+    Whole numbers, as in a 16-bit file, would be thousands of times too loud.
+    """
     import soxr
 
-    given = np.asarray(samples)
-    turned = given.ndim == 2 and given.shape[1] > max(64, given.shape[0])  # it is (channels, samples)
-    if given.dtype.kind != "f" or turned:  # integers, as of a 16-bit file, would be thousands of times too loud
-        wanted = "give floats in [-1, 1], (samples,) or (samples, channels)"
-        raise ValueError(f"no sound: {given.dtype} {given.shape}; {wanted}")
-    wave = given.astype(np.float32)
-    if wave.ndim not in (1, 2) or not wave.size or not np.isfinite(wave).all() or not 1 <= rate <= 10_000_000:
-        raise ValueError(f"no sound: {wave.shape} at {rate} Hz; give finite (samples,) or (samples, channels)")
-    return soxr.resample(wave if wave.ndim == 1 else wave.mean(axis=1), rate, RATE)
-
-
-def windows_of(sounds: Iterable[Path | str | np.ndarray], n_frames: int, hop: int) -> Iterator[Window]:
-    """All windows of all sounds, one after the other. One that cannot be read gives its reason instead."""
-    for number, sound in enumerate(sounds):
-        file = None if isinstance(sound, np.ndarray) else Path(sound)
-        try:
-            blocks = [at_16_khz(sound, RATE)] if file is None else stream_audio(file)
-            for start, wave in cut(blocks, n_frames, hop):
-                yield Window(number, file, start, wave)
-        except ValueError as error:
-            yield Window(number, file, error=str(error))
+    wave = np.asarray(samples)
+    is_sound = wave.dtype.kind == "f" and wave.ndim == 1 and wave.size and np.isfinite(wave).all()
+    if not is_sound or rate is None or not rate >= 1:
+        found = f"{wave.dtype} {wave.shape} at {rate} Hz"
+        wanted = "give finite floats in [-1, 1], (samples,), and their rate"
+        raise Unreadable(f"no sound: {found}; {wanted}")
+    return soxr.resample(wave.astype(np.float32), rate, RATE)
 
 
 def cut(blocks: Iterable[np.ndarray], n_frames: int, hop: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of a sound to windows of `n_frames` frames, as (first sample, samples), one every `hop` samples.
+    """Blocks of a sound to windows of `n_frames` frames, one every `hop` samples.
 
-    The last window ends where the sound ends, up to a frame, so that nothing is left out and nothing is padded; only a
-    sound shorter than one window stays shorter.
+    Yields (first sample, samples). The last window ends where the sound ends, up to a frame, so
+    that nothing is left out and nothing is padded. Only a sound shorter than one window stays
+    shorter.
     """
     window = (n_frames - 1) * HOP + WINDOW  # samples under n_frames frames
-    start, ahead = 0, np.zeros(0, np.float32)  # `ahead` holds what comes from `start` on
+    start = 0
+    ahead = np.zeros(0, np.float32)  # what comes from `start` on
     for block in blocks:
         ahead = np.concatenate([ahead, block])
         while len(ahead) >= window + hop:  # another whole window follows
             yield start, ahead[:window]
-            start, ahead = start + hop, ahead[hop:]
-    too_many = (len(ahead) - WINDOW) // HOP + 1 - n_frames  # frames
-    if too_many > 0:
+            start += hop
+            ahead = ahead[hop:]
+    rest = (len(ahead) - window) // HOP * HOP  # whole frames after this window
+    if rest > 0:
         yield start, ahead[:window]
-        start, ahead = start + too_many * HOP, ahead[too_many * HOP :]
+        start += rest
+        ahead = ahead[rest:]
     yield start, ahead
 
 
-# ----------------------------------------------------------------------------------------- windows to probabilities
-
-
-@torch.inference_mode()
-def heard(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
-    """Windows of sound, each (samples,), to what is known of them: (windows, classes + 1 + dim * models).
-
-    The probabilities and the factor of Calibration.known, both the mean over the models; then the vectors that their
-    heads read, one beside the other.
-    """
-    n_frames, device = classifier.n_frames, classifier.device
-    batch = torch.zeros(len(waves), n_frames * HOP + WINDOW - 1)  # the most samples that make no frame more
-    for row, wave in zip(batch, waves, strict=True):
-        row[: len(wave)] = torch.from_numpy(wave)
-    features = fbank(batch.to(device))  # (windows, n_frames, 128)
-    # Shorter sounds end in zeros *after* the logarithm, as in training; here they were padded before it.
-    frames = torch.tensor([max(1, (len(wave) - WINDOW) // HOP + 1) for wave in waves], device=device)
-    beyond = torch.arange(n_frames, device=device) >= frames[:, None]
-    x = to_input(features.masked_fill(beyond[:, :, None], 0), n_frames)
-    sums, vectors = 0, []
-    try:
-        for model, calibration in zip(classifier.models, classifier.calibrations, strict=True):
-            with autocast(device, classifier.dtype):
-                vector = model.vector(x)
-                logits = model.head(vector).float()
-            scores = classifier.activation(logits / calibration.temperature)
-            sums = sums + torch.cat([scores, calibration.known(logits)[:, None]], dim=1)
-            vectors.append(vector.float())
-    except (RuntimeError, MemoryError) as error:
-        if not command.out_of_memory(error):
-            raise
-        raise UserError(f"out of memory on {device} with {len(waves)} windows: choose a smaller --batch-size") from None
-    return torch.cat([sums / len(vectors), *vectors], dim=1).cpu().numpy()
-
-
-def probabilities(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
-    """Windows of sound, each (samples,), to probabilities (windows, classes)."""
-    return heard(classifier, waves)[:, : len(classifier.classes)]
-
-
-def score(
-    windows: Iterator[Window], classifier: Classifier, batch_size: int
-) -> Iterator[tuple[Window, np.ndarray | None]]:
-    """Each window with its row of `heard`, None for one that could not be read. Batches span sounds."""
-    while batch := list(islice(windows, batch_size)):
-        waves = [window.wave for window in batch if window.error is None]
-        rows = iter(heard(classifier, waves)) if waves else iter(())
-        for window in batch:
-            yield window, next(rows) if window.error is None else None
-
-
-def answers(scored: Iterable[tuple[Window, np.ndarray | None]], classifier: Classifier, top: int) -> Iterator[Answer]:
-    """For each sound an answer on every window and then, from their mean, on the whole; or one with an error."""
-    for (_, file), windows in groupby(scored, key=lambda pair: (pair[0].number, pair[0].file)):
-        total, n, end = 0, 0, 0.0
-        for window, row in windows:
-            if window.error is not None:  # always the last of a file
-                yield Answer(file, "file", error=window.error)
-                break
-            end = (window.start + len(window.wave)) / RATE
-            yield answer_of(row, classifier, 1, file, "window", window.start / RATE, end)
-            total, n = total + row.astype(float), n + 1
-        else:
-            yield answer_of(total / n, classifier, top, file, "file", 0.0, end)
-
-
-def answer_of(row: np.ndarray, classifier: Classifier, top: int, *where) -> Answer:
-    """A row of `heard` in words; `where`: file, what, start and end of the Answer."""
-    names, count = classifier.classes, len(classifier.classes)
-    best = tuple((names[i], float(row[i])) for i in np.argsort(-row[:count], kind="stable")[:top])
-    confidence = best[0][1] * float(row[count])
-    unsure = confidence < classifier.min_confidence
-    return Answer(*where, best, confidence, unsure, row[count + 1 :].astype(np.float32))
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} is no number from 0 to 1")
-    return float(text)
+# ------------------------------------------------------------------------------- the command line
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m tools.predict",
-        usage="%(prog)s [options] RUN_OR_CHECKPOINT SOUND...\n       %(prog)s [options] --tags SOUND...",
         description="Classify sounds with a trained model, or tag them with the pretrained one.",
     )
     add = parser.add_argument
+    # fmt: off
     add("paths", nargs="+", type=Path, metavar="PATH",
-        help="a run folder (all its folds) or a foldK.safetensors, then sound files and folders of them")  # fmt: skip
-    add("--tags", action="store_true", help="no checkpoint: the pretrained model with its own head, 527 AudioSet tags")
-    add("--weights", help="where the backbone is, if not where the checkpoint says; with --tags default: audioset")
-    add("--top", type=positive, default=3, help="how many classes to show for a file (%(default)s)")
-    add("--windows", action="store_true", help="also show the best class of every window of a file")
-    add("--events", action="store_true", help="what is heard when: an Audacity label track beside each file, "
-        "FILE.events.txt, or with --json or --csv the same in this form")  # fmt: skip
-    add("--threshold", type=share, default=0.5, help="the probability that an event has all along (%(default)s)")
-    add("--min-length", type=float, default=0.0, metavar="S", help="leave out shorter events (%(default)s)")
-    add("--min-confidence", type=share, metavar="P", help="what is less sure is answered 'unsure'; default: where nine "
-        "of ten right answers on the validation clips stay")  # fmt: skip
-    add("--embeddings", type=Path, metavar="FILE.npz", help="write the vector of each file, or with --windows window")
-    add("--hop", type=float, metavar="S", help="seconds from one window to the next; default: half a window")
-    form = partial(parser.add_mutually_exclusive_group().add_argument, dest="form", action="store_const")
-    form("--json", const="json", help="one JSON object per line")
-    form("--csv", const="csv", help="one row for each class of a file")
-    add("--batch-size", type=positive, default=32, help="windows at once (%(default)s)")
+        help="a run folder (all its folds) or a foldK.safetensors, then sounds and folders of them")
+    add("--tags", action="store_true", help="no run: the pretrained model, 527 AudioSet tags")
+    add("--weights", help="where the backbone is, if not where the run says")
+    add("--top", type=positive, default=3, help="classes to show for a file (%(default)s)")
+    add("--hop", type=float, metavar="S", help="seconds between windows; default: half a window")
+    add("--events", action="store_true", help="what is heard when: an Audacity label track beside "
+        "each file, FILE.events.txt; with --json or --csv it is printed")
+    add("--threshold", type=float, default=0.5, help="least probability in an event (%(default)s)")
+    add("--min-confidence", type=float, metavar="P", help="what is less sure is 'unsure'; default: "
+        "nine of ten right answers on the validation clips stay")
+    add("--embeddings", type=Path, metavar="FILE.npz", help="write what the head reads of files")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", default="text",
+        help="one JSON object per line")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", default="text",
+        help="one row for each class of a file")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    args = parser.parse_intermixed_args(argv)
-    args.checkpoint, args.sounds = (None, args.paths) if args.tags else (args.paths[0], args.paths[1:])
-    if not args.sounds:
-        raise UserError("no sounds to classify: give files or folders after the checkpoint (--help shows all options)")
-    if args.events and (args.windows or args.embeddings):
-        raise UserError(f"--events cannot go with {'--windows' if args.windows else '--embeddings'}")
-    if args.embeddings and args.embeddings.suffix != ".npz":  # it may be a sound, which would be lost
-        raise UserError("--embeddings: give the name of a file that ends in .npz")
-    if not 0 <= args.min_length < math.inf:
-        raise UserError(f"--min-length {args.min_length}: give a number of seconds")
-    return args
+    # fmt: on
+    return parser.parse_intermixed_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer every file that can be read; 1 if there was one that cannot."""
-    files = find_sounds(args.sounds)
+    sounds = args.paths if args.tags else args.paths[1:]
+    if not sounds:
+        raise UserError("no sounds to classify: give files or folders after the run")
+    if args.embeddings and args.embeddings.suffix != ".npz":  # a sound, which would be lost
+        raise UserError("--embeddings: give the name of a file that ends in .npz")
+    files = find_sounds(sounds)
     if args.tags:
         classifier = load_tagger(args.weights or "audioset", args.min_confidence, args.device)
     else:
-        classifier = load(args.checkpoint, args.weights, args.min_confidence, args.device)
-    told = watched(classifier.listen(files, args.hop, args.top, args.batch_size), files)
-    if args.events:
-        told = events_of(told, args.threshold, args.min_length)
-    if args.events and not args.form:
-        told = write_tracks(told)
-    wanted = {"event"} if args.events else {"file", "window"} if args.windows else {"file"}
+        classifier = load(args.paths[0], args.weights, args.min_confidence, args.device)
     width = 2 + max(len(printable(file)) for file in files)
     if args.form == "csv":
-        print(COLUMNS)
-    failed, embedded = 0, []
-    with whole_file(args.embeddings) if args.embeddings else nullcontext() as embeddings:
-        for answer in told:
-            if answer.error is not None:
-                failed += 1
-                tqdm.write(f"error: {printable(answer.file)}: {answer.error}", file=sys.stderr)
-            elif args.embeddings and answer.what == ("window" if args.windows else "file"):
-                embedded.append(answer)
-            if answer.what in wanted if answer.error is None else args.form:
-                tqdm.write(shown(answer, args.form, width), file=sys.stdout)
+        print(csv_of([COLUMNS]), end="")
+    names = []
+    wholes = []
+    failed = 0
+    for file in files:
+        name = printable(file)
+        windows = []
+        try:
+            heard = classifier.listen(file, hop=args.hop, top=args.top)
+            for answer in Bar(heard, name, "window", leave=False):
+                windows.append(replace(answer, vector=None))  # all vectors would fill the memory
+        except Unreadable as error:
+            print(f"error: {printable(error)}", file=sys.stderr)
+            failed = 1
+            continue
         if args.embeddings:
-            save_embeddings(embedded, embeddings)
-    return 1 if failed else 0
-
-
-def watched(told: Iterable[Answer], files: list[Path]) -> Iterator[Answer]:
-    """The same answers, with a bar on a terminal that says how many seconds of sound have been heard."""
-    seconds = float(np.nansum([*map(length_of, files)])) if sys.stderr.isatty() else None  # only the bar asks
-    with Bar(total=seconds, desc="listening", unit="s", unit_scale=True) as progress:
-        so_far = 0.0
-        for answer in told:
-            if answer.what == "window":
-                progress.update(max(0.0, answer.end - so_far))
-            so_far = answer.end if answer.what == "window" else 0.0
-            yield answer
+            names.append(name)
+            wholes.append(answer)  # the last answer is on the whole
+        events = events_of(windows[:-1], args.threshold)
+        if not args.events:
+            print_answer(name, answer, args.form, width)
+        elif args.form == "text":
+            write_track(Path(f"{file}.events.txt"), list(events))
+        else:
+            for event in events:
+                print_answer(name, event, args.form, width)
+    if args.embeddings:
+        save_embeddings(args.embeddings, names, wholes)
+    return failed
 
 
 def main(argv: list[str] | None = None) -> int:
