@@ -446,7 +446,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
         raise UserError(
             f"{path} was trained on the backbone {wanted.name} (SHA-256 {wanted.sha256[:12]}), "
             f"not on {model.backbone.name} ({model.backbone.sha256[:12]}): "
-            "give the right one as --weights"
+            "give the right one as weights"
         )
     petl.apply(model, from_dict(header["method"], path))
     load_tensors(model, read_tensors(path), path)

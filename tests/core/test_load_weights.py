@@ -29,7 +29,7 @@ from load_weights import (
     trained_tensors,
 )
 from petl import METHODS, apply
-from support.checkpoints import read_header
+from support.checkpoints import read_header, write_tensors
 from support.command import UserError
 
 PREFIX = "audio_spectrogram_transformer."
@@ -601,8 +601,8 @@ def test_trained_parts_must_be_exactly_those_of_the_method(tmp_path, change, wro
     save_trained(adapted(), tmp_path / "fold1.safetensors", {})
     tensors = load_file(tmp_path / "fold1.safetensors")
     change(tensors)
-    header = json.dumps(read_header(tmp_path / "fold1.safetensors"))
-    save_file(tensors, tmp_path / "changed.safetensors", {"ast_petl": header})
+    header = read_header(tmp_path / "fold1.safetensors")
+    write_tensors(tmp_path / "changed.safetensors", tensors, header)
     with pytest.raises(UserError, match=f"changed.safetensors does not fit the method 'lora': {wrong}$"):
         load_trained(tmp_path / "changed.safetensors")
 
