@@ -79,8 +79,8 @@ class ASTConfig:
         """Length of the token sequence: the patches and two tokens in front of them.
 
         Section II-A counts the patches and [CLS]. The pretrained checkpoint has a second token
-        behind [CLS], [distillation], because its training began with the image model DeiT, which
-        has both. (Section III-A names ImageNet-21K instead.)
+        behind [CLS], [distillation]. Its training began with DeiT, an image model that was trained
+        on ImageNet-1K and has both tokens. (Section III-A says ImageNet-21K.)
         """
         return 2 + self.n_patches
 

@@ -238,7 +238,7 @@ def load_dataset(
 def splits_of(parts: list[str | int], validate: bool) -> dict[int, Split]:
     """The Split of every fold. Clip i lies in `parts[i]`: train, val, test or the number of a fold.
 
-    The part "" of all clips means that the dataset does not say it. Then there are no folds yet.
+    If every part is "", the dataset does not say which clips train. Then there are no folds yet.
 
     Cross-validation: fold k tests the clips of part k and trains on the others. With `validate`,
     and three folds or more, the part before k (before the first: the last) chooses the epoch.
@@ -328,8 +328,9 @@ def few_shot(dataset: Dataset, train: list[int], shots: int, seed: int) -> list[
 def frames_for(recipe: Recipe, dataset: Dataset | None, seconds: float | None) -> int:
     """How many frames the model reads.
 
-    `seconds` decides, or else the recipe. The recipe of own sounds has no number: there it is so
-    many that 95 % of the clips fit. Only own sounds need `dataset`, and print what is cut off.
+    `seconds` decides, or else the recipe. The recipe of own sounds has no number. There it is the
+    length that 95 % of the clips fit into. Own sounds need `dataset`, and a line is printed about
+    what is cut off.
     """
     if seconds is None and recipe.n_frames is not None:
         return recipe.n_frames

@@ -248,7 +248,7 @@ def read_config(state: dict[str, torch.Tensor], config_path: Path, path: Path) -
             config = ASTConfig(**header["config"])
             config = replace(config, hidden=config.hidden or 4 * config.dim)
         else:
-            # The AudioSet head has a LayerNorm and a Linear. A head of one Linear was trained here.
+            # The AudioSet head, LayerNorm and Linear, reads cls_dist. Other heads say nothing.
             pool = "cls_dist" if "head.1.bias" in state else "mean"
             config = complete(sizes, n_tokens, pool, config_path)
     except (ValueError, ZeroDivisionError) as error:
@@ -283,7 +283,11 @@ def sizes_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, int], int]:
 
 
 def complete(sizes: dict[str, int], n_tokens: int, pool: str, config_path: Path) -> ASTConfig:
-    """The `sizes` of the tensors, and heads, stride, bands and epsilon of config.json."""
+    """The `sizes` of the tensors, and heads, stride, bands, epsilon and length of config.json.
+
+    Without the file or an entry, `read_hf_config` has the values of AST-Base. Only heads and length
+    are None: then heads are 64 wide, and the length follows from the number of tokens.
+    """
     hf = read_hf_config(config_path)
     if hf.time_stride != hf.frequency_stride or hf.hidden_act != "gelu" or not hf.qkv_bias:
         raise UserError(
@@ -427,7 +431,7 @@ def load_trained(path: Path, weights: str | None = None) -> AST:
     """The model of a file of `save_trained` or `save_ast`, in evaluation mode.
 
     `weights` says where the backbone is, if it is not where the header says. A file of `save_ast`
-    needs none. A UserError names both backbones if it is another one.
+    needs none. If the backbone found is not the one trained on, a UserError names both.
     """
     header = read_metadata(path)
     if "config" in header:  # a whole model, which needs no backbone

@@ -24,11 +24,21 @@ A *wrapper* is a module that keeps what it wraps as `self.wrapped`, so `attn.q` 
 `LoRALinear(attn.q)`. Wrappers may nest. `inner` finds the AST's own module at the bottom. The code
 of the AST never changes.
 
-To add a method, write the module, the part and the row. Modules that `insert` makes are trained,
-because everything else was frozen before. To save what it trained and load it again, the fields of
-a part must be numbers, text or truth values, the name of its class must be its own, and the file
-with its row must be imported. train.py has options for fields named rr, alpha, prompts and kernel,
-and on a narrow backbone it divides rr and prompts.
+To add a method:
+
+ 1. Write the module. If it can be written into the layer that it wraps, give it a function
+    `merged()`, which returns the new layer: `merge` calls it.
+ 2. Write the part. `apply` freezes everything and then calls `insert`. So modules made there are
+    trained unless `insert` freezes them, and what is older is trained if `insert` unfreezes it. Use
+    `wrap` around one projection or layer whose output keeps its shape. Assign wrappers of
+    sub-layers, blocks or the embedding, and those that change a length: they must be outermost.
+ 3. Write the row into ROWS, or in a file of your own `petl.METHODS["name"] = Method("name", ...)`.
+    Import that file wherever the method is trained or loaded.
+ 4. A file of trained tensors describes a part by the name of its class and by its fields. These
+    must be numbers, text or truth values. Saved are the trained parameters and the persistent
+    buffers of floats. Everything else must follow from the fields, as in petl_more.VeRA.
+ 5. train.py has options for fields named rr, alpha, prompts and kernel. On a backbone narrower than
+    384 it divides rr and prompts, and the rates of full_ft and linear are ten times as high.
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -56,7 +66,7 @@ def wrap(parent, name, make_wrapper):
     """Put a wrapper directly around the AST's own module `parent.name`, below other wrappers.
 
     So LoRA after a prefix becomes PrefixLinear(LoRALinear(k)). The other way round, LoRA would add
-    tensors of different lengths. Modules around a whole sub-layer are assigned without `wrap`.
+    tensors of different lengths.
 
     A wrapper that reads the weight of the Linear below it is marked `reads_weight` (DoRALinear in
     petl_more.py). Nothing comes between the two, so the new wrapper goes around both.
@@ -94,8 +104,9 @@ class Bottleneck(nn.Module):
 
     The residual path around their adapter is not here, but in `seq_after`.
 
-    The up-projection starts at zero, so the adapted model starts as the pretrained one. Only one of
-    the two projections may start at zero. The gradient of each is a product with the other, so if
+    The up-projection starts at zero, so A(x) is 0 at the start. With `par_before` and `seq_after`
+    the model then starts as the pretrained one. Only one of the two projections may start at zero.
+    The gradient of each is a product with the other, so if
     both were zero, neither weight would ever move.
     """
 
@@ -242,7 +253,10 @@ class Adapter:
 
     def __post_init__(self):
         if self.at not in ("attn", "ffn") or self.how not in INSERTIONS:
-            raise UserError(f"there is no adapter at {self.at!r} that is put in {self.how!r}")
+            raise UserError(
+                f"no adapter {self.at!r}, {self.how!r}: "
+                f"give attn or ffn, and one of {', '.join(INSERTIONS)}"
+            )
 
     def insert(self, model, blocks):
         for block in blocks:
@@ -325,7 +339,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         linear = inner(wrapped)
         self.a = nn.Linear(linear.in_features, rank, bias=False)
-        # skip_init because nn.Linear would draw random numbers, only for zeros to replace them.
+        # skip_init draws no random numbers. With nn.Linear the same seed would give other models.
         self.b = zeros(nn.utils.skip_init(nn.Linear, rank, linear.out_features, bias=False))
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -408,6 +422,7 @@ class Prefix:
     def insert(self, model, blocks):
         for block in blocks:
             attn = inner(block.attn)
+            # Assigned, and not by `wrap`: a prefix must be outermost.
             attn.k = PrefixLinear(attn.k, prompt_parameter(self.prompts // 2, model.config))
             attn.v = PrefixLinear(attn.v, prompt_parameter(self.prompts // 2, model.config))
 
@@ -515,12 +530,12 @@ class Method:
     paper: str = "-"  # trained parameters as the paper prints or implies them
     where: str = "-"  # table and row of the paper
     lr: float = 5e-3  # section III-A for adapters and LoRA
-    blocks: tuple[int, int] | None = None  # first and last block to change, from 1; None: all
+    blocks: tuple[int, int] | None = None  # first and last block to change, from 1 (not checked)
 
 
 # fmt: off
 # The learning rates of prompts and prefixes are from section III-A. Those of full_ft and linear are
-# from the authors' code, where BitFit has the default.
+# from the authors' code, which trains BitFit with 5e-3, the default of Method.
 ROWS = [
     Method("full_ft", (Everything(),), "85.5M", "Table I, Full FT", lr=5e-5),
     Method("linear", (), "9-40K", "Table I, Linear", lr=1e-3),
@@ -589,7 +604,7 @@ ROWS = [
            (Adapter("ffn", "par_before"), Prompts(14, deep=True), LoRA("qv", rr=256)),
            "488K", "Table VI, Adapter + DPT-14 + LoRA"),
 
-    # Table VII, the residual path left out where it is needed, and added where it is not.
+    # Table VII: the row Seq without the residual path that it needs, and the row Par with one.
     Method("adapter_ffn_seq_no_residual", (Adapter("ffn", "seq_after_no_residual"),),
            "249K", "Table VII, Seq"),
     Method("adapter_ffn_par_residual", (Adapter("ffn", "par_before_residual"),),
@@ -663,7 +678,7 @@ def trained_parameters(module):
 
 
 def replacement_of(wrapper):
-    """A plain module that computes the same as the wrapper; None if there is none."""
+    """The plain module that a wrapper says can replace it; None if it has no function `merged`."""
     if hasattr(wrapper, "merged"):
         return wrapper.merged()
     return None
@@ -691,8 +706,7 @@ def merge(model: AST, replacement_of=replacement_of) -> AST:
                 # For an adapter, name the adapter and not the Adapted around it.
                 kind = type(getattr(module, "adapter", module)).__name__
                 raise UserError(
-                    f"{model.method.name!r} cannot be merged: "
-                    f"{kind} is no linear change of a weight"
+                    f"{model.method.name!r} cannot be merged: {kind} is no change of a weight"
                 )
             setattr(parent, name, replacement)
     plain.requires_grad_(True)

@@ -8,7 +8,7 @@ method: it trains on some of the patches.
 AdamW's weight decay pulls every trained number towards zero. A factor, though, leaves the model as
 it was pretrained when it is 1, not when it is 0. So factors are stored as offsets from their start:
 zeros mean the value at the start, which is 1, and in VeRA 0.1 and 0. Comments say which tensors are
-offsets. Only the weights of LayerNorm and BatchNorm are trained as they are.
+offsets. Of the factors, only the weights of LayerNorm and BatchNorm are stored as they are.
 
 `import petl_more` adds the rows to `petl.METHODS`. This file needs torch, numpy, ast_model.py and
 petl.py.
@@ -89,7 +89,7 @@ class Experts(nn.Module):
         super().__init__()
         self.down = nn.Linear(dim, experts * rank)
         self.up = zeros(nn.Linear(experts * rank, dim, bias=False))
-        self.up_bias = offset(experts, dim)
+        self.up_bias = offset(experts, dim)  # the biases themselves
 
 
 class SoftMoA(Experts):
@@ -191,8 +191,8 @@ class DoRALinear(LoRALinear):
         weight = self.wrapped.weight
         b = self.b.weight
         with torch.no_grad(), without_autocast(weight.device):
-            a = self.scale * self.a.weight
-            change = 2 * weight.to(a.dtype) @ a.T + b @ (a @ a.T)
+            sa = self.scale * self.a.weight  # s A, so that s and s^2 are in the products
+            change = 2 * weight.to(sa.dtype) @ sa.T + b @ (sa @ sa.T)
             v_square = self.w_square + (change * b).sum(1)
         return (self.w_square.sqrt() + self.magnitude) / v_square.sqrt()
 
@@ -297,7 +297,7 @@ class Scaled(nn.Module):
         self.wrapped = wrapped
         channels = inner(wrapped).weight.shape[0]
         self.scale = offset(channels)  # factor - 1
-        self.shift = offset(channels) if shift else None
+        self.shift = offset(channels) if shift else None  # the shift itself
 
     def forward(self, x):
         is_image = isinstance(self.wrapped, nn.Conv2d)  # (batch, channels, height, width)
@@ -492,7 +492,7 @@ class Standardised(nn.Module):
         self.register_buffer("std", torch.ones(wrapped.in_features))
 
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Set mean and std. A number that hardly varies may be rounding, so it is not enlarged."""
+        """Set mean and std, which is at least 1e-3: what varies less may be rounding."""
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(1e-3))
 
@@ -554,8 +554,9 @@ class Patchout(nn.Module):
 
 # ----------------------------------------------------------------------------- the table of methods
 
-# Behind each row: where its learning rate is from. 5e-3 is the default of Method. The numbers of
-# parameters of the conformers are those of their paper.
+# Behind each row: where its learning rate is from. 5e-3 is the default of Method. Where the demo
+# does better with another rate, it is named, but one small task is no reason to change the row. The
+# numbers of parameters of the conformers are those of their paper.
 # fmt: off
 ROWS = [
     Method("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),  # its paper
@@ -566,10 +567,10 @@ ROWS = [
     Method("dora", (DoRA(),)),  # our choice
     Method("ia3", (IA3(),), lr=3e-3),  # its paper, with Adafactor
     Method("vera", (VeRA(),)),  # our choice
-    Method("rslora", (RsLoRA(),), lr=1e-4),  # our choice; 10x is better on the demo
+    Method("rslora", (RsLoRA(),), lr=1e-4),  # our choice; demo: 1e-3
     Method("ssf", (SSF(),)),  # its code
-    Method("adaptformer", (AdaptFormer(),), lr=1e-3),  # our choice; 10x is better, too
-    Method("adapter_plus", (AdapterPlus(),), lr=1e-3),  # its code; 10x is better, too
+    Method("adaptformer", (AdaptFormer(),), lr=1e-3),  # our choice; demo: 1e-2
+    Method("adapter_plus", (AdapterPlus(),), lr=1e-3),  # its code; demo: 1e-2
     Method("probe", (Statistics(),), lr=2e-3),  # our choice, by the demo's validation
 ]
 # fmt: on

@@ -74,8 +74,9 @@ WEIGHT_DECAY = 0.1  # section III-A
 class Settings:
     """The options that decide the result of a run.
 
-    Two things that change it a little are not here: --micro-batch and the number of processes.
-    They change dropout, BatchNorm and --keep.
+    Some things that change it a little are not here. --device and --compile give other random
+    numbers or other rounding. --micro-batch and the number of processes change dropout, BatchNorm
+    and --keep.
 
     The Recorder compares all fields with those of an earlier run in the same folder. If one
     differs, that is an error. If none does, a finished fold is not trained again. So if you change
@@ -99,7 +100,7 @@ class Settings:
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
     balance: bool = False  # the loss weighs all classes alike
-    choose_by: str = "accuracy"  # the score that chooses the best epoch, see score_of
+    choose_by: str = "accuracy"  # what chooses the best epoch; `run` sets "balanced" for own sounds
 
 
 # ------------------------------------------------------------------------------------ the training
@@ -119,7 +120,7 @@ class Learner:
         self.settings = settings
         self.machine = machine
         train_network = Patchout(network, settings.keep) if settings.keep else network
-        self.train_network = machine.parallel(train_network)
+        self.train_network = machine.parallel(train_network)  # compiled, distributed
         fused = machine.device.type == "cuda"
         groups = parameter_groups(network, settings)
         self.optimizer = torch.optim.AdamW(
@@ -127,7 +128,8 @@ class Learner:
         )
         # The optimizer's own rates change in every step, and in `load_state`.
         self.first_rates = [group["lr"] for group in self.optimizer.param_groups]
-        # Small gradients vanish in float16, so they are scaled. Otherwise the scaler does nothing.
+        # Small gradients vanish in float16, so they are scaled. With other types scaler.scale
+        # returns the loss as it is, and scaler.step(optimizer) only calls optimizer.step().
         is_float16 = settings.dtype == "float16"
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_float16)
 
@@ -207,7 +209,7 @@ def train_epoch(
             losses[step] += loss.detach()
 
         # Now the gradients are those of the batch. To clip them, first scaler.unscale_(optimizer).
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # optimizer.step(), unless gradients of float16 overflowed
         scaler.update()
         optimizer.zero_grad()
 
@@ -309,7 +311,7 @@ class Progress:
         print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}")
 
     def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
-        """Called at the end of an epoch. `accuracy` is to be printed.
+        """Called at the end of an epoch. `accuracy` is to be printed, and chooses nothing.
 
         `state` is all that the next epochs need, and the best epoch so far under "best". Save it at
         once, because the next epoch changes it.
@@ -364,15 +366,17 @@ def score_of(logits: torch.Tensor, labels: torch.Tensor, by: str) -> float | Non
     """The percentage of right answers; None without clips.
 
     by: "accuracy" counts all clips alike. "balanced" is the mean of the percentages of the classes
-    that occur.
+    that occur. For another score add a case here; higher must be better.
     """
     if len(labels) == 0:
         return None
     right = (logits.argmax(1) == labels).double()
+    if by == "accuracy":
+        return 100 * right.sum().item() / len(labels)
     if by == "balanced":
         recalls = [right[labels == label].mean() for label in labels.unique()]
         return 100 * torch.stack(recalls).mean().item()
-    return 100 * right.sum().item() / len(labels)
+    raise ValueError(f"there is no score {by!r}")
 
 
 # ----------------------------------------------------------------------------------------- the run
@@ -387,10 +391,11 @@ def run(args: argparse.Namespace) -> dict:
     n_frames = frames_for(recipe, dataset, args.seconds)
     weights = args.weights or recipe.weights
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
-    # The method with the numbers of the command line, or else those of METHODS. A backbone narrower
-    # than 384 dimensions gets RR and prompts of METHODS divided by 512 / dim: by 4 in the default
-    # run. Then LoRA's s = alpha / RR grows, and full_ft and linear have ten times their rates.
     lr = args.lr or recipe.lr.get(args.method)  # None: that of METHODS
+    # The method with the numbers of the command line, or else those of METHODS. On a backbone
+    # narrower than 384 dimensions RR and prompts of METHODS are divided by 512 / dim: by 4 in the
+    # default run. LoRA's s = alpha / RR then grows. Rates of METHODS that train the backbone or
+    # nothing but the head (full_ft, linear) are ten times as high there.
     method = fitted(petl.find(args.method), pretrained.config, args, lr)
     clips, bad = load_clips(dataset, n_frames, machine.device, args.cache_dir, args.skip_bad)
 
@@ -421,9 +426,10 @@ def run(args: argparse.Namespace) -> dict:
             if not recorder.file(fold).exists():
                 model = adapted(pretrained, method, fold, settings, machine)
                 # `network` is `model`, and `inputs` are `clips`, with one exception. If only the
-                # final LayerNorm and the head train, and there is neither SpecAugment nor --keep,
-                # the frozen part computes each clip once. Then `network` is those last layers,
-                # which the model still contains, and `inputs` are the vectors that they read.
+                # head and perhaps the final LayerNorm train, and there is neither SpecAugment nor
+                # --keep, the frozen part computes each clip once. Then `network` is those last
+                # layers, which the model still contains, and `inputs` are the vectors that they
+                # read. In any case the `probe` gets mean and std of the unmasked training clips.
                 network, inputs = skip_frozen(model, clips, folds[fold], settings, machine)
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
@@ -488,7 +494,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=command.numbers, default=[0], metavar="0,1,2", help="one run for each seed")
     add("--epochs", **number, help="default: the dataset's")
     add("--batch-size", **number, help="over all processes; default: the dataset's")
-    add("--lr", type=float, help="first learning rate; default: the method's")
+    add("--lr", type=float, help="first learning rate; default: the dataset's or the method's")
     add("--balance", **switch, help="weigh the loss so that all classes count alike")
     add("--no-mask", **switch, help="no SpecAugment where the dataset's protocol has it")
     add("--keep", type=float, metavar="0.4", help="train on this share of the patches: faster")
@@ -506,7 +512,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset")
     command.check_options(args, DATASETS[args.dataset].own)
-    args.windows = args.seconds if args.windows else None
+    args.windows = args.seconds if args.windows else None  # from here on a length, or None
     check_method(petl.find(args.method), args)
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)
