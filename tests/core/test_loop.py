@@ -137,7 +137,7 @@ def test_the_weights_of_classes():
 
 def test_gradient_clipping():
     """Before the step the gradients have the length that was asked for, and not without the patch."""
-    step = "        scaler.step(optimizer)\n"
+    step = "        scaler.step(optimizer)  # optimizer.step(), unless gradients of float16 overflowed\n"
     clip = (
         "        scaler.unscale_(optimizer)\n"
         "        nn.utils.clip_grad_norm_(learner.network.parameters(), 1e-3)\n"
