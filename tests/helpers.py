@@ -148,7 +148,8 @@ def make_bad_files(folder: Path) -> dict[str, str]:
     pipe[21:26] = bytes([pipe[21] & 0xF0, 0, 0, 0, 0])  # the number of samples: unknown
     (folder / "pipe.flac").write_bytes(pipe)
     return reasons | {
-        "header.wav": "no samples", "empty.wav": "empty", "text.wav": "no known", "noise.mp3": "no known",
+        "header.wav": "no samples", "empty.wav": "not recognised", "text.wav": "not recognised",
+        "noise.mp3": "not recognised",
         "data.raw": "samplerate", "silent.wav": "no samples", "nan.wav": "not finite", "infinite.wav": "not finite",
         "pipe.flac": "how long", "absent.wav": "No such file",
     }  # fmt: skip
