@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,33 +26,24 @@ def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The sounds anywhere beneath a folder, also by links, and its other files. No hidden ones."""
     sounds = []
     others = []
-    for file in sorted(files_beneath(folder)):
-        if file.suffix.lower() not in SUFFIXES:
-            if file.is_file():
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link leads here again, perhaps in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in [Path(place, name) for name in names if not name.startswith(".")]:
+            if file.suffix.lower() not in SUFFIXES:
                 others.append(file)
-        elif file.is_file() or file.is_symlink():  # a link to nothing is a sound that is not read
-            sounds.append(file)
-    return sounds, others
+            elif file.is_file() or file.is_symlink():  # a link to nothing is a sound, a bad one
+                sounds.append(file)
+    return sorted(sounds), sorted(others)
 
 
 def refuse(error: OSError):
     raise UserError(f"{error.filename}: {error.strerror}; all of a folder must be readable")
-
-
-def files_beneath(folder: Path) -> Iterator[Path]:
-    """Yield all that is no folder and not hidden. A folder that links lead to comes once."""
-    seen = {str(parent) for parent in folder.resolve().parents}  # a link to one of them leads back
-    roots = [folder]
-    for root in roots:  # links are followed last, so a folder that lies here keeps its own name
-        for place, folders, names in os.walk(root, onerror=refuse):
-            real = os.path.realpath(place)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            roots += [Path(place, name) for name in folders if Path(place, name).is_symlink()]
-            yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def read_audio(path: Path, seconds: float = math.inf, start: float = 0) -> np.ndarray:
@@ -69,41 +61,27 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     Raises ValueError with the reason if the file is no audio, holds no samples, holds values that
     are not finite, ends before `start`, or ends before its header says within what is asked for.
     """
-    import soundfile
     import soxr
 
-    try:
-        if never_ends(path):
-            raise ValueError("is no file")
-        with open(path, "rb") as file:  # says why it cannot; libsndfile would say "system error"
-            if not file.read(1):
-                raise ValueError("is empty (0 bytes)")
-        with soundfile.SoundFile(name_for_libsndfile(path)) as file:
-            rate = file.samplerate
-            first = round(start * rate)
-            if 0 < file.frames <= first:
-                length = file.frames / rate
-                raise ValueError(f"ends after {length:.2f} s, and its clip starts at {start:g} s")
-            wanted = min(length_in_header(file) - first, seconds * rate)  # samples per channel
-            there = math.ceil(min(wanted, file.frames - first))
-            resampler = soxr.ResampleStream(rate, RATE, num_channels=1)
-            read = 0
-            while True:
-                samples = read_samples(file, first + read, min(10 * rate, there - read))
-                if len(samples) == 0:
-                    break
-                read += len(samples)
-                wave = samples.mean(axis=1)  # (samples,)
-                if not np.isfinite(wave).all():
-                    raise ValueError("holds samples that are not finite")
-                yield resampler.resample_chunk(wave)
-    # TypeError: a name in .raw, of unknown rate. MemoryError: a damaged header promises too much.
-    except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as error:
-        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None)
-        reason = reason or str(error)
-        if "not recognised" in reason or "does not exist" in reason:  # it has just been opened
-            reason = "is in no known sound format"
-        raise ValueError(reason.removeprefix("Error : ")) from None
+    with open_sound(path) as file:
+        rate = file.samplerate
+        first = round(start * rate)
+        if 0 < file.frames <= first:
+            length = file.frames / rate
+            raise ValueError(f"ends after {length:.2f} s, and its clip starts at {start:g} s")
+        wanted = min(length_in_header(file) - first, seconds * rate)  # samples per channel
+        there = math.ceil(min(wanted, file.frames - first))
+        resampler = soxr.ResampleStream(rate, RATE, num_channels=1)
+        read = 0
+        while True:
+            samples = read_samples(file, first + read, min(10 * rate, there - read))
+            if len(samples) == 0:
+                break
+            read += len(samples)
+            wave = samples.mean(axis=1)  # (samples,)
+            if not np.isfinite(wave).all():
+                raise ValueError("holds samples that are not finite")
+            yield resampler.resample_chunk(wave)
     if not read:
         raise ValueError("holds no samples")
     if read < wanted - MAY_BE_MISSING * rate:
@@ -112,9 +90,21 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # the rest in the filter
 
 
-def name_for_libsndfile(path: Path) -> str | bytes:
-    """Bytes, as a name need not be UTF-8. On Windows text, as bytes mean other letters there."""
-    return str(path) if os.name == "nt" else os.fsencode(path)
+@contextmanager
+def open_sound(path: Path):
+    """Yield an open soundfile.SoundFile. ValueError with the reason if it cannot be read."""
+    import soundfile
+
+    if path.exists() and not path.is_file():
+        raise ValueError("is no file")  # to open a pipe may take forever
+    try:
+        # Opened by Python, because soundfile cannot open a name that is not UTF-8.
+        with open(path, "rb") as opened, soundfile.SoundFile(opened) as file:
+            yield file
+    # TypeError: a name in .raw, of unknown rate. MemoryError: a damaged header promises too much.
+    except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as error:
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None)
+        raise ValueError((reason or str(error)).removeprefix("Error : ")) from None
 
 
 def read_samples(file, start: int, count: int) -> np.ndarray:
@@ -144,31 +134,14 @@ def length_in_header(file) -> float:
     return file.frames
 
 
-def never_ends(path: Path) -> bool:
-    """Whether it is a pipe, a socket or a device. To open one may take forever."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
 def length_of(path: Path) -> float:
     """Seconds of sound in a file, by its header. nan if there is no readable one."""
-    import soundfile
-
-    if never_ends(path):
-        return math.nan
     try:
-        info = soundfile.info(name_for_libsndfile(path))
-    except (soundfile.LibsndfileError, TypeError):
-        return math.nan
-    return info.frames / info.samplerate if info.frames < NO_LENGTH else math.nan
-
-
-def has_end(path: Path, length: float) -> bool:
-    """Whether a sound of so many seconds can be read at its end. A damaged header may lie."""
-    try:
-        read_audio(path, start=max(0.0, length - 0.1))
+        with open_sound(path) as file:
+            length = length_in_header(file) / file.samplerate
     except ValueError:
-        return False
-    return True
+        return math.nan
+    return length if length < math.inf else math.nan
 
 
 def lengths_of(paths: list[Path], spans: dict[int, tuple[float, float]]) -> np.ndarray:

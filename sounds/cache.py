@@ -3,7 +3,6 @@
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sounds.clip import WHOLE, fragment
 from support.command import UserError
 from support.files import locked
 from support.progress import Bar
-from support.rows import open_rows, row_type, warn_of_damage, writable_rows
+from support.rows import open_rows, row_type, writable_rows
 
 Compute = Callable[[int], np.ndarray]  # of the number of a clip; ValueError: it cannot be read
 
@@ -40,7 +38,7 @@ def cached(
     read, so the folder may be read-only.
     """
     where = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:8]
-    path = cache_dir / "features" / f"{dataset.name}-{shape[0]}-{where}.npy"
+    path = cache_dir / "features" / f"{dataset.name}-{shape[0]}-{where}.rows"
     kind = row_type(shape)
     named = zip(dataset.paths, dataset.names, strict=True)
     keys = np.array([key_of(clip, name, front_end) for clip, name in named], "<u8")
@@ -51,15 +49,14 @@ def cached(
         with locked(path):
             found = complete(path, kind, keys, compute)  # by another process, meanwhile
             if found is None:
-                partial = path.with_suffix(".partial.npy")
+                partial = path.with_suffix(".partial")
                 bad = fill(partial, path, kind, keys, compute, dataset.name)
                 os.replace(partial, path)
-                found = open_rows(path, kind), bad
+                found = open_rows(path, kind, len(keys)), bad
     rows, bad = found
 
     for i, reason in bad.items():
-        piece = fragment(dataset.spans.get(i, WHOLE))
-        print(f"  {dataset.paths[i]}{piece}: {reason}", file=sys.stderr)
+        print(f"  {dataset.root / dataset.names[i]}: {reason}", file=sys.stderr)
     if bad and not skip_bad:
         raise UserError(
             f"{len(bad)} of {len(rows)} sound files cannot be used (listed above): "
@@ -72,10 +69,7 @@ def cached(
 
 def key_of(path: Path, name: str, front_end: str) -> int:
     """A number that changes with `front_end`, the file, and the name of the clip with its span."""
-    try:
-        info = os.stat(path)
-    except FileNotFoundError:
-        info = os.lstat(path)  # a link that leads nowhere
+    info = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
     source = f"{front_end}, {name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
     return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
 
@@ -87,8 +81,8 @@ def complete(
 
     Bad clips are read again, because they may have been mended.
     """
-    rows = open_rows(path, kind)
-    if rows is None or len(rows) != len(keys):
+    rows = open_rows(path, kind, len(keys))
+    if rows is None:
         return None
     bad = {}
     for i in np.flatnonzero(rows["key"] != keys).tolist():
@@ -107,22 +101,18 @@ def fill(
 
     `path` is the file that it will replace. Rows that can be found there are copied.
     """
-    start = time.perf_counter()
     rows = writable_rows(partial, kind, len(keys))
     rows["key"][rows["key"] != keys] = 0
-    old = open_rows(path, kind)
-    if old is None:
-        warn_of_damage(path)
-    else:  # a clip may have had another number
+    old = None
+    if path.exists():
+        old = open_rows(path, kind, path.stat().st_size // kind.itemsize)
+    if old is not None:  # a clip may have had another number
         row_of = {key: row for row, key in enumerate(old["key"].tolist())}
         for i, key in enumerate(keys.tolist()):
             if not rows["key"][i] and key in row_of:
                 rows["features"][i] = old["features"][row_of[key]]
                 rows["key"][i] = key
     missing = np.flatnonzero(rows["key"] == 0).tolist()
-    clips = f"{len(missing)} of {len(keys)} clips"
-    if len(missing) < len(keys) or old is not None:
-        print(f"features of {name}: {clips} are new, changed or unfinished")
     bad = {}
 
     def make(i: int) -> None:
@@ -140,6 +130,5 @@ def fill(
                 pass
     finally:
         torch.set_num_threads(threads)
-    rate = len(missing) / (time.perf_counter() - start)
-    print(f"features of {name}: built {clips}, {rate:.0f} clips/s, kept in {path}")
+    print(f"features of {name}: built {len(missing)} of {len(keys)} clips, kept in {path}")
     return dict(sorted(bad.items()))

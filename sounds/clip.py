@@ -53,15 +53,6 @@ def fragment(span: tuple[float, float]) -> str:
 def names_of(
     paths: list[Path], root: Path, spans: dict[int, tuple[float, float]] | None = None
 ) -> list[str]:
-    """`name_of` each path, with its `fragment`. Thirty times as fast for paths beneath `root`."""
-    start = str(root) + os.sep
+    """`name_of` each path, with its `fragment`."""
     spans = spans or {}
-    names = []
-    for i, path in enumerate(paths):
-        text = str(path)
-        if text.startswith(start) and ".." not in text:
-            name = text.removeprefix(start).replace(os.sep, "/")
-        else:
-            name = name_of(path, root)
-        names.append(name + fragment(spans.get(i, WHOLE)))
-    return names
+    return [name_of(path, root) + fragment(spans.get(i, WHOLE)) for i, path in enumerate(paths)]

@@ -8,8 +8,9 @@ from pathlib import Path
 from sounds import synth
 from sounds.audio import RATE
 from sounds.clip import PARTS, Clip, Listing
+from sounds.fetch import make_once
 from support.command import UserError
-from support.files import locked, whole_folder
+from support.files import whole_folder
 from support.progress import Bar
 
 SEED = 0  # of the sounds; the seed of a run decides how it learns, not what it hears
@@ -38,16 +39,8 @@ def listing(
     for kind in sorted(classes):
         parts = [part for part, size in zip(PARTS, sizes, strict=True) for _ in range(size)]
         clips += [Clip(root / kind / f"{i:03d}.wav", kind, part) for i, part in enumerate(parts)]
-    if not are_there(clips):
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with locked(root):
-            if not are_there(clips):  # another run may have rendered them meanwhile
-                write(clips, root, name)
+    make_once(root, lambda: write(clips, root, name))
     return Listing(root, clips)
-
-
-def are_there(clips: list[Clip]) -> bool:
-    return all(clip.path.is_file() for clip in clips)
 
 
 def write(clips: list[Clip], root: Path, name: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sounds.clip import WHOLE, Clip, fragment, names_of
+from sounds.clip import WHOLE, Clip, fragment, name_of
 from support.command import UserError
 
 
@@ -20,7 +20,7 @@ def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip
     pattern it is what the clip says, or the recording that pieces are cut from. UserError for a
     clip without a group, and for a group in two parts.
     """
-    files = names_of([clip.path for clip in clips], root)
+    files = [name_of(clip.path, root) for clip in clips]
     names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
     groups = [clip.group for clip in clips]
     if pattern is not None:
@@ -40,7 +40,7 @@ def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip
 
 def groups_in(names: list[str], pattern: str) -> list[str]:
     """The group that the regular expression of --group finds in each name."""
-    option = f"--group {pattern[:100]!r}"
+    option = f"--group {pattern!r}"
     try:
         expression = re.compile(pattern)
     except re.error as error:

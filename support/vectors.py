@@ -85,31 +85,31 @@ def vectors_of(model, clips, needed: list[int], settings, machine: Machine) -> t
     batch = machine.micro_batch or settings.batch_size
     head = next(module for module in model.head.modules() if isinstance(module, nn.Linear))
     kind = row_type((head.in_features,), "<f4" if model.norm.weight.requires_grad else "<f2")
+    count = len(clips.labels)
 
-    def fill(rows, key):
-        missing = sorted({i // batch for i in needed if rows["key"][i] != key})
+    def fill(rows):
+        missing = sorted({i // batch for i in needed if not rows["key"][i]})
         for number in Bar(missing, "backbone", unit="block"):
-            block = torch.arange(number * batch, min((number + 1) * batch, len(rows)))
+            block = torch.arange(number * batch, min((number + 1) * batch, count))
             rows["features"][block] = compute(model, clips, block, settings, machine)
-            rows["key"][block] = key
+            rows["key"][block] = 1
         return rows
 
     if clips.file is None:
-        rows = fill(np.zeros(len(clips.labels), kind), key=1)
+        rows = fill(np.zeros(count, kind))
     else:
         digest = hash_of(f"{kind}, {batch} at once", model, clips, settings, machine)
-        key = int.from_bytes(digest[:8], "little")
         folder = clips.file.parents[1] / "vectors"  # beside the folder of the features
-        file = folder / f"{clips.file.stem}-{digest.hex()[:8]}.npy"
-        rows = open_rows(file, kind)
-        if rows is None or np.any(rows["key"][needed] != key):
+        file = folder / f"{clips.file.stem}-{digest}.rows"
+        rows = open_rows(file, kind, count)
+        if rows is None or not rows["key"][needed].all():
             folder.mkdir(parents=True, exist_ok=True)
             with locked(file):
-                rows = fill(writable_rows(file, kind, len(clips.labels)), key)
+                rows = fill(writable_rows(file, kind, count))
     return torch.from_numpy(rows["features"])
 
 
-def hash_of(what: str, model, clips, settings, machine: Machine) -> bytes:
+def hash_of(what: str, model, clips, settings, machine: Machine) -> str:
     """A hash of what the vectors are computed from and, for their rounding, of type and device.
 
     It does not have the version of PyTorch: after an upgrade the old vectors are used.
@@ -118,7 +118,7 @@ def hash_of(what: str, model, clips, settings, machine: Machine) -> bytes:
     digest = hashlib.sha256(f"{what}, {settings.dtype}, {machine.device.type}".encode())
     for features in clips.features.split(64):
         digest.update(features.cpu().contiguous().numpy())
-    return digest.digest()
+    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()

@@ -235,9 +235,9 @@ def make_bad_files(folder: Path) -> dict[str, str]:
     (folder / "pipe.flac").write_bytes(pipe)
     return reasons | {
         "header.wav": "no samples",
-        "empty.wav": "empty",
-        "text.wav": "no known",
-        "noise.mp3": "no known",
+        "empty.wav": "not recognised",
+        "text.wav": "not recognised",
+        "noise.mp3": "not recognised",
         "data.raw": "samplerate",
         "silent.wav": "no samples",
         "nan.wav": "not finite",

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ import torch
 from helpers import build_features, make_bad_files, save_random, write_sound
 
 from data import Dataset, fbank
-from sounds import audio
 from sounds.audio import files_in, lengths_of, read_audio, stream_audio, typical_seconds
 from tools import predict
 
@@ -171,8 +169,8 @@ def test_odd_names(tmp_path, original, name):
 
 
 def test_sounds_in_folders_that_are_linked_to(tmp_path):
-    """Each once, where it lies or else by the first link to it; links that lead back and hidden
-    ones lead nowhere."""
+    """Each once, by the first way to it; links that lead in a circle and hidden ones lead
+    nowhere."""
     for name in (
         "my/a/1.wav",
         "my/z/2.wav",
@@ -188,9 +186,8 @@ def test_sounds_in_folders_that_are_linked_to(tmp_path):
         "more": "disk",
         "again": "disk/deep",
         "a/back": "my/a",
-        "up": "",
+        "z/up": "my",
         ".hidden": "disk",
-        "x": "x",
     }
     for name, target in links.items():
         (tmp_path / "my" / name).symlink_to(tmp_path / target)
@@ -198,19 +195,7 @@ def test_sounds_in_folders_that_are_linked_to(tmp_path):
         [file.relative_to(tmp_path / "my").as_posix() for file in files]
         for files in files_in(tmp_path / "my")
     ]
-    assert names == [["a/1.wav", "more/4.wav", "z/2.wav"], ["again/5.txt"]]
-
-
-@pytest.mark.parametrize(("system", "kind"), [("posix", bytes), ("nt", str)])
-def test_names_as_libsndfile_takes_them(tmp_path, original, monkeypatch, system, kind):
-    """On Windows its bytes are letters of another code than those of Python."""
-    given, opened = [], soundfile.SoundFile
-    monkeypatch.setattr(
-        soundfile, "SoundFile", lambda file: given.append(type(file)) or opened(file)
-    )
-    monkeypatch.setattr(audio, "os", SimpleNamespace(name=system, fsencode=os.fsencode))
-    assert len(read_audio(original)) == SECONDS * 16_000 and audio.length_of(original) == SECONDS
-    assert given == [kind, kind]
+    assert names == [["a/1.wav", "b/2.wav", "more/4.wav"], ["again/5.txt"]]
 
 
 def test_wav_written_into_a_pipe(tmp_path, original):

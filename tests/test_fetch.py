@@ -54,19 +54,16 @@ def web():
 def test_a_download_is_kept_if_its_checksum_is_right(web, tmp_path, name, checksum, capsys):
     address, content = web
     right = checksum and f"{checksum}:{hashlib.new(checksum, content).hexdigest()}"
-    target = tmp_path / "new" / "file.zip"
-    assert (
-        download(f"{address}/{name}", target, "by hand", right) == target
-        and target.read_bytes() == content
-    )
-    assert [path.name for path in target.parent.iterdir()] == ["file.zip"]
+    source = Source("Sounds", "a", "b", f"{address}/{name}", checksum=right)
+    download(source, tmp_path / "file.zip", "by hand")
+    assert (tmp_path / "file.zip").read_bytes() == content
     assert capsys.readouterr().err == ""  # no bar where there is no terminal
 
 
 @pytest.mark.parametrize(
     ("name", "checksum", "reason"),
     [
-        ("cut", None, "the connection ended after 2000 of 3000 bytes"),
+        ("cut", "md5:" + "0" * 32, "its MD5 is "),
         ("absent", None, "Gone for good"),
         ("whole", "md5:" + "0" * 32, "its MD5 is {md5}, not " + "0" * 32),
         ("whole", "sha256:" + "f" * 64, "its SHA256 is "),
@@ -75,20 +72,20 @@ def test_a_download_is_kept_if_its_checksum_is_right(web, tmp_path, name, checks
 def test_a_download_that_is_not_right_is_not_kept(web, tmp_path, name, checksum, reason):
     address, content = web
     reason = reason.replace("{md5}", hashlib.md5(content).hexdigest())
+    source = Source("Sounds", "a", "b", f"{address}/{name}", checksum=checksum)
     with pytest.raises(UserError) as error:
-        download(f"{address}/{name}", tmp_path / "file.zip", "download it by hand", checksum)
+        locate(source, None, tmp_path)
     message = str(error.value)
-    assert message.startswith(f"cannot download {address}/{name} (") and message.endswith(
-        "): download it by hand"
-    )
+    assert message.startswith(f"cannot download {address}/{name} (")
+    assert "): download it by hand and give" in message
     assert reason in message and "\n" not in message
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["Sounds.lock"]
 
 
 def test_a_download_shows_its_progress(web, tmp_path):
     with redirect_stderr(Terminal()) as shown:
-        download(f"{web[0]}/whole", tmp_path / "file.zip", "by hand")
-    assert "file.zip: 100%" in shown.getvalue() and "3.00k/3.00k" in shown.getvalue()
+        download(Source("Sounds", "a", "b", f"{web[0]}/whole"), tmp_path / "file.zip", "by hand")
+    assert "Sounds: 100%" in shown.getvalue() and "3.00k/3.00k" in shown.getvalue()
 
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
@@ -101,36 +98,25 @@ def test_no_network_says_what_to_do(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- archives
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        ("/absolute.txt", 0o100644),
-        ("../outside.txt", 0),
-        ("inside/../../outside.txt", 0),
-        ("device", stat.S_IFCHR | 0o644),
-        ("pipe", stat.S_IFIFO | 0o644),
-        ("link", stat.S_IFLNK | 0o777),
-    ],
-)
-def test_zip_members_that_are_refused(tmp_path, name, mode):
+@pytest.mark.parametrize("name", ["/out.txt", "../out.txt", "inside/../../out.txt", "link"])
+def test_members_of_a_zip_stay_in_the_folder(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped:
-        zipped.writestr("fine.txt", "fine")
         member = zipfile.ZipInfo(name)
-        member.external_attr = mode << 16
-        zipped.writestr(member, "fine.txt")
-    with pytest.raises(UserError) as error:
-        unpack(tmp_path / "evil.zip", tmp_path / "deep" / "target")
-    assert str(error.value) == (
-        f"{tmp_path}/evil.zip: refusing {name!r}, a link, a device or a path that leaves the folder"
-    )
-    assert not list((tmp_path / "deep").iterdir()) and not (tmp_path / "outside.txt").exists()
+        if name == "link":
+            member.external_attr = (stat.S_IFLNK | 0o777) << 16
+        zipped.writestr(member, "../a")
+    (tmp_path / "a").touch()
+    unpack(tmp_path / "evil.zip", tmp_path / "deep" / "target")
+    (file,) = [path for path in (tmp_path / "deep" / "target").rglob("*") if not path.is_dir()]
+    assert file.read_text() == "../a" and not file.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "deep", "evil.zip"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         ("../outside.txt", tarfile.REGTYPE),
-        ("/outside.txt", tarfile.REGTYPE),
         ("inside/../../outside.txt", tarfile.REGTYPE),
         ("link", tarfile.SYMTYPE),
         ("hard", tarfile.LNKTYPE),
@@ -144,9 +130,9 @@ def test_tar_members_that_are_refused(tmp_path, name, kind):
         fine.size = 4
         tar.addfile(fine, io.BytesIO(b"fine"))
         member = tarfile.TarInfo(name)
-        member.type, member.linkname = kind, "fine.txt"  # even a link that stays inside
+        member.type, member.linkname = kind, "../outside.txt"
         tar.addfile(member)
-    with pytest.raises(UserError, match=f"refusing '{name}'"):
+    with pytest.raises(UserError, match="is not a whole zip or tar archive"):
         unpack(tmp_path / "evil.tar.gz", tmp_path / "deep" / "target")
     assert not list((tmp_path / "deep").iterdir()) and not (tmp_path / "outside.txt").exists()
 
@@ -172,8 +158,7 @@ def test_ordinary_members_are_unpacked(tmp_path, kind):
                 )
                 member.size = 0 if name == "folder" else len(name)
                 tar.addfile(member, io.BytesIO(name.encode()))
-    with redirect_stderr(Terminal()) as shown:
-        unpack(tmp_path / "archive", tmp_path / "target")
+    unpack(tmp_path / "archive", tmp_path / "target")
     assert sorted(path.name for path in (tmp_path / "target").rglob("*")) == [
         "folder",
         "one.txt",
@@ -183,7 +168,7 @@ def test_ordinary_members_are_unpacked(tmp_path, kind):
     assert (
         not (tmp_path / "target/folder/one.txt").stat().st_mode & 0o6022
     )  # nobody else's file to write or run as
-    assert not list(tmp_path.glob(".*")) and "unpacking archive: " in shown.getvalue()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_no_archive_says_why(tmp_path):
@@ -191,8 +176,7 @@ def test_what_is_no_archive_says_why(tmp_path):
     with pytest.raises(UserError) as error:
         unpack(tmp_path / "a.zip", tmp_path / "target")
     assert str(error.value) == (
-        f"{tmp_path}/a.zip is not a whole zip or tar archive (file could not be opened "
-        "successfully): download it again"
+        f"{tmp_path}/a.zip is not a whole zip or tar archive: download it again"
     )
 
 
@@ -205,7 +189,7 @@ def test_unpacking_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, err
     def interrupted(*_):
         raise error
 
-    for owner, name in ((zipfile.ZipFile, "extract"), (os, "replace")):
+    for owner, name in ((zipfile.ZipFile, "extractall"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, interrupted)
             with pytest.raises(type(error)):
@@ -249,14 +233,14 @@ def test_where_a_dataset_is_looked_for(tmp_path, web):
     assert locate(source, None, tmp_path / "cache") == tmp_path / "cache" / "Sounds"
     with pytest.raises(
         UserError,
-        match=r"cannot download .* \(the connection ended .*: download it by hand and give",
+        match=r"cannot download .* \(HTTP Error 404: Gone for good\): download it by hand and give",
     ):
-        locate(Source("More", "a", "b", url=f"{web[0]}/cut"), None, tmp_path / "cache")
+        locate(Source("More", "a", "b", url=f"{web[0]}/absent"), None, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("More*[!k]"))  # but the lock
 
 
 def test_only_ones_own_downloads_are_removed(tmp_path):
-    """One of another run stays, which holds another lock; those of killed runs go, and one that
+    """One of another run stays, which holds another lock; one of a killed run goes, and one that
     cannot be unpacked."""
     write_csv(tmp_path / "release" / "meta" / "list.csv", "a")
     archive = shutil.make_archive(str(tmp_path / "sounds"), "zip", tmp_path / "release")
@@ -265,17 +249,13 @@ def test_only_ones_own_downloads_are_removed(tmp_path):
         Source("Sounds", "meta/list.csv", "meta/list.csv", url=f"file://{archive}"),
     )
     cache.mkdir()
-    downloads = [
-        cache / name
-        for name in ("Sounds.archive", ".Sounds.archive.12345678.tmp", ".More.archive.1.tmp")
-    ]
+    downloads = [cache / "Sounds.archive", cache / "More.archive"]
     for file in downloads:
         file.touch()
     locate(source, tmp_path / "sounds.zip", cache)
     assert all(file.exists() for file in downloads)
-    assert locate(source, None, cache) == cache / "Sounds" and [
-        file.exists() for file in downloads
-    ] == [0, 0, 1]
+    assert locate(source, None, cache) == cache / "Sounds"
+    assert [file.exists() for file in downloads] == [0, 1]
     (tmp_path / "sounds.zip").write_bytes(b"not found, said the server")
     shutil.rmtree(cache / "Sounds")
     with pytest.raises(UserError, match="is not a whole zip or tar archive"):

@@ -122,21 +122,16 @@ def test_mistakes_in_folders(tmp_path, capsys):
         )
     shutil.rmtree(tmp_path / "given" / "test" / "horn")
     make_folder(tmp_path / "given" / "valid", 1)
-    assert "val/ and test/ only, not valid" in message(tmp_path / "given")
+    assert "call them train, val and test" in message(tmp_path / "given")
     shutil.rmtree(tmp_path / "given" / "valid")
 
     capsys.readouterr()
     shutil.copy(tmp_path / "given/train/bell/0.wav", tmp_path / "given/test/bell/copy.wav")
     shutil.rmtree(tmp_path / "given" / "test" / "drum")
-    for i in range(1, 5):
-        (tmp_path / "given" / "train" / "flute" / f"{i}.wav").unlink()
-    load_dataset("folder", tmp_path / "given", tmp_path)
+    folds_of(load_dataset("folder", tmp_path / "given", tmp_path), seed=0)
     warnings = capsys.readouterr().err
-    assert "train/bell/0.wav = test/bell/copy.wav" in warnings and "in different splits" in warnings
-    assert (
-        "class 'drum' has no test clips" in warnings
-        and "class 'flute' has one training clip" in warnings
-    )
+    assert "into different splits (train/bell/0.wav = test/bell/copy.wav)" in warnings
+    assert "1 classes have no test clips in fold 1 (drum)" in warnings
 
 
 def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
@@ -159,10 +154,11 @@ def test_what_a_folder_of_classes_may_hold(tmp_path, capsys):
     dataset = load_dataset("folder", tmp_path / "my", tmp_path)
     assert dataset.names == ["a/3.flac", "a/4.Flac", "b/1.wav", "b/deep/er/2.WAV"]
     assert (dataset.name, dataset.classes, dataset.labels) == ("my", ["a", "b"], [0, 0, 1, 1])
-    others, loose = capsys.readouterr().err.splitlines()
-    assert others.startswith(f"warning: {tmp_path}/my: 2 files are no .wav, .flac, ")
-    assert others.endswith("ignored (a/notes.txt, b/deep/cover.jpg)")
-    assert loose == f"warning: {tmp_path}/my: 1 sounds are in no folder of a class, ignored (8.wav)"
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}/my: 3 files are no .wav, .flac, ")
+    assert warning.endswith(
+        "in the folder of a class, ignored (8.wav, a/notes.txt, b/deep/cover.jpg)"
+    )
 
 
 def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, capsys):
@@ -251,17 +247,17 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         (
             "path,label,split",
             ["a1.wav,a,train", "./a1.wav,a,test"],
-            "listed in split train and test",
+            "/a1.wav is listed twice",
         ),
         (
             "path,label,split",
             ["a1.wav,a,train", "x/../a1.wav,a,test"],
-            "/a1.wav = .*/x/../a1.wav is listed in split",
+            "/x/../a1.wav is listed twice",
         ),
         (
             "path,label,fold",
             ["link.wav,a,1", "a1.wav,a,2"],
-            "/link.wav = .*/a1.wav is listed in fold 1 and 2",
+            "/a1.wav is listed twice",
         ),
         ("path,label", ["a1.wav,a", "a1.wav,b"], "listed twice"),
         ("path,label", ["a1.wav,a", "no.wav,a"], r"1 of 2 files are missing \(no\.wav\)"),
@@ -274,7 +270,7 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         (
             "path,label,fold",
             ["a1.wav,a,1", "a2.wav,a,2", "a1.wav,a,2"],
-            "a1.wav is listed in fold 1 and 2: every clip",
+            "a1.wav is listed twice: every clip",
         ),
         (
             "path,label,fold",
@@ -284,11 +280,6 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         ("path,label,split", ["a1.wav,a,train", "b1.wav,b,"], "line 3: an empty split"),
         ("path,label,fold", ["a1.wav,a,", "b1.wav,b,1"], "line 2: an empty fold"),
         ("path,label", [",a"], "line 2: an empty path"),
-        (
-            "path,label,fold",
-            ["a1.wav,a,1", "a2.wav,a,2147483648"],
-            "line 3: fold is '2147483648'; .* below 2147483648",
-        ),
         ("path,label,fold", [[], "a1.wav,a,1", [], ["a2.wav", "a\nb", "x"]], "line 6: fold is 'x'"),
         (
             "path,label,split",
@@ -308,27 +299,19 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
         (
             "path,label",
             ["a1.wav,a", "a2.wav,a", "b1.wav,b"],
-            "class 'b' has one clip; one to train and one to test",
+            "class 'b' has one clip, or clips of one group only; one to train and one to test",
         ),
         (
             "path,label",
             ["a1.wav,a", "a2.wav,a"],
             "1 classes; there must be two or more to tell apart",
         ),
-        (
-            "path,label,Split",
-            ["a1.wav,a,train"],
-            "the column 'Split' would not be seen: call it 'split'",
-        ),
-        (
-            "path,label, start",
-            ["a1.wav,a,1"],
-            "the column ' start' would not be seen: call it 'start'",
-        ),
+        ("path,label,Split", ["a1.wav,a,dev"], "line 2: split is 'dev'"),
+        ("path,label, start", ["a1.wav,a,x"], "line 2: start is 'x'"),
         (
             "path,label",
             ["a1.wav,a", "b1.wav,b, loud"],
-            "line 3: too many columns; put a cell that has a comma",
+            "line 3: its cells do not fit the header; put a cell that has a comma",
         ),
         (
             "path,label",
@@ -336,7 +319,8 @@ def test_a_table_with_the_mark_that_spreadsheets_write(tmp_path):
             "'unsure' is what tools.predict says of sounds of no class",
         ),
         ("path,label,split", ["a1.wav,a, ", "b1.wav,b,test"], "line 2: an empty split"),
-        ("path,label,group", ["a1.wav,a,x", "b1.wav,b"], "line 3: an empty group"),
+        ("path,label,split", ["a1.wav,a"], "line 2: its cells do not fit the header"),
+        ("path,label,group", ["a1.wav,a,x", "b1.wav,b,"], "line 3: an empty group"),
     ],
 )
 def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
@@ -395,7 +379,10 @@ def test_copies_are_named_where_they_matter(tmp_path, capsys):
         == f"{copies}and may come into different splits (a1.wav = a3.wav)\n"
     )
     apart = [",train", ",train", ",test", ",train", ",train", ",test"]
-    assert said("path,label,split", apart) == f"{copies}in different splits (a1.wav = a3.wav)\n"
+    assert (
+        said("path,label,split", apart)
+        == f"{copies}and may come into different splits (a1.wav = a3.wav)\n"
+    )
     together = [",train", ",test", ",train", ",train", ",train", ",test"]
     assert said("path,label,split", together) == ""
 
@@ -412,16 +399,16 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
         "5.wav,c,train",
         "6.wav,c,train",
     ]
-    load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,split", *rows), tmp_path)
+    table = write_csv(tmp_path / "t.csv", "path,label,split", *rows)
+    folds_of(load_dataset("csv", table, tmp_path), seed=0)
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {tmp_path}: class 'b' has one training clip in fold 1",
-        f"warning: {tmp_path}: class 'c' has no test clips in fold 1",
+        f"warning: {tmp_path}: 1 classes have no test clips in fold 1 (c)",
     ]
 
 
 def test_classes_of_which_nothing_is_left_are_said(tmp_path, capsys):
-    """By a split that is drawn, in whole groups, or without bad clips; not once more what the data
-    themselves lack."""
+    """By a split that is drawn, in whole groups, or without bad clips, and by the data
+    themselves."""
 
     def said(labels, bad=(), folds=None, groups=()):
         paths = [tmp_path / f"{i}.wav" for i in range(len(labels))]
@@ -451,10 +438,9 @@ def test_classes_of_which_nothing_is_left_are_said(tmp_path, capsys):
         f"{alone} 1 ("
     )
     folds = {2: Split([0, 3, 13], [], [1, 4]), 5: Split([0, 3, 13], [], [1, 4, 14])}
-    assert (
-        said(labels, folds=folds) == ""
-        and said(labels, {1}, folds) == f"{alone} 2 (bell)\n{alone} 5 (bell)\n"
-    )
+    assert said(labels, folds=folds) == f"{alone} 2 (flute)\n"
+    two = f"{start} test clips in fold 2 (bell, flute)\n"
+    assert said(labels, {1}, folds) == f"{two}{alone} 5 (bell)\n"
 
 
 # ----------------------------------------------------------------------------- masks of short clips
@@ -533,9 +519,7 @@ def test_features_of_a_piece_are_known_by_its_span(tmp_path, capsys):
     first = built(*rows)
     assert "built 4 of 4" in capsys.readouterr().out
     second = built(*rows[1:], "a.wav,x,0,1.5,p")  # one of them is new, the others move
-    assert "1 of 4 clips are new" in capsys.readouterr().out and np.array_equal(
-        second[:3], first[1:]
-    )
+    assert "built 1 of 4" in capsys.readouterr().out and np.array_equal(second[:3], first[1:])
     assert not np.array_equal(first[0], first[1])
 
 
@@ -576,21 +560,21 @@ def test_label_tracks(tmp_path, capsys):
     [
         (
             "1\t0.5\tdog",
-            r"one\.txt, line 1: it ends at 0\.5 s, which is not after its start at 1 s",
+            r"one\.txt, line 1: start is '1' and end is '0\.5'; .* the end after the start",
         ),
-        ("0\t1\tdog\n2\t2\tcat", r"one\.txt, line 2: it ends at 2 s, which is not after"),
-        ("0\tx\tdog", "line 1: end is 'x'; it must be seconds like 12.5"),
+        ("0\t1\tdog\n2\t2\tcat", r"one\.txt, line 2: start is '2' and end is '2'"),
+        ("0\tx\tdog", "line 1: .* end is 'x'; they must be seconds like 12.5"),
         ("-1\t1\tdog", "line 1: start is '-1'"),
         ("nan\t1\tdog", "line 1: start is 'nan'"),
-        ("0\tinf\tdog", "line 1: end is 'inf'"),
+        ("inf\t\tdog", "line 1: start is 'inf'"),
         ("0 1 dog", "line 1: it must be a start, an end and a label, with tabs"),
         ("0\t1\t", "line 1: it must be a start, an end and a label, with tabs"),
         ("0\t1\tdog\n0\t1\tcat", r"one\.wav#0-1 is listed twice"),
-        ("", r"no labels in 1 label tracks"),
-        ("0\t1\tdog\n1\t2\tcat", "class 'dog' has one clip"),
+        ("", "0 classes; there must be two or more"),
+        ("0\t1\tdog\n1\t2\tcat", "class 'cat' has one clip, or clips of one group only"),
         (
             "0\t1\tdog\n1\t2\tcat\n2\t3\tcat\n3\t4\tdog",
-            r"class 'dog' has clips of one group only, 'one\.wav'",
+            "class 'cat' has one clip, or clips of one group only",
         ),
     ],
 )
@@ -605,16 +589,12 @@ def test_label_tracks_that_cannot_train(tmp_path, text, message):
 def test_a_label_track_and_its_sound(tmp_path):
     (tmp_path / "one.txt").write_text("0\t1\tdog\n")
     with pytest.raises(
-        UserError, match=r"one\.txt: a label track with no sound beside it \(one\.wav or another"
+        UserError, match=r"one\.txt: a label track with 0 sounds beside it; .*, one\.wav or another"
     ):
         load_dataset("csv", tmp_path, tmp_path)
     for suffix in ("wav", "flac"):
         staircase(tmp_path / f"one.{suffix}", 2)
-    with pytest.raises(UserError, match="with more than one sound beside it"):
-        load_dataset("csv", tmp_path, tmp_path)
-    (tmp_path / "one.flac").unlink()
-    (tmp_path / "one.txt").write_bytes(b"0\t1\t\xff\n")
-    with pytest.raises(UserError, match="must be text in UTF-8"):
+    with pytest.raises(UserError, match="with 2 sounds beside it"):
         load_dataset("csv", tmp_path, tmp_path)
 
 
@@ -663,22 +643,18 @@ def test_windows_of_recordings(tmp_path, capsys):
 
 
 def test_windows_of_damaged_recordings(tmp_path, capsys):
-    """A header that promises more than there is would make millions of windows: it is one clip,
-    which is refused."""
+    """There are as many as the header says. Those that are not there are refused."""
     for name in ("a/0.wav", "a/1.flac", "b/0.wav", "b/1.wav", "b/2.wav"):
         staircase(tmp_path / "my" / name, 2)
     flac, wav = tmp_path / "my" / "a" / "1.flac", tmp_path / "my" / "b" / "2.wav"
-    content = bytearray(flac.read_bytes())
-    content[21] |= 15  # 36 bits that say how many samples there are
-    content[22:26] = b"\xff" * 4
-    flac.write_bytes(content)
-    wav.write_bytes(wav.read_bytes()[:40_000])
+    flac.write_bytes(flac.read_bytes()[:20_000])
+    wav.write_bytes(wav.read_bytes()[:40_000])  # 1.25 s
     assert train_on("folder", tmp_path / "my", tmp_path, "--windows", "--seconds", 0.5) == 2
     *listed, error = capsys.readouterr().err.splitlines()
-    assert [line.split("#")[0].strip() for line in listed] == [
-        str(flac),
-        str(wav),
-    ] and "2 of 14 sound files" in error
+    assert "of 20 sound files cannot be used" in error
+    names = [line.split(": ")[0].strip() for line in listed]
+    assert f"{flac}#1.5-2" in names and f"{flac}#0-0.5" not in names
+    assert [name for name in names if name.startswith(str(wav))] == [f"{wav}#1-1.5", f"{wav}#1.5-2"]
 
 
 def test_what_is_cut_off_is_said(tmp_path, capsys):
@@ -717,21 +693,3 @@ def test_a_piece_is_asked_for_its_length_with_its_file(tmp_path, monkeypatch):
     assert lengths_of([file] * 201, spans).tolist() == pytest.approx(
         [0.5] * 200 + [3]
     ) and asked == [file]
-
-
-def test_a_piece_that_ends_after_the_end_is_said(tmp_path, capsys):
-    for name in ("a", "b"):
-        staircase(tmp_path / f"{name}.wav", 3)
-    rows = [
-        f"{name}.wav,{label},{start},{end}"
-        for name in "ab"
-        for label, start, end in (("x", 0, 3.05), ("y", 1, ""))
-    ]
-    for more, said in (
-        ("b.wav,y,2,4", "1 pieces end after their recordings (b.wav#2-4)"),
-        ("b.wav,y,2,3", ""),
-    ):
-        table = write_csv(tmp_path / "t.csv", "path,label,start,end", *rows, more)
-        assert train_on("csv", table, tmp_path, "--seconds", 0.5, "--out", tmp_path / more) == 0
-        error = capsys.readouterr().err
-        assert said in error and bool(said) == ("warning" in error)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import SMALL_AST, make_esc50, result_of, split_of, train_on, write_csv, write_sound
+from helpers import SMALL_AST, result_of, split_of, train_on, write_csv, write_sound
 
 import train
 from data import Split, load_dataset
@@ -365,7 +365,7 @@ def esc_table(root: Path, rows: list[tuple]) -> Path:
     return root
 
 
-def test_classes_come_in_the_order_of_their_numbers(tmp_path, capsys):
+def test_classes_come_in_the_order_of_their_numbers(tmp_path):
     names = {0: "zebra", 10: "ant", 2: "mule"}
     rows = [
         (f"{fold}-{n}.wav", fold, n, names[n], n != 2) for n in (10, 0, 2) for fold in (1, 2, 3)
@@ -387,14 +387,10 @@ def test_classes_come_in_the_order_of_their_numbers(tmp_path, capsys):
         tmp_path / "esc",
         "audio/1-10.wav",
     )
-    assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/esc: 9 clips of 3 classes, where the release has 2000 of 50\n"
-    )
     ten = load_dataset("esc10", tmp_path / "esc", tmp_path)
     assert (
         ten.classes == ["zebra", "ant"] and ten.labels == [1, 1, 1, 0, 0, 0] and ten.name == "esc10"
     )
-    assert "6 clips of 2 classes, where the release has 400 of 10\n" in capsys.readouterr().err
     assert ten.folds[1] == Split([1, 4], [2, 5], [0, 3])
 
     lines = [f"{fold}-{n}.wav,{fold},{n},{names[n]}" for n in (10, 0, 2) for fold in (1, 2)]
@@ -414,18 +410,6 @@ def test_classes_come_in_the_order_of_their_numbers(tmp_path, capsys):
     assert urban.folds[2] == Split([0, 2, 4], [], [1, 3, 5])
 
 
-@pytest.mark.parametrize(("name", "per_class"), [("esc50", 8), ("esc10", 40)])
-def test_a_whole_release_raises_no_warning(tmp_path, capsys, name, per_class):
-    classes = 400 // per_class
-    rows = [(f"{i}.wav", i % 5 + 1, i % classes, f"c{i % classes}", True) for i in range(400)]
-    if name == "esc50":
-        rows += [(f"{400 + i}.wav", i % 5 + 1, i % 50, f"c{i % 50}", False) for i in range(1600)]
-    dataset = load_dataset(name, esc_table(tmp_path, rows), tmp_path)
-    assert capsys.readouterr().err == "" and len(dataset.paths) == (
-        2000 if name == "esc50" else 400
-    )
-
-
 def test_what_is_no_clip_of_speech_commands(tmp_path):
     for name in (
         "yes/a.wav",
@@ -438,10 +422,7 @@ def test_what_is_no_clip_of_speech_commands(tmp_path):
         write_sound(tmp_path / name)
     (tmp_path / "yes" / "a.txt").touch()
     (tmp_path / "validation_list.txt").write_text("no/b.wav\n")
-    with pytest.raises(
-        UserError,
-        match=r"does not hold testing_list\.txt; the dataset has validation_list\.txt, test",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"testing_list\.txt"):
         load_dataset("gsc", tmp_path, tmp_path)
     (tmp_path / "testing_list.txt").write_text("no/c.wav\n")
     dataset = load_dataset("gsc", tmp_path, tmp_path)
@@ -482,20 +463,18 @@ def test_five_missing_files_are_named(tmp_path, count, named):
             b"filename,fold,target,category,esc10\na,1,1,x,True\na,1,-1,x,True\n",
             "line 3: target is '-1'",
         ),
-        (b'filename,fold,target,category,esc10\n\na,1,1,"\n",True\n\n\na,1,1\n', "line 7: too few"),
         (
-            b"filename,fold,target,category,esc10\na,2147483648,1,x,True\n",
-            "line 2: fold is '2147483648'",
+            b'filename,fold,target,category,esc10\n\na,1,1,"\n",True\n\n\na,1,1\n',
+            "line 7: its cells",
         ),
         (
             b"filename,fold,target,category,esc10\na,1,1\n",
-            "line 2: too few columns; is the file whole",
+            "line 2: its cells do not fit the header",
         ),
         (
             b"filename,fold,target,category,esc10\n\xff\xfe,1,1,x,True\n",
             "it must be a CSV file in UTF-8",
         ),
-        (b"filename,fold,target,category,esc10\na,1,1,x,False\n", "no row has esc10 = True"),
         (b"", "no column .filename.; its header is empty"),
     ],
 )
@@ -508,43 +487,5 @@ def test_tables_that_cannot_be_read(tmp_path, content, message):
 
 def test_a_missing_table_is_named(tmp_path):
     write_csv(tmp_path / "data" / "train_data.csv", "path,action,object,location", "a.wav,x,y,z")
-    with pytest.raises(UserError, match=r"data/valid_data\.csv: there is no such table"):
+    with pytest.raises(FileNotFoundError, match=r"data/valid_data\.csv"):
         load_dataset("fsc", tmp_path, tmp_path)
-
-
-def test_recordings_that_cross_folds_are_counted(tmp_path, capsys):
-    root = make_esc50(tmp_path / "ESC-50")
-    load_dataset("esc50", root, tmp_path)
-    assert "several folds" not in capsys.readouterr().err
-    table = (
-        root / "meta" / "esc50.csv"
-    )  # the recording of class 0 in fold 1 is also in fold 2, and twice in fold 3
-    table.write_text(
-        table.read_text()
-        .replace(",20,A", ",10,A")
-        .replace(",30,A", ",10,A")
-        .replace(",34,A", ",10,A")
-    )
-    load_dataset("esc50", root, tmp_path)
-    said = capsys.readouterr().err
-    assert (
-        f"warning: {root}: 4 of 60 clips are of recordings (src_file) that have clips in several "
-        "folds" in said
-    )
-    load_dataset("esc10", root, tmp_path)
-    assert ": 4 of 50 clips are of recordings" in capsys.readouterr().err
-
-    rows = [
-        ["a.wav", 7, 1, 0, "a"],
-        ["b.wav", 7, 1, 1, "b"],
-        ["c.wav", 8, 1, 0, "a"],
-        ["d.wav", 8, 2, 1, "b"],
-    ]
-    for name, _, fold, *_ in rows:
-        write_sound(tmp_path / "U" / "audio" / f"fold{fold}" / name)
-    write_csv(
-        tmp_path / "U/metadata/UrbanSound8K.csv", "slice_file_name,fsID,fold,classID,class", *rows
-    )
-    load_dataset("us8k", tmp_path / "U", tmp_path)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "2 of 4 clips are of recordings (fsID)" in line

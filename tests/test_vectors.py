@@ -31,6 +31,7 @@ from support import records, vectors
 from support.calibration import Calibration
 from support.checkpoints import read_header
 from support.console import describe
+from support.rows import row_type, writable_rows
 from tools import export, predict
 
 
@@ -297,8 +298,8 @@ def test_two_processes_are_one(train_main, tmp_path, esc50_dir):
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
         assert name not in ("head.mean", "head.std") or torch.equal(one[name], two[name])
-    (a,), (b,) = (sorted((tmp_path / cache / "vectors").glob("*.npy")) for cache in "ab")
-    assert a.name == b.name and np.array_equal(np.load(a), np.load(b))
+    (a,), (b,) = (sorted((tmp_path / cache / "vectors").glob("*.rows")) for cache in "ab")
+    assert a.name == b.name and a.read_bytes() == b.read_bytes()
 
 
 # ------------------------------------------------------------------------------------- what is kept
@@ -324,7 +325,7 @@ def keep(
 def test_vectors_are_those_of_the_network(tmp_path):
     """float16 of what the head of `probe` reads, float32 for `linear`; blocks of neighbours, and
     not one more."""
-    clips = sounds(tmp_path / "features/x.npy")
+    clips = sounds(tmp_path / "features/x.rows")
     for method, kind in (("probe", torch.float16), ("linear", torch.float32)):
         model = small(method)
         made = keep(model, clips, [4, 9])
@@ -349,13 +350,13 @@ def test_vectors_are_those_of_the_network(tmp_path):
             7,
             8,
         ]
-    assert len(list((tmp_path / "vectors").glob("x-*.npy"))) == 2
+    assert len(list((tmp_path / "vectors").glob("x-*.rows"))) == 2
 
 
 def test_what_vectors_are_known_by(tmp_path, monkeypatch):
     """Each change alone has vectors of its own; and what changes nothing finds those that are
     there."""
-    sizes, file = batches(monkeypatch), tmp_path / "features/x.npy"
+    sizes, file = batches(monkeypatch), tmp_path / "features/x.rows"
     clips = sounds(file)
     moved = load_ast(SMALL_AST, 60, 4)
     moved.backbone = replace(moved.backbone, sha256="0" * 64)
@@ -393,39 +394,36 @@ def test_what_vectors_are_known_by(tmp_path, monkeypatch):
 
 def test_a_row_without_its_key_is_computed_again(tmp_path, monkeypatch):
     """The key is written last: what was killed before has none. A batch is three neighbours."""
-    sizes, clips, model = batches(monkeypatch), sounds(tmp_path / "features/x.npy"), small()
+    sizes, clips, model = batches(monkeypatch), sounds(tmp_path / "features/x.rows"), small()
     whole = keep(model, clips).clone()
-    (file,) = (tmp_path / "vectors").glob("*.npy")
+    (file,) = (tmp_path / "vectors").glob("*.rows")
     content = file.read_bytes()
-    for key in (0, 1):
-        rows = np.load(file, mmap_mode="r+")
-        rows["key"][4] = key
-        rows["features"][4] = 7
-        del rows
-        sizes.clear()
-        assert torch.equal(keep(model, clips), whole) and sum(sizes) == 3
-        assert file.read_bytes() == content
+    rows = writable_rows(file, row_type((4 * 64 * 3,)), 10)
+    rows["key"][4] = 0
+    rows["features"][4] = 7
+    del rows
+    sizes.clear()
+    assert torch.equal(keep(model, clips), whole) and sum(sizes) == 3
+    assert file.read_bytes() == content
 
 
-def test_a_file_that_is_not_whole_is_made_again(tmp_path, monkeypatch, capsys):
-    sizes, clips, model = batches(monkeypatch), sounds(tmp_path / "features/x.npy"), small()
+def test_a_file_that_is_not_whole_is_made_again(tmp_path, monkeypatch):
+    sizes, clips, model = batches(monkeypatch), sounds(tmp_path / "features/x.rows"), small()
     whole = keep(model, clips).clone()
-    (file,) = (tmp_path / "vectors").glob("*.npy")
+    (file,) = (tmp_path / "vectors").glob("*.rows")
     content = file.read_bytes()
-    damages = [content[:i] + b"A" + content[i + 1 :] for i in (0, 9, 60)]
-    for damage in damages + [content[:length] for length in (0, 100, len(content) - 1)]:
-        file.write_bytes(damage)
+    for length in (0, 100, len(content) - 1):
+        file.write_bytes(content[:length])
         sizes.clear()
         assert torch.equal(keep(model, clips), whole) and sum(sizes) == 10
-        assert f"{file} is no whole file of rows" in capsys.readouterr().err
     assert file.read_bytes() == content
 
 
 def test_a_complete_file_is_only_read(tmp_path, monkeypatch):
     """Somebody else's cache may be read-only: there is nothing to lock and nothing to write."""
-    clips, model = sounds(tmp_path / "features/x.npy"), small()
+    clips, model = sounds(tmp_path / "features/x.rows"), small()
     whole = keep(model, clips).clone()
-    (file,) = (tmp_path / "vectors").glob("*.npy")
+    (file,) = (tmp_path / "vectors").glob("*.rows")
     file.chmod(0o444)
     monkeypatch.setattr(vectors, "locked", lambda path: pytest.fail("locked"))
     assert torch.equal(keep(model, clips), whole)
@@ -433,12 +431,12 @@ def test_a_complete_file_is_only_read(tmp_path, monkeypatch):
 
 def test_other_clips_have_a_file_of_their_own(tmp_path):
     """Whoever has mapped the vectors of the clips as they were keeps them."""
-    clips, model = sounds(tmp_path / "features/x.npy"), small()
+    clips, model = sounds(tmp_path / "features/x.rows"), small()
     mine = keep(model, clips)
     before = mine.clone()
     other = replace(clips, features=clips.features + 1)
     assert not torch.equal(keep(model, other), before) and torch.equal(mine, before)
-    assert len(list((tmp_path / "vectors").glob("*.npy"))) == 2
+    assert len(list((tmp_path / "vectors").glob("*.rows"))) == 2
 
 
 def slowly(file: Path, log: Path, seconds: float) -> None:
@@ -467,7 +465,7 @@ def computed(log: Path) -> int:
 
 def test_a_killed_process_loses_nothing_and_two_share_the_work(tmp_path):
     """Killed after some batches; then two at the same time, of which one waits for the other."""
-    file, log = tmp_path / "features/x.npy", tmp_path / "log"
+    file, log = tmp_path / "features/x.rows", tmp_path / "log"
     process = start(file, log, 0.05)
     while computed(log) < 20:
         time.sleep(0.02)
@@ -480,7 +478,7 @@ def test_a_killed_process_loses_nothing_and_two_share_the_work(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert 60 <= computed(log) <= 60 + 3  # the batch that the kill broke off
-    fresh = sounds(tmp_path / "other/features/x.npy", count=60)
+    fresh = sounds(tmp_path / "other/features/x.rows", count=60)
     assert torch.equal(
         keep(small(), sounds(file, count=60), range(60)), keep(small(), fresh, range(60))
     )
