@@ -7,12 +7,15 @@ first is better, and does not where in one of them the second is. evidence.py sa
 better.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import groupby, product
 
 from support.command import UserError
-from tools.cells import CLAIMS, Cell, Plan, heading, rated, terms_of
+from tools.cells import CLAIMS, Cell, Plan, heading, terms_of
 from tools.evidence import NO, UNTOLD, YES, Difference, holm, reader
+
+PLACE = ("claim", "where", "dataset", "shots", "setting")
+MISSING = Difference(*[None] * 8)
 
 
 def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
@@ -22,48 +25,35 @@ def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
     why = []
     for claim, setting in product(CLAIMS, plan.settings):
         for column, pair in product(claim.columns(plan), claim.pairs(plan)):
-            seeds = [
-                [
-                    [rated(cell, setting, plan) for cell in side]
-                    for side in terms_of(pair, column, seed, plan)
-                ]
-                for seed in plan.seeds
-            ]
+            one = None
             try:
+                seeds = [terms_of(pair, column, seed, plan, setting) for seed in plan.seeds]
                 one = compared(seeds)
             except UserError as error:
-                one = None
                 why.append(str(error))
-            record = {
-                "claim": claim.claim,
-                "where": claim.where,
-                "dataset": column[0],
-                "shots": column[1],
-                "setting": setting,
-                "better": pair[0],
-                "than": pair[1],
-            }
-            found.append((record, one))
+            record = dict(zip(PLACE, (claim.claim, claim.where, *column, setting), strict=True))
+            found.append((record | {"better": pair[0], "than": pair[1]}, one))
     corrected = iter(holm([one.p for _, one in found if one]))
+    records = []
     for record, one in found:
         p = next(corrected) if one else None
-        record |= asdict(one) if one else dict.fromkeys(field.name for field in fields(Difference))
-        record |= {"corrected": p, "holds": one.holds(p) if one else "missing"}
-    return [record for record, _ in found], why
+        holds = one.holds(p) if one else "missing"
+        records.append(record | asdict(one or MISSING) | {"corrected": p, "holds": holds})
+    return records, why
 
 
 def as_text(records: list[dict]) -> dict[str, list[str]]:
     """The table of claims, {heading: texts}. The records of a claim's pairs lie together."""
     rows = []
-    for place, pairs in groupby(records, lambda record: tuple(record.values())[:5]):
-        claim, where, *column = place
-        pairs = list(pairs)
+    for place, group in groupby(records, lambda record: [record[name] for name in PLACE]):
+        pairs = list(group)
         verdicts = [record["holds"] for record in pairs]
-        holds = [word for word in (NO, "missing", UNTOLD) if word in verdicts]
-        counts = [str(verdicts.count(word)) for word in (YES, NO, UNTOLD)]
-        row = {"claim": claim, "where": where, "dataset": heading(*column)}
-        row["holds"] = holds[0] if holds else YES
-        row["pairs: yes, no, untold"] = ", ".join(counts)
+        holds = [word for word in (NO, "missing", UNTOLD, YES) if word in verdicts]
+        row = {"claim": place[0], "where": place[1], "dataset": heading(*place[2:])}
+        row["holds"] = holds[0]
+        row["pairs: yes, no, untold"] = ", ".join(
+            str(verdicts.count(word)) for word in (YES, NO, UNTOLD)
+        )
         row |= {"the weakest": "-", "points": "-", "seeds": "-"}
         compared = [record for record in pairs if record["points"] is not None]
         if compared:
