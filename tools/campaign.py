@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,8 +77,8 @@ def train_cells(cells: list[Cell], plan: Plan) -> tuple[dict[Cell, dict], dict[C
                     continue
                 if not is_settled(cell):
                     failed[cell] = reason_of(code, plan.out / cell.name / "log.txt")
-                count = f"[{len(done) + len(failed)}/{len(cells)}]"
-                say(f"{count} {cell.name}: {failed.get(cell, 'finished')}")
+                outcome = failed.get(cell, "finished")
+                say(f"{cell.name}: {outcome}, {len(waiting) + len(running)} cells are left")
     finally:
         for process in running.values():
             process.terminate()
@@ -136,9 +136,7 @@ def reason_of(code, log):
     """Why a process that ended with this code has left no result."""
     reason = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
     if code < 0:
-        reason = f"killed by {signal.Signals(-code).name}"
-    if code == -signal.SIGKILL:
-        reason += ", out of memory?"
+        reason = f"killed by {signal.Signals(-code).name}, out of memory?"
     return f"{reason.removeprefix('error: ')} (all of it in {log})"
 
 
@@ -170,44 +168,37 @@ def method_of(cell: Cell) -> petl.Method:
 def result_of(cell: Cell, plan: Plan) -> dict | None:
     """The result of a cell whose folds are all finished, else None.
 
-    Raises UserError if another experiment lies there.
+    UserError if another experiment lies there: its config.json has other settings.
     """
     folder = plan.out / cell.name
     if not fold_files(folder):
         return None
     run = read_run(folder)
     args = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
-    compare_settings(folder, run.config, expected_settings(cell, plan, args))
-    wanted = set(args.folds or (int(row["fold"]) for row in run.split))
-    if not wanted <= run.folds.keys():
-        return None
-    tested = Counter(int(row["fold"]) for row in run.clips("test"))
-    folds = [{**run.folds[fold]["result"], "tested": tested[fold]} for fold in sorted(wanted)]
-    return {
-        "folds": folds,
-        "seconds": sum(fold["seconds"] for fold in folds),
-        "parameters": run.first["parameters"],
-    }
-
-
-def expected_settings(cell, plan, args):
-    """What config.json of a run of train.py says if its options were `args`.
-
-    Only what the folder of the cell does not say is here.
-    """
     recipe = DATASETS[cell.dataset]
     expected = {"epochs": args.epochs, "pool": args.pool}
     expected["method"] = to_dict(method_of(cell))
+    expected["backbone"] = shape_and_hash(cell.weights)[1]
     expected["batch_size"] = args.batch_size or recipe.batch_size
     if "--dtype" in plan.passed:  # else the device decides
         expected["dtype"] = args.dtype
     if args.seconds or recipe.n_frames:  # else the clips decide
         expected["n_frames"] = frames_for(recipe, None, args.seconds)
-    if cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:")):
-        expected["backbone"] = shape_and_hash(cell.weights)[1]  # a file may have changed
     if recipe.own:
         expected["data_dir"] = args.data_dir and str(args.data_dir.resolve())
-    return expected
+    compare_settings(folder, run.config, expected)
+    wanted = set(args.folds or (int(row["fold"]) for row in run.split))
+    if not wanted <= run.folds.keys():
+        return None
+    tested = [row["fold"] for row in run.clips("test")]
+    folds = []
+    for fold in sorted(wanted):
+        folds.append({**run.folds[fold]["result"], "tested": tested.count(str(fold))})
+    return {
+        "folds": folds,
+        "seconds": sum(fold["seconds"] for fold in folds),
+        "parameters": run.first["parameters"],
+    }
 
 
 if __name__ == "__main__":

@@ -163,10 +163,13 @@ class Cell:
     @property
     def variant(self) -> str:
         """The folder of all cells that differ from Table I in the same way; empty for Table I."""
-        weights = None if self.weights == DATASETS[self.dataset].weights else slug(self.weights)
-        names = ("shots", "rr", "prompts", "kernel", "lr")
-        settings = {"weights-": weights} | {name: getattr(self, name) for name in names}
-        return "-".join(f"{name}{value}" for name, value in settings.items() if value is not None)
+        words = []
+        if self.weights != DATASETS[self.dataset].weights:
+            words.append(f"weights-{slug(self.weights)}")
+        for name in ("shots", "rr", "prompts", "kernel", "lr"):
+            if getattr(self, name) is not None:
+                words.append(f"{name}{getattr(self, name)}")
+        return "-".join(words)
 
     @property
     def name(self) -> str:

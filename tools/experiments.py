@@ -51,13 +51,15 @@ def write_curves(target, done, plan):
         records = []
         curves = product(columns_of(target, plan), lines_of(target, plan))
         for (dataset, _), (name, method, weights) in curves:
+            points = []
             for cell in cells.budgets(dataset, method, 0, weights[dataset]):
                 same = [rated(replace(cell, seed=seed), setting, plan) for seed in plan.seeds]
                 if m := measure(same, done):
-                    panel = panels.setdefault(PRINTED.get(dataset, dataset), {})
-                    panel.setdefault(name, []).append((m.trained, m.mean, m.low, m.high))
+                    points.append((m.trained, m.mean, m.low, m.high))
                     record = {"dataset": dataset, "curve": name, "cell": same[0].name}
                     records.append(record | asdict(m))
+            if points:
+                panels.setdefault(PRINTED.get(dataset, dataset), {})[name] = points
         if panels:
             path = file_of(target, plan, setting)
             figures.draw_curves(panels, path)
@@ -165,7 +167,7 @@ def start(argv):
     if plan.dry_run:
         train_cells(listed, plan)
         return 0
-    evidence.stats()  # missing? now, not after the training
+    evidence.stats()  # is a package missing? that is said before the training
     if any(target in FIGURES for target in plan.targets):
         figures.pyplot()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the campaign ends its workers
