@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import SMALL_AST, make_folder, make_run, table_of
 
+import data
 import petl
 import train
 from support.command import UserError
@@ -83,9 +84,9 @@ def test_a_search(here, made_up, capsys):
     made_up["linear", 0.03] = 60.0  # of bitfit all are equal
     assert here("tune", *words) == 0
     printed = capsys.readouterr().out
-    tried = "0.001 50.00, 0.003 50.00, 0.01 50.00, 0.03 60.00, 0.1 50.00"
-    tried += "; best 0.03, without search 0.01"
-    assert f"linear/seed1000: validation accuracy by learning rate {tried}\n" in printed
+    tried = "[(0.001, 50.0), (0.003, 50.0), (0.01, 50.0), (0.03, 60.0), (0.1, 50.0)]"
+    found = f"best 0.03, without search 0.01; validation accuracy {tried}"
+    assert f"linear/seed1000: {found}\n" in printed
     variants = [
         Cell("esc10", "linear", 0, str(SMALL_AST), lr=lr).variant
         for lr in (0.001, 0.003, None, 0.03, 0.1)
@@ -95,10 +96,10 @@ def test_a_search(here, made_up, capsys):
     assert search == [f"{variant}/esc10/linear/seed1000" for variant in variants]
     assert reported == [f"{variants[i]}/esc10/linear/seed{seed}" for seed in (0, 1) for i in (2, 3)]
     assert len(here.started) == 9 + 5 + 2  # of bitfit the paper's rate is the best
-    searches = json.loads((here.out / "tuned.json").read_text())["searches"]
-    assert {s["method"]: (s["usual"], s["best"], s["seed"]) for s in searches} == {
-        "linear": (0.01, 0.03, 1000),
-        "bitfit": (0.005, 0.005, 1000),
+    searches = json.loads((here.out / "tuned.json").read_text())
+    assert {name: (s["usual"], s["best"]) for name, s in searches.items()} == {
+        Cell("esc10", "linear", 0, str(SMALL_AST)).name: (0.01, 0.03),
+        Cell("esc10", "bitfit", 0, str(SMALL_AST)).name: (0.005, 0.005),
     }
     table = table_of(here.out, "table1")
     assert table["Linear"]["ESC-10"] == "90.00 [90.00, 90.00]"
@@ -121,26 +122,20 @@ def test_a_search(here, made_up, capsys):
     assert here("table1", "--methods", "linear") == 0  # Wilson's of 9 in 10
     assert table_of(here.out, "table1")["Linear"]["ESC-10"] == "90.00 [59.58, 98.21]"
     capsys.readouterr()
-    assert (
-        here("tune", *words) == 0 and "0 cells, 0 finished, 0 to train" in capsys.readouterr().out
-    )
     (here.out / "tuned.json").unlink()
     assert (
         here("tune", *words) == 0 and "10 cells, 10 finished, 0 to train" in capsys.readouterr().out
     )
-    assert (
-        json.loads((here.out / "tuned.json").read_text())["searches"] == searches
-        and len(here.started) == 16
-    )
+    assert json.loads((here.out / "tuned.json").read_text()) == searches and len(here.started) == 16
     assert here("tune", "table1", "--methods", "linear,lora") == 0  # one more is put beside them
-    assert len(json.loads((here.out / "tuned.json").read_text())["searches"]) == 3
+    assert len(json.loads((here.out / "tuned.json").read_text())) == 3
 
 
 def test_train_py_gets_the_rate_that_was_found(here):
     here.out.mkdir()
     tried = [[0.001, 50.0], [0.01, 50.0], [0.03, 60.0]]
-    found = entry(method="linear", usual=0.01, best=0.03, tried=tried)
-    (here.out / "tuned.json").write_text(json.dumps({"searches": [found]}))
+    found = searches("linear", usual=0.01, best=0.03, tried=tried)
+    (here.out / "tuned.json").write_text(json.dumps(found))
     for _ in range(2):
         assert here("table1", "--methods", "linear", "--setting", "tuned") == 0
     (run,) = here.started
@@ -150,12 +145,10 @@ def test_train_py_gets_the_rate_that_was_found(here):
 
 
 def test_no_validation_clips(here, monkeypatch, capsys):
-    def train_cell(folder, words):
-        return make_run(folder, words, "rw", validation=None)
-
-    monkeypatch.setattr(campaign, "train_cell", train_cell)
-    assert here("tune", "table1", "--methods", "linear") == 2
-    assert "there are no validation clips to judge learning rates by" in capsys.readouterr().err
+    recipe = replace(data.DATASETS["esc10"], validate=False)
+    monkeypatch.setitem(data.DATASETS, "esc10", recipe)
+    assert here("tune", "table1", "--methods", "linear") == 2 and not here.started
+    assert "esc10 has no validation clips to judge learning rates by" in capsys.readouterr().err
 
 
 def test_own_sounds_without_validation_clips(here, tmp_path, capsys):
@@ -187,66 +180,24 @@ def test_own_sounds_without_validation_clips(here, tmp_path, capsys):
 
 def entry(**changes) -> dict:
     tried = [[0.0005, 60.0], [0.0015, 61.0], [0.005, 62.0], [0.015, 63.0], [0.05, 63.5]]
-    return {
-        "dataset": "esc10",
-        "method": "lora",
-        "weights": str(SMALL_AST),
-        "shots": None,
-        "rr": None,
-        "prompts": None,
-        "kernel": None,
-        "seed": 1000,
-        "epochs": 1,
-        "options": ["--folds", "1", "--seconds", "0.5"],
-        "usual": 0.005,
-        "tried": tried,
-        "best": 0.05,
-        **changes,
-    }
+    options = ["--folds", "1", "--seconds", "0.5"]
+    return {"options": options, "usual": 0.005, "tried": tried, "best": 0.05, **changes}
+
+
+def searches(method: str, **changes) -> dict:
+    """tuned.json with one search."""
+    return {Cell("esc10", method, 0, str(SMALL_AST)).name: entry(**changes)}
 
 
 @pytest.mark.parametrize(
     ("content", "words", "message"),
     [
         ("{", [], "tuned.json (Expecting property name"),
-        (
-            {"searches": [entry(best=0.005)]},
-            [],
-            "tuned.json: searches[0]: best: Expected the best of those tried",
-        ),
-        ({"searches": [entry(seed="x")]}, [], "tuned.json: searches[0].seed: Expected"),
-        (
-            {"searches": [entry(tried=[[0.0, 60.0]])]},
-            [],
-            "tuned.json: searches[0].tried[0][0]: Expected",
-        ),
-        (
-            {"searches": [entry()]},
-            ["--seeds", "0,1000"],
-            "--seeds: 1000 has chosen the learning rate of",
-        ),
-        ({"searches": [entry(method="dpt")]}, [], "no learning rate has been searched for"),
-        (
-            {"searches": [entry(epochs=2)]},
-            ["tune"],
-            "a search for lora on esc10 with epochs 2, not 1: give another",
-        ),
-        (
-            {"searches": [entry(options=[])]},
-            ["tune"],
-            "with options [], not ['--folds', '1', '--seconds', '0.5']",
-        ),
-        ({"searches": [entry(seed=7)]}, ["tune"], "with seed 7, not 1000"),
-        (
-            {"searches": []},
-            ["tune", "--seeds", "1000"],
-            "--search-seed 1000 is one of those to report",
-        ),
-        (
-            {"searches": []},
-            ["tune", "--datasets", "us8k"],
-            "us8k has no validation clips to judge learning rates by",
-        ),
+        (searches("lora", best="x"), [], ".best: Expected"),
+        (searches("lora", tried=[[0.1]]), [], ".tried[0]: Expected"),
+        (searches("lora"), ["--seeds", "0,1000"], "--seeds: 1000 chooses the learning rates"),
+        (searches("dpt"), [], "no learning rate has been searched for"),
+        ({}, ["tune", "--seeds", "1000"], "--seeds: 1000 chooses the learning rates"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(content, words, message, here, capsys):
@@ -269,16 +220,13 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
     plan = experiments.parse(
         ["table1", "--methods", "lora", "--datasets", "esc50,gsc", "--setting", "both"]
     )
-    found = tune.Search(**entry(weights="audioset", dataset="esc50"))
-    plan.tuned.update({Cell("esc50", "lora", 0, "audioset"): found})
+    plan.tuned["esc50/lora/seed0"] = tune.Search(**entry())
     with pytest.raises(
         UserError, match="searched for gsc/lora/seed0: `tune` as the first word does so"
     ):
         cells.cells_of(plan)
-    gsc = tune.Search(
-        **entry(weights="audioset", dataset="gsc", tried=[[0.001, 1.0], [0.005, 2.0]], best=0.005)
-    )
-    plan.tuned.update({Cell("gsc", "lora", 0, "audioset"): gsc})
+    gsc = tune.Search(**entry(tried=[[0.001, 1.0], [0.005, 2.0]], best=0.005))
+    plan.tuned["gsc/lora/seed0"] = gsc
     tuned = Cell("esc50", "lora", 0, "audioset", lr=0.05)
     assert cells.cells_of(plan) == [
         Cell("esc50", "lora", 0, "audioset"),
@@ -333,14 +281,12 @@ def test_a_rate_that_diverges_and_a_run_that_fails(here, made_up, monkeypatch, c
     monkeypatch.setattr(campaign, "train_cell", train_some)
     words = ["tune", "table1", "--methods", "linear"]
     assert here(*words) == 1
-    assert capsys.readouterr().err.endswith("seed1000: a bug\n")
-    assert (
-        json.loads((here.out / "tuned.json").read_text()) == {"searches": []}
-        and not (here.out / "tables").exists()
-    )
+    assert "seed1000: a bug (all of it in " in capsys.readouterr().err
+    assert json.loads((here.out / "tuned.json").read_text()) == {}
+    assert not (here.out / "tables").exists()
     del broken[0.003]
     assert here(*words) == 0
-    (search,) = json.loads((here.out / "tuned.json").read_text())["searches"]
+    (search,) = json.loads((here.out / "tuned.json").read_text()).values()
     assert search["tried"] == [
         [0.001, 50.0],
         [0.003, 50.0],
@@ -354,7 +300,7 @@ def test_a_rate_that_diverges_and_a_run_that_fails(here, made_up, monkeypatch, c
 
 
 def test_a_dry_run_lists_the_search(here, made_up, capsys):
-    """And then, once it has been made, what is to be reported."""
+    """Once it has been made, --setting lists what is to be reported."""
     words = ["tune", "table1", "--methods", "linear", "--dry-run"]
     assert here(*words) == 0
     printed = capsys.readouterr().out
@@ -362,5 +308,5 @@ def test_a_dry_run_lists_the_search(here, made_up, capsys):
     made_up["linear", 0.1] = 60.0
     assert here(*words[:-1]) == 0
     capsys.readouterr()
-    assert here(*words, "--seeds", "0,1") == 0
+    assert here(*words[1:], "--setting", "both", "--seeds", "0,1") == 0
     assert "4 cells, 2 finished" in capsys.readouterr().out

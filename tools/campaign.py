@@ -6,16 +6,13 @@ the lock when the process ends, however it ends. So a killed cell is free at onc
 campaigns may work in one folder.
 """
 
-import argparse
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import closing
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,12 +20,12 @@ from filelock import FileLock, Timeout
 
 import petl
 import train
-from data import DATASETS, frames_for, load_dataset
-from load_weights import find_checkpoint, to_dict
+from data import DATASETS, frames_for
+from load_weights import to_dict
 from support.command import UserError
 from support.processes import say
 from support.records import compare_settings, fold_files, read_run
-from support.variants import fitted
+from support.variants import narrowed, override
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
 
 CLAIM = ".cell.lock"
@@ -42,98 +39,58 @@ def train_cells(cells: list[Cell], plan: Plan) -> tuple[dict[Cell, dict], dict[C
     """Train what is not finished. Returns the results, and the reasons of the cells without one.
 
     A cell that another process trains goes to the end of the queue, so that every campaign ends
-    with the whole table.
+    with the whole table. The processes end with this function, also when it is interrupted. With
+    --dry-run the cells are listed, and none is trained.
     """
     done = {}
     failed = {}
-    left = take_results(cells, done, failed, plan)
-    say(f"{len(cells)} cells, {len(done)} finished, {len(left)} to train")
-    failed |= without_data(left, plan)
-    waiting = deque(cell for cell in left if cell not in failed)
-    others = set()  # cells that another process trains
-    with closing(outcomes(waiting, done, failed, plan)) as ended:  # it ends its processes
-        for cell, code in ended:
-            unfinished = take_results([cell], done, failed, plan)
-            if cell in done:
-                result = f"{done[cell]['accuracy']:.2f} %, {done[cell]['seconds']:.0f} s"
-                say(f"[{len(done)}/{len(cells)}] {cell.name}: {result}")
-            elif unfinished and code == BUSY:
-                waiting.append(cell)
-                if cell not in others:
-                    say(f"{cell.name}: another process trains it")
-                others.add(cell)
-            else:
-                log = plan.out / cell.name / "log.txt"
-                failed.setdefault(cell, reason_of(code, log))
-                say(f"FAILED {cell.name}: {failed[cell]} (all of it in {log})")
-    return done, failed
 
+    def is_settled(cell):
+        """Whether the cell has a result, or a reason why there can be none."""
+        try:
+            if result := result_of(cell, plan):
+                done[cell] = result
+        except UserError as error:
+            failed[cell] = str(error)
+        return cell in done or cell in failed
 
-def outcomes(waiting: deque[Cell], done, failed, plan: Plan) -> Iterator[tuple[Cell, int]]:
-    """Train the waiting cells. Yields each with the exit code of its process, or with BUSY.
-
-    The processes end with this generator, which an interruption ends too.
-    """
+    waiting = deque(cell for cell in cells if not is_settled(cell))
+    say(f"{len(cells)} cells, {len(done)} finished, {len(waiting)} to train")
+    if plan.dry_run:
+        for cell in cells:
+            say(cell.name, failed.get(cell, "to do" if cell in waiting else "finished"))
+        waiting.clear()
     running = {}
     try:
         while waiting or running:
             if waiting and len(running) < plan.jobs:
                 cell = waiting.popleft()
                 if is_claimed(plan.out / cell.name):
-                    yield cell, BUSY
-                elif take_results([cell], done, failed, plan):  # nobody has finished it meanwhile
+                    waiting.append(cell)
+                elif not is_settled(cell):  # nobody has finished it meanwhile
                     running[cell] = start(cell, plan)
             time.sleep(PAUSE)
-            ended = [cell for cell, process in running.items() if process.poll() is not None]
-            for cell in ended:
-                yield cell, running.pop(cell).returncode
+            for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                code = running.pop(cell).returncode
+                if code == BUSY:
+                    waiting.append(cell)
+                    continue
+                if not is_settled(cell):
+                    failed[cell] = reason_of(code, plan.out / cell.name / "log.txt")
+                outcome = failed.get(cell, "finished")
+                say(f"{cell.name}: {outcome}, {len(waiting) + len(running)} cells are left")
     finally:
         for process in running.values():
             process.terminate()
         for process in running.values():
             process.wait()
+    return done, failed
 
 
-def take_results(
-    cells: list[Cell], done: dict[Cell, dict], failed: dict[Cell, str], plan: Plan
-) -> list[Cell]:
-    """Put what is finished into `done`, and what can never be into `failed`. Returns the others."""
-    left = []
-    for cell in cells:
-        if cell in done or cell in failed:
-            continue
-        try:
-            result = result_of(cell, plan)
-        except UserError as error:
-            failed[cell] = str(error)
-            continue
-        if result:
-            done[cell] = result
-        else:
-            left.append(cell)
-    return left
+# --------------------------------------------------------------------------------- a cell's process
 
 
-def without_data(cells: list[Cell], plan: Plan) -> dict[Cell, str]:
-    """Fetch datasets and checkpoints, once. Returns the reason for each cell that lacks them."""
-    failed = {}
-    for dataset, weights in dict.fromkeys((cell.dataset, cell.weights) for cell in cells):
-        try:
-            if not weights.startswith("random:"):
-                find_checkpoint(weights)
-            load_dataset(dataset, plan.data_dir.get(dataset), plan.cache_dir)
-        except UserError as error:
-            say(f"FAILED all cells of {dataset} from {weights}: {error}")
-            for cell in cells:
-                if (cell.dataset, cell.weights) == (dataset, weights):
-                    failed[cell] = str(error)
-    return failed
-
-
-# ---------------------------------------------------------------------------------- a cell's process
-
-
-def is_claimed(folder: Path) -> bool:
+def is_claimed(folder):
     """Whether another process trains the cell. The folder is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -153,6 +110,7 @@ def start(cell: Cell, plan: Plan) -> subprocess.Popen:
     folder = plan.out / cell.name
     command = [sys.executable, "-m", "tools.campaign", folder, *options(cell, plan), "--resume"]
     with open(folder / "log.txt", "ab") as log:
+        say(f"{cell.name}: its output goes to {log.name}")
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -174,16 +132,12 @@ def train_cell(folder: Path, words: list[str]) -> int:
         return BUSY
 
 
-def reason_of(code: int, log: Path) -> str:
+def reason_of(code, log):
     """Why a process that ended with this code has left no result."""
-    if code == 0:
-        return "it left no result"
-    if code == -signal.SIGKILL:
-        return "killed by SIGKILL, out of memory?"
+    reason = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    last = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-    return last.removeprefix("error: ") or f"exit code {code}"
+        reason = f"killed by {signal.Signals(-code).name}, out of memory?"
+    return f"{reason.removeprefix('error: ')} (all of it in {log})"
 
 
 # ------------------------------------------------------------------------------- a cell and its run
@@ -195,8 +149,6 @@ def options(cell: Cell, plan: Plan) -> list[str]:
         "epochs": epochs_of(cell, plan),
         "data-dir": plan.data_dir.get(cell.dataset),
         "cache-dir": plan.cache_dir,
-        "device": plan.device,
-        "dtype": plan.dtype,
         "out": plan.out / cell.variant,
     }
     words = []
@@ -208,54 +160,45 @@ def options(cell: Cell, plan: Plan) -> list[str]:
 
 def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
-    args = argparse.Namespace(**vars(cell), alpha=None, keep=None, blocks=None)
-    lr = DATASETS[cell.dataset].lr.get(cell.method)
-    return fitted(petl.find(cell.method), shape_of(cell.weights), args, lr)
+    method = narrowed(petl.find(cell.method), shape_of(cell.weights).dim)
+    lr = cell.lr or DATASETS[cell.dataset].lr.get(cell.method) or method.lr
+    return override(replace(method, lr=lr), cell.rr, None, cell.prompts, cell.kernel)
 
 
 def result_of(cell: Cell, plan: Plan) -> dict | None:
     """The result of a cell whose folds are all finished, else None.
 
-    Raises UserError if another experiment lies there.
+    UserError if another experiment lies there: its config.json has other settings.
     """
     folder = plan.out / cell.name
-    if not (folder / "result.json").exists() or not fold_files(folder):
-        return None  # result.json is what a run writes at its end
+    if not fold_files(folder):
+        return None
     run = read_run(folder)
     args = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
-    compare_settings(folder, run.config, expected_settings(cell, plan, args, run.config))
-    wanted = set(args.folds or {int(row["fold"]) for row in run.split})
+    recipe = DATASETS[cell.dataset]
+    expected = {"epochs": args.epochs, "pool": args.pool}
+    expected["method"] = to_dict(method_of(cell))
+    expected["backbone"] = shape_and_hash(cell.weights)[1]
+    expected["batch_size"] = args.batch_size or recipe.batch_size
+    if "--dtype" in plan.passed:  # else the device decides
+        expected["dtype"] = args.dtype
+    if args.seconds or recipe.n_frames:  # else the clips decide
+        expected["n_frames"] = frames_for(recipe, None, args.seconds)
+    if recipe.own:
+        expected["data_dir"] = args.data_dir and str(args.data_dir.resolve())
+    compare_settings(folder, run.config, expected)
+    wanted = set(args.folds or (int(row["fold"]) for row in run.split))
     if not wanted <= run.folds.keys():
         return None
-    tested = Counter(int(row["fold"]) for row in run.clips("test"))
-    folds = [{**run.folds[fold]["result"], "tested": tested[fold]} for fold in sorted(wanted)]
+    tested = [row["fold"] for row in run.clips("test")]
+    folds = []
+    for fold in sorted(wanted):
+        folds.append({**run.folds[fold]["result"], "tested": tested.count(str(fold))})
     return {
         "folds": folds,
-        "accuracy": statistics.mean(fold["accuracy"] for fold in folds),
         "seconds": sum(fold["seconds"] for fold in folds),
         "parameters": run.first["parameters"],
     }
-
-
-def expected_settings(cell: Cell, plan: Plan, run: argparse.Namespace, config: dict) -> dict:
-    """What config.json of the cell says if it is the run with these options and nothing else."""
-    recipe = DATASETS[cell.dataset]
-    expected = {name: getattr(run, name) for name in ("epochs", "pool", "shots", "balance")}
-    expected["method"] = to_dict(method_of(cell))
-    expected["batch_size"] = run.batch_size or recipe.batch_size
-    expected["n_frames"] = config["n_frames"]  # the clips decide, unless the options say it
-    expected["choose_by"] = "balanced" if recipe.own else "accuracy"
-    if plan.dtype:
-        expected["dtype"] = run.dtype
-    if run.seconds or recipe.n_frames:
-        expected["n_frames"] = frames_for(recipe, None, run.seconds)
-    expected["mask_frames"] = recipe.widest_mask(config["n_frames"])
-    is_file = cell.weights != "audioset" and not cell.weights.startswith(("hf:", "random:"))
-    if is_file:  # which may have changed
-        expected["backbone"] = shape_and_hash(cell.weights)[1]
-    if recipe.own:
-        expected["data_dir"] = run.data_dir and str(run.data_dir.resolve())
-    return expected
 
 
 if __name__ == "__main__":

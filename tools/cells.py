@@ -22,51 +22,50 @@ from support.variants import narrowed, override
 PRINTED = {"esc50": "ESC-50", "esc10": "ESC-10", "us8k": "US8K", "gsc": "GSC", "fsc": "FSC"}
 
 
+Column = tuple[str, int | None]  # a dataset, and training clips per class; None: all clips
+
+
 @dataclass(frozen=True)
 class Table:
-    """A table or figure of the paper."""
+    """A table or figure of the paper, as paper_results.json has it."""
 
     title: str
-    datasets: tuple[str, ...]
-    rows: dict[str, str]  # {name: method, and perhaps settings: "lora rr=64"}
-    few_shot: bool = False  # a column for each number of clips per class
-    numbers: dict[tuple[str, str], str] = field(default_factory=dict)  # {(row, column)}
+    columns: list[str]  # "esc50", "esc50 4" with clips per class, or "params" and the like
+    rows: dict[str, list[str]]  # a method, perhaps with settings: "lora rr=64"; then the numbers
     note: str = ""
-    columns: tuple[tuple[str, int | None], ...] = ()  # dataset, clips per class; of a figure none
 
+    @property
+    def numbers(self):
+        """The paper's numbers, {(row, column)}."""
+        found = {}
+        for row, (_, *line) in self.rows.items():
+            for column, number in zip(self.columns, line, strict=False):
+                found[row, column] = number
+        return found
 
-def read_table(title: str, columns: list[str], rows: dict[str, list], note: str = "") -> Table:
-    """A table as paper_results.json has it: the method of a row comes before its numbers."""
-    methods = {}
-    numbers = {}
-    for row, (method, *line) in rows.items():
-        methods[row] = method
-        for column, number in zip(columns, line, strict=True):
-            numbers[row, column] = number
-    places = []
-    for column in columns:  # a dataset, a dataset and clips per class, or "params" and the like
-        name, _, shots = column.partition(" ")
-        if name in DATASETS:
-            places.append((name, int(shots) if shots else None))
-    datasets = tuple(dict.fromkeys(name for name, _ in places))
-    few_shot = any(shots for _, shots in places)
-    return Table(title, datasets, methods, few_shot, numbers, note, tuple(places))
+    @property
+    def places(self):
+        found = []
+        for column in self.columns:
+            name, _, shots = column.partition(" ")
+            if name in DATASETS:
+                found.append((name, int(shots) if shots else None))
+        return found
+
+    @property
+    def datasets(self):
+        return tuple(dict.fromkeys(dataset for dataset, _ in self.places))
+
+    @property
+    def few_shot(self):
+        return any(shots for _, shots in self.places)
 
 
 HERE = Path(__file__).parent
 PAPER = json.loads((HERE / "paper_results.json").read_text(encoding="utf-8"), parse_float=str)
-TABLES = {name: read_table(**table) for name, table in PAPER.items() if name != "about"}
-CURVES = {
-    "HOU par": "houlsby_par",
-    "PF par": "pfeiffer_par",
-    "LoRA": "lora",
-    "DPT": "dpt",
-    "Full FT": "full_ft",
-}
-FIGURES = {
-    "fig3": Table("Figure 3. Accuracy against trained parameters", ("gsc", "fsc"), CURVES),
-    "fig4": Table("Figure 4. Accuracy against trained parameters", ("esc50",), CURVES),
-}
+TARGETS = {name: Table(**table) for name, table in PAPER.items() if name != "about"}
+FIGURES = {name: table for name, table in TARGETS.items() if name.startswith("fig")}
+TABLES = {name: table for name, table in TARGETS.items() if name not in FIGURES}
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Claim:
     better: list[str]
     than: list[str]
 
-    def pairs(self, plan: "Plan") -> list[tuple[str, str]]:
+    def pairs(self, plan):
         """The pairs of which --methods leaves both."""
         pairs = []
         for pair in product(self.better, self.than):
@@ -93,23 +92,17 @@ class Claim:
                 pairs.append(pair)
         return pairs
 
-    def columns(self, plan: "Plan") -> list[tuple[str, int | None]]:
+    def columns(self, plan):
         columns = [column for target in self.targets for column in columns_of(target, plan)]
         return list(dict.fromkeys(columns))
 
 
 CONCLUSIONS = json.loads((HERE / "paper_claims.json").read_text(encoding="utf-8"))
 CLAIMS = [Claim(**claim) for claim in CONCLUSIONS["claims"]]
-TERMS = dict.fromkeys(
-    term for claim in CLAIMS for side in claim.better + claim.than for term in side.split(" - ")
-)
-TARGETS = {
-    **TABLES,
-    **FIGURES,
-    "claims": Table(
-        "What the paper concludes", ("esc50", "us8k", "gsc", "fsc"), {term: term for term in TERMS}
-    ),
-}
+SIDES = [side for claim in CLAIMS for side in claim.better + claim.than]
+TERMS = {term: [term] for side in SIDES for term in side.split(" - ")}
+TARGETS["claims"] = Table("What the paper concludes", ["esc50", "us8k", "gsc", "fsc"], TERMS)
+
 # In Figures 3 and 4, RR is divided, or the number of prompts multiplied, by each of these:
 BUDGETS = (0.25, 0.5, 1, 2, 4)
 
@@ -122,10 +115,8 @@ FEW_SHOT_EPOCHS = 30  # at least: with few clips an epoch is a step or two
 
 def heading(dataset: str, shots: int | None, setting: str) -> str:
     """A column's name."""
-    words = [PRINTED.get(dataset, dataset)]
-    words += [str(shots)] if shots else []
-    words += ["tuned"] if setting == "tuned" else []
-    return ", ".join(words)
+    words = [PRINTED.get(dataset, dataset), str(shots or ""), setting.removeprefix("paper")]
+    return ", ".join(word for word in words if word)
 
 
 @dataclass(frozen=True)
@@ -142,16 +133,13 @@ class Plan:
     weights: str | None
     data_dir: dict[str, Path]  # by dataset
     cache_dir: Path
-    device: str
-    dtype: str | None
     jobs: int
     dry_run: bool
     out: Path
-    search_seed: int
     setting: str
     passed: list[str]  # options of train.py
-    tune: bool = False  # search for learning rates first
-    tuned: dict = field(default_factory=dict)  # what tune.py has found, by cells with seed 0
+    tune: bool  # search for learning rates first
+    tuned: dict = field(default_factory=dict)  # what tune.py has found, by names of cells, seed 0
 
     @property
     def settings(self) -> list[str]:
@@ -175,10 +163,13 @@ class Cell:
     @property
     def variant(self) -> str:
         """The folder of all cells that differ from Table I in the same way; empty for Table I."""
-        weights = None if self.weights == DATASETS[self.dataset].weights else slug(self.weights)
-        names = ("shots", "rr", "prompts", "kernel", "lr")
-        settings = {"weights-": weights} | {name: getattr(self, name) for name in names}
-        return "-".join(f"{name}{value}" for name, value in settings.items() if value is not None)
+        words = []
+        if self.weights != DATASETS[self.dataset].weights:
+            words.append(f"weights-{slug(self.weights)}")
+        for name in ("shots", "rr", "prompts", "kernel", "lr"):
+            if getattr(self, name) is not None:
+                words.append(f"{name}{getattr(self, name)}")
+        return "-".join(words)
 
     @property
     def name(self) -> str:
@@ -189,34 +180,34 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "_", text).strip("_.")
 
 
-def columns_of(target: str, plan: Plan) -> list[tuple[str, int | None]]:
+def columns_of(target: str, plan: Plan) -> list[Column]:
     """Dataset and clips per class of each column; without few-shot the latter is None."""
     table = TARGETS[target]
-    if table.columns and not plan.datasets:
-        return list(table.columns)
-    datasets = plan.datasets or table.datasets
+    if not plan.datasets:
+        return table.places
     if not table.few_shot:
-        return [(dataset, None) for dataset in datasets]
-    return [(dataset, n) for dataset in datasets for n in SHOTS.get(dataset, OTHER_SHOTS)]
+        return [(dataset, None) for dataset in plan.datasets]
+    return [(dataset, n) for dataset in plan.datasets for n in SHOTS.get(dataset, OTHER_SHOTS)]
 
 
-def lines_of(target: str, plan: Plan) -> list[tuple[str, str, dict[str, str]]]:
+def lines_of(target: str, plan: Plan) -> list[tuple]:
     """The rows of a table or figure: name, method, weights for each dataset.
 
     --methods chooses rows, --add puts others below, --random puts a second block below Table I.
     """
     rows = TARGETS[target].rows
-    datasets = [dataset for dataset, _ in columns_of(target, plan)]
-    weights = {dataset: plan.weights or DATASETS[dataset].weights for dataset in datasets}
+    weights = {}
+    for dataset, _ in columns_of(target, plan):
+        weights[dataset] = plan.weights or DATASETS[dataset].weights
     lines = []
-    for name, method in rows.items():
+    for name, (method, *_) in rows.items():
         if not plan.methods or method.split()[0] in plan.methods:
             lines.append((name, method, weights))
     known = [method for _, method, _ in lines]
     lines += [(method, method, weights) for method in plan.add if method not in known]
     if target == "table1" and plan.random:
         weights = {dataset: random_like(name) for dataset, name in weights.items()}
-        names = {method: name for name, method in rows.items()}
+        names = {method: name for name, (method, *_) in rows.items()}
         for method in plan.random:
             lines.append((f"{names.get(method, method)}, random weights", method, weights))
     return lines
@@ -232,12 +223,12 @@ def cells_of(plan: Plan) -> list[Cell]:
         if target == "claims":
             for claim in CLAIMS:
                 for pair, column in product(claim.pairs(plan), claim.columns(plan)):
-                    first, second = terms_of(pair, column, seed, plan)
-                    cells += first + second
+                    for side in terms_of(pair, column, seed, plan):
+                        cells += side
             continue
         places = product(columns_of(target, plan), lines_of(target, plan))
         for (dataset, shots), (_, method, weights) in places:
-            if target in FIGURES:
+            if target in ("fig3", "fig4"):
                 cells += budgets(dataset, method, seed, weights[dataset])
             else:
                 cells.append(cell_of(dataset, method, seed, weights[dataset], shots))
@@ -245,34 +236,31 @@ def cells_of(plan: Plan) -> list[Cell]:
     return list(dict.fromkeys(with_rates))
 
 
-def terms_of(
-    pair: tuple[str, str], column: tuple[str, int | None], seed: int, plan: Plan
-) -> list[list[Cell]]:
+def terms_of(pair, column: Column, seed: int, plan: Plan, setting="paper") -> list[list[Cell]]:
     """The cells of a claim's difference: those that count for it, and those against it."""
     dataset, shots = column
     weights = plan.weights or DATASETS[dataset].weights
-    sides = []
-    for side in pair:
-        sides.append([cell_of(dataset, term, seed, weights, shots) for term in side.split(" - ")])
-    better, than = sides
+    better, than = (
+        [
+            rated(cell_of(dataset, term, seed, weights, shots), setting, plan)
+            for term in side.split(" - ")
+        ]
+        for side in pair
+    )
     return [better[:1] + than[1:], than[:1] + better[1:]]
 
 
 def rated(cell: Cell, setting: str, plan: Plan) -> Cell:
     """The cell with the paper's learning rate, or with the one that was found.
 
-    UserError if none was found, or if a seed to report has found it.
+    UserError if none was found.
     """
     if setting == "paper":
         return cell
-    found = plan.tuned.get(replace(cell, seed=0))
+    found = plan.tuned.get(replace(cell, seed=0).name)
     if found is None:
         raise UserError(
             f"no learning rate has been searched for {cell.name}: `tune` as the first word does so"
-        )
-    if found.seed in plan.seeds:
-        raise UserError(
-            f"--seeds: {found.seed} has chosen the learning rate of {cell.name}: report others"
         )
     return replace(cell, lr=None if found.best == found.usual else found.best)
 
@@ -286,20 +274,20 @@ def cell_of(dataset: str, words: str, seed: int, weights: str, shots: int | None
     name, *settings = words.split()
     row = petl.find(name)
     dim = shape_of(weights).dim
-    asked = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
+    asked = {}
     if not shots and dataset in KERNELS and first(row, "kernel"):
-        asked = {"kernel": KERNELS[dataset], **asked}
+        asked["kernel"] = KERNELS[dataset]
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        asked[key] = int(value)
     method = narrowed(override(row, **asked), dim)
-    known = {
-        (narrowed(other, dim).parts, other.lr): other.name
-        for other in [*petl.METHODS.values(), row]
-    }
-    if (method.parts, row.lr) in known:
-        return Cell(dataset, known[method.parts, row.lr], seed, weights, shots)
+    for known in [row, *petl.METHODS.values()]:
+        if narrowed(known, dim).parts == method.parts and known.lr == row.lr:
+            return Cell(dataset, known.name, seed, weights, shots)
     return Cell(dataset, name, seed, weights, shots, **{key: first(method, key) for key in asked})
 
 
-def first(method: petl.Method, setting: str):
+def first(method, setting):
     """The setting of the first part that has it."""
     return next((getattr(part, setting) for part in method.parts if hasattr(part, setting)), None)
 
@@ -312,12 +300,12 @@ def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
     row = petl.find(method)
     cells = []
     for budget in BUDGETS:
-        words = [method]
+        words = method
         for key, factor in (("rr", 1 / budget), ("prompts", budget)):
             number = first(row, key)
             if number is not None and budget != 1:
-                words.append(f"{key}={max(1, round(number * factor))}")
-        cells.append(cell_of(dataset, " ".join(words), seed, weights))
+                words += f" {key}={max(1, round(number * factor))}"
+        cells.append(cell_of(dataset, words, seed, weights))
     return list(dict.fromkeys(cells))  # few prompts cannot be halved often
 
 
@@ -326,7 +314,7 @@ def epochs_of(cell: Cell, plan: Plan) -> int:
     return plan.epochs or (max(epochs, FEW_SHOT_EPOCHS) if cell.shots else epochs)
 
 
-def random_like(weights: str) -> str:
+def random_like(weights):
     """Random weights of the shape of the backbone `weights`. UserError if train.py has none."""
     shape = shape_of(weights)
     for size, its_shape in RANDOM.items():
@@ -338,14 +326,13 @@ def random_like(weights: str) -> str:
 
 
 def shape_of(weights: str) -> ASTConfig:
-    """The shape of a backbone; for names that tell it, without reading the checkpoint."""
+    """The shape of a backbone. That of AudioSet is known without the checkpoint.
+
+    train.py pools in its own way, whatever the checkpoint has.
+    """
     if weights == "audioset":
         return ASTConfig()
-    size = weights.removeprefix("random:")
-    if size in RANDOM and (size != weights or size == "demo"):  # "tiny" alone is a folder
-        dim, depth, heads = RANDOM[size]
-        return ASTConfig(dim=dim, depth=depth, heads=heads)
-    return shape_and_hash(weights)[0]
+    return replace(shape_and_hash(weights)[0], pool="mean")
 
 
 @lru_cache

@@ -10,8 +10,10 @@ better.
 from dataclasses import asdict
 from itertools import groupby, product
 
-from tools.cells import CLAIMS, Cell, Plan, heading, rated, terms_of
+from tools.cells import CLAIMS, Cell, Plan, heading, terms_of
 from tools.evidence import NO, UNTOLD, YES, differences
+
+PLACE = ("claim", "where", "dataset", "shots", "setting")
 
 
 def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
@@ -20,22 +22,10 @@ def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
     records = {}
     for claim, setting in product(CLAIMS, plan.settings):
         for column, pair in product(claim.columns(plan), claim.pairs(plan)):
-            seeds = []
-            for seed in plan.seeds:
-                sides = terms_of(pair, column, seed, plan)
-                seeds.append([[rated(cell, setting, plan) for cell in side] for side in sides])
             key = (claim.claim, setting, column, pair)
-            pairs[key] = seeds
-            records[key] = {
-                "claim": claim.claim,
-                "where": claim.where,
-                "dataset": column[0],
-                "shots": column[1],
-                "setting": setting,
-                "better": pair[0],
-                "than": pair[1],
-                "holds": "missing",
-            }
+            pairs[key] = [terms_of(pair, column, seed, plan, setting) for seed in plan.seeds]
+            place = dict(zip(PLACE, (claim.claim, claim.where, *column, setting), strict=True))
+            records[key] = place | {"better": pair[0], "than": pair[1], "holds": "missing"}
     found, why = differences(pairs, done, plan)
     for key, (one, p) in found.items():
         records[key] |= asdict(one) | {"corrected": p, "holds": one.holds(p)}
@@ -45,15 +35,15 @@ def judge(done: dict[Cell, dict], plan: Plan) -> tuple[list[dict], list[str]]:
 def as_text(records: list[dict]) -> dict[str, list[str]]:
     """The table of claims, {heading: texts}. The records of a claim's pairs lie together."""
     rows = []
-    for place, pairs in groupby(records, lambda record: tuple(record.values())[:5]):
-        claim, where, *column = place
-        pairs = list(pairs)
+    for place, group in groupby(records, lambda record: [record[name] for name in PLACE]):
+        pairs = list(group)
         verdicts = [record["holds"] for record in pairs]
-        holds = [word for word in (NO, "missing", UNTOLD) if word in verdicts]
-        counts = [str(verdicts.count(word)) for word in (YES, NO, UNTOLD)]
-        row = {"claim": claim, "where": where, "dataset": heading(*column)}
-        row["holds"] = holds[0] if holds else YES
-        row["pairs: yes, no, untold"] = ", ".join(counts)
+        holds = [word for word in (NO, "missing", UNTOLD, YES) if word in verdicts]
+        row = {"claim": place[0], "where": place[1], "dataset": heading(*place[2:])}
+        row["holds"] = holds[0]
+        row["pairs: yes, no, untold"] = ", ".join(
+            str(verdicts.count(word)) for word in (YES, NO, UNTOLD)
+        )
         row |= {"the weakest": "-", "points": "-", "seeds": "-"}
         compared = [record for record in pairs if "points" in record]
         if compared:
