@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> Plan:
     parser = Parser(
         prog="python -m tools.experiments",
         usage="%(prog)s [tune] TARGET... [options] [-- options of train.py]\n"
-        "       %(prog)s compare RUN RUN...\n"
+        "       %(prog)s compare RUN RUN...",
         description="Train what a table or figure of the paper compares, beside its numbers.",
     )
     add = parser.add_argument
