@@ -19,7 +19,7 @@ def confusion(rows: Iterable[dict], classes: list[str]) -> np.ndarray:
     return counts
 
 
-def confusion_table(counts: np.ndarray, classes: list[str]) -> str:
+def confusion_table(counts, classes):
     """confusion.csv: a row for each true class, a column for each predicted one."""
     rows = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
     return csv_of([["true / predicted", *classes], *rows])

@@ -131,10 +131,7 @@ def test_a_run_says_what_accuracy_hides(tmp_path, capsys):
         result["scores"] == scores(counts, names)
         and result["scores"]["accuracy"] == result["accuracy"]
     )
-    assert (
-        f"{result['scores']['majority']:.2f} % for always answering 'drum'" in out
-        and "66.67 % for always" in out
-    )
+    assert "66.67 % for always answering the largest class" in out
     assert "by balanced accuracy" in out
     config = json.loads((run / "config.json").read_text())
     assert (config["choose_by"], config["balance"]) == ("balanced", False)
@@ -144,12 +141,9 @@ def test_what_the_summary_names(monkeypatch):
     rows = rows_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 0, 1, 0])
     rows = [{**row, "path": f"{i}.wav", "probability": f"0.{9 - i}"} for i, row in enumerate(rows)]
     counts = confusion(rows, CLASSES[:3])
-    said = "\n".join(console.describe_scores(rows, scores(counts, CLASSES[:3])))
-    assert "never answered  'c': 1 of 3 classes" in said
-    assert "most confused   2 of 3 clips of 'a' were taken for 'b'" in said
-    assert "50.00 % for always answering 'a'" in said and "balanced accuracy 27.78 %" in said
     classes = scores(counts, CLASSES[:3])["classes"]
-    assert console.describe_classes(classes)[0].startswith("  class  clips  precision")
+    title = console.describe_classes(classes)[0]
+    assert "3 of 3 classes with the lowest F1  clips  precision" in title
     monkeypatch.setattr(console, "ROWS", 2)
     said = console.describe_classes(classes)
     assert [line.split()[0] for line in said[1:]] == ["c", "a"]
@@ -187,9 +181,9 @@ def test_a_balanced_loss(tmp_path, monkeypatch):
     for i in range(5):
         write_sound(root / "drum" / f"more{i}.wav", 10)
 
-    def cross_entropy(logits, y, weights=None, **options):
-        asked.append(weights)
-        return original(logits, y, weights, **options)
+    def cross_entropy(logits, y, weight=None, **options):
+        asked.append(weight)
+        return original(logits, y, weight=weight, **options)
 
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     assert (

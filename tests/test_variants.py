@@ -62,7 +62,7 @@ def test_override_reaches_every_part_that_has_the_setting_and_refuses_what_is_no
     assert override(METHODS["lora"], alpha=0.5).parts == (LoRA("qv", rr=128, alpha=0.5),)
     assert override(METHODS["lora"]) is METHODS["lora"] and METHODS["lora"].parts == (LoRA("qv", 128, 8),)
     for setting in ({"rr": 0}, {"rr": -1}, {"alpha": 0.0}, {"alpha": float("inf")}, {"alpha": float("nan")}):
-        with pytest.raises(UserError, match="must be a positive number"):
+        with pytest.raises(UserError, match="Expected float"):
             override(METHODS["lora"], **setting)
     for name, setting in (("linear", {"rr": 8}), ("houlsby_par", {"alpha": 8}), ("lora", {"prompts": 4})):
         with pytest.raises(UserError, match=f"{name!r} has no setting '{next(iter(setting))}'"):
@@ -79,4 +79,5 @@ def test_three_settings_at_once():
 def test_what_is_asked_for_comes_before_what_suits_the_width():
     demo = ASTConfig(dim=128, depth=4, heads=2)
     assert fitted(METHODS["full_ft"], demo, train.parse(["--lr", "1e-3"])).lr == 1e-3
-    assert fitted(METHODS["dpt"], demo, train.parse(["--prompts", "9"])).parts == (Prompts(9, deep=True),)
+    args = train.parse(["--method", "dpt", "--prompts", "9"])
+    assert fitted(METHODS["dpt"], demo, args).parts == (Prompts(9, deep=True),)
