@@ -55,7 +55,7 @@ def factor(distances):
     return (1 - distances).clamp_max(0).exp()
 
 
-def fit(logits: torch.Tensor, labels: torch.Tensor) -> dict | None:
+def fit(logits, labels):
     """The Calibration of validation clips as plain JSON types.
 
     logits: (clips, classes). labels: (clips,). None if fewer than ENOUGH clips are answered right.
@@ -138,7 +138,7 @@ def error(probabilities, right, bins=15):
     return 100 * gaps.abs().sum().item() / len(right)
 
 
-def calibrated(header: dict, validated: tuple, tested: tuple) -> dict:
+def calibrated(header, validated, tested):
     """The header of a fold file with its calibration, if there is one.
 
     `validated` and `tested` are pairs of logits (clips, classes) and labels (clips,).

@@ -97,7 +97,7 @@ def name_of_tensor(tensor):
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(numbers).hexdigest()}"
 
 
-def unusual(tensor) -> str | None:
+def unusual(tensor):
     """Why a tensor is not an array of finite numbers; None if it is one."""
     if not isinstance(tensor, torch.Tensor):
         return "is no tensor"
@@ -125,7 +125,7 @@ def read_json(path: Path, kind: type[T], mend: str = "download it again") -> T:
     return checked(content, kind, path)
 
 
-def parse_json(text: str | bytes) -> dict:
+def parse_json(text):
     """A table of JSON. A ValueError for anything else, a RecursionError for too deep nesting."""
     content = json.loads(text)
     if not isinstance(content, dict):

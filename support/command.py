@@ -19,7 +19,7 @@ from ast_model import UserError
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage
-        raise UserError(f"{message[:1000]} (--help shows all options)")
+        raise UserError(f"{message} (--help shows all options)")
 
 
 def numbers(text):
@@ -122,12 +122,11 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        forget_output()
-        return 1
     except OSError as error:  # the machine's state, not a mistake of the program
-        print(f"error: {reason_of(error)}", file=sys.stderr)
         forget_output()
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            return 1
+        print(f"error: {reason_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
@@ -171,28 +170,6 @@ def out_of_memory(error):
     """Whether the memory of a GPU or a CPU was too small. PyTorch has no class for a CPU's."""
     is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return is_known or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def explained(device, tried, out, cache_dir):
-    """Turn what the machine has too little of into a UserError. `tried`: clips at once."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory on {device}: choose a --micro-batch smaller than {tried}"
-        ) from None
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        reason = reason_of(error, out, mend=", then add --resume to go on")
-        hint = no_place(error, {"--out": out, "--cache-dir": cache_dir})
-        raise UserError(reason + hint) from None
-    except KeyboardInterrupt:
-        hint = "interrupted: the same command with --resume goes on after the last finished epoch"
-        raise KeyboardInterrupt(hint) from None
 
 
 @contextmanager

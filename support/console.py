@@ -6,7 +6,6 @@ from statistics import mean
 from support.files import write_json
 from support.processes import say
 from support.records import mean_and_std
-from support.scores import mistakes
 
 ROWS = 10  # of the table of classes
 
@@ -48,8 +47,8 @@ def describe_fold(result, by):
     return f"fold {result['fold']}: {accuracy}, {result['seconds']:.0f} s"
 
 
-def summary(run, seconds):
-    """What a user wants to know at the end of a run. `seconds`: since the command began."""
+def summary(run):
+    """What a user wants to know at the end of a run."""
     result = run.result()
     scores = result["scores"]
     count = result["parameters"]
@@ -68,11 +67,10 @@ def summary(run, seconds):
         f"{count['head']:,} of final LayerNorm and head",
         f"  file            {file}, {file.stat().st_size / 1000:,.0f} kB: "
         "all that has to be kept beside the backbone",
-        f"  time            {result['seconds']:.0f} s of training, {seconds:.0f} s in all",
+        f"  time            {result['seconds']:.0f} s of training",
         f"  to use it       python -m tools.predict {shlex.quote(str(run.folder))} SOUND.wav",
         "",
         *describe_classes(scores["classes"]),
-        *describe_mistakes(run.tested()),
         "",
     ]
     return "\n".join(lines)
@@ -80,21 +78,11 @@ def summary(run, seconds):
 
 def describe_classes(classes):
     """The classes with the lowest F1, ROWS at most."""
-    title = f"{min(ROWS, len(classes))} of {len(classes)} classes with the lowest F1"
-    width = min(40, max(map(len, [title, *classes])))
-    lines = [f"  {title:<{width}}  clips  precision  recall     F1   in %"]
+    lines = ["  classes with the lowest F1      clips  precision  recall     F1   in %"]
     for name, one in sorted(classes.items(), key=lambda item: item[1]["f1"])[:ROWS]:
         rates = f"{one['precision']:>11.2f}{one['recall']:>8.2f}{one['f1']:>7.2f}"
-        lines.append(f"  {name[:width]:<{width}}{one['support']:>7}{rates}")
+        lines.append(f"  {name[:30]:<30}{one['support']:>7}{rates}")
     return lines
-
-
-def describe_mistakes(tested):
-    lines = []
-    for row in mistakes(tested):
-        answer = f"{row['prediction']!r}, but it is {row['label']!r}"
-        lines.append(f"  {float(row['probability']):7.2%}  {row['path']}: {answer}")
-    return ["\n  the most confident mistakes", *lines] if lines else []
 
 
 def describe_errors(results):

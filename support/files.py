@@ -57,7 +57,7 @@ def whole_file(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_left_behind(folder: Path) -> None:
+def remove_left_behind(folder):
     """Remove the temporary files of `whole_file` that killed processes have left in a folder.
 
     One that has changed in the last minute may be that of a living process, so it stays.
@@ -88,7 +88,7 @@ def whole_folder(path: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def json_of(content: dict) -> str:
+def json_of(content):
     return json.dumps(content, indent=2) + "\n"
 
 

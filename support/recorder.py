@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 import torch
 
+from ast_model import UserError
 from data import DATASETS
 from support import command, console, records
 from support.calibration import calibrated
@@ -20,13 +21,26 @@ from support.progress import Bar, in_words
 
 @contextmanager
 def protected(args, batch_size):
-    """Join the processes of torchrun. What a user can mend becomes one line, no traceback."""
-    tried = args.micro_batch or args.batch_size or batch_size
-    with (
-        command.explained(args.device, tried, args.out, args.cache_dir),
-        process_group(args.device),
-    ):
-        yield
+    """Join the processes of torchrun. What the machine has too little of becomes a UserError."""
+    try:
+        with process_group(args.device):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not command.out_of_memory(error):
+            raise
+        tried = args.micro_batch or args.batch_size or batch_size
+        raise UserError(
+            f"out of memory on {args.device}: choose a --micro-batch smaller than {tried}"
+        ) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        reason = command.reason_of(error, args.out, mend=", then add --resume to go on")
+        hint = command.no_place(error, {"--out": args.out, "--cache-dir": args.cache_dir})
+        raise UserError(reason + hint) from None
+    except KeyboardInterrupt:
+        hint = "interrupted: the same command with --resume goes on after the last finished epoch"
+        raise KeyboardInterrupt(hint) from None
 
 
 class Recorder:
@@ -36,7 +50,6 @@ class Recorder:
         self.args = args
         self.dataset = dataset
         self.machine = machine
-        self.started = time.perf_counter()
         self.folds = command.chosen_folds(args.folds, list(dataset.folds) or [1], args.dataset)
         self.home = args.out / args.dataset / args.method
         self.to_forecast = 0  # folds to train, of all seeds; 0 again once the estimate is printed
@@ -108,8 +121,7 @@ class Recorder:
         wait_for_all()
         if self.machine.is_first:
             run = records.write_results(self.folder)
-            seconds = time.perf_counter() - self.started
-            say(console.summary(run, seconds))
+            say(console.summary(run))
             self.summaries[self.settings.seed] = run.result()
 
     def results(self):
@@ -149,22 +161,22 @@ class FoldLog:
         return state
 
     def trained(self, epoch, losses):
-        self.losses = losses
-        self.trained_at = time.perf_counter()
+        seconds = time.perf_counter() - self.progress.clock
+        self.row = {
+            "fold": self.progress.fold,
+            "epoch": epoch,
+            "step": len(losses) * epoch,
+            "loss": round(statistics.mean(losses), 6),
+            "lr": f"{self.learner.optimizer.param_groups[0]['lr']:.4g}",
+            "clips/s": round(len(self.split.train) / seconds, 1),
+        }
 
     def validated(self, epoch, accuracy, state):
         run = self.run
         progress = self.progress
         before = progress.clock
-        row = {
-            "fold": self.fold,
-            "epoch": epoch,
-            "step": len(self.losses) * epoch,
-            "loss": round(statistics.mean(self.losses), 6),
-            "accuracy": "" if accuracy is None else round(accuracy, 4),
-            "lr": f"{self.learner.optimizer.param_groups[0]['lr']:.4g}",
-            "clips/s": round(len(self.split.train) / (self.trained_at - before), 1),
-        }
+        row = self.row
+        row["accuracy"] = "" if accuracy is None else round(accuracy, 4)
         progress.history.append(row)
         progress.tick()
         if run.machine.is_first:

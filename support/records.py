@@ -36,7 +36,7 @@ from support.files import (
     whole_file,
     write_text,
 )
-from support.headers import RunConfig, Settings
+from support.headers import RunConfig
 from support.processes import is_first, say
 from support.scores import confusion, confusion_table, scores
 
@@ -175,19 +175,13 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
 
 
 def read_folds(folder: Path) -> dict[int, dict]:
-    """The headers of the finished folds. UserError if they are not all of one run.
-
-    config.json says which run. Without it, as in a copy of the fold files, the first of them does.
-    """
-    files = fold_files(folder)
-    if not files:
-        return {}
-    if (folder / "config.json").is_file():
-        config = read_config(folder)
-        settings = {name: config[name] for name in Settings.__annotations__}
-    else:
-        settings = read_header(next(iter(files.values())), "settings")["settings"]
-    return {fold: read_fold(file, fold, settings) for fold, file in files.items()}
+    """The headers of the finished folds. UserError if they are not all of one run."""
+    headers = {}
+    settings = {}
+    for fold, file in fold_files(folder).items():
+        headers[fold] = read_fold(file, fold, settings)
+        settings = headers[fold]["settings"]
+    return headers
 
 
 def check_run(file, fold, settings, wanted_fold, wanted):
@@ -253,7 +247,7 @@ def read_progress(file, fold, settings, resume):
     try:
         state = unpickled(file)
         is_whole = state.pop("digest") == sha256_of(state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # or it is no table
+    except Exception:  # the bytes may be anything
         is_whole = False
     if not is_whole:
         raise UserError(f"{file} is damaged: delete it, and the fold starts over")
@@ -372,6 +366,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is no finished run of train.py: there is no {missing[0]}")
     config = read_config(folder)
     folds = read_folds(folder)
+    compare_settings(folder, config, next(iter(folds.values()))["settings"])
     table = (folder / "split.csv").read_bytes().decode("utf-8", "surrogateescape")
     if hash_of(table) != config["clips"]:
         raise UserError(f"{folder / 'split.csv'} is not that of the run: delete it, and {AGAIN}")

@@ -1,4 +1,4 @@
-"""What a confusion matrix says beyond accuracy, and which mistakes are the most confident ones."""
+"""What a confusion matrix says beyond accuracy."""
 
 from collections.abc import Iterable
 
@@ -56,9 +56,3 @@ def scores(counts: np.ndarray, classes: list[str]) -> dict:
         for i, name in enumerate(classes)
     }
     return total
-
-
-def mistakes(rows: Iterable[dict], count: int = 5) -> list[dict]:
-    """The most confident wrong answers among rows with label, prediction and probability."""
-    wrong = [row for row in rows if row["label"] != row["prediction"]]
-    return sorted(wrong, key=lambda row: -float(row["probability"]))[:count]

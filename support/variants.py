@@ -60,9 +60,9 @@ def narrowed(method, dim: int):
     return replace(method, lr=NARROW_LR.get(method.name, method.lr))
 
 
-def check_method(method, args) -> None:
-    """UserError for a number on the command line that the method cannot have."""
-    override(method, args.rr, args.alpha, args.prompts, args.kernel)
+def check_method(method, args):
+    """The method with the numbers of the command line. UserError for one that it cannot have."""
+    return override(method, args.rr, args.alpha, args.prompts, args.kernel)
 
 
 def fitted(method, config, args, lr: float | None = None):
@@ -75,7 +75,7 @@ def fitted(method, config, args, lr: float | None = None):
     blocks = args.blocks
     method = narrowed(method, config.dim)
     method = replace(method, lr=args.lr or lr or method.lr, blocks=blocks)
-    method = override(method, args.rr, args.alpha, args.prompts, args.kernel)
+    method = check_method(method, args)
     if keep and has(method, "needs_all_patches"):
         raise UserError(
             f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method"

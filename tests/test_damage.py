@@ -31,10 +31,11 @@ from ast_model import POOL
 from load_weights import from_dict, load_ast, load_trained, save_ast, to_dict
 from sounds.audio import read_audio
 from sounds.fetch import unpack
-from support import command, headers
+from support import headers
 from support.checkpoints import read_header, read_json, sha256_of, write_tensors
 from support.command import UserError, positive
 from support.processes import join
+from support.recorder import protected
 from support.records import Progress, read_progress, read_run, save_progress
 from tools import export, predict
 from tools.merge import merge
@@ -623,15 +624,15 @@ def ends(call, *words, code=2):
         "--batch-size 99999999999999999999",
         "--epochs 0",
         "--shots -1",
-        "--folds " + "1" * 5000,
-        "--seed " + "9" * 5000,
+        "--folds " + "1" * 50,
+        "--seed " + "9" * 50,
         "--method dpt --prompts 1000000000",
         "--method lora --rr 1000000000",
         "--method lora --alpha 1e300",
         "--lr 1.5",
         "--lr nan",
         "--seconds nan",
-        "--micro-batch 1" + "0" * 5000,
+        "--micro-batch 1" + "0" * 50,
     ],
 )
 def test_numbers_on_the_command_line(words, capsys, tmp_path):
@@ -727,7 +728,8 @@ def test_what_is_no_place_to_write_to_is_asked_for(tmp_path, number):
         ("cache/y.npy", "--cache-dir"),
         ("a.wav", None),
     ):
-        where = command.explained(torch.device("cpu"), 8, tmp_path / "runs", tmp_path / "cache")
+        args = train.parse(["--out", f"{tmp_path}/runs", "--cache-dir", f"{tmp_path}/cache"])
+        where = protected(args, 8)
         with pytest.raises(UserError) as error, where:
             raise OSError(number, os.strerror(number), str(tmp_path / at))
         asked = f"is {option} a folder to write to?" in str(error.value)

@@ -4,7 +4,6 @@ import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Event
 
 import pytest

@@ -303,7 +303,7 @@ def test_seconds_of_a_fold(monkeypatch):
 
 def test_the_command_that_is_printed_can_be_copied(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "my runs" / "seed0")
-    text = console.summary(read_run(folder), 1.0)
+    text = console.summary(read_run(folder))
     (line,) = [line for line in text.splitlines() if "python -m tools.predict" in line]
     assert shlex.split(line)[-2:] == [str(folder), "SOUND.wav"]
 
@@ -341,7 +341,7 @@ def test_a_config_that_is_damaged_or_another_is_refused(again):
         file.write_text(content)
         (line,) = call(code=2)
         assert line.startswith(f"error: {message}")
-        with pytest.raises(UserError, match=r"config\.json|is of a run with epochs 2, not 3"):
+        with pytest.raises(UserError, match=re.escape(message)):
             read_run(folder)
 
 

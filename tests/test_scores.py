@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import train
 from support import console
-from support.scores import confusion, mistakes, scores
+from support.scores import confusion, scores
 
 CLASSES = ["a", "b", "c", "d", "e"]
 
@@ -78,25 +78,6 @@ def test_weights_of_classes_are_balanced():
     assert weights[labels[clips]].mean().item() == pytest.approx(1)
 
 
-def test_the_most_confident_mistakes():
-    probabilities = [
-        "0.900000",
-        "0.100000",
-        "0.990000",
-        "0.950000",
-        "0.500000",
-        "0.990000",
-        "0.600000",
-        "0.700000",
-    ]
-    rows = [
-        {"path": f"{i}", "label": "a", "prediction": "a" if i == 2 else "b", "probability": p}
-        for i, p in enumerate(probabilities)
-    ]
-    assert [row["path"] for row in mistakes(rows)] == ["5", "3", "0", "7", "6"]
-    assert mistakes(rows[2:3]) == []
-
-
 def test_the_score_of_own_sounds_is_balanced_accuracy():
     labels = torch.tensor([0, 0, 0, 0, 1])
     always, mixed = (torch.eye(2)[torch.tensor(answers)] for answers in ([0] * 5, [0, 0, 1, 1, 1]))
@@ -143,17 +124,10 @@ def test_what_the_summary_names(monkeypatch):
     counts = confusion(rows, CLASSES[:3])
     classes = scores(counts, CLASSES[:3])["classes"]
     title = console.describe_classes(classes)[0]
-    assert "3 of 3 classes with the lowest F1  clips  precision" in title
+    assert title.startswith("  classes with the lowest F1      clips  precision")
     monkeypatch.setattr(console, "ROWS", 2)
     said = console.describe_classes(classes)
     assert [line.split()[0] for line in said[1:]] == ["c", "a"]
-    assert "2 of 3 classes with the lowest F1" in said[0]
-    assert console.describe_mistakes(rows)[1:] == [
-        "   80.00%  1.wav: 'b', but it is 'a'",
-        "   70.00%  2.wav: 'b', but it is 'a'",
-        "   60.00%  3.wav: 'a', but it is 'b'",
-        "   40.00%  5.wav: 'a', but it is 'c'",
-    ]
 
 
 @pytest.mark.parametrize(
