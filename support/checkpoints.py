@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from ast_model import UserError
 from support.files import whole_file
-from support.headers import HuggingFace, Names, T, checked, checked_header
+from support.headers import HuggingFace, Names, checked, checked_header
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
@@ -116,21 +116,13 @@ def unusual(tensor):
 # -------------------------------------------------------------------------------------- JSON files
 
 
-def read_json(path: Path, kind: type[T], mend: str = "download it again") -> T:
+def read_json(path: Path, kind: type, mend: str = "download it again"):
     """A JSON file that holds a table, as `kind`, a class of support/headers.py."""
     try:
-        content = parse_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}): {mend}") from None
     return checked(content, kind, path)
-
-
-def parse_json(text):
-    """A table of JSON. A ValueError for anything else, a RecursionError for too deep nesting."""
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError("it holds no table")
-    return content
 
 
 def read_names(path: Path) -> Names:
@@ -178,12 +170,12 @@ def read_metadata(path: Path) -> dict:
         raise no_whole_file(path, "it is a folder" if path.is_dir() else "it is no file")
     try:
         with safe_open(path, "pt") as file:
-            header = parse_json((file.metadata() or {}).get("ast_petl", "{}"))
+            header = json.loads((file.metadata() or {}).get("ast_petl", "{}")) or {}
             names = file.keys() if header else []
             tensors = {name: file.get_tensor(name) for name in names}
         digest = header.pop("digest", None)
         is_whole = not header or digest == sha256_of([tensors, header])
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
         raise no_whole_file(path, error) from None
     if not is_whole:
         raise no_whole_file(path, "it is damaged: its SHA-256 is another")

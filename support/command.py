@@ -189,8 +189,7 @@ def nearest(name: str, known: Iterable[str], what: str) -> None:
     """UserError that suggests the nearest name unless `name` is one of `known`."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        names = ", ".join(known)
-        raise UserError(f"unknown {what} {name!r}: did you mean {close!r}? There are {names}")
+        raise UserError(f"unknown {what} {name!r}: did you mean {close!r}?")
 
 
 def first_of(names: list[str]) -> str:

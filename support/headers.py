@@ -9,7 +9,7 @@ which has defaults for what they leave out.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta, Struct, ValidationError
@@ -29,10 +29,8 @@ LearningRate = Annotated[float, Meta(gt=0, le=1)]
 Pool = Literal["mean", "cls", "cls_dist"]  # the keys of ast_model.POOL
 Alpha = Annotated[float, Meta(gt=0, le=65_536)]
 
-T = TypeVar("T")
 
-
-def checked(content: Any, kind: type[T], origin: Path | str) -> T:
+def checked(content: Any, kind: type, origin: Path | str) -> Any:
     """`content` as a `kind`. A UserError names `origin`, the key and what it should be."""
     try:
         return msgspec.convert(content, kind)

@@ -9,8 +9,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict
 
-import torch
-
 from ast_model import UserError
 from data import DATASETS
 from support import command, console, records
@@ -98,11 +96,14 @@ class Recorder:
             "seconds": round(progress.seconds, 1),
             "peak_memory_mb": peak and peak >> 20,
         }
+        record = {"history": progress.history, "predictions": [], "millionths": []}
         validation = best["validation"]
-        answers = torch.cat([validation[0], logits])
+        for some in (validation[0], logits):
+            for name, answers in answers_of(some).items():
+                record[name] += answers
         header = {
             "result": result,
-            "record": {"history": progress.history, **answers_of(answers)},
+            "record": record,
             "classes": self.dataset.classes,
             "settings": asdict(self.settings),
             "versions": records.versions(),

@@ -71,12 +71,10 @@ def tell_of_gaps(dataset, folds):
 
     `check_folds` warns of what the data say themselves.
     """
-    everything = range(len(dataset.labels))  # a drawn split chooses from all clips
     for fold, split in folds.items():
+        given = dataset.folds.get(fold)  # None: the seed drew from all clips
         for part, what in (("train", "training"), ("test", "test")):
-            clips = everything
-            if fold in dataset.folds:
-                clips = getattr(dataset.folds[fold], part)
+            clips = getattr(given, part) if given else range(len(dataset.labels))
             before = {dataset.labels[i] for i in clips}
             gone = before - {dataset.labels[i] for i in getattr(split, part)}
             if gone and is_first():

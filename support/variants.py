@@ -6,18 +6,11 @@ from support.command import UserError
 from support.headers import Part, checked
 
 
-def override(
-    method,
-    rr: int | None = None,
-    alpha: float | None = None,
-    prompts: int | None = None,
-    kernel: int | None = None,
-):
-    """The method with another reduction rate, alpha, number of prompts or window.
+def override(method, **numbers: float | None):
+    """The method with another reduction rate `rr`, `alpha`, number of `prompts` or `kernel`.
 
-    Every part that has the setting gets it. A UserError if the method has no such setting.
+    Every part that has the setting gets it. None leaves it. A UserError if no part has it.
     """
-    numbers = {"rr": rr, "alpha": alpha, "prompts": prompts, "kernel": kernel}
     for setting, value in numbers.items():
         if value is not None:
             method = with_number(method, setting, value)
@@ -62,7 +55,7 @@ def narrowed(method, dim: int):
 
 def check_method(method, args):
     """The method with the numbers of the command line. UserError for one that it cannot have."""
-    return override(method, args.rr, args.alpha, args.prompts, args.kernel)
+    return override(method, rr=args.rr, alpha=args.alpha, prompts=args.prompts, kernel=args.kernel)
 
 
 def fitted(method, config, args, lr: float | None = None):
