@@ -57,7 +57,7 @@ def summary(run):
     file = run.file(result["folds"][0]["fold"])
     lines = [
         "",
-        f"  test accuracy   {result['accuracy']:.2f}{spread} %, {len(run.folds)} folds",
+        f"  test accuracy   {result['accuracy']:.2f}{spread} %, folds: {len(run.folds)}",
         f"  in all classes  balanced accuracy {scores['balanced_accuracy']:.2f} %, "
         f"macro-F1 {scores['macro_f1']:.2f} %",
         f"  to compare with {scores['majority']:.2f} % for always answering the largest class",

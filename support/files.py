@@ -88,10 +88,6 @@ def whole_folder(path: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def json_of(content):
-    return json.dumps(content, indent=2) + "\n"
-
-
 def csv_of(rows: Iterable[Iterable]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -109,7 +105,7 @@ def to_bytes(text: str) -> bytes:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_text(path, json_of(content))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:

@@ -29,11 +29,11 @@ from support.checkpoints import read_header, read_json, sha256_of, unpickled
 from support.command import first_of, warn
 from support.files import (
     csv_of,
-    json_of,
     remove_left_behind,
     table_of,
     to_bytes,
     whole_file,
+    write_json,
     write_text,
 )
 from support.headers import RunConfig
@@ -125,7 +125,7 @@ def start_run(folder, settings, table, names, bad, options):
             rows += read_fold(file, fold, plain(settings))["record"]["history"]
         if is_first():
             remove_left_behind(folder)
-            write_text(folder / "config.json", json_of(config))
+            write_json(folder / "config.json", config)
             write_text(folder / "split.csv", table)
     return rows
 
@@ -328,8 +328,7 @@ class Run:
             answers = zip(ours, record["predictions"], record["millionths"], strict=True)
             for clip, number, millionths in answers:
                 row = {"fold": fold, "part": clip["split"], "path": clip["path"]}
-                row["label"] = clip["label"]
-                row["prediction"] = self.classes[number]
+                row |= {"label": clip["label"], "prediction": self.classes[number]}
                 row["probability"] = f"{millionths / 1e6:.6f}"
                 rows.append(row)
         return rows
@@ -380,7 +379,7 @@ def write_results(folder):
         rows = run.predictions()
         write_text(folder / "predictions.csv", table_of(rows[0], rows))
         write_text(folder / "confusion.csv", confusion_table(run.confusion(), run.classes))
-        write_text(folder / "result.json", json_of(run.result()))
+        write_json(folder / "result.json", run.result())
     return run
 
 
