@@ -3,22 +3,18 @@
 import hashlib
 import json
 import re
-import warnings
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from msgspec import to_builtins
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ast_model import UserError
 from support.files import whole_file
-from support.headers import HuggingFace, Names, T, Trained, Whole, checked
+from support.headers import HuggingFace, Names, checked, checked_header
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
+KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
 # ------------------------------------------------------------------------------------ any tensors
 
@@ -36,8 +32,7 @@ def fetch(repository: str) -> tuple[Path, Path]:
         except EntryNotFoundError:
             weights = huggingface_hub.hf_hub_download(repository, "pytorch_model.bin")
     except Exception as error:  # the hub's client raises whatever its network stack raises
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"cannot fetch {repository} from the Hugging Face hub ({reason}): download its "
             "config.json and model.safetensors by hand, and give their folder as --weights"
@@ -50,12 +45,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else unpickled(path)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise UserError(
-            f"cannot read {path} ({reason}): download it again, or convert it to .safetensors"
+            f"cannot read {path} ({error}): download it again, or convert it to .safetensors"
         ) from None
-    is_table = isinstance(content, dict)
-    if not is_table or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise UserError(f"{path} holds no table of tensors: give a checkpoint of an AST")
     for name, tensor in content.items():
         if problem := unusual(tensor):
@@ -75,21 +68,18 @@ def unpickled(path: Path):
     Nothing is executed.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about kinds of tensors that `unusual` refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # files of old versions of PyTorch are none
+            with zipfile.ZipFile(path) as zipped:
+                if zipped.testzip():  # PyTorch does not look at checksums
+                    raise ValueError
     except OSError:
         raise
     except Exception as error:  # the bytes are a program: a damaged file may raise anything
         if "GLOBAL" in str(error):
             raise ValueError("it holds Python code, which is never executed here") from None
-        if isinstance(error, RuntimeError) and str(error):
-            raise ValueError(str(error).splitlines()[0]) from None
-        # The other texts recommend to load the file unsafely.
-        raise ValueError("it is no file of tensors") from None
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as zipped:  # old formats are no zip
-        if damaged := zipped.testzip():  # torch does not look at checksums
-            raise ValueError(f"its part {damaged} is damaged")
+        # PyTorch's own text may recommend to load the file unsafely.
+        raise ValueError("it is no whole file of tensors") from None
     return content
 
 
@@ -98,34 +88,22 @@ def sha256_of(content) -> str:
 
     The order of the keys of a table does not matter.
     """
-    digest = hashlib.sha256()
-
-    def add(content):
-        if isinstance(content, torch.Tensor):
-            digest.update(f"{content.dtype} {tuple(content.shape)} ".encode())
-            flat = content.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy())
-        elif isinstance(content, dict):
-            digest.update(f"{{{len(content)} ".encode())
-            for key in sorted(content, key=repr):
-                add(key)
-                add(content[key])
-        elif isinstance(content, list | tuple):
-            digest.update(f"[{len(content)} ".encode())
-            for value in content:
-                add(value)
-        else:
-            digest.update(f"{content!r} ".encode(errors="backslashreplace"))
-
-    add(content)
-    return digest.hexdigest()
+    text = json.dumps(content, sort_keys=True, default=name_of_tensor)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def unusual(tensor: torch.Tensor) -> str | None:
+def name_of_tensor(tensor):
+    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(numbers).hexdigest()}"
+
+
+def unusual(tensor):
     """Why a tensor is not an array of finite numbers; None if it is one."""
+    if not isinstance(tensor, torch.Tensor):
+        return "is no tensor"
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
         return "is sparse, nested or without numbers"
-    if tensor.dtype not in (*FLOATS, *WHOLE):
+    if tensor.dtype not in KINDS:
         return f"is of type {tensor.dtype}"
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         return "is larger than what is stored of it"
@@ -138,24 +116,13 @@ def unusual(tensor: torch.Tensor) -> str | None:
 # -------------------------------------------------------------------------------------- JSON files
 
 
-def read_json(path: Path, kind: type[T], mend: str = "download it again") -> T:
+def read_json(path: Path, kind: type, mend: str = "download it again"):
     """A JSON file that holds a table, as `kind`, a class of support/headers.py."""
     try:
-        content = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}): {mend}") from None
     return checked(content, kind, path)
-
-
-def parse_json(text: str | bytes) -> dict:
-    """A table of JSON. A ValueError with the reason for anything else."""
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(content, dict):
-        raise ValueError("it holds no table")
-    return content
 
 
 def read_names(path: Path) -> Names:
@@ -194,29 +161,25 @@ def write_tensors(
         temporary.write_bytes(save(tensors, {**metadata, "ast_petl": text}))
 
 
-def read_metadata(path: Path, tensors: bool = True) -> dict:
+def read_metadata(path: Path) -> dict:
     """The header of a file of `write_tensors`, without its digest. Empty in files of others.
 
     A UserError if the file is damaged, or if the header is not what support/headers.py says.
-    Without `tensors` only the header is read, and the digest is not compared.
     """
     if not path.is_file():
         raise no_whole_file(path, "it is a folder" if path.is_dir() else "it is no file")
     try:
         with safe_open(path, "pt") as file:
-            header = parse_json((file.metadata() or {}).get("ast_petl", "{}"))
-            names = file.keys() if header and tensors else []
-            content = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise no_whole_file(path, str(error).splitlines()[0]) from None
-    if not header:
-        return {}
-    known = to_builtins(checked(header, Whole if "config" in header else Trained, path))
-    digest = header.pop("digest")
-    if tensors and digest != sha256_of([content, header]):
+            header = json.loads((file.metadata() or {}).get("ast_petl", "{}")) or {}
+            names = file.keys() if header else []
+            tensors = {name: file.get_tensor(name) for name in names}
+        digest = header.pop("digest", None)
+        is_whole = not header or digest == sha256_of([tensors, header])
+    except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
+        raise no_whole_file(path, error) from None
+    if not is_whole:
         raise no_whole_file(path, "it is damaged: its SHA-256 is another")
-    del known["digest"]
-    return {**header, **known}
+    return {**header, **checked_header(header, path)} if header else {}
 
 
 def read_header(path: Path, *needed: str) -> dict:
@@ -230,13 +193,12 @@ def read_header(path: Path, *needed: str) -> dict:
     return header
 
 
-def no_whole_file(path: Path, reason: str) -> UserError:
+def no_whole_file(path, reason):
     """An error that says what is wrong and what to do.
 
     Only a file that train.py wrote may be deleted. Another file may be a sound.
     """
-    ours = re.fullmatch(r"fold[0-9]+\.safetensors", path.name)
-    mend = (
-        "delete it and train it again" if ours else "give a run of train.py or a foldK.safetensors"
-    )
+    mend = "give a run of train.py or a foldK.safetensors"
+    if re.fullmatch(r"fold[0-9]+\.safetensors", path.name):
+        mend = "delete it and train it again"
     return UserError(f"{path} is no whole file of trained parts ({reason}): {mend}")

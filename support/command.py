@@ -14,45 +14,45 @@ import torch
 
 from ast_model import UserError
 
-NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-
 # ------------------------------------------------------------------------------------------ options
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage
-        raise UserError(f"{message[:1000]} (--help shows all options)")
+        raise UserError(f"{message} (--help shows all options)")
 
 
-def numbers(text: str) -> list[int]:
+def numbers(text):
     """The numbers of "0,1,2", each of them once."""
     words = text.split(",")
     if not all(is_number(word) for word in words):
-        message = f"{text[:100]!r} is no list of whole numbers like 0,1,2"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers like 0,1,2, below 2**31"
+        )
     return list(dict.fromkeys(map(int, words)))
 
 
-def span(text: str) -> tuple[int, int]:
+def span(text):
     first, dash, last = text.partition("-")
     return int(first), int(last if dash else first)
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a whole number of no more digits than anything here has."""
-    return re.fullmatch("[0-9]{1,12}", text) is not None
+    """Whether a text is a whole number below 2**31."""
+    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) < 2**31
 
 
-def positive(text: str) -> int:
-    if not is_number(text) or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"invalid positive value: {text[:100]!r}")
+def positive(text):
+    """A number from 1 on. argparse makes a message of the ValueError."""
+    if not is_number(text) or int(text) == 0:
+        raise ValueError
     return int(text)
 
 
-def check_options(args: argparse.Namespace, own: bool) -> None:
+def check_options(args, own):
     """UserError for an option of train.py that is out of its bounds.
 
-    Some options are for the user's `own` sounds. `args.windows` becomes seconds, or None.
+    Some options are for the user's `own` sounds.
     """
     if args.lr is not None and not 0 < args.lr <= 1:
         raise UserError(f"--lr is {args.lr}; it must be positive and at most 1")
@@ -67,12 +67,9 @@ def check_options(args: argparse.Namespace, own: bool) -> None:
             )
     if args.windows and args.seconds is None:
         raise UserError("--windows: say by --seconds how long the windows are")
-    args.windows = args.seconds if args.windows else None
-    if max(args.seed) >= 2**31:
-        raise UserError(f"--seed {max(args.seed)} is too large; choose numbers below {2**31}")
 
 
-def chosen_folds(chosen: list[int] | None, known: list[int], dataset: str) -> list[int]:
+def chosen_folds(chosen, known, dataset):
     """The folds of --folds, or all. UserError for one that the dataset does not have."""
     if unknown := set(chosen or []) - set(known):
         folds = ", ".join(map(str, known))
@@ -89,15 +86,13 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
-        raise UserError(f"--device {name}: choose auto, cpu, cuda, cuda:1, ... or mps")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        version = torch.__version__
         raise UserError(
-            f"--device {name}: there is none that this PyTorch ({version}) can use"
+            f"--device {name}: this PyTorch ({torch.__version__}) cannot use it; choose auto, cpu, "
+            "cuda, cuda:1, ... or mps"
         ) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -117,7 +112,9 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2."""
-    print_anything()
+    for stream in (sys.stdout, sys.stderr):  # names of files that the locale cannot show
+        with suppress(AttributeError):  # a test's output is no file
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = command() or 0
         sys.stdout.flush()  # an error of what is still to be written shows now
@@ -125,32 +122,22 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        forget_output()
-        return 1
     except OSError as error:  # the machine's state, not a mistake of the program
-        print(f"error: {reason_of(error)}", file=sys.stderr)
         forget_output()
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            return 1
+        print(f"error: {reason_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return 130
 
 
-def print_anything() -> None:
-    """Let names of files be printed that the locale cannot show."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed before the start
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with suppress(AttributeError):  # a test's output is no file
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def forget_output() -> None:
+def forget_output():
     """Lose what cannot be printed. Else Python would complain once more when it flushes."""
-    with suppress(OSError, ValueError):
+    try:
         sys.stdout.flush()
-    with suppress(OSError, ValueError):  # a test's output is no file
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -161,19 +148,17 @@ def reason_of(
 
     `mend` follows a full disk. `what` precedes any other error.
     """
-    where = str(error.filename or where)
-    if len(where) > 1000:  # it is too long to be a name
-        where = f"{where[:100]}..."
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    where = error.filename or where
+    if error.errno == errno.ENOSPC:
         return f"the disk is full ({where}): free some space{mend}"
     return f"{what}{where}: {error.strerror or error}"
 
 
 def no_place(error: OSError, places: dict[str, Path]) -> str:
-    """A question for the end of a message, where an option does not name a folder to write to."""
-    if error.errno not in NO_PLACE:
+    """A question for the end of a message, if the error is about the place that an option names."""
+    if error.filename is None or error.errno == errno.ENOSPC:
         return ""
-    at = Path(str(error.filename or "")).absolute()
+    at = Path(error.filename).absolute()
     for option, place in places.items():
         place = place.absolute()
         if at.is_relative_to(place) or place.is_relative_to(at):
@@ -181,32 +166,10 @@ def no_place(error: OSError, places: dict[str, Path]) -> str:
     return ""
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error):
     """Whether the memory of a GPU or a CPU was too small. PyTorch has no class for a CPU's."""
     is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return is_known or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def explained(device: torch.device, tried: int, out: Path, cache_dir: Path):
-    """Turn what the machine has too little of into a UserError. `tried`: clips at once."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory on {device}: choose a --micro-batch smaller than {tried}"
-        ) from None
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        reason = reason_of(error, out, mend=", then add --resume to go on")
-        hint = no_place(error, {"--out": out, "--cache-dir": cache_dir})
-        raise UserError(reason + hint) from None
-    except KeyboardInterrupt:
-        hint = "interrupted: the same command with --resume goes on after the last finished epoch"
-        raise KeyboardInterrupt(hint) from None
 
 
 @contextmanager
@@ -215,8 +178,7 @@ def needed(by: str, packages: str = "-r requirements-figures.txt"):
     try:
         yield
     except ImportError as error:
-        name = (error.name or "").partition(".")[0]
-        raise UserError(f"{by} {name}: pip install {packages}") from None
+        raise UserError(f"{by} {error.name}: pip install {packages}") from None
 
 
 def warn(message: str) -> None:
@@ -227,12 +189,10 @@ def nearest(name: str, known: Iterable[str], what: str) -> None:
     """UserError that suggests the nearest name unless `name` is one of `known`."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        names = ", ".join(known)
-        raise UserError(f"unknown {what} {name!r}: did you mean {close!r}? There are {names}")
+        raise UserError(f"unknown {what} {name!r}: did you mean {close!r}?")
 
 
 def first_of(names: list[str]) -> str:
     """The first five of a list, for a message."""
-    short = [name if len(name) <= 100 else f"{name[:97]}..." for name in names[:5]]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(short) + more or "nothing"
+    return ", ".join(names[:5]) + more or "nothing"

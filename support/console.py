@@ -1,42 +1,25 @@
-"""What a run prints: what it is going to do, how long that takes, what came out."""
+"""What a run prints: what it is going to do, and what came out."""
 
 import shlex
-from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
 from statistics import mean
 
-import torch
-
-from support.command import first_of
 from support.files import write_json
 from support.processes import say
-from support.progress import in_words
-from support.records import Run, mean_and_std
-from support.scores import mistakes
+from support.records import mean_and_std
 
 ROWS = 10  # of the table of classes
 
-# -------------------------------------------------------------------------------- before and during
+# ------------------------------------------------------------------------------------------- before
 
 
-def describe(settings, device: torch.device) -> str:
+def describe(settings, device):
     """What is about to be trained."""
-    words = [
-        f"{settings.shots} clips per class" if settings.shots else "",
-        f"{settings.n_frames / 100:g} s a clip",
-        f"{settings.epochs} epochs",
-        f"batch {settings.batch_size}",
-        f"learning rate {settings.lr:g}",
-        "masked" if settings.mask_frames else "unmasked",
-        f"{settings.keep:.0%} of the patches" if settings.keep else "",
-        "classes weighed alike" if settings.balance else "",
-        f"weights {settings.weights}",
-        f"seed {settings.seed}",
-        settings.dtype,
-        str(device),
-    ]
-    line = f"{settings.method['name']} on {settings.dataset}: {', '.join(filter(None, words))}"
+    line = (
+        f"{settings.method['name']} on {settings.dataset}: {settings.n_frames / 100:g} s a clip, "
+        f"{settings.epochs} epochs, batch {settings.batch_size}, learning rate {settings.lr:g}, "
+        f"{'masked' if settings.mask_frames else 'unmasked'}, weights {settings.weights}, "
+        f"seed {settings.seed}, {settings.dtype}, {device}"
+    )
     if settings.keep or any(part["part"] != "Statistics" for part in settings.method["parts"]):
         return line
     if settings.mask_frames:
@@ -50,29 +33,10 @@ def describe(settings, device: torch.device) -> str:
     )
 
 
-def folds_left(home: Path, seeds: Iterable[int], folds: Iterable[int]) -> int:
-    """How many folds of these seeds have no file yet. `home` has a folder for each seed."""
-    files = [home / f"seed{seed}" / f"fold{fold}.safetensors" for seed in seeds for fold in folds]
-    return sum(not file.exists() for file in files)
-
-
-def forecast(seconds: float, folds: int, settings, device: torch.device) -> list[str]:
-    """What a user should know of a run that takes so long. Nothing of a short one."""
-    if seconds < 60:
-        return []
-    lines = [f"this will take about {in_words(seconds)}" + (f", {folds} folds" * (folds > 1))]
-    if device.type == "cpu" and seconds > 600:
-        ways = [] if settings.shots else ["--shots 8"]
-        ways += ["--folds 1"] if folds > 1 else []
-        ways += ["fewer --epochs"] if settings.epochs > 5 else []
-        lines.append(f"on a CPU; what makes it bearable: {', '.join([*ways, 'a GPU'])}")
-    return lines
-
-
 # ------------------------------------------------------------------------------------------ results
 
 
-def describe_fold(result: dict, by: str) -> str:
+def describe_fold(result, by):
     """The result of a fold. `by` is settings.choose_by, which chose the best epoch."""
     best = result["validation_accuracy"]
     chosen = "last epoch"
@@ -83,93 +47,57 @@ def describe_fold(result: dict, by: str) -> str:
     return f"fold {result['fold']}: {accuracy}, {result['seconds']:.0f} s"
 
 
-def summary(run: Run, seconds: float) -> str:
-    """What a user wants to know at the end of a run. `seconds`: since the command began."""
+def summary(run):
+    """What a user wants to know at the end of a run."""
     result = run.result()
-    name = run.config["method"]["name"]
-    n = len(run.folds)
+    scores = result["scores"]
     count = result["parameters"]
     trained = count["petl"] + count["head"]
     spread = "" if result["std"] is None else f" +- {result['std']:.2f}"
-    over = f" over {n} folds" if n > 1 else ""
-    file = run.file(next(iter(run.folds)))
-    baseline = "houlsby_par" if name == "linear" else "linear"  # which shows what a method adds
+    file = run.file(result["folds"][0]["fold"])
     lines = [
         "",
-        f"  test accuracy   {result['accuracy']:.2f}{spread} %{over}",
-        *describe_scores(run.tested(), result["scores"]),
-        describe_errors(result["folds"]),
+        f"  test accuracy   {result['accuracy']:.2f}{spread} %, folds: {len(run.folds)}",
+        f"  in all classes  balanced accuracy {scores['balanced_accuracy']:.2f} %, "
+        f"macro-F1 {scores['macro_f1']:.2f} %",
+        f"  to compare with {scores['majority']:.2f} % for always answering the largest class",
+        f"  probabilities   {describe_errors(result['folds'])}",
         f"  trained         {trained:,} of {count['total']:,} parameters "
-        f"({100 * trained / count['total']:.2f} %): {count['petl']:,} of {name}, "
+        f"({trained / count['total']:.2%}): {count['petl']:,} of {run.config['method']['name']}, "
         f"{count['head']:,} of final LayerNorm and head",
         f"  file            {file}, {file.stat().st_size / 1000:,.0f} kB: "
         "all that has to be kept beside the backbone",
-        f"  time            {result['seconds']:.0f} s of training, {seconds:.0f} s in all",
+        f"  time            {result['seconds']:.0f} s of training",
         f"  to use it       python -m tools.predict {shlex.quote(str(run.folder))} SOUND.wav",
-        f"  to compare      the same command with --method {baseline}",
         "",
-        *describe_classes(result["scores"]["classes"]),
-        *describe_mistakes(run.tested()),
+        *describe_classes(scores["classes"]),
         "",
     ]
     return "\n".join(lines)
 
 
-def describe_scores(tested: list[dict], scores: dict) -> list[str]:
-    """What accuracy alone would hide of these rows of predictions.csv."""
-    clips = {name: one["support"] for name, one in scores["classes"].items()}
-    balanced = f"balanced accuracy {scores['balanced_accuracy']:.2f} %"
-    largest = max(clips, key=clips.get)
-    lines = [
-        f"  in all classes  {balanced}, macro-F1 {scores['macro_f1']:.2f} %",
-        f"  to compare with {scores['majority']:.2f} % for always answering {largest!r}",
-    ]
-    answered = {row["prediction"] for row in tested}
-    never = [repr(name) for name in clips if clips[name] and name not in answered]
-    if never:
-        lines.append(f"  never answered  {first_of(never)}: {len(never)} of {len(clips)} classes")
-    pairs = Counter((row["label"], row["prediction"]) for row in tested)
-    wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
-    for (label, answer), count in wrong.most_common(1):
-        taken = f"{count} of {clips[label]} clips of {label!r} were taken for {answer!r}"
-        lines.append(f"  most confused   {taken}")
-    return lines
-
-
-def describe_classes(classes: dict[str, dict]) -> list[str]:
+def describe_classes(classes):
     """The classes with the lowest F1, ROWS at most."""
-    title = "class"
-    if len(classes) > ROWS:
-        title = f"the {ROWS} of {len(classes)} classes with the lowest F1"
-    width = min(40, max(map(len, [title, *classes])))
-    lines = [f"  {title:<{width}}  clips  precision  recall     F1   in %"]
+    lines = ["  classes with the lowest F1      clips  precision  recall     F1   in %"]
     for name, one in sorted(classes.items(), key=lambda item: item[1]["f1"])[:ROWS]:
         rates = f"{one['precision']:>11.2f}{one['recall']:>8.2f}{one['f1']:>7.2f}"
-        lines.append(f"  {name[:width]:<{width}}{one['support']:>7}{rates}")
+        lines.append(f"  {name[:30]:<30}{one['support']:>7}{rates}")
     return lines
 
 
-def describe_mistakes(tested: list[dict]) -> list[str]:
-    lines = []
-    for row in mistakes(tested):
-        answer = f"{row['prediction']!r}, but it is {row['label']!r}"
-        lines.append(f"  {float(row['probability']):7.2%}  {row['path']}: {answer}")
-    return ["\n  the most confident mistakes", *lines] if lines else []
-
-
-def describe_errors(results: list[dict]) -> str:
+def describe_errors(results):
     """How far probabilities are from the truth: the mean over folds with a temperature."""
     fitted = [result for result in results if "calibrated_error" in result]
     if not fitted:
-        why = "that takes ten right answers on validation clips"
-        return f"  probabilities   as they are, and never 'unsure': {why}"
+        return "as they are, and never 'unsure': that takes ten right answers on validation clips"
     before = mean(result["calibration_error"] for result in fitted)
     after = mean(result["calibrated_error"] for result in fitted)
-    what = "expected calibration error"
-    return f"  probabilities   {before:.1f} % off ({what}), {after:.1f} % as tools.predict has them"
+    return (
+        f"{before:.1f} % off (expected calibration error), {after:.1f} % as tools.predict has them"
+    )
 
 
-def summarise_seeds(home: Path, results: dict[int, dict]) -> dict:
+def summarise_seeds(home, results):
     """Mean and standard deviation over all folds of all seeds, in a result.json of their own."""
     folds = []
     for seed, result in results.items():

@@ -8,8 +8,9 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -50,11 +51,21 @@ def whole_file(path: Path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:  # a full disk does not say where
-        if error.errno is not None and error.filename in (None, temporary, str(temporary)):
-            error.filename = str(path)
+        error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_left_behind(folder):
+    """Remove the temporary files of `whole_file` that killed processes have left in a folder.
+
+    One that has changed in the last minute may be that of a living process, so it stays.
+    """
+    for file in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > 60:
+                file.unlink()
 
 
 @contextmanager
@@ -71,15 +82,10 @@ def whole_folder(path: Path):
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename or str(path)
+        error.filename = error.filename or str(path)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def json_of(content: dict) -> str:
-    return json.dumps(content, indent=2) + "\n"
 
 
 def csv_of(rows: Iterable[Iterable]) -> str:
@@ -99,7 +105,7 @@ def to_bytes(text: str) -> bytes:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_text(path, json_of(content))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:

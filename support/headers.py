@@ -3,19 +3,21 @@
 Others may have written such a file, so nothing in it is believed before `checked` has compared it
 with a class of this page. Keys that the class does not have are ignored. The numbers of a method's
 parts are bounded here by the names of their fields, so that petl.py needs no bounds.
+
+What we write ourselves is a TypedDict, which stays a dict. What other programs write is a Struct,
+which has defaults for what they leave out.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType, ValidationError
+from msgspec import Meta, Struct, ValidationError
 
 from ast_model import UserError
 
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"\A[^\0]*\Z")]
 Name = Annotated[str, Meta(max_length=4096)]
-Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=10**12)]
 Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, le=65_536)]
@@ -25,70 +27,70 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 LearningRate = Annotated[float, Meta(gt=0, le=1)]
 Pool = Literal["mean", "cls", "cls_dist"]  # the keys of ast_model.POOL
-# A whole number stays whole. The rank of a LoRA of peft need not divide the width.
-Rate = Annotated[int, Meta(ge=1, le=65_536)] | Annotated[float, Meta(ge=0.5, le=65_536)]
-Alpha = Annotated[int, Meta(ge=1, le=65_536)] | Annotated[float, Meta(gt=0, le=65_536)]
-
-T = TypeVar("T")
+Alpha = Annotated[float, Meta(gt=0, le=65_536)]
 
 
-def checked(content: Any, kind: type[T], origin: Path | str) -> T:
+def checked(content: Any, kind: type, origin: Path | str) -> Any:
     """`content` as a `kind`. A UserError names `origin`, the key and what it should be."""
     try:
         return msgspec.convert(content, kind)
     except (ValidationError, RecursionError) as error:
         what, _, key = str(error).replace("`", "").rpartition(" - at ")
-        if not what:  # it says no place
-            raise UserError(f"{origin}: {key[:200]}") from None
-        raise UserError(f"{origin}: {key.removeprefix('$.')}: {what[:200]}") from None
+        message = f"{key.lstrip('$.')}: {what}" if what else key  # not all say a place
+        raise UserError(f"{origin}: {message[:400]}") from None
 
 
 # ---------------------------------------------------------------------------- methods and settings
 
-# What the fields of a method's parts may be. The names are those of petl.py and petl_more.py.
-LIMITS = {
-    "at": Literal["attn", "ffn"],
-    "how": Literal[
+
+class Part(Struct):
+    """What the fields of a method's parts may be, by their names in petl.py and petl_more.py.
+
+    No value is taken from here. A part of a file has only some of these fields.
+    """
+
+    part: Name
+    at: Literal["attn", "ffn"] = "attn"
+    how: Literal[
         "par_before", "seq_after", "seq_before", "par_before_residual", "seq_after_no_residual"
-    ],
-    "rr": Rate,
-    "alpha": Alpha,
-    "prompts": Annotated[int, Meta(ge=1, le=4_096)],
-    "targets": Annotated[str, Meta(pattern=r"\A[qkvo]{1,4}\Z")],
-    "seed": Seed,
-    "deep": bool,
-    "kernel": Size,
-    "experts": Size,
-    "slots": Size,
-}
-Part = msgspec.defstruct(
-    "Part", [("part", Name), *((name, kind | UnsetType, UNSET) for name, kind in LIMITS.items())]
-)
+    ] = "par_before"
+    # The rank of a LoRA of peft need not divide the width, so the rate need not be whole.
+    rr: Annotated[float, Meta(ge=0.5, le=65_536)] = 1
+    alpha: Alpha = 1
+    prompts: Annotated[int, Meta(ge=1, le=4_096)] = 1
+    targets: Annotated[str, Meta(pattern=r"\A[qkvo]{1,4}\Z")] = "q"
+    seed: Seed = 0
+    deep: bool = False
+    kernel: Size = 1
+    experts: Size = 1
+    slots: Size = 1
 
 
-class Method(Struct):
+class Method(TypedDict, total=False):
+    """What a method has besides if it changes some of the blocks only."""
+
+    blocks: Annotated[list[Size], Meta(min_length=2, max_length=2)]
+
+
+class NamedMethod(Method):
     """A method as load_weights.to_dict returns it. Other fields of its parts stay as they are."""
 
     name: Name
     lr: LearningRate
     parts: Annotated[list[dict[str, Any]], Meta(max_length=8)]
-    blocks: Annotated[list[Size], Meta(min_length=2, max_length=2)] | UnsetType = UNSET
-
-    def __post_init__(self):
-        msgspec.convert(self.parts, list[Part])
 
 
-class Settings(Struct):
+class Settings(TypedDict):
     """The fields of train.Settings."""
 
     dataset: Name
     weights: Text
-    backbone: Digest
-    method: Method
+    backbone: Name
+    method: NamedMethod
     pool: Pool
     seed: Seed
     shots: Count | None
-    clips: Digest
+    clips: Name
     n_frames: Frames
     epochs: Count
     batch_size: Count
@@ -106,20 +108,20 @@ class RunConfig(Settings):
     cache_dir: Text
     data_dir: Text | None
     group: Text | None
-    windows: Annotated[float, Meta(ge=0, le=60)] | None
+    windows: float | None
 
 
 # -------------------------------------------------------------------- headers of files of tensors
 
 
-class Backbone(Struct):
+class Backbone(TypedDict):
     """A load_weights.Backbone."""
 
     name: Text
-    sha256: Digest
+    sha256: Name
 
 
-class Shape(Struct):
+class Shape(TypedDict):
     """An ast_model.ASTConfig. load_weights.py compares it with the tensors."""
 
     n_frames: Frames
@@ -132,10 +134,17 @@ class Shape(Struct):
     eps: Share
     n_classes: Size
     pool: Pool
-    hidden: Size | None = None
+    hidden: Size | None
 
 
-class Result(Struct):
+class Errors(TypedDict, total=False):
+    """How far probabilities were off, if there were enough validation clips to know it."""
+
+    calibration_error: Percent
+    calibrated_error: Percent
+
+
+class Result(Errors):
     """What came out of a fold."""
 
     fold: Count
@@ -143,12 +152,10 @@ class Result(Struct):
     validation_accuracy: Percent | None
     epoch: Count
     seconds: float
-    peak_memory_mb: Count | None = None
-    calibration_error: Percent | UnsetType = UNSET
-    calibrated_error: Percent | UnsetType = UNSET
+    peak_memory_mb: Count | None
 
 
-class Record(Struct):
+class Record(TypedDict):
     """How a fold was trained, and what it answered."""
 
     history: list[dict[str, int | float | str]]  # rows of metrics.csv
@@ -157,66 +164,66 @@ class Record(Struct):
     millionths: list[Count]  # the probabilities of these classes
 
 
-class Parameters(Struct):
+class Parameters(TypedDict):
     petl: Count
     head: Count
-    total: Annotated[int, Meta(ge=1, le=10**12)]
+    total: Annotated[int, Meta(ge=1)]
 
 
-class Calibration(Struct):
+class Calibration(TypedDict):
     """A calibration.Calibration."""
 
-    temperature: Annotated[float, Meta(ge=0.01, le=100)]
+    temperature: Alpha
     min_confidence: Share
     whitening: list[list[Finite]]
-    centres: Annotated[list[list[Finite]], Meta(min_length=1)]
+    centres: list[list[Finite]]
 
 
-class Header(Struct, kw_only=True):
-    """What every file of tensors may say of itself."""
+class Header(TypedDict, total=False):
+    """What any file of tensors may say of itself."""
 
-    digest: Digest
-    method: Method | UnsetType = UNSET
-    n_frames: Frames | UnsetType = UNSET
-    n_classes: Size | UnsetType = UNSET
-    pool: Pool | UnsetType = UNSET
-    backbone: Backbone | UnsetType = UNSET
-    front_end: dict[str, int | float] | UnsetType = UNSET
-    classes: Annotated[list[Name], Meta(min_length=1)] | UnsetType = UNSET
-    settings: Settings | UnsetType = UNSET
-    result: Result | UnsetType = UNSET
-    record: Record | UnsetType = UNSET
-    parameters: Parameters | UnsetType = UNSET
-    versions: dict[str, Name] | UnsetType = UNSET
-    calibration: Calibration | UnsetType = UNSET
-
-    def __post_init__(self):
-        n_classes = getattr(self, "config", self).n_classes
-        if self.classes is not UNSET and len(self.classes) != n_classes:
-            raise ValueError(f"classes: Expected {n_classes} names, got {len(self.classes)}")
-        if self.record is not UNSET and max(self.record.predictions, default=0) >= n_classes:
-            raise ValueError(f"record.predictions: Expected numbers below {n_classes}")
-        if self.calibration is not UNSET:
-            rows = [*self.calibration.whitening, *self.calibration.centres]
-            square = len(self.calibration.whitening) == n_classes
-            if not square or {len(row) for row in rows} != {n_classes}:
-                raise ValueError(f"calibration: Expected rows of {n_classes} numbers")
+    front_end: dict[str, int | float]
+    classes: list[Name]
+    settings: Settings
+    result: Result
+    record: Record
+    parameters: Parameters
+    versions: dict[str, Name]
+    calibration: Calibration
 
 
-class Trained(Header, kw_only=True):
+class Trained(Header):
     """The header of load_weights.save_trained."""
 
-    method: Method
+    method: NamedMethod
     n_frames: Frames
     n_classes: Size
     pool: Pool
     backbone: Backbone
 
 
-class Whole(Header, kw_only=True):
+class Whole(Header):
     """The header of load_weights.save_ast."""
 
     config: Shape
+
+
+def checked_header(content, origin):
+    """The header of a file of ours without unknown keys. UserError for what is none."""
+    header = checked(content, Whole if "config" in content else Trained, origin)
+    if "method" in header:
+        checked(header["method"]["parts"], list[Part], f"{origin}: method.parts")
+    n_classes = header.get("config", header)["n_classes"]
+    if "classes" in header and len(header["classes"]) != n_classes:
+        raise UserError(f"{origin}: classes: Expected {n_classes} names")
+    if "record" in header and max(header["record"]["predictions"], default=0) >= n_classes:
+        raise UserError(f"{origin}: record.predictions: Expected numbers below {n_classes}")
+    if "calibration" in header:
+        whitening = header["calibration"]["whitening"]
+        rows = whitening + header["calibration"]["centres"]
+        if len(whitening) != n_classes or any(len(row) != n_classes for row in rows):
+            raise UserError(f"{origin}: calibration: Expected rows of {n_classes} numbers")
+    return header
 
 
 # ------------------------------------------------------------------------ files of other programs

@@ -62,18 +62,11 @@ def process_group(device: torch.device):
 
 def join(device: torch.device) -> None:
     """Meet the other processes. UserError if the environment does not say where they are."""
-    address = os.environ.get("MASTER_ADDR")
-    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
-    fine = address and all(number.isdecimal() for number in numbers)
-    if fine:
-        rank, world, port = map(int, numbers)
-        fine = rank < world and port < 2**16
-    if not fine:
-        raise UserError(
-            "RANK is set, and WORLD_SIZE, MASTER_ADDR or MASTER_PORT do not fit to it: "
-            "start by torchrun, or unset RANK"
-        )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except ValueError as error:
+        raise UserError(f"{error}: start by torchrun, or unset RANK") from None
 
 
 def lost_process(*_) -> None:

@@ -23,8 +23,8 @@ class Bar(tqdm):
     def __init__(self, iterable=None, desc: str = "", unit: str = "clip", **options):
         self.is_terminal = sys.stderr.isatty()
         if not self.is_terminal:
-            lines = {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "ncols": 0}
-            options |= {**lines, "leave": False}
+            options |= {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "ncols": 0}
+            options["leave"] = False
         super().__init__(iterable, desc, unit=unit, disable=not is_first(), **options)
 
     def display(self, msg=None, pos=None):

@@ -8,25 +8,37 @@ import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
-import torch
-
+from ast_model import UserError
+from data import DATASETS
 from support import command, console, records
 from support.calibration import calibrated
 from support.processes import process_group, say, wait_for_all
-from support.progress import Bar
+from support.progress import Bar, in_words
 
 
 @contextmanager
-def protected(args, batch_size: int):
-    """Join the processes of torchrun. What a user can mend becomes one line, no traceback."""
-    tried = args.micro_batch or args.batch_size or batch_size
-    with (
-        command.explained(args.device, tried, args.out, args.cache_dir),
-        process_group(args.device),
-    ):
-        yield
+def protected(args, batch_size):
+    """Join the processes of torchrun. What the machine has too little of becomes a UserError."""
+    try:
+        with process_group(args.device):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not command.out_of_memory(error):
+            raise
+        tried = args.micro_batch or args.batch_size or batch_size
+        raise UserError(
+            f"out of memory on {args.device}: choose a --micro-batch smaller than {tried}"
+        ) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        reason = command.reason_of(error, args.out, mend=", then add --resume to go on")
+        hint = command.no_place(error, {"--out": args.out, "--cache-dir": args.cache_dir})
+        raise UserError(reason + hint) from None
+    except KeyboardInterrupt:
+        hint = "interrupted: the same command with --resume goes on after the last finished epoch"
+        raise KeyboardInterrupt(hint) from None
 
 
 class Recorder:
@@ -36,61 +48,84 @@ class Recorder:
         self.args = args
         self.dataset = dataset
         self.machine = machine
-        self.started = time.perf_counter()
         self.folds = command.chosen_folds(args.folds, list(dataset.folds) or [1], args.dataset)
+        self.home = args.out / args.dataset / args.method
+        self.to_forecast = 0  # folds to train, of all seeds; 0 again once the estimate is printed
+        for seed in args.seed:
+            for fold in self.folds:
+                file = self.home / f"seed{seed}" / f"fold{fold}.safetensors"
+                self.to_forecast += not file.exists()
         self.summaries = {}
-        self.to_forecast = None  # folds to train, of all seeds; 0 once the estimate is printed
+        if DATASETS[args.dataset].own:
+            records.check_folds(dataset)
 
-    def describe_clips(self, folds: dict, bad: dict[int, str]) -> str:
+    def describe_clips(self, folds, bad):
         """The SHA-256 of split.csv, which this makes."""
+        records.tell_of_gaps(self.dataset, folds)
         self.bad = bad
         self.table = records.split_table(self.dataset, folds, bad)
         return records.hash_of(self.table)
 
-    def start(self, settings) -> None:
+    def start(self, settings):
         """Begin a seed. UserError if its folder holds another experiment."""
         self.settings = settings
-        self.home = self.args.out / self.args.dataset / settings.method["name"]
         self.folder = self.home / f"seed{settings.seed}"
-        if self.to_forecast is None:
-            self.to_forecast = console.folds_left(self.home, self.args.seed, self.folds)
         names = self.dataset.names
-        records.start_run(self.folder, settings, self.table, names, self.bad, vars(self.args))
+        options = vars(self.args)
+        self.rows = records.start_run(self.folder, settings, self.table, names, self.bad, options)
         say(console.describe(settings, self.args.device))
 
-    def file(self, fold: int) -> Path:
+    def file(self, fold):
         return self.folder / f"fold{fold}.safetensors"
 
-    def progress(self, fold: int) -> "FoldLog":
+    def progress(self, fold):
         self.current = FoldLog(self, fold)
         return self.current
 
-    def header(self, best: dict, logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    def header(self, best, logits, labels):
         """What the fold file says of itself."""
-        return {
-            **self.current.outcome(best, logits, labels),
+        progress = self.current.progress
+        self.rows += progress.history
+        peak = records.peak_memory()
+        right = (logits.argmax(1) == labels).sum().item()
+        result = {
+            "fold": progress.fold,
+            "accuracy": 100 * right / len(labels),
+            "validation_accuracy": best["accuracy"],
+            "epoch": best["epoch"],
+            "seconds": round(progress.seconds, 1),
+            "peak_memory_mb": peak and peak >> 20,
+        }
+        record = {"history": progress.history, "predictions": [], "millionths": []}
+        validation = best["validation"]
+        for some in (validation[0], logits):
+            for name, answers in answers_of(some).items():
+                record[name] += answers
+        header = {
+            "result": result,
+            "record": record,
             "classes": self.dataset.classes,
             "settings": asdict(self.settings),
             "versions": records.versions(),
         }
+        return calibrated(header, validation, (logits, labels))
 
-    def finish_fold(self, fold: int) -> None:
+    def finish_fold(self, fold):
         """The fold file is there. Print its result, and delete the state to resume from."""
         if self.machine.is_first:
             header = records.read_fold(self.file(fold), fold, records.plain(self.settings))
             self.file(fold).with_suffix(".resume.pt").unlink(missing_ok=True)
             say(console.describe_fold(header["result"], self.settings.choose_by))
 
-    def finish(self) -> None:
+    def finish(self):
         """End a seed: write result.json and the other files that are made of the fold files."""
         wait_for_all()
         if self.machine.is_first:
             run = records.write_results(self.folder)
-            seconds = time.perf_counter() - self.started
-            say(console.summary(run, seconds))
+            say(console.summary(run))
             self.summaries[self.settings.seed] = run.result()
 
-    def results(self) -> dict:
+    def results(self):
         """What result.json holds. With several seeds there is another one above their folders."""
         if not self.machine.is_first:
             return {}
@@ -99,15 +134,22 @@ class Recorder:
         return console.summarise_seeds(self.home, self.summaries)
 
 
+def answers_of(logits):
+    """The classes that logits (clips, classes) answer, and their probabilities in millionths."""
+    probabilities = logits.softmax(1).amax(1).nan_to_num()  # float16 may overflow
+    millionths = (1e6 * probabilities.double()).round().int()
+    return {"predictions": logits.argmax(1).tolist(), "millionths": millionths.tolist()}
+
+
 class FoldLog:
     """The `log` of train.train_fold, which writes metrics.csv and the state to resume from."""
 
-    def __init__(self, run: Recorder, fold: int):
+    def __init__(self, run, fold):
         self.run = run
         self.fold = fold
         self.state_file = run.file(fold).with_suffix(".resume.pt")
 
-    def start(self, learner, split) -> dict | None:
+    def start(self, learner, split):
         run = self.run
         self.learner = learner
         self.split = split
@@ -119,59 +161,39 @@ class FoldLog:
         self.bar = Bar(desc=f"fold {self.fold}", total=epochs, initial=done, unit="epoch")
         return state
 
-    def trained(self, epoch: int, losses: list[float]) -> None:
-        self.losses = losses
-        self.trained_at = time.perf_counter()
+    def trained(self, epoch, losses):
+        seconds = time.perf_counter() - self.progress.clock
+        self.row = {
+            "fold": self.progress.fold,
+            "epoch": epoch,
+            "step": len(losses) * epoch,
+            "loss": round(statistics.mean(losses), 6),
+            "lr": f"{self.learner.optimizer.param_groups[0]['lr']:.4g}",
+            "clips/s": round(len(self.split.train) / seconds, 1),
+        }
 
-    def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
+    def validated(self, epoch, accuracy, state):
+        run = self.run
         progress = self.progress
         before = progress.clock
-        row = {
-            "fold": self.fold,
-            "epoch": epoch,
-            "step": len(self.losses) * epoch,
-            "loss": round(statistics.mean(self.losses), 6),
-            "accuracy": "" if accuracy is None else round(accuracy, 4),
-            "lr": f"{self.learner.optimizer.param_groups[0]['lr']:.4g}",
-            "clips/s": round(len(self.split.train) / (self.trained_at - before), 1),
-        }
+        row = self.row
+        row["accuracy"] = "" if accuracy is None else round(accuracy, 4)
         progress.history.append(row)
         progress.tick()
-        records.save_progress(self.state_file, progress, self.run.settings, state)
+        if run.machine.is_first:
+            records.save_progress(self.state_file, progress, run.settings, state)
+            records.write_metrics(run.folder, run.rows + progress.history)
         self.forecast(progress.clock - before)
         self.bar.set_postfix(loss=row["loss"], accuracy=row["accuracy"], refresh=False)
         self.bar.update()
-        if epoch == self.run.settings.epochs:
+        if epoch == run.settings.epochs:
             self.bar.close()
 
-    def forecast(self, seconds: float) -> None:
-        """Print once how long the run will take. `seconds`: what an epoch took."""
+    def forecast(self, seconds):
+        """Print once how long the run will take, if that is long. An epoch takes `seconds`."""
         run = self.run
-        folds = run.to_forecast
-        run.to_forecast = 0
-        epochs = folds * run.settings.epochs - len(self.progress.history)
-        lines = console.forecast(seconds * epochs, folds, run.settings, run.machine.device)
-        for line in lines:
+        seconds *= run.to_forecast * run.settings.epochs - len(self.progress.history)
+        if seconds >= 60:
             with Bar.external_write_mode():  # not into the bar
-                say(line)
-
-    def outcome(self, best: dict, logits: torch.Tensor, labels: torch.Tensor) -> dict:
-        """What the header of the fold file says of training and testing it."""
-        peak = records.peak_memory()
-        right = (logits.argmax(1) == labels).sum().item()
-        result = {
-            "fold": self.fold,
-            "accuracy": 100 * right / len(labels),
-            "validation_accuracy": best["accuracy"],
-            "epoch": best["epoch"],
-            "seconds": round(self.progress.seconds, 1),
-            "peak_memory_mb": peak and peak >> 20,
-        }
-        record = {"history": self.progress.history, "predictions": [], "millionths": []}
-        for answers, _ in (best["validation"], (logits, labels)):
-            probabilities = answers.softmax(1).amax(1).nan_to_num()  # float16 may overflow
-            millionths = (1e6 * probabilities.double()).round().int()
-            record["predictions"] += answers.argmax(1).tolist()
-            record["millionths"] += millionths.tolist()
-        outcome = {"result": result, "record": record}
-        return calibrated(outcome, best["validation"], (logits, labels))
+                say(f"this will take about {in_words(seconds)}; folds to train: {run.to_forecast}")
+        run.to_forecast = 0

@@ -16,30 +16,76 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
-from msgspec import to_builtins
 
 from ast_model import UserError
-from support.checkpoints import read_header, read_json, read_metadata, sha256_of, unpickled
-from support.files import csv_of, json_of, table_of, to_bytes, whole_file, write_text
-from support.headers import RunConfig, Settings
+from support.checkpoints import read_header, read_json, sha256_of, unpickled
+from support.command import first_of, warn
+from support.files import (
+    csv_of,
+    remove_left_behind,
+    table_of,
+    to_bytes,
+    whole_file,
+    write_json,
+    write_text,
+)
+from support.headers import RunConfig
 from support.processes import is_first, say
 from support.scores import confusion, confusion_table, scores
 
 SOURCE = ("data_dir", "cache_dir", "group", "windows")  # options of train.py that find the clips
 METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # columns of metrics.csv
-PREDICTIONS = ("fold", "part", "path", "label", "prediction", "probability")
 AGAIN = "the same command of train.py writes it again"
+LOCK = ".run.lock"  # who writes the text files of a run holds it: several machines may train it
 
 # ------------------------------------------------------------------------------ the start of a run
 
 
-def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
+def check_folds(dataset):
+    """UserError for a fold without clips to train or test. Warnings for classes that have few."""
+    for fold, split in dataset.folds.items():
+        if not split.train or not split.test:
+            missing = "test" if split.train else "train"
+            raise UserError(f"{dataset.root}: no clips to {missing}: say which in the data")
+        training = Counter(dataset.labels[i] for i in split.train)
+        testing = Counter(dataset.labels[i] for i in split.test)
+        for label, name in enumerate(dataset.classes):
+            where = f"{dataset.root}: class {name!r} has"
+            if not training[label]:
+                raise UserError(f"{where} no training clips in fold {fold}: add some")
+            if training[label] == 1:
+                warn(f"{where} one training clip in fold {fold}")
+            if not testing[label]:
+                warn(f"{where} no test clips in fold {fold}")
+
+
+def tell_of_gaps(dataset, folds):
+    """Warn of classes that a drawn split or --skip-bad leaves without training or test clips.
+
+    `check_folds` warns of what the data say themselves.
+    """
+    for fold, split in folds.items():
+        given = dataset.folds.get(fold)  # None: the seed drew from all clips
+        for part, what in (("train", "training"), ("test", "test")):
+            clips = getattr(given, part) if given else range(len(dataset.labels))
+            before = {dataset.labels[i] for i in clips}
+            gone = before - {dataset.labels[i] for i in getattr(split, part)}
+            if gone and is_first():
+                names = first_of([dataset.classes[label] for label in sorted(gone)])
+                warn(
+                    f"{dataset.root}: {len(gone)} classes have no {what} clips in fold {fold} "
+                    f"({names})"
+                )
+
+
+def split_table(dataset, folds, bad):
     """split.csv: what each clip is used for in each fold.
 
     Training clips that --shots has not drawn are left out.
@@ -52,43 +98,39 @@ def split_table(dataset, folds: dict, bad: dict[int, str]) -> str:
     return csv_of(rows)
 
 
-def hash_of(content: str | bytes) -> str:
-    content = to_bytes(content) if isinstance(content, str) else content
-    return hashlib.sha256(content).hexdigest()
+def hash_of(text):
+    return hashlib.sha256(to_bytes(text)).hexdigest()
 
 
-def lock(folder: Path) -> FileLock:
-    """Who writes the text files of a run holds it: several machines may train folds of one run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".run.lock")
-
-
-def start_run(folder: Path, settings, table: str, names: list[str], bad: dict, options: dict):
-    """Write config.json and split.csv.
+def start_run(folder, settings, table, names, bad, options):
+    """Write config.json and split.csv. Returns the rows of metrics.csv of the finished folds.
 
     `options` are those of train.py, of which SOURCE are kept. `names` are those of the clips.
     A UserError if `folder` holds another experiment, whose folds must not be mixed with these.
     """
-    source = {name: options[name] for name in SOURCE}
-    for name, value in source.items():
+    source = {}
+    for name in SOURCE:
+        value = options[name]
         source[name] = str(value.resolve()) if isinstance(value, Path) else value
     skipped = {names[i]: reason for i, reason in bad.items()}
     config = {**asdict(settings), "command": sys.argv, "skipped_clips": skipped, **source}
-    with lock(folder):  # of two experiments that start together the second sees the first
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(
+        folder / LOCK
+    ):  # of two experiments that start together the second sees the first
         if (folder / "config.json").exists():
             compare_settings(folder, read_config(folder), plain(settings))
+        rows = []
         for fold, file in fold_files(folder).items():
-            read_fold(file, fold, plain(settings))
+            rows += read_fold(file, fold, plain(settings))["record"]["history"]
         if is_first():
-            for file in fold_files(
-                folder
-            ).values():  # a kill may have left the state of such a fold
-                file.with_suffix(".resume.pt").unlink(missing_ok=True)
-            write_text(folder / "config.json", json_of(config))
+            remove_left_behind(folder)
+            write_json(folder / "config.json", config)
             write_text(folder / "split.csv", table)
+    return rows
 
 
-def plain(settings) -> dict:
+def plain(settings):
     """Settings as JSON has them."""
     return json.loads(json.dumps(asdict(settings)))
 
@@ -96,7 +138,7 @@ def plain(settings) -> dict:
 def read_config(folder: Path) -> dict:
     """config.json: the settings, and where the clips were found."""
     path = folder / "config.json"
-    return to_builtins(read_json(path, RunConfig, mend=f"delete it, and {AGAIN}"))
+    return read_json(path, RunConfig, mend=f"delete it, and {AGAIN}")
 
 
 def fold_files(folder: Path) -> dict[int, Path]:
@@ -108,7 +150,7 @@ def fold_files(folder: Path) -> dict[int, Path]:
     return dict(sorted(files.items()))
 
 
-def difference(old: dict, new: dict) -> str | None:
+def difference(old, new):
     """The first of the `new` settings that is another in the `old` ones, in words."""
     for name, value in new.items():
         before = old[name]
@@ -116,8 +158,6 @@ def difference(old: dict, new: dict) -> str | None:
             continue
         if name == "clips":
             return "other clips or splits"
-        if name == "method":
-            return "other settings of the method"
         if name == "n_frames":
             return f"--seconds {before / 100:g}, not {value / 100:g}"
         if name == "backbone":
@@ -133,22 +173,16 @@ def compare_settings(folder: Path, old: dict, new: dict) -> None:
 
 
 def read_folds(folder: Path) -> dict[int, dict]:
-    """The headers of the finished folds. UserError if they are not all of one run.
-
-    config.json says which run. Without it, as in a copy of the fold files, the first of them does.
-    """
-    files = fold_files(folder)
-    if not files:
-        return {}
-    if (folder / "config.json").is_file():
-        config = read_config(folder)
-        settings = {name: config[name] for name in Settings.__struct_fields__}
-    else:
-        settings = read_header(next(iter(files.values())), "settings")["settings"]
-    return {fold: read_fold(file, fold, settings) for fold, file in files.items()}
+    """The headers of the finished folds. UserError if they are not all of one run."""
+    headers = {}
+    settings = {}
+    for fold, file in fold_files(folder).items():
+        headers[fold] = read_fold(file, fold, settings)
+        settings = headers[fold]["settings"]
+    return headers
 
 
-def check_run(file: Path, fold: int, settings: dict, wanted_fold: int, wanted: dict) -> None:
+def check_run(file, fold, settings, wanted_fold, wanted):
     """UserError if a file, of this fold and these settings, is not of the wanted ones."""
     what = difference(settings, wanted)
     if fold != wanted_fold:
@@ -157,10 +191,9 @@ def check_run(file: Path, fold: int, settings: dict, wanted_fold: int, wanted: d
         raise UserError(f"{file} is of a run with {what}: delete it, or give another --out")
 
 
-def read_fold(file: Path, fold: int, settings: dict) -> dict:
+def read_fold(file, fold, settings):
     """The header of a fold file. UserError if it is damaged, or of another fold or settings."""
-    needed = ("settings", "result", "record", "classes", "parameters", "versions")
-    header = read_header(file, *needed)
+    header = read_header(file, "settings", "result", "record", "classes", "parameters", "versions")
     check_run(file, header["result"]["fold"], header["settings"], fold, settings)
     return header
 
@@ -177,22 +210,19 @@ class Progress:
     seconds: float = 0.0
     clock: float = field(default_factory=time.perf_counter)  # when it was last read
 
-    def tick(self) -> None:
+    def tick(self):
         """Add what has passed since the clock was last read."""
         now = time.perf_counter()
         self.seconds += now - self.clock
         self.clock = now
 
 
-def save_progress(file: Path, progress: Progress, settings, state: dict) -> None:
-    """Write the state that --resume goes on from, and then metrics.csv."""
-    if not is_first():
-        return
+def save_progress(file, progress, settings, state):
+    """Write the state that --resume goes on from."""
     state = {
         **state,
         "fold": progress.fold,
         "settings": plain(settings),
-        "epoch": len(progress.history),
         "history": progress.history,
         "seconds": progress.seconds,
     }
@@ -200,10 +230,9 @@ def save_progress(file: Path, progress: Progress, settings, state: dict) -> None
     torch.save({**state, "digest": sha256_of(state)}, buffer)
     with whole_file(file) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-    write_metrics(file.parent, progress)
 
 
-def read_progress(file: Path, fold: int, settings, resume: bool) -> tuple[Progress, dict | None]:
+def read_progress(file, fold, settings, resume):
     """The interrupted fold that `save_progress` left, if it is to be resumed; else a fresh start.
 
     UserError if the state is damaged, or of another fold or settings.
@@ -216,7 +245,7 @@ def read_progress(file: Path, fold: int, settings, resume: bool) -> tuple[Progre
     try:
         state = unpickled(file)
         is_whole = state.pop("digest") == sha256_of(state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # or it is no table
+    except Exception:  # the bytes may be anything
         is_whole = False
     if not is_whole:
         raise UserError(f"{file} is damaged: delete it, and the fold starts over")
@@ -225,18 +254,9 @@ def read_progress(file: Path, fold: int, settings, resume: bool) -> tuple[Progre
     return Progress(fold, state["history"], state["seconds"]), state
 
 
-def write_metrics(folder: Path, progress: Progress) -> None:
-    """metrics.csv, from the files of the finished folds and the epochs of the current one."""
-    with lock(folder):
-        rows = list(progress.history)
-        for fold, file in fold_files(folder).items():
-            if fold != progress.fold:
-                rows += read_metadata(file, tensors=False)["record"]["history"]
-        write_text(folder / "metrics.csv", metrics_of(rows))
-
-
-def metrics_of(rows: list[dict]) -> str:
-    return table_of(METRICS, sorted(rows, key=lambda row: (row["fold"], row["epoch"])))
+def write_metrics(folder, rows):
+    """Write metrics.csv."""
+    write_text(folder / "metrics.csv", table_of(METRICS, rows))
 
 
 def peak_memory() -> int | None:
@@ -305,13 +325,10 @@ class Run:
         for fold, header in self.folds.items():
             record = header["record"]
             ours = [clip for clip in clips if clip["fold"] == str(fold)]
-            if {len(record["predictions"]), len(record["millionths"])} != {len(ours)}:
-                raise UserError(f"{self.file(fold)} does not answer {len(ours)} clips: delete it")
             answers = zip(ours, record["predictions"], record["millionths"], strict=True)
             for clip, number, millionths in answers:
                 row = {"fold": fold, "part": clip["split"], "path": clip["path"]}
-                row["label"] = clip["label"]
-                row["prediction"] = self.classes[number]
+                row |= {"label": clip["label"], "prediction": self.classes[number]}
                 row["probability"] = f"{millionths / 1e6:.6f}"
                 rows.append(row)
         return rows
@@ -346,30 +363,32 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is no finished run of train.py: there is no {missing[0]}")
     config = read_config(folder)
     folds = read_folds(folder)
-    table = (folder / "split.csv").read_bytes()
+    compare_settings(folder, config, next(iter(folds.values()))["settings"])
+    table = (folder / "split.csv").read_bytes().decode("utf-8", "surrogateescape")
     if hash_of(table) != config["clips"]:
         raise UserError(f"{folder / 'split.csv'} is not that of the run: delete it, and {AGAIN}")
-    text = io.StringIO(table.decode("utf-8", "surrogateescape"), newline="")
-    return Run(folder, config, list(csv.DictReader(text)), folds)
+    rows = csv.DictReader(io.StringIO(table, newline=""))
+    return Run(folder, config, list(rows), folds)
 
 
-def write_results(folder: Path) -> Run:
+def write_results(folder):
     """Write the files that are made of the fold files: they are for people. Returns the run."""
-    with lock(folder):  # folds may end at the same time on several machines
+    with FileLock(folder / LOCK):  # folds may end at the same time on several machines
         run = read_run(folder)
-        write_text(folder / "metrics.csv", metrics_of(run.history()))
-        write_text(folder / "predictions.csv", table_of(PREDICTIONS, run.predictions()))
+        write_metrics(folder, run.history())
+        rows = run.predictions()
+        write_text(folder / "predictions.csv", table_of(rows[0], rows))
         write_text(folder / "confusion.csv", confusion_table(run.confusion(), run.classes))
-        write_text(folder / "result.json", json_of(run.result()))
+        write_json(folder / "result.json", run.result())
     return run
 
 
-def versions() -> dict[str, str]:
+def versions():
     python = platform.python_version()
     return {"python": python, "torch": torch.__version__, "numpy": np.__version__}
 
 
-def mean_and_std(results: list[dict]) -> dict:
+def mean_and_std(results):
     """Accuracies in percent; their sample standard deviation where there are several."""
     accuracies = [result["accuracy"] for result in results]
     std = round(statistics.stdev(accuracies), 4) if len(accuracies) > 1 else None

@@ -1,4 +1,4 @@
-"""What a confusion matrix says beyond accuracy, and which mistakes are the most confident ones."""
+"""What a confusion matrix says beyond accuracy."""
 
 from collections.abc import Iterable
 
@@ -19,7 +19,7 @@ def confusion(rows: Iterable[dict], classes: list[str]) -> np.ndarray:
     return counts
 
 
-def confusion_table(counts: np.ndarray, classes: list[str]) -> str:
+def confusion_table(counts, classes):
     """confusion.csv: a row for each true class, a column for each predicted one."""
     rows = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
     return csv_of([["true / predicted", *classes], *rows])
@@ -56,9 +56,3 @@ def scores(counts: np.ndarray, classes: list[str]) -> dict:
         for i, name in enumerate(classes)
     }
     return total
-
-
-def mistakes(rows: Iterable[dict], count: int = 5) -> list[dict]:
-    """The most confident wrong answers among rows with label, prediction and probability."""
-    wrong = [row for row in rows if row["label"] != row["prediction"]]
-    return sorted(wrong, key=lambda row: -float(row["probability"]))[:count]

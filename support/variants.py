@@ -1,76 +1,91 @@
-"""A method with other numbers: what --rr, --alpha and --prompts say, and what suits a narrow backbone."""
+"""A method with other numbers: what --rr, --alpha and --prompts say, and what suits a backbone."""
 
-import math
 from dataclasses import replace
 
 from support.command import UserError
-from support.headers import LIMITS, checked
+from support.headers import Part, checked
 
 
-def override(method, rr: int | None = None, alpha: float | None = None, prompts: int | None = None, kernel=None):
-    """The method with another reduction rate, alpha, number of prompts or window, in every part that has one.
+def override(method, **numbers: float | None):
+    """The method with another reduction rate `rr`, `alpha`, number of `prompts` or `kernel`.
 
-    Raises UserError where the method has no such setting.
+    Every part that has the setting gets it. None leaves it. A UserError if no part has it.
     """
-    for setting, value in {"rr": rr, "alpha": alpha, "prompts": prompts, "kernel": kernel}.items():
-        if value is None:
-            continue
-        if not any(hasattr(part, setting) for part in method.parts):
-            raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
-        if not 0 < value < math.inf:
-            raise UserError(f"--{setting} is {value}; it must be a positive number")
-        said = f"--{setting} is {value}"
-        checked(value, LIMITS[setting], said)
-        try:
-            parts = [replace(part, **{setting: value}) if hasattr(part, setting) else part for part in method.parts]
-        except ValueError as error:  # the part itself refuses it
-            raise UserError(f"{said}: {error}") from None
-        method = replace(method, parts=tuple(parts))
+    for setting, value in numbers.items():
+        if value is not None:
+            method = with_number(method, setting, value)
     return method
+
+
+def with_number(method, setting, value):
+    if not has(method, setting):
+        raise UserError(f"method {method.name!r} has no setting {setting!r}: leave --{setting} out")
+    checked({"part": "", setting: value}, Part, f"--{setting} is {value}")
+    return changed(method, setting, lambda old: value)
+
+
+def changed(method, setting, change):
+    """The method in whose parts the numbers called `setting` are what `change` makes of them."""
+    parts = []
+    for part in method.parts:
+        if hasattr(part, setting):
+            part = replace(part, **{setting: change(getattr(part, setting))})
+        parts.append(part)
+    return replace(method, parts=tuple(parts))
 
 
 NARROW_LR = {"full_ft": 5e-4, "linear": 1e-2}  # ten times that of METHODS
 
 
 def narrowed(method, dim: int):
-    """The method for a backbone of `dim` dimensions: what the paper chose for 768 does not suit a narrow one.
+    """The method for a backbone of `dim` dimensions, because the paper chose its numbers for 768.
 
-    RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Reduction rates are divided so that about 8
-    remain, by 4 at 128 dimensions and not at all from 384 on, and prompts become fewer, of which an even number stays.
-    What trains the backbone's own weights or the head alone learns faster there. Both were chosen on the demo backbone.
+    RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Reduction rates are divided
+    so that about 8 remain, by 4 at 128 dimensions and not at all from 384 on. Prompts become fewer,
+    and their number stays even. Methods that train the backbone's own weights or the head alone
+    learn faster there. Both were chosen on the demo backbone.
     """
     factor = round(512 / dim)
     if factor <= 1:
         return method
-    scale = {"rr": lambda n: max(1, n // factor), "prompts": lambda n: max(2, n // factor // 2 * 2)}
-    parts = (
-        replace(part, **{name: f(getattr(part, name)) for name, f in scale.items() if hasattr(part, name)})
-        for part in method.parts
-    )
-    return replace(method, parts=tuple(parts), lr=NARROW_LR.get(method.name, method.lr))
+    method = changed(method, "rr", lambda rate: max(1, rate // factor))
+    method = changed(method, "prompts", lambda count: max(2, count // factor // 2 * 2))
+    return replace(method, lr=NARROW_LR.get(method.name, method.lr))
 
 
-def check_method(method, args) -> None:
-    """UserError for a number on the command line that the method has not, or that is out of its bounds."""
-    override(method, args.rr, args.alpha, args.prompts, args.kernel)
+def check_method(method, args):
+    """The method with the numbers of the command line. UserError for one that it cannot have."""
+    return override(method, rr=args.rr, alpha=args.alpha, prompts=args.prompts, kernel=args.kernel)
 
 
 def fitted(method, config, args, lr: float | None = None):
-    """The method as a run trains it: `narrowed` to the backbone of shape `config`, then with the numbers of `args`.
+    """The method as a run trains it: `narrowed` to the backbone, then with the numbers of `args`.
 
-    `lr` is the dataset's own rate for this method, if it has one. Raises UserError for what the method cannot do.
+    `config` is the shape of the backbone. `lr` is the dataset's own rate for this method, if it has
+    one. A UserError for what the method cannot do.
     """
-    keep, blocks = args.keep, args.blocks
+    keep = args.keep
+    blocks = args.blocks
     method = narrowed(method, config.dim)
     method = replace(method, lr=args.lr or lr or method.lr, blocks=blocks)
-    method = override(method, args.rr, args.alpha, args.prompts, args.kernel)
-    if keep and any(hasattr(part, "needs_all_patches") for part in method.parts):
-        raise UserError(f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method")
+    method = check_method(method, args)
+    if keep and has(method, "needs_all_patches"):
+        raise UserError(
+            f"--keep {keep}: {method.name!r} needs the whole grid of patches; choose another method"
+        )
     if blocks and not 1 <= blocks[0] <= blocks[1] <= config.depth:
-        what = f"this backbone has the blocks 1 to {config.depth}; give the first and the last of them, or one"
-        raise UserError(f"--blocks {blocks[0]}-{blocks[1]}: {what}")
-    if blocks and (not method.parts or any(hasattr(part, "needs_all_blocks") for part in method.parts)):
-        raise UserError(f"--blocks: {method.name!r} changes what comes before or after the blocks; leave it out")
-    if config.pool != "mean" and any(hasattr(part, "pools_itself") for part in method.parts):
+        raise UserError(
+            f"--blocks {blocks[0]}-{blocks[1]}: this backbone has the blocks 1 to {config.depth}; "
+            "give the first and the last of them, or one"
+        )
+    if blocks and (not method.parts or has(method, "needs_all_blocks")):
+        raise UserError(
+            f"--blocks: {method.name!r} changes what comes before or after the blocks; leave it out"
+        )
+    if config.pool != "mean" and has(method, "pools_itself"):
         raise UserError(f"--pool {config.pool}: {method.name!r} pools in its own way; leave it out")
     return method
+
+
+def has(method, attribute):
+    return any(hasattr(part, attribute) for part in method.parts)

@@ -75,7 +75,8 @@ def test_tensors_that_fit_no_model():
     nothing."""
     with pytest.raises(
         UserError,
-        match=r"^x\.bin is no AST: its tensors do not fit together: size mismatch for bias: .*\[4\].*\[3\]\)\.$",
+        match=r"^x\.bin is no AST: its tensors do not fit together: size mismatch for bias: "
+        r".*\[4\].*\[3\]\)\.$",
     ):
         fill(torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.ones(4)}, "x.bin")
 

@@ -1,9 +1,9 @@
 """Files that are whole or not there, and where they are kept."""
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Event
 
 import pytest
@@ -66,11 +66,11 @@ def test_only_files_are_replaced(tmp_path):
             pass
 
 
-def test_errors_name_the_file_and_not_the_temporary_one(tmp_path):
-    for read in (Path.read_bytes, os.stat, lambda file: os.stat(str(file))):
-        with pytest.raises(FileNotFoundError) as error, whole_file(tmp_path / "b") as temporary:
-            read(temporary)
-        assert error.value.filename == str(tmp_path / "b")
+def test_a_full_disk_names_the_file(tmp_path):
+    """The system does not say where it was full."""
+    with pytest.raises(OSError) as error, whole_file(tmp_path / "b"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path / "b") and not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError) as error, whole_file(tmp_path / "b"):
         (tmp_path / "c").read_bytes()
     assert str(error.value.filename) == str(tmp_path / "c")

@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import train
 from support import console
-from support.scores import confusion, mistakes, scores
+from support.scores import confusion, scores
 
 CLASSES = ["a", "b", "c", "d", "e"]
 
@@ -78,25 +78,6 @@ def test_weights_of_classes_are_balanced():
     assert weights[labels[clips]].mean().item() == pytest.approx(1)
 
 
-def test_the_most_confident_mistakes():
-    probabilities = [
-        "0.900000",
-        "0.100000",
-        "0.990000",
-        "0.950000",
-        "0.500000",
-        "0.990000",
-        "0.600000",
-        "0.700000",
-    ]
-    rows = [
-        {"path": f"{i}", "label": "a", "prediction": "a" if i == 2 else "b", "probability": p}
-        for i, p in enumerate(probabilities)
-    ]
-    assert [row["path"] for row in mistakes(rows)] == ["5", "3", "0", "7", "6"]
-    assert mistakes(rows[2:3]) == []
-
-
 def test_the_score_of_own_sounds_is_balanced_accuracy():
     labels = torch.tensor([0, 0, 0, 0, 1])
     always, mixed = (torch.eye(2)[torch.tensor(answers)] for answers in ([0] * 5, [0, 0, 1, 1, 1]))
@@ -131,10 +112,7 @@ def test_a_run_says_what_accuracy_hides(tmp_path, capsys):
         result["scores"] == scores(counts, names)
         and result["scores"]["accuracy"] == result["accuracy"]
     )
-    assert (
-        f"{result['scores']['majority']:.2f} % for always answering 'drum'" in out
-        and "66.67 % for always" in out
-    )
+    assert "66.67 % for always answering the largest class" in out
     assert "by balanced accuracy" in out
     config = json.loads((run / "config.json").read_text())
     assert (config["choose_by"], config["balance"]) == ("balanced", False)
@@ -144,22 +122,12 @@ def test_what_the_summary_names(monkeypatch):
     rows = rows_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 0, 1, 0])
     rows = [{**row, "path": f"{i}.wav", "probability": f"0.{9 - i}"} for i, row in enumerate(rows)]
     counts = confusion(rows, CLASSES[:3])
-    said = "\n".join(console.describe_scores(rows, scores(counts, CLASSES[:3])))
-    assert "never answered  'c': 1 of 3 classes" in said
-    assert "most confused   2 of 3 clips of 'a' were taken for 'b'" in said
-    assert "50.00 % for always answering 'a'" in said and "balanced accuracy 27.78 %" in said
     classes = scores(counts, CLASSES[:3])["classes"]
-    assert console.describe_classes(classes)[0].startswith("  class  clips  precision")
+    title = console.describe_classes(classes)[0]
+    assert title.startswith("  classes with the lowest F1      clips  precision")
     monkeypatch.setattr(console, "ROWS", 2)
     said = console.describe_classes(classes)
     assert [line.split()[0] for line in said[1:]] == ["c", "a"]
-    assert "2 of 3 classes with the lowest F1" in said[0]
-    assert console.describe_mistakes(rows)[1:] == [
-        "   80.00%  1.wav: 'b', but it is 'a'",
-        "   70.00%  2.wav: 'b', but it is 'a'",
-        "   60.00%  3.wav: 'a', but it is 'b'",
-        "   40.00%  5.wav: 'a', but it is 'c'",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -187,9 +155,9 @@ def test_a_balanced_loss(tmp_path, monkeypatch):
     for i in range(5):
         write_sound(root / "drum" / f"more{i}.wav", 10)
 
-    def cross_entropy(logits, y, weights=None, **options):
-        asked.append(weights)
-        return original(logits, y, weights, **options)
+    def cross_entropy(logits, y, weight=None, **options):
+        asked.append(weight)
+        return original(logits, y, weight=weight, **options)
 
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     assert (

@@ -245,16 +245,10 @@ def test_evaluation_takes_what_memory_allows(full):
 
     clips = Clips(torch.arange(4.0).repeat(5)[:, None], torch.tensor([0, 1, 2, 0]).repeat(5))
     logits, labels = evaluate(model_with_room_for(4), clips, list(range(20)), 12)
-    predicted = recorder.predicted(logits)
-    assert train.score_of(logits, labels, "accuracy") == 75 and predicted[:, 0].tolist() == 5 * [
-        0,
-        1,
-        2,
-        3,
-    ]
-    torch.testing.assert_close(
-        predicted[:, 1], torch.full((20,), math.e / (math.e + 3))
-    )  # of one 1 and three 0
+    answers = recorder.answers_of(logits)
+    assert train.score_of(logits, labels, "accuracy") == 75
+    assert answers["predictions"] == 5 * [0, 1, 2, 3]
+    assert answers["millionths"] == 20 * [round(1e6 * math.e / (math.e + 3))]  # one 1 and three 0
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 2]
     with pytest.raises(type(full)):
         evaluate(model_with_room_for(0), clips, [3], 12)
@@ -267,5 +261,5 @@ def test_evaluation_takes_what_memory_allows(full):
 def test_logits_that_are_no_numbers_have_no_probability():
     """As float16 may give: a fold file with a nan in its header could not be read."""
     clips = Clips(torch.tensor([[torch.nan, 0], [torch.inf, 0], [0, 1]]), torch.tensor([0, 0, 1]))
-    predicted = recorder.predicted(evaluate(nn.Identity(), clips, [0, 1, 2], 3)[0])
-    torch.testing.assert_close(predicted[:, 1], torch.tensor([0.0, 0.0, math.e / (1 + math.e)]))
+    answers = recorder.answers_of(evaluate(nn.Identity(), clips, [0, 1, 2], 3)[0])
+    assert answers["millionths"] == [0, 0, round(1e6 * math.e / (1 + math.e))]

@@ -8,7 +8,7 @@ from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts
 from support.command import UserError
 from support.variants import fitted, narrowed, override
 
-# -------------------------------------------------------------------------------------------------- narrow backbones
+# --------------------------------------------------------------------------------- narrow backbones
 
 
 # Dimensions, and what is left there of RR 32, 64, 128 and 256, and of 300, 25, 24 and 14 prompts.
@@ -29,17 +29,24 @@ def test_reduction_rates_and_prompts_fit_the_width(dim):
         return narrowed(METHODS[name], dim).parts
 
     rates, prompts = FITTED[dim]
-    assert [fitted(name)[0].rr for name in ("pfeiffer_seq_x2", "hydra", "lora_qk", "lora_qkvo")] == rates
+    assert [
+        fitted(name)[0].rr for name in ("pfeiffer_seq_x2", "hydra", "lora_qk", "lora_qkvo")
+    ] == rates
     names = ("spt", "dpt", "prefix")
-    assert [*(fitted(name)[0].prompts for name in names), fitted("adapter_dpt_lora")[1].prompts] == prompts
+    assert [
+        *(fitted(name)[0].prompts for name in names),
+        fitted("adapter_dpt_lora")[1].prompts,
+    ] == prompts
     # What else a part says stays, and so does LoRA's alpha: s = alpha / RR grows with the rank.
     assert fitted("adapter_dpt_lora") == (
-        Adapter("ffn", "par_before", rr=rates[1]), Prompts(prompts[3], deep=True), LoRA("qv", rr=rates[3], alpha=8),
-    )  # fmt: skip
+        Adapter("ffn", "par_before", rr=rates[1]),
+        Prompts(prompts[3], deep=True),
+        LoRA("qv", rr=rates[3], alpha=8),
+    )
 
 
 def test_learning_rates_on_a_narrow_backbone():
-    """Ten times those of the paper for what trains the backbone itself or the head alone; the others keep theirs."""
+    """Ten times those of the paper for what trains the backbone itself or the head alone."""
     narrow = {name: narrowed(method, 256).lr for name, method in METHODS.items()}
     assert (narrow.pop("full_ft"), narrow.pop("linear")) == (5e-4, 1e-2)
     assert all(lr == METHODS[name].lr for name, lr in narrow.items())
@@ -52,7 +59,7 @@ def test_shrink_leaves_at_least_one_rank_and_two_prompts():
     assert [getattr(part, "rr", None) or part.prompts for part in shrunk] == [1, 1, 1, 2, 2]
 
 
-# ------------------------------------------------------------------------------------------------- what is asked for
+# -------------------------------------------------------------------------------- what is asked for
 
 
 def test_override_reaches_every_part_that_has_the_setting_and_refuses_what_is_no_number():
@@ -60,18 +67,34 @@ def test_override_reaches_every_part_that_has_the_setting_and_refuses_what_is_no
     assert parts == (Adapter("attn", "par_before", rr=8), Adapter("ffn", "par_before", rr=8))
     assert override(METHODS["hydra"], rr=1).parts == (Hydra(rr=1),)
     assert override(METHODS["lora"], alpha=0.5).parts == (LoRA("qv", rr=128, alpha=0.5),)
-    assert override(METHODS["lora"]) is METHODS["lora"] and METHODS["lora"].parts == (LoRA("qv", 128, 8),)
-    for setting in ({"rr": 0}, {"rr": -1}, {"alpha": 0.0}, {"alpha": float("inf")}, {"alpha": float("nan")}):
-        with pytest.raises(UserError, match="must be a positive number"):
+    assert override(METHODS["lora"]) is METHODS["lora"] and METHODS["lora"].parts == (
+        LoRA("qv", 128, 8),
+    )
+    for setting in (
+        {"rr": 0},
+        {"rr": -1},
+        {"alpha": 0.0},
+        {"alpha": float("inf")},
+        {"alpha": float("nan")},
+    ):
+        with pytest.raises(UserError, match="Expected float"):
             override(METHODS["lora"], **setting)
-    for name, setting in (("linear", {"rr": 8}), ("houlsby_par", {"alpha": 8}), ("lora", {"prompts": 4})):
+    for name, setting in (
+        ("linear", {"rr": 8}),
+        ("houlsby_par", {"alpha": 8}),
+        ("lora", {"prompts": 4}),
+    ):
         with pytest.raises(UserError, match=f"{name!r} has no setting '{next(iter(setting))}'"):
             override(METHODS[name], **setting)
 
 
 def test_three_settings_at_once():
     lora = override(METHODS["adapter_dpt_lora"], rr=32, alpha=16, prompts=5)
-    assert lora.parts == (Adapter("ffn", "par_before", rr=32), Prompts(5, deep=True), LoRA(rr=32, alpha=16))
+    assert lora.parts == (
+        Adapter("ffn", "par_before", rr=32),
+        Prompts(5, deep=True),
+        LoRA(rr=32, alpha=16),
+    )
     with pytest.raises(UserError, match="even number"):
         override(METHODS["prefix"], prompts=7)
 
@@ -79,4 +102,5 @@ def test_three_settings_at_once():
 def test_what_is_asked_for_comes_before_what_suits_the_width():
     demo = ASTConfig(dim=128, depth=4, heads=2)
     assert fitted(METHODS["full_ft"], demo, train.parse(["--lr", "1e-3"])).lr == 1e-3
-    assert fitted(METHODS["dpt"], demo, train.parse(["--prompts", "9"])).parts == (Prompts(9, deep=True),)
+    args = train.parse(["--method", "dpt", "--prompts", "9"])
+    assert fitted(METHODS["dpt"], demo, args).parts == (Prompts(9, deep=True),)
