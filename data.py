@@ -174,7 +174,7 @@ class Recipe:
     Where the paper does not give a value for its four datasets, it is that of the authors' code.
     """
 
-    load: Callable  # (data_dir, cache_dir) -> sounds.clip.Listing; own sounds: see load_dataset
+    load: Callable  # (data_dir, cache_dir), own sounds (name, data_dir, group, windows): a Listing
     n_frames: int | None  # one every 10 ms; None: as many as the clips have
     batch_size: int
     epochs: int
@@ -215,12 +215,12 @@ def load_dataset(
         raise UserError(f"unknown dataset {name!r}: there are {', '.join(DATASETS)}")
     recipe = DATASETS[name]
     if recipe.own:
-        found = recipe.load(data_dir, cache_dir, group=group, windows=windows)
+        found = recipe.load(name, data_dir, group, windows)
     else:
         found = recipe.load(data_dir, cache_dir)
     classes = found.classes or sorted({clip.label for clip in found.clips})
     number = {label: i for i, label in enumerate(classes)}
-    dataset = Dataset(
+    return Dataset(
         name=found.name or name,
         root=found.root,
         classes=classes,
@@ -230,9 +230,6 @@ def load_dataset(
         groups=[clip.group for clip in found.clips if clip.group],  # of every clip, or of none
         spans=found.spans,
     )
-    if recipe.own:
-        own.check_folds(dataset)
-    return dataset
 
 
 def splits_of(parts: list[str | int], validate: bool) -> dict[int, Split]:
@@ -304,7 +301,6 @@ def folds_of(
             missing = "test" if train else "train"
             raise UserError(f"{dataset.root}: no clips left to {missing} on")
         folds[fold] = Split(train, val, test)
-    own.tell_of_gaps(dataset, folds)
     return folds
 
 
@@ -403,8 +399,8 @@ DATASETS = {
     # One second makes 98 frames. Two more are padding, as in the authors' code.
     "gsc": Recipe(paper.gsc, n_frames=100, batch_size=128, epochs=75, mask=False),
     "fsc": Recipe(paper.fsc, n_frames=400, batch_size=32, epochs=75, mask=False),
-    "folder": Recipe(own.folder, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
-    "csv": Recipe(own.table, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
+    "folder": Recipe(own.load, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
+    "csv": Recipe(own.load, n_frames=None, batch_size=32, epochs=50, mask=True, own=True),
     # No masking: 80 of 98 frames would leave nothing to hear.
     "demo": Recipe(demo.target, n_frames=98, batch_size=16, epochs=4, mask=False, weights="demo"),
     "demo_source": Recipe(  # the demo's task of 68 other kinds of sound, to pretrain on

@@ -22,7 +22,11 @@ import petl_more  # noqa: F401, adds the later methods to petl.METHODS
 from ast_model import AST, ASTConfig, UserError, make_head
 from data import FRONT_END
 from support.checkpoints import (
-    fetch, read_hf_config, read_metadata, read_tensors, write_tensors,
+    fetch,
+    read_hf_config,
+    read_metadata,
+    read_tensors,
+    write_tensors,
 )  # fmt: skip
 
 AUDIOSET = "MIT/ast-finetuned-audioset-10-10-0.4593"

@@ -17,11 +17,18 @@ from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of
 from sounds.groups import parts_of, with_groups  # noqa: F401 (parts_of is for data.py)
 from sounds.tables import folders_in, read_table, require_files, require_whole
 from support.command import UserError, first_of, warn
-from support.processes import is_first, say
+from support.processes import say
 
 LIKE_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 # ----------------------------------------------------------------------------- a folder of classes
+
+
+def load(kind: str, data_dir, group: str | None = None, windows: float | None = None) -> Listing:
+    """The user's own sounds: those of a `folder`, or of a `csv` table or label tracks."""
+    if kind == "folder":
+        return folder(data_dir, None, group, windows)
+    return table(data_dir, None, group, windows)
 
 
 def folder(
@@ -145,7 +152,8 @@ def clip_of(row: dict[str, str], root: Path) -> Clip:
     if "fold" in cells:
         require_whole(cells["fold"], "fold", row["where"])
         part = int(cells["fold"])
-    return Clip(root / cells["path"], cells["label"], part, span, cells.get("group", ""))
+    path = root / os.fsdecode(cells["path"].encode())  # the locale may have another encoding
+    return Clip(path, cells["label"], part, span, cells.get("group", ""))
 
 
 def require_each_once(origin: Path, clips: list[Clip]) -> None:
@@ -202,7 +210,10 @@ def label_tracks(root: Path) -> list[Clip]:
 def labels_in(track: Path, sound: Path) -> list[Clip]:
     """The clips of a label track: lines of a start and an end, in seconds, and a label."""
     clips = []
-    lines = track.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    try:
+        lines = track.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{track}: a label track must be text in UTF-8") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("\\"):  # the frequencies of the label above
             continue
@@ -239,33 +250,6 @@ def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> L
         )
     warn_of_copies(root, clips)
     return Listing(root, clips, name=name)
-
-
-def check_folds(dataset) -> None:
-    """UserError for a fold that has no clips to test, or a class without clips to train."""
-    for fold, split in dataset.folds.items():
-        if not split.train or not split.test:
-            missing = "test" if split.train else "train"
-            raise UserError(f"{dataset.root}: no clips to {missing}: say which in the data")
-        training = {dataset.labels[i] for i in split.train}
-        for label, name in enumerate(dataset.classes):
-            if label not in training:
-                raise UserError(
-                    f"{dataset.root}: class {name!r} has no training clips in fold {fold}: add some"
-                )
-
-
-def tell_of_gaps(dataset, folds: dict) -> None:
-    """Warn of classes without training or test clips."""
-    for fold, split in folds.items():
-        for what, clips in (("training", split.train), ("test", split.test)):
-            there = {dataset.labels[i] for i in clips}
-            gone = [name for label, name in enumerate(dataset.classes) if label not in there]
-            if gone and is_first():
-                warn(
-                    f"{dataset.root}: {len(gone)} classes have no {what} clips in fold {fold} "
-                    f"({first_of(gone)})"
-                )
 
 
 def seconds_of(dataset, seconds: float | None) -> float:

@@ -1,8 +1,10 @@
 """What a run prints: what it is going to do, and what came out."""
 
 import shlex
+from collections import Counter
 from statistics import mean
 
+from support.command import first_of
 from support.files import write_json
 from support.processes import say
 from support.records import mean_and_std
@@ -14,12 +16,21 @@ ROWS = 10  # of the table of classes
 
 def describe(settings, device):
     """What is about to be trained."""
-    line = (
-        f"{settings.method['name']} on {settings.dataset}: {settings.n_frames / 100:g} s a clip, "
-        f"{settings.epochs} epochs, batch {settings.batch_size}, learning rate {settings.lr:g}, "
-        f"{'masked' if settings.mask_frames else 'unmasked'}, weights {settings.weights}, "
-        f"seed {settings.seed}, {settings.dtype}, {device}"
-    )
+    words = [
+        f"{settings.shots} clips per class" if settings.shots else "",
+        f"{settings.n_frames / 100:g} s a clip",
+        f"{settings.epochs} epochs",
+        f"batch {settings.batch_size}",
+        f"learning rate {settings.lr:g}",
+        "masked" if settings.mask_frames else "unmasked",
+        f"{settings.keep:.0%} of the patches" if settings.keep else "",
+        "classes weighed alike" if settings.balance else "",
+        f"weights {settings.weights}",
+        f"seed {settings.seed}",
+        settings.dtype,
+        str(device),
+    ]
+    line = f"{settings.method['name']} on {settings.dataset}: {', '.join(filter(None, words))}"
     if settings.keep or any(part["part"] != "Statistics" for part in settings.method["parts"]):
         return line
     if settings.mask_frames:
@@ -55,25 +66,44 @@ def summary(run):
     trained = count["petl"] + count["head"]
     spread = "" if result["std"] is None else f" +- {result['std']:.2f}"
     file = run.file(result["folds"][0]["fold"])
+    name = run.config["method"]["name"]
+    baseline = "houlsby_par" if name == "linear" else "linear"  # which shows what a method adds
     lines = [
         "",
         f"  test accuracy   {result['accuracy']:.2f}{spread} %, folds: {len(run.folds)}",
         f"  in all classes  balanced accuracy {scores['balanced_accuracy']:.2f} %, "
         f"macro-F1 {scores['macro_f1']:.2f} %",
         f"  to compare with {scores['majority']:.2f} % for always answering the largest class",
+        *describe_confusion(run.tested(), scores["classes"]),
         f"  probabilities   {describe_errors(result['folds'])}",
         f"  trained         {trained:,} of {count['total']:,} parameters "
-        f"({trained / count['total']:.2%}): {count['petl']:,} of {run.config['method']['name']}, "
+        f"({trained / count['total']:.2%}): {count['petl']:,} of {name}, "
         f"{count['head']:,} of final LayerNorm and head",
         f"  file            {file}, {file.stat().st_size / 1000:,.0f} kB: "
         "all that has to be kept beside the backbone",
         f"  time            {result['seconds']:.0f} s of training",
         f"  to use it       python -m tools.predict {shlex.quote(str(run.folder))} SOUND.wav",
+        f"  to compare      the same command with --method {baseline}",
         "",
         *describe_classes(scores["classes"]),
         "",
     ]
     return "\n".join(lines)
+
+
+def describe_confusion(tested, classes):
+    """What accuracy alone would hide: classes that are never answered, and the worst confusion."""
+    answered = {row["prediction"] for row in tested}
+    never = [name for name, one in classes.items() if one["support"] and name not in answered]
+    lines = []
+    if never:
+        lines.append(f"  never answered  {first_of(never)}: {len(never)} of {len(classes)} classes")
+    pairs = Counter((row["label"], row["prediction"]) for row in tested)
+    wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
+    for (label, answer), count in wrong.most_common(1):
+        clips = f"{count} of {classes[label]['support']} clips of {label!r}"
+        lines.append(f"  most confused   {clips} were taken for {answer!r}")
+    return lines
 
 
 def describe_classes(classes):

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from ast_model import UserError
-from data import DATASETS
 from support import command, console, records
 from support.calibration import calibrated
 from support.processes import process_group, say, wait_for_all
@@ -56,8 +55,7 @@ class Recorder:
                 file = self.home / f"seed{seed}" / f"fold{fold}.safetensors"
                 self.to_forecast += not file.exists()
         self.summaries = {}
-        if DATASETS[args.dataset].own:
-            records.check_folds(dataset)
+        records.check_folds(dataset)
 
     def describe_clips(self, folds, bad):
         """The SHA-256 of split.csv, which this makes."""

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import petl
 import train
-from petl_more import Patchout, patchout
 from load_weights import from_dict, load_trained, to_dict
-from tools.merge import merge
+from petl_more import Patchout, patchout
 from support import records
 from support.command import UserError
+from tools.merge import merge
 
 # -------------------------------------------------------------------------------------------------------------- patches
 

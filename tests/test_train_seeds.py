@@ -15,7 +15,10 @@ import soundfile
 import torch
 from helpers import SMALL_AST, write_csv
 from safetensors.torch import load_file
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import data
 import train

@@ -23,7 +23,7 @@ from support.command import Parser, UserError, exit_code, nearest, numbers, posi
 from support.files import default_cache_dir, table_of, write_text
 from tools import cells, evidence, figures, tune
 from tools.campaign import options, train_cells
-from tools.cells import FIGURES, PRINTED, TARGETS, Cell, Plan, columns_of, lines_of, rated
+from tools.cells import FIGURES, PRINTED, TARGETS, Plan, columns_of, lines_of, rated
 from tools.tables import file_of, measure, write_table
 
 # -------------------------------------------------------------------------------------- the figures

@@ -168,7 +168,7 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
     return f"""open it with transformers and peft:
   config = AutoConfig.from_pretrained("{out}")
   base = AutoModelForAudioClassification.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
-  model = PeftModel.from_pretrained(base, "{out}")"""  # noqa: E501
+  model = PeftModel.from_pretrained(base, "{out}")"""
 
 
 def peft_config(part: petl.LoRA, dim: int) -> dict:

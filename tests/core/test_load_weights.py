@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import SMALL_AST, SMALL_CONFIG, SMALL_STATE, write_ast
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import petl
 from ast_model import AST, ASTConfig

@@ -14,8 +14,8 @@ import petl
 from ast_model import AST, ASTConfig
 from load_weights import load_ast
 from petl import METHODS, Adapter, LoRA, Method, Prefix, Prompts, apply, count
-from tools.merge import merge
 from support.command import UserError
+from tools.merge import merge
 
 README = Path(__file__).parents[2] / "README.md"
 

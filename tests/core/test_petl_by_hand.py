@@ -13,7 +13,17 @@ import torch
 
 import petl_more
 from ast_model import AST, ASTConfig
-from petl import METHODS, Adapter, Convpass2dAdapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
+from petl import (
+    METHODS,
+    Convpass2dAdapter,
+    Hydra,
+    LoRA,
+    Method,
+    Prefix,
+    Prompts,
+    apply,
+    count,
+)
 
 
 class Part(NamedTuple):

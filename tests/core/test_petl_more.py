@@ -25,9 +25,15 @@ import petl_more
 import train
 from ast_model import AST, ASTConfig
 from data import Clips
-from load_weights import live_tensors, load_ast, load_tensors, load_trained, save_trained, trained_tensors
+from load_weights import (
+    live_tensors,
+    load_ast,
+    load_tensors,
+    load_trained,
+    save_trained,
+    trained_tensors,
+)
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts, apply, count
-from tools.merge import merge
 from petl_more import (
     IA3,
     SSF,
@@ -45,6 +51,7 @@ from support import records
 from support.speed import Machine, prepare
 from support.variants import narrowed
 from tools import export
+from tools.merge import merge
 
 CPU = torch.device("cpu")
 
@@ -378,7 +385,9 @@ def test_windows_of_the_conformer(kernel):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_conformer_module_of_transformers(training):
     """Their r is d, their window odd, and they have no biases; running statistics too."""
-    from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerConvolutionModule
+    from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
+        Wav2Vec2ConformerConvolutionModule,
+    )
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "conv_depthwise_kernel_size": 5}

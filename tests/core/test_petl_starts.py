@@ -12,7 +12,18 @@ from helpers import tiny_ast
 
 import petl_more
 from ast_model import AST, ASTConfig
-from petl import METHODS, Adapter, Convpass2dAdapter, ConvpassAdapter, Hydra, LoRA, Method, Prefix, Prompts, apply
+from petl import (
+    METHODS,
+    Adapter,
+    Convpass2dAdapter,
+    ConvpassAdapter,
+    Hydra,
+    LoRA,
+    Method,
+    Prefix,
+    Prompts,
+    apply,
+)
 
 PAPERS = [name for name in METHODS if name not in petl_more.METHODS]  # those have test_petl_more.py
 
