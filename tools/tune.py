@@ -12,6 +12,7 @@ import math
 import statistics
 from dataclasses import replace
 
+from filelock import FileLock
 from msgspec import Struct, to_builtins
 
 from data import folds_of, load_dataset
@@ -19,7 +20,7 @@ from support.checkpoints import read_json
 from support.command import UserError
 from support.files import write_json
 from support.processes import say
-from support.records import lock
+from support.records import LOCK
 from tools.campaign import method_of, train_cells
 from tools.cells import Cell, Plan, cells_of
 
@@ -105,7 +106,8 @@ def search(plan: Plan) -> dict[Cell, str]:
             continue
         found[replace(cell, seed=0).name] = Search(usual, best, tried, plan.passed)
         say(f"{cell.name}: best {best:g}, without search {usual:g}; validation accuracy {tried}")
-    with lock(plan.out):  # another search may have ended meanwhile
+    plan.out.mkdir(parents=True, exist_ok=True)
+    with FileLock(plan.out / LOCK):  # another search may have ended meanwhile
         write_json(plan.out / "tuned.json", to_builtins(read_tuned(plan) | found))
     return failed
 
