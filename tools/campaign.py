@@ -162,7 +162,8 @@ def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
     method = narrowed(petl.find(cell.method), shape_of(cell.weights).dim)
     lr = cell.lr or DATASETS[cell.dataset].lr.get(cell.method) or method.lr
-    return override(replace(method, lr=lr), cell.rr, None, cell.prompts, cell.kernel)
+    numbers = {"rr": cell.rr, "prompts": cell.prompts, "kernel": cell.kernel}
+    return override(replace(method, lr=lr), **numbers)
 
 
 def result_of(cell: Cell, plan: Plan) -> dict | None:
