@@ -103,8 +103,10 @@ def open_sound(path: Path):
             yield file
     # TypeError: a name in .raw, of unknown rate. MemoryError: a damaged header promises too much.
     except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as error:
-        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None)
-        raise ValueError((reason or str(error)).removeprefix("Error : ")) from None
+        if isinstance(error, OSError):
+            raise ValueError(error.strerror or str(error)) from None
+        reason = getattr(error, "error_string", str(error)).removeprefix("Error : ").rstrip(".")
+        raise ValueError(f"cannot be read ({reason})") from None
 
 
 def read_samples(file, start: int, count: int) -> np.ndarray:

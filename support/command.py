@@ -88,7 +88,7 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # `meta` has no numbers
     except (RuntimeError, AssertionError):
         raise UserError(
             f"--device {name}: this PyTorch ({torch.__version__}) cannot use it; choose auto, cpu, "
@@ -178,7 +178,8 @@ def needed(by: str, packages: str = "-r requirements-figures.txt"):
     try:
         yield
     except ImportError as error:
-        raise UserError(f"{by} {error.name}: pip install {packages}") from None
+        package = (error.name or "").partition(".")[0]
+        raise UserError(f"{by} {package}: pip install {packages}") from None
 
 
 def warn(message: str) -> None:

@@ -67,21 +67,15 @@ def check_folds(dataset):
 
 
 def tell_of_gaps(dataset, folds):
-    """Warn of classes that a drawn split or --skip-bad leaves without training or test clips.
-
-    `check_folds` warns of what the data say themselves.
-    """
+    """Warn of classes without training or test clips."""
     for fold, split in folds.items():
-        given = dataset.folds.get(fold)  # None: the seed drew from all clips
-        for part, what in (("train", "training"), ("test", "test")):
-            clips = getattr(given, part) if given else range(len(dataset.labels))
-            before = {dataset.labels[i] for i in clips}
-            gone = before - {dataset.labels[i] for i in getattr(split, part)}
+        for what, clips in (("training", split.train), ("test", split.test)):
+            there = {dataset.labels[i] for i in clips}
+            gone = [name for label, name in enumerate(dataset.classes) if label not in there]
             if gone and is_first():
-                names = first_of([dataset.classes[label] for label in sorted(gone)])
                 warn(
                     f"{dataset.root}: {len(gone)} classes have no {what} clips in fold {fold} "
-                    f"({names})"
+                    f"({first_of(gone)})"
                 )
 
 

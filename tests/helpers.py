@@ -83,6 +83,7 @@ def of_run(fold: int, **settings) -> dict:
         "validation_accuracy": None,
         "epoch": 1,
         "seconds": 1.0,
+        "peak_memory_mb": 5,
     }
     return {
         "settings": SETTINGS | settings,

@@ -228,7 +228,7 @@ def test_a_dataset_that_is_not_there_fails_its_cells(here, capsys, sounds):
     words = ["table1", "--methods", "linear", "--datasets", "esc10,folder"]
     words += ["--data-dir", f"folder={sounds / 'no'}", "--data-dir", f"esc10={sounds}"]
     assert here(*words) == 1
-    assert "folder/linear/seed0: --dataset folder:" in capsys.readouterr().err
+    assert "folder/linear/seed0: --dataset folder needs --data-dir" in capsys.readouterr().err
     assert len(here.started) == 2 and table_of(here.out, "table1")["Linear"]["folder"] == "missing"
 
 

@@ -184,8 +184,8 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
     if not says(lambda: load(new), *([new] if place[0] in named else [])):
         classifier = load(new)
         assert len(classifier.classes) == classifier.models[0].config.n_classes
-        x = torch.zeros(1, classifier.n_frames, 128)
-        assert classifier.models[0](x).isfinite().all()
+        model = classifier.models[0]
+        assert model(torch.zeros(1, model.config.n_frames, 128)).isfinite().all()
     says(lambda: export.show(new))
 
 

@@ -112,7 +112,7 @@ def test_python_train_py_alone(tmp_path, monkeypatch, capsys):
         "test accuracy",
         "parameters (",
         "kB",
-        "s in all",
+        "s of training",
         "--method linear",
         "python -m tools.predict",
     ):

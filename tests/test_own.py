@@ -27,7 +27,7 @@ from sounds import audio
 from sounds.audio import length_of, lengths_of, read_audio
 from sounds.clip import PARTS, WHOLE
 from support.command import UserError
-from support.records import read_run
+from support.records import check_folds, read_run, tell_of_gaps
 from tools.report import dataset_of
 
 # ------------------------------------------------------------------------------------------ folders
@@ -100,7 +100,7 @@ def test_folder_with_given_splits(tmp_path):
 def test_mistakes_in_folders(tmp_path, capsys):
     def message(root):
         with pytest.raises(UserError) as error:
-            load_dataset("folder", root, tmp_path)
+            check_folds(load_dataset("folder", root, tmp_path))
         return str(error.value)
 
     assert "needs --data-dir" in message(None)
@@ -128,7 +128,8 @@ def test_mistakes_in_folders(tmp_path, capsys):
     capsys.readouterr()
     shutil.copy(tmp_path / "given/train/bell/0.wav", tmp_path / "given/test/bell/copy.wav")
     shutil.rmtree(tmp_path / "given" / "test" / "drum")
-    folds_of(load_dataset("folder", tmp_path / "given", tmp_path), seed=0)
+    given = load_dataset("folder", tmp_path / "given", tmp_path)
+    tell_of_gaps(given, folds_of(given, seed=0))
     warnings = capsys.readouterr().err
     assert "into different splits (train/bell/0.wav = test/bell/copy.wav)" in warnings
     assert "1 classes have no test clips in fold 1 (drum)" in warnings
@@ -180,21 +181,6 @@ def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, capsys):
         UserError, match="drum: Permission denied; all of a folder must be readable"
     ):
         load_dataset("folder", root, tmp_path)
-
-
-def test_sounds_that_were_changed_after_a_fold(tmp_path, capsys):
-    """It is not trained again, so its accuracy is not of these sounds."""
-    root = make_folder(tmp_path / "my")
-    assert train_on("folder", root, tmp_path) == 0
-    fold = tmp_path / "runs" / "folder" / "linear" / "seed0" / "fold1.safetensors"
-    write_sound(root / "drum" / "0.wav", 30)
-    os.utime(root / "drum" / "0.wav", (fold.stat().st_mtime + 5,) * 2)
-    capsys.readouterr()
-    assert train_on("folder", root, tmp_path) == 0
-    assert (
-        f"warning: {fold} is older than 1 of the sounds (drum/0.wav): delete it"
-        in capsys.readouterr().err
-    )
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -328,7 +314,7 @@ def test_tables_of_ones_own_that_cannot_train(tmp_path, header, rows, message):
         write_sound(tmp_path / f"{name}.wav")
     (tmp_path / "link.wav").symlink_to("a1.wav")
     with pytest.raises(UserError, match=message) as error:
-        load_dataset("csv", write_csv(tmp_path / "t.csv", header, *rows), tmp_path)
+        check_folds(load_dataset("csv", write_csv(tmp_path / "t.csv", header, *rows), tmp_path))
     assert str(tmp_path) in str(error.value)
 
 
@@ -400,7 +386,8 @@ def test_what_is_probably_a_mistake_is_said(tmp_path, capsys):
         "6.wav,c,train",
     ]
     table = write_csv(tmp_path / "t.csv", "path,label,split", *rows)
-    folds_of(load_dataset("csv", table, tmp_path), seed=0)
+    dataset = load_dataset("csv", table, tmp_path)
+    tell_of_gaps(dataset, folds_of(dataset, seed=0))
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {tmp_path}: 1 classes have no test clips in fold 1 (c)",
     ]
@@ -415,7 +402,9 @@ def test_classes_of_which_nothing_is_left_are_said(tmp_path, capsys):
         data = Dataset(
             "my", tmp_path, ["bell", "drum", "flute"], paths, labels, folds or {}, list(groups)
         )
-        assert folds_of(data, 0, bad).keys() == (folds or {1: 0}).keys()
+        drawn = folds_of(data, 0, bad)
+        assert drawn.keys() == (folds or {1: 0}).keys()
+        tell_of_gaps(data, drawn)
         return capsys.readouterr().err
 
     labels = [0] * 3 + [1] * 10 + [2] * 2

@@ -229,7 +229,7 @@ def test_names_that_the_locale_cannot_show(tmp_path):
     done = subprocess.run(
         command, env={**os.environ, **locale}, capture_output=True, encoding="ascii", check=True
     )
-    assert "\\udcf0\\udc9f\\udc90\\udcb1.wav: is in no known sound format" in done.stderr
+    assert "\\udcf0\\udc9f\\udc90\\udcb1.wav: cannot be read (Format not recognised)" in done.stderr
     assert (
         "tools.predict" in done.stdout
         and "\\udcf0\\udc9f\\udc90\\udcb6/csv/linear/seed0" in done.stdout

@@ -238,7 +238,7 @@ def test_unknown_names_and_numbers(fails, tmp_path):
     assert "has no setting 'alpha'" in fails("--method", "dpt", "--alpha", "3")
     assert "--lr is -1.0" in fails("--lr", "-1")
     assert "--alpha is nan" in fails("--method", "lora", "--alpha", "nan")
-    assert "is too large" in fails("--seed", 10**11) and "'1000000000000000000'" in fails("--seed", 10**18)
+    assert "no list of whole numbers like 0,1,2, below 2**31" in fails("--seed", 10**11)
     assert "0.16 s (one patch) to 60 s" in fails("--seconds", "100000")
     assert "--device meta" in fails("--device", "meta")
     assert "--device quantum" in fails("--device", "quantum")

@@ -112,7 +112,7 @@ def test_a_masked_probe_says_that_it_takes_the_long_way(train_main, tmp_path, mo
 
 def test_only_probes_call_themselves_so():
     for name, method in petl.METHODS.items():
-        said = describe(replace(settings(4), method=to_dict(method)), 1.0, CPU.device)
+        said = describe(replace(settings(4), method=to_dict(method)), CPU.device)
         assert ("linear probe" in said) == (name in ("linear", "probe"))
 
 
@@ -250,8 +250,8 @@ def test_an_interrupted_probe_goes_on_to_the_same_bits(train_main, tmp_path, mon
     assert train_main(*words, "--out", tmp_path / "whole") == 0
     save = records.save_progress
 
-    def once(file, progress, state):
-        save(file, progress, state)
+    def once(file, progress, settings, state):
+        save(file, progress, settings, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
