@@ -10,7 +10,7 @@ numbers are finite. It reads .bin and .pth with `weights_only`, so no code in th
 """
 
 import hashlib
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -377,15 +377,10 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
                 "which no row of METHODS has"
             )
         options = {name: value for name, value in part.items() if name != "part"}
-        known = fields(kind)
-        unknown = options.keys() - {field.name for field in known}
-        missing = {field.name for field in known if field.default is MISSING} - options.keys()
-        if unknown or missing:
-            raise UserError(
-                f"{origin}: the part {part['part']!r} lacks {some_of(sorted(missing))}, "
-                f"and has the unknown {some_of(sorted(unknown))}"
-            )
-        parts.append(kind(**options))
+        try:
+            parts.append(kind(**options))
+        except TypeError as error:  # a field is missing or unknown
+            raise UserError(f"{origin}: the part {part['part']!r}: {error}") from None
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
     return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)
 

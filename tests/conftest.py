@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: models are small, and tests run side by side
+# before torch is there: models are small, and tests run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from helpers import SMALL_AST, campaign_words, make_esc50
 
@@ -28,10 +29,23 @@ def cache_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train_main(esc50_dir, cache_dir, tmp_path):
-    """`train.main` on the miniature with the small AST, two epochs of fold 1; more options override these."""
+    """`train.main` on the miniature with the small AST, two epochs of fold 1; more options override
+    these.
+    """
 
     def call(*options) -> int:
-        defaults = ["--dataset", "esc10", "--data-dir", esc50_dir, "--weights", SMALL_AST, "--epochs", 2, "--folds", 1]
+        defaults = [
+            "--dataset",
+            "esc10",
+            "--data-dir",
+            esc50_dir,
+            "--weights",
+            SMALL_AST,
+            "--epochs",
+            2,
+            "--folds",
+            1,
+        ]
         places = ["--cache-dir", cache_dir, "--out", tmp_path / "runs"]
         return train.main([str(word) for word in (*defaults, *places, *options)])
 
@@ -44,17 +58,22 @@ def sounds(tmp_path_factory) -> Path:
 
 
 class Here:
-    """Stands for the process of a cell: trains the cell in this process, while it is being started."""
+    """Stands for the process of a cell: trains the cell in this process, while it is being
+    started.
+    """
 
     def __init__(self, cell, plan, started):
         folder = plan.out / cell.name
         with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
             try:
-                self.returncode = campaign.train_cell(folder, [*campaign.options(cell, plan), "--resume"])
+                self.returncode = campaign.train_cell(
+                    folder, [*campaign.options(cell, plan), "--resume"]
+                )
             except Exception:
                 traceback.print_exc()
                 self.returncode = 1
-            if isinstance(self.returncode, str):  # the train_cell of a test says what went wrong, or nothing
+            # the train_cell of a test says what went wrong, or nothing
+            if isinstance(self.returncode, str):
                 print(self.returncode)
                 self.returncode = 1 if self.returncode else 0
         started += [] if self.returncode == campaign.BUSY else [folder]
@@ -70,8 +89,9 @@ class Here:
 
 @pytest.fixture
 def here(monkeypatch, sounds, cache_dir, tmp_path):
-    """Runs a campaign without processes of its own. `here.started`: the folders of the cells that were started, in
-    order; `here.start` starts a process after all."""
+    """Runs a campaign without processes of its own. `here.started`: the folders of the cells that
+    were started, in order; `here.start` starts a process after all.
+    """
 
     def call(*options, out="out") -> int:
         return experiments.main(campaign_words(sounds, cache_dir, tmp_path / out, *options))

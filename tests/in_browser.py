@@ -1,7 +1,7 @@
 """The page of a run in a real browser: Debian's chromium, or what CHROMIUM names.
 
-By its name this file is left out unless one asks for it: pip install -r requirements-browser.txt, then
-python -m pytest tests/in_browser.py
+By its name this file is left out unless one asks for it: pip install -r requirements-browser.txt,
+then python -m pytest tests/in_browser.py
 """
 
 import os
@@ -36,15 +36,25 @@ def file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def opened(browser):
-    """Opens a file in a new window; at the end nothing but the file was asked for, and the console is empty."""
+    """Opens a file in a new window; at the end nothing but the file was asked for, and the console
+    is empty.
+    """
     contexts, heard = [], []
 
     def call(file: Path, **options):
-        contexts.append(browser.new_context(**{"viewport": {"width": 1000, "height": 800}, **options}))
+        contexts.append(
+            browser.new_context(**{"viewport": {"width": 1000, "height": 800}, **options})
+        )
         page = contexts[-1].new_page()
         for event in ("console", "pageerror", "dialog", "crash"):
-            page.on(event, lambda what, event=event: heard.append((event, str(getattr(what, "text", what)))))
-        page.on("request", lambda one: one.url.startswith(("data:", file.as_uri())) or heard.append(one.url))
+            page.on(
+                event,
+                lambda what, event=event: heard.append((event, str(getattr(what, "text", what)))),
+            )
+        page.on(
+            "request",
+            lambda one: one.url.startswith(("data:", file.as_uri())) or heard.append(one.url),
+        )
         page.goto(file.as_uri())
         return page
 
@@ -62,11 +72,15 @@ def shown(page) -> list[str]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1400])
 def test_every_width_light_and_dark(opened, file, width, scheme):
-    """Nothing to scroll sideways, and nothing that axe-core finds: contrast, names, order, keyboard."""
+    """Nothing to scroll sideways, and nothing that axe-core finds: contrast, names, order,
+    keyboard.
+    """
     page = opened(file, viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.get_by_role("button", name=f"2 of {EVIL}").click()  # whose name is told
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    heads = page.locator(".matrix th span").evaluate_all("all => all.map(a => a.scrollHeight - a.clientHeight)")
+    heads = page.locator(".matrix th span").evaluate_all(
+        "all => all.map(a => a.scrollHeight - a.clientHeight)"
+    )
     assert max(heads) <= 1  # nothing is cut off
     found = Axe().run(page).response
     assert found["violations"] == [] and len(found["passes"]) > 20
@@ -103,8 +117,13 @@ def test_a_player_plays_its_clip(opened, file):
     for name in ("5.wav", "4.wav"):
         page.locator(f"audio[aria-label='{name}']").focus()
         page.keyboard.press("Space")
-        page.wait_for_function("name => document.querySelector(`[aria-label='${name}']`).currentTime > 0", arg=name)
-    assert page.locator("audio").evaluate_all("all => all.filter(a => !a.paused && !a.ended).length") <= 1
+        page.wait_for_function(
+            "name => document.querySelector(`[aria-label='${name}']`).currentTime > 0", arg=name
+        )
+    assert (
+        page.locator("audio").evaluate_all("all => all.filter(a => !a.paused && !a.ended).length")
+        <= 1
+    )
     seconds, hertz = page.evaluate("""async () => {
         const content = document.querySelector("audio[aria-label='4.wav']").src.split(",")[1];
         const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
@@ -131,8 +150,11 @@ def test_paper_and_browsers_without_scripts(opened, file):
 
 
 def test_a_wide_matrix_fits_on_paper(opened, tmp_path):
-    (tmp_path / "page.html").write_text(made_up_page(tmp_path, [f"sound {k}" for k in range(20)], 60))
-    page = opened(tmp_path / "page.html", viewport={"width": 718, "height": 1000})  # A4 without its margins
+    (tmp_path / "page.html").write_text(
+        made_up_page(tmp_path, [f"sound {k}" for k in range(20)], 60)
+    )
+    # A4 without its margins
+    page = opened(tmp_path / "page.html", viewport={"width": 718, "height": 1000})
     page.emulate_media(media="print")
     assert page.locator(".matrix").evaluate("table => table.getBoundingClientRect().right") <= 718
     assert page.pdf()[:4] == b"%PDF"
@@ -146,7 +168,8 @@ def test_500_clips_stay_quick(opened, tmp_path):
     assert time.perf_counter() - start < 20
     milliseconds = page.evaluate("""async () => {
         const times = [];
-        for (const button of [...document.querySelectorAll("button")].slice(-23)) {  // 20 cells, 3 views
+        // 20 cells, 3 views
+        for (const button of [...document.querySelectorAll("button")].slice(-23)) {
             const start = performance.now();
             button.click();
             await new Promise(done => requestAnimationFrame(() => setTimeout(done)));

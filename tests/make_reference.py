@@ -2,10 +2,12 @@
 
     python tests/make_reference.py        # needs requirements-dev.txt
 
-ast_small/          an AST of 2 layers, 64 dimensions and 2 heads with random weights, as transformers saves it
-ast_small.npz       its input, final tokens, logits and gradients, and the extractor's features of the noise clip
-fbank_torchaudio.npz is not written here: it holds waveforms and what torchaudio 2.11 returned for each
-    (torchaudio.compliance.kaldi.fbank(wav[None], sample_frequency=16000, window_type="hanning", num_mel_bins=128))
+ast_small/          an AST of 2 layers, 64 dimensions and 2 heads with random weights, as
+transformers saves it ast_small.npz       its input, final tokens, logits and gradients, and the
+extractor's features of the noise clip fbank_torchaudio.npz is not written here: it holds waveforms
+and what torchaudio 2.11 returned for each
+    (torchaudio.compliance.kaldi.fbank(wav[None], sample_frequency=16000, window_type="hanning",
+    num_mel_bins=128))
 """
 
 from pathlib import Path
@@ -18,18 +20,26 @@ REFERENCE = Path(__file__).parent / "reference"
 
 
 def random_hf_ast(**config) -> transformers.ASTForAudioClassification:
-    """A transformers AST in which every parameter is random: the library starts positions and tokens at zero."""
+    """A transformers AST in which every parameter is random: the library starts positions and
+    tokens at zero.
+    """
     torch.manual_seed(0)
     model = transformers.ASTForAudioClassification(transformers.ASTConfig(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter) * (0.3 / parameter.shape[-1] ** 0.5 if parameter.ndim == 2 else 0.1)
+            noise = torch.randn_like(parameter) * (
+                0.3 / parameter.shape[-1] ** 0.5 if parameter.ndim == 2 else 0.1
+            )
             parameter.copy_(1 + noise if "layernorm" in name and name.endswith("weight") else noise)
     return model.eval()
 
 
-def outputs_and_gradients(model, fbank: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Final tokens, logits, and the gradient of the cross-entropy for every parameter, by transformers."""
+def outputs_and_gradients(
+    model, fbank: torch.Tensor, labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Final tokens, logits, and the gradient of the cross-entropy for every parameter, by
+    transformers.
+    """
     model.zero_grad()
     tokens = model.audio_spectrogram_transformer(fbank).last_hidden_state
     output = model(input_values=fbank, labels=labels)
@@ -40,7 +50,12 @@ def outputs_and_gradients(model, fbank: torch.Tensor, labels: torch.Tensor) -> d
 
 def main() -> None:
     model = random_hf_ast(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_length=100, num_labels=5
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_length=100,
+        num_labels=5,
     )
     model.save_pretrained(REFERENCE / "ast_small")
     torch.manual_seed(1)

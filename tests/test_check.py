@@ -275,7 +275,7 @@ def test_names_of_classes_read_in_another_order(monkeypatch, original):
         check.tags(original)
 
 
-# ------------------------------------------------------------------------- planted: features, ESC-50
+# ------------------------------------------------------------------------ planted: features, ESC-50
 
 
 def test_features_beside_torchaudio(monkeypatch):
@@ -414,7 +414,12 @@ def test_time_for_a_fold(monkeypatch):
     check.time_of("gsc", replace(CPU, device=torch.device("cuda")))
     assert asked == [(500, 2), (100, 128)]
     assert {name: sum(sizes) for name, sizes in check.SIZES.items()} == {
-        "esc50": 2000, "esc10": 400, "us8k": 8732, "gsc": 105_829, "fsc": 30_043}  # fmt: skip
+        "esc50": 2000,
+        "esc10": 400,
+        "us8k": 8732,
+        "gsc": 105_829,
+        "fsc": 30_043,
+    }
 
 
 def test_the_times_are_those_of_training_and_evaluation(monkeypatch):

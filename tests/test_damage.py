@@ -550,7 +550,10 @@ def test_a_damaged_state_is_never_resumed(tmp_path, data):
 @pytest.mark.parametrize("content", [{}, [], torch.ones(3), {"digest": "0" * 64}, 7])
 def test_what_is_no_state_is_never_resumed(tmp_path, content):
     torch.save(content, tmp_path / "fold1.resume.pt")
-    read = lambda: read_progress(tmp_path / "fold1.resume.pt", 1, SETTINGS, resume=True)
+
+    def read():
+        read_progress(tmp_path / "fold1.resume.pt", 1, SETTINGS, resume=True)
+
     assert says(read, "fold1.resume.pt is damaged: delete it")
 
 

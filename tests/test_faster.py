@@ -19,14 +19,15 @@ from support import records
 from support.command import UserError
 from tools.merge import merge
 
-# -------------------------------------------------------------------------------------------------------------- patches
+# ------------------------------------------------------------------------------------------ patches
 
 
 def test_a_share_of_the_patches_is_drawn_evenly():
     torch.manual_seed(0)
     kept = patchout(torch.rand(4000, 36), 0.4)
     assert kept.shape == (4000, 14)  # 14.4, rounded
-    assert (kept.diff(dim=1) > 0).all() and kept.min() == 0 and kept.max() == 35  # in order, none twice
+    # in order, none twice
+    assert (kept.diff(dim=1) > 0).all() and kept.min() == 0 and kept.max() == 35
     share = torch.bincount(kept.flatten(), minlength=36) / 4000
     assert (share - 14 / 36).abs().max() < 0.04
     assert patchout(torch.tensor([[0.1, 0.9, 0.5, 0.8]]), 0.5).tolist() == [[1, 3]]
@@ -44,11 +45,15 @@ def test_the_chosen_patches_and_the_tokens_in_front_go_through_the_blocks():
     for block in model.blocks:
         chosen = block(chosen)
     torch.manual_seed(1)
-    torch.testing.assert_close(Patchout(model, 0.4)(x), model.head(model.norm(chosen)[:, :2].mean(1)))
+    torch.testing.assert_close(
+        Patchout(model, 0.4)(x), model.head(model.norm(chosen)[:, :2].mean(1))
+    )
     torch.testing.assert_close(Patchout(model, 1.0)(x), model(x))
 
 
-@pytest.mark.parametrize("method", [name for name in petl.METHODS if "2d" not in name and name != "probe"])
+@pytest.mark.parametrize(
+    "method", [name for name in petl.METHODS if "2d" not in name and name != "probe"]
+)
 def test_every_method_trains_on_a_share_of_the_patches(method):
     model = petl.apply(tiny_ast(), method).train()
     out = Patchout(model, 0.4)(torch.randn(2, 36, 36))
@@ -64,9 +69,12 @@ def test_only_training_leaves_patches_out(train_main, tmp_path, monkeypatch):
     seen = []
     encode = train.AST.encode
     monkeypatch.setattr(
-        train.AST, "encode",
-        lambda self, x: seen.append((self.training, x.shape[1] < self.config.n_tokens)) or encode(self, x),
-    )  # fmt: skip
+        train.AST,
+        "encode",
+        lambda self, x: (
+            seen.append((self.training, x.shape[1] < self.config.n_tokens)) or encode(self, x)
+        ),
+    )
     assert train_main("--method", "lora", "--keep", 0.4) == 0
     assert set(seen) == {(True, True), (False, False)}
     config = json.loads((tmp_path / "runs/esc10/lora/seed0/config.json").read_text())
@@ -74,13 +82,35 @@ def test_only_training_leaves_patches_out(train_main, tmp_path, monkeypatch):
 
 
 def test_micro_batches_change_nothing(train_main, tmp_path, esc50_dir, cache_dir):
-    """Pieces draw one after the other what the whole batch draws at once. Two processes draw other patches."""
+    """Pieces draw one after the other what the whole batch draws at once. Two processes draw other
+    patches.
+    """
     words = ["--method", "lora", "--keep", "0.5", "--epochs", "1", "--batch-size", "8"]
     assert train_main(*words, "--out", tmp_path / "whole") == 0
     assert train_main(*words, "--out", tmp_path / "parts", "--micro-batch", 3) == 0
-    places = ["--dataset", "esc10", "--data-dir", esc50_dir, "--weights", SMALL_AST, "--folds", 1,
-              "--cache-dir", cache_dir, "--out", tmp_path / "two"]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__]
+    places = [
+        "--dataset",
+        "esc10",
+        "--data-dir",
+        esc50_dir,
+        "--weights",
+        SMALL_AST,
+        "--folds",
+        1,
+        "--cache-dir",
+        cache_dir,
+        "--out",
+        tmp_path / "two",
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        train.__file__,
+    ]
     subprocess.run([*torchrun, *map(str, [*places, *words])], check=True, capture_output=True)
     whole, two = fold(tmp_path, "whole"), fold(tmp_path, "two")
     for name, tensor in fold(tmp_path, "parts").items():
@@ -103,14 +133,22 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train_main, tmp_path, monke
     assert train_main(*words, "--out", tmp_path / "broken", "--resume") == 0
     whole, broken = fold(tmp_path, "whole"), fold(tmp_path, "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    runs = [records.read_run(tmp_path / out / "esc10/lora/seed0").history() for out in ("whole", "broken")]
-    assert [row["loss"] for row in runs[0]] == [row["loss"] for row in runs[1]]  # the best epoch may be the first
+    runs = [
+        records.read_run(tmp_path / out / "esc10/lora/seed0").history()
+        for out in ("whole", "broken")
+    ]
+    # the best epoch may be the first
+    assert [row["loss"] for row in runs[0]] == [row["loss"] for row in runs[1]]
 
 
-# --------------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
-PLACED = [n for n, m in petl.METHODS.items() if m.parts and not any(hasattr(part, "deep") for part in m.parts)]
+PLACED = [
+    n
+    for n, m in petl.METHODS.items()
+    if m.parts and not any(hasattr(part, "deep") for part in m.parts)
+]
 PLACED.remove("probe")  # which puts nothing into a block
 
 
@@ -121,9 +159,15 @@ def test_parts_go_into_the_given_blocks_alone(method):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     whole = petl.apply(tiny_ast(depth=4), row)
     everywhere = {name for name, p in whole.named_parameters() if p.requires_grad}
-    assert trained == {n for n in everywhere if n.startswith(("blocks.1.", "blocks.2.", "norm.", "head."))}
+    assert trained == {
+        n for n in everywhere if n.startswith(("blocks.1.", "blocks.2.", "norm.", "head."))
+    }
     assert any(name.startswith("blocks.1.") for name in trained) and len(model.blocks) == 4
-    untouched = {n for n in tiny_ast(depth=4).state_dict() if n.startswith(("blocks.0.", "blocks.3.", "embed."))}
+    untouched = {
+        n
+        for n in tiny_ast(depth=4).state_dict()
+        if n.startswith(("blocks.0.", "blocks.3.", "embed."))
+    }
     assert untouched <= model.state_dict().keys()
 
 
@@ -156,18 +200,33 @@ def test_a_run_on_the_last_block_is_saved_and_loaded(train_main, tmp_path):
     ("words", "message"),
     [
         (["--blocks", "1-3"], "this backbone has the blocks 1 to 2"),
-        (["--blocks", "2-1"], "this backbone has the blocks 1 to 2; give the first and the last of them, or one"),
+        (
+            ["--blocks", "2-1"],
+            "this backbone has the blocks 1 to 2; give the first and the last of them, or one",
+        ),
         (["--blocks", "2-"], "argument --blocks: invalid span value: '2-'"),
         (["--blocks", "0-1"], "this backbone has the blocks 1 to 2"),
         (["--blocks", "last"], "--blocks"),
-        (["--blocks", "2", "--method", "linear"], "'linear' changes what comes before or after the blocks"),
-        (["--blocks", "2", "--method", "dpt"], "'dpt' changes what comes before or after the blocks"),
+        (
+            ["--blocks", "2", "--method", "linear"],
+            "'linear' changes what comes before or after the blocks",
+        ),
+        (
+            ["--blocks", "2", "--method", "dpt"],
+            "'dpt' changes what comes before or after the blocks",
+        ),
         (["--keep", "0"], "it must be a share between 0 and 1"),
         (["--keep", "nan"], "it must be a share between 0 and 1"),
         (["--keep", "1"], "it must be a share between 0 and 1"),
-        (["--keep", "0.5", "--method", "convpass2d_pfeiffer_par"], "needs the whole grid of patches"),
+        (
+            ["--keep", "0.5", "--method", "convpass2d_pfeiffer_par"],
+            "needs the whole grid of patches",
+        ),
         (["--keep", "0.5", "--method", "probe"], "'probe' needs the whole grid of patches"),
-        (["--blocks", "2", "--method", "probe"], "'probe' changes what comes before or after the blocks"),
+        (
+            ["--blocks", "2", "--method", "probe"],
+            "'probe' changes what comes before or after the blocks",
+        ),
         (["--pool", "cls", "--method", "probe"], "--pool cls: 'probe' pools in its own way"),
     ],
 )

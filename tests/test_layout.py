@@ -1,4 +1,6 @@
-"""The house: what lies where, which way imports run, and that a new dataset or method touches nothing else."""
+"""The house: what lies where, which way imports run, and that a new dataset or method touches
+nothing else.
+"""
 
 import ast
 import subprocess
@@ -76,20 +78,29 @@ def test_top_level():
         docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
         assert docstring and len(docstring.splitlines()) == 2
     # What can be imported in place of something else: not a reader's own folders, such as venv/.
-    names = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    names = {
+        path.stem
+        for path in ROOT.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert {*FIVE, "sounds", "support", "tools"} <= names
-    assert not names & sys.stdlib_module_names  # a top-level ast.py would be imported in place of Python's own
+    # a top-level ast.py would be imported in place of Python's own
+    assert not names & sys.stdlib_module_names
     assert not names & {"datasets", "transformers", "peft", "torchaudio"}
 
 
 def test_modules_import_from_the_repository_root():
     code = "import ast_model, petl, data, load_weights, train; print('fine')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "fine\n" and done.stderr == ""
 
 
 def test_a_dataset_of_ones_own_is_a_function_and_a_row(tmp_path, monkeypatch):
-    """Clips with a part, or with the number of a fold; the rest of the program takes the new name."""
+    """Clips with a part, or with the number of a fold; the rest of the program takes the new
+    name.
+    """
     for label, name in enumerate(["low", "high"]):
         for i in range(6):
             wave = np.sin(2 * np.pi * (200 + 800 * label) * np.arange(4000) / 16_000 + i)
@@ -98,10 +109,23 @@ def test_a_dataset_of_ones_own_is_a_function_and_a_row(tmp_path, monkeypatch):
 
     def mine(data_dir, cache_dir):
         files = sorted(data_dir.glob("*.wav"))
-        return Listing(data_dir, [Clip(file, file.stem[:-1], int(file.stem[-1]) % 3) for file in files])
+        return Listing(
+            data_dir, [Clip(file, file.stem[:-1], int(file.stem[-1]) % 3) for file in files]
+        )
 
-    monkeypatch.setitem(data.DATASETS, "mine", data.Recipe(mine, n_frames=30, batch_size=4, epochs=1, mask=False))
-    options = ["--dataset", "mine", "--data-dir", tmp_path / "sounds", "--weights", SMALL_AST, "--method", "lora"]
+    monkeypatch.setitem(
+        data.DATASETS, "mine", data.Recipe(mine, n_frames=30, batch_size=4, epochs=1, mask=False)
+    )
+    options = [
+        "--dataset",
+        "mine",
+        "--data-dir",
+        tmp_path / "sounds",
+        "--weights",
+        SMALL_AST,
+        "--method",
+        "lora",
+    ]
     places = ["--cache-dir", tmp_path / "cache", "--out", tmp_path / "runs"]
     assert train.main([str(word) for word in (*options, *places)]) == 0
     files = {file.name for file in (tmp_path / "runs" / "mine" / "lora" / "seed0").glob("fold*")}

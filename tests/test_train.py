@@ -1,4 +1,6 @@
-"""train.py as a user runs it: whole runs, interruption, several processes, and everything that can go wrong."""
+"""train.py as a user runs it: whole runs, interruption, several processes, and everything that can
+go wrong.
+"""
 
 import csv
 import json
@@ -35,31 +37,55 @@ def rows_of(run: Path) -> list[dict]:
 
 
 def without_times(result: dict) -> dict:
-    result = {**result, "folds": [{**fold, "seconds": 0, "peak_memory_mb": 0} for fold in result["folds"]]}
-    return {name: value for name, value in result.items() if name not in ("seconds", "peak_memory_mb")}
+    result = {
+        **result,
+        "folds": [{**fold, "seconds": 0, "peak_memory_mb": 0} for fold in result["folds"]],
+    }
+    return {
+        name: value for name, value in result.items() if name not in ("seconds", "peak_memory_mb")
+    }
 
 
-# ------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def test_a_run_leaves_everything_behind(train_main, tmp_path, capsys):
     assert train_main("--method", "lora", "--folds", "1,2,3,4,5") == 0
     run = tmp_path / "runs" / "esc10" / "lora" / "seed0"
     files = {f"fold{k}.safetensors" for k in range(1, 6)}
-    files |= {"config.json", "split.csv", "metrics.csv", "predictions.csv", "confusion.csv", "result.json"}
+    files |= {
+        "config.json",
+        "split.csv",
+        "metrics.csv",
+        "predictions.csv",
+        "confusion.csv",
+        "result.json",
+    }
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == files
     rows = rows_of(run)
-    assert [(row["fold"], row["epoch"]) for row in rows] == [(str(k), str(e)) for k in range(1, 6) for e in (1, 2)]
+    assert [(row["fold"], row["epoch"]) for row in rows] == [
+        (str(k), str(e)) for k in range(1, 6) for e in (1, 2)
+    ]
     assert list(rows[0]) == ["fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s"]
     result = json.loads((run / "result.json").read_text())
     accuracies = [fold["accuracy"] for fold in result["folds"]]
-    assert result["accuracy"] == pytest.approx(sum(accuracies) / 5, abs=1e-3) and result["std"] is not None
+    assert (
+        result["accuracy"] == pytest.approx(sum(accuracies) / 5, abs=1e-3)
+        and result["std"] is not None
+    )
     model = petl.apply(load_ast(SMALL_AST, 500, 10), narrowed(petl.METHODS["lora"], 64))
     assert result["parameters"] == petl.count(model)
     assert {"seconds", "peak_memory_mb"} <= result.keys()
-    assert result["versions"] == dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    assert result["versions"] == dict(
+        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__
+    )
     config = json.loads((run / "config.json").read_text())
-    assert (config["epochs"], config["lr"], config["batch_size"], config["mask_frames"]) == (2, 5e-3, 32, 80)
+    assert (config["epochs"], config["lr"], config["batch_size"], config["mask_frames"]) == (
+        2,
+        5e-3,
+        32,
+        80,
+    )
     assert "fold 5: test accuracy" in capsys.readouterr().out
     trained = load_file(run / "fold3.safetensors")
     assert trained.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -78,7 +104,9 @@ def test_saved_fold_gives_the_reported_accuracy(train_main, tmp_path, esc50_dir,
 
 
 def test_training_learns(train_main, tmp_path):
-    """Ten tones of different pitch, 60 clips to train on: at least four times the 10 % of chance."""
+    """Ten tones of different pitch, 60 clips to train on: at least four times the 10 % of
+    chance.
+    """
     tones = make_esc50(tmp_path / "tones", takes=2, seconds=5)
     assert train_main("--data-dir", tones, "--epochs", 10, "--batch-size", 6) == 0
     run = tmp_path / "runs/esc10/houlsby_par/seed0"
@@ -88,7 +116,12 @@ def test_training_learns(train_main, tmp_path):
 
 
 def test_the_documented_command_on_random_tiny_weights(train_main, tmp_path):
-    assert train_main("--method", "houlsby_par", "--weights", "random:tiny", "--shots", 1, "--epochs", 1) == 0
+    assert (
+        train_main(
+            "--method", "houlsby_par", "--weights", "random:tiny", "--shots", 1, "--epochs", 1
+        )
+        == 0
+    )
     header = read_header(tmp_path / "runs/esc10/houlsby_par/seed0/fold1.safetensors")
     assert header["backbone"]["name"] == "random:tiny" and header["settings"]["shots"] == 1
 
@@ -99,7 +132,9 @@ def test_a_finished_fold_is_not_trained_again(train_main, tmp_path, monkeypatch)
     before = file.read_bytes()
     trained = []
     original = train.train_fold
-    monkeypatch.setattr(train, "train_fold", lambda *args: trained.append(args[3]) or original(*args))
+    monkeypatch.setattr(
+        train, "train_fold", lambda *args: trained.append(args[3]) or original(*args)
+    )
     assert train_main("--folds", "1,2") == 0
     assert trained == [2] and file.read_bytes() == before
     assert len(json.loads((file.parent / "result.json").read_text())["folds"]) == 2
@@ -126,19 +161,39 @@ def test_bfloat16_runs_and_keeps_trained_tensors_in_float32(train_main, tmp_path
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-# ----------------------------------------------------------------------------------- interruption, several processes
+# ------------------------------------------------------------------ interruption, several processes
 
 
 def command(tmp_path, esc50_dir, cache_dir, out, *options) -> list[str]:
     """A run of train.py in a process of its own."""
-    words = ["--dataset", "esc10", "--data-dir", esc50_dir, "--weights", SMALL_AST, "--cache-dir", cache_dir,
-             "--method", "convpass_houlsby_par", "--epochs", 6, "--folds", "2,4", "--batch-size", 7,
-             "--out", tmp_path / out, *options]  # fmt: skip
+    words = [
+        "--dataset",
+        "esc10",
+        "--data-dir",
+        esc50_dir,
+        "--weights",
+        SMALL_AST,
+        "--cache-dir",
+        cache_dir,
+        "--method",
+        "convpass_houlsby_par",
+        "--epochs",
+        6,
+        "--folds",
+        "2,4",
+        "--batch-size",
+        7,
+        "--out",
+        tmp_path / out,
+        *options,
+    ]
     return [sys.executable, str(ROOT / "train.py"), *map(str, words)]
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, esc50_dir, cache_dir):
-    """SIGKILL once in the first fold and once in the second; dropout, masking and order must all be redrawn alike."""
+    """SIGKILL once in the first fold and once in the second; dropout, masking and order must all be
+    redrawn alike.
+    """
     subprocess.run(command(tmp_path, esc50_dir, cache_dir, "whole"), check=True, cwd=tmp_path)
     killed = tmp_path / "killed" / "esc10" / "convpass_houlsby_par" / "seed0"
     resume = command(tmp_path, esc50_dir, cache_dir, "killed", "--resume")
@@ -156,23 +211,37 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, esc50_dir, cache_dir):
     whole = tmp_path / "whole" / "esc10" / "convpass_houlsby_par" / "seed0"
     for fold in (2, 4):
         one, other = (load_file(run / f"fold{fold}.safetensors") for run in (whole, killed))
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert one.keys() == other.keys() and all(
+            torch.equal(one[name], other[name]) for name in one
+        )
     results = [json.loads((run / "result.json").read_text()) for run in (whole, killed)]
     assert without_times(results[0]) == without_times(results[1])
     histories = [[{**row, "clips/s": ""} for row in rows_of(run)] for run in (whole, killed)]
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("method", [["houlsby_par"], ["linear", "--no-mask"]], ids=["houlsby_par", "linear"])
+@pytest.mark.parametrize(
+    "method", [["houlsby_par"], ["linear", "--no-mask"]], ids=["houlsby_par", "linear"]
+)
 def test_two_processes_train_like_one(method, tmp_path, esc50_dir, cache_dir):
-    """Batches of 29 and then 1 clip, which leaves nothing for the second process; and in micro-batches of 8 or 7 each,
-    29 = 8 + 7 + 7 + 7."""
+    """Batches of 29 and then 1 clip, which leaves nothing for the second process; and in
+    micro-batches of 8 or 7 each, 29 = 8 + 7 + 7 + 7.
+    """
     options = ["--method", *method, "--folds", "1", "--epochs", "2", "--batch-size", "29"]
     one = command(tmp_path, esc50_dir, cache_dir, "one", *options)
     two = command(tmp_path, esc50_dir, cache_dir, "two", *options, "--micro-batch", "8")
     subprocess.run(one, check=True, cwd=tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, *two[1:]], check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    subprocess.run(
+        [*torchrun, *two[1:]], check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     runs = [tmp_path / name / "esc10" / method[0] / "seed0" for name in ("one", "two")]
     first, second = (load_file(run / "fold1.safetensors") for run in runs)
     for name in first:
@@ -181,15 +250,30 @@ def test_two_processes_train_like_one(method, tmp_path, esc50_dir, cache_dir):
     assert histories[0] == histories[1]
     predicted = [csv.DictReader((run / "predictions.csv").read_text().splitlines()) for run in runs]
     for one, other in zip(*predicted, strict=True):
-        assert abs(float(one.pop("probability")) - float(other.pop("probability"))) < 1e-5 and one == other
+        assert (
+            abs(float(one.pop("probability")) - float(other.pop("probability"))) < 1e-5
+            and one == other
+        )
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_with_a_message(victim, tmp_path, esc50_dir, cache_dir):
     train_command = command(tmp_path, esc50_dir, cache_dir, "runs", "--epochs", 10_000)[1:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train_command]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *train_command,
+    ]
     process = subprocess.Popen(
-        torchrun, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        torchrun,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 100
@@ -202,11 +286,14 @@ def test_a_killed_process_ends_the_run_with_a_message(victim, tmp_path, esc50_di
         process.kill()
     assert process.returncode != 0
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert f"process {1 - victim} stops: another process of this run has ended" in line and "--resume" in line
+    assert (
+        f"process {1 - victim} stops: another process of this run has ended" in line
+        and "--resume" in line
+    )
     assert f'{ROOT}/train.py", line' not in printed  # no traceback through our own code
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture
@@ -216,7 +303,8 @@ def fails(train_main, capsys):
     def call(*options, lines=1) -> str:
         capsys.readouterr()
         assert train_main(*options) == 2
-        printed = capsys.readouterr().err.strip().splitlines()  # warnings: the miniature is not whole
+        # warnings: the miniature is not whole
+        printed = capsys.readouterr().err.strip().splitlines()
         error = "\n".join(line for line in printed if not line.startswith("warning: "))
         assert len(error.splitlines()) == lines and "Traceback" not in error, error
         assert error.splitlines()[-1].startswith("error: ")
@@ -226,7 +314,9 @@ def fails(train_main, capsys):
 
 
 def nothing_written(tmp_path) -> bool:
-    return not list((tmp_path / "runs").rglob("*.safetensors")) and not list((tmp_path / "runs").rglob("*.json"))
+    return not list((tmp_path / "runs").rglob("*.safetensors")) and not list(
+        (tmp_path / "runs").rglob("*.json")
+    )
 
 
 def test_unknown_names_and_numbers(fails, tmp_path):
@@ -266,15 +356,32 @@ def test_bad_sounds_are_listed_or_skipped(tmp_path, capfd):
     del bad["data.raw"], bad["absent.wav"]
 
     def run(*options):
-        places = ["--data-dir", tmp_path / "sounds", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "runs"]
+        places = [
+            "--data-dir",
+            tmp_path / "sounds",
+            "--cache-dir",
+            tmp_path / "cache",
+            "--out",
+            tmp_path / "runs",
+        ]
         model = ["--weights", SMALL_AST, "--method", "linear", "--epochs", 1]
-        return train.main([str(word) for word in ("--dataset", "folder", *places, *model, "--seconds", 5, *options)])
+        return train.main(
+            [
+                str(word)
+                for word in ("--dataset", "folder", *places, *model, "--seconds", 5, *options)
+            ]
+        )
 
     assert run() == 2
     error = capfd.readouterr().err
-    assert f"error: {len(bad)} of {10 + len(bad)} sound files cannot be used" in error and "--skip-bad" in error
+    assert (
+        f"error: {len(bad)} of {10 + len(bad)} sound files cannot be used" in error
+        and "--skip-bad" in error
+    )
     for name, reason in bad.items():
-        assert any(line.split(": ", 1)[0].endswith(name) and reason in line for line in error.splitlines()), name
+        assert any(
+            line.split(": ", 1)[0].endswith(name) and reason in line for line in error.splitlines()
+        ), name
     ours = [line for line in error.splitlines() if line.startswith(("  ", "warning: ", "error: "))]
     assert len(ours) == len(bad) + 2 and ours[-1].startswith("error: ") and "Traceback" not in error
     assert "ignored (low/bad/data.raw, low/bad/notes.txt)" in error
@@ -303,14 +410,27 @@ def test_bad_weights(fails, tmp_path):
 
 def test_no_network(fails, monkeypatch, tmp_path):
     monkeypatch.setattr(paper, "ESC50", replace(paper.ESC50, url="http://127.0.0.1:9/master.zip"))
-    defaults = ["--dataset", "esc10", "--weights", "random:tiny", "--cache-dir", tmp_path, "--out", tmp_path / "runs"]
+    defaults = [
+        "--dataset",
+        "esc10",
+        "--weights",
+        "random:tiny",
+        "--cache-dir",
+        tmp_path,
+        "--out",
+        tmp_path / "runs",
+    ]
     assert train.main([str(word) for word in defaults]) == 2
     assert nothing_written(tmp_path)
 
 
 def test_a_loss_that_is_not_finite(fails, tmp_path, monkeypatch):
     loss = torch.nn.functional.cross_entropy
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a, **options: loss(*a, **options) * float("nan"))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "cross_entropy",
+        lambda *a, **options: loss(*a, **options) * float("nan"),
+    )
     message = fails("--method", "lora", "--batch-size", 10)
     assert "in fold 1, epoch 1, step" in message and "--lr" in message
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
@@ -321,7 +441,8 @@ def test_another_experiment_in_the_same_folder(fails, train_main):
     assert "holds a run with epochs 1, not 2" in fails("--epochs", 2)
     assert "holds a run with the backbone" in fails("--epochs", 1, "--weights", "random:demo")
     relative = os.path.relpath(SMALL_AST)
-    assert train_main("--epochs", 1, "--weights", relative) == 0  # the same backbone by another name
+    # the same backbone by another name
+    assert train_main("--epochs", 1, "--weights", relative) == 0
 
 
 def test_a_damaged_state_is_named(fails, train_main, tmp_path, monkeypatch):
@@ -347,15 +468,27 @@ def test_a_full_disk(fails, monkeypatch):
     assert "the disk is full (metrics.csv)" in fails()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_out_of_memory(fails, monkeypatch, tmp_path, error):
     def out_of_memory(*_):
         raise error
 
     monkeypatch.setattr(train, "train_fold", out_of_memory)
-    for options, tried in (([], 32), (["--batch-size", 9], 9), (["--batch-size", 9, "--micro-batch", 4], 4)):
-        assert f"choose a --micro-batch smaller than {tried}" in fails(*options, "--out", tmp_path / str(tried))
+    for options, tried in (
+        ([], 32),
+        (["--batch-size", 9], 9),
+        (["--batch-size", 9, "--micro-batch", 4], 4),
+    ):
+        assert f"choose a --micro-batch smaller than {tried}" in fails(
+            *options, "--out", tmp_path / str(tried)
+        )
 
 
 def test_interruption_by_the_user(train_main, monkeypatch, capsys):
@@ -367,7 +500,7 @@ def test_interruption_by_the_user(train_main, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------ the list, the repository
+# ------------------------------------------------------------------------- the list, the repository
 
 
 def test_what_touches_no_sound_and_no_hub_starts_without_their_libraries():
@@ -390,8 +523,9 @@ def test_list_methods_prints_every_row(capsys):
     for name, method in petl.METHODS.items():
         (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
         assert method.where in line and method.paper in line
-    assert [line.split()[1] for line in printed.splitlines() if line.startswith(("linear ", "probe "))] == [
-        "39,986", "1,996,850"]  # fmt: skip
+    assert [
+        line.split()[1] for line in printed.splitlines() if line.startswith(("linear ", "probe "))
+    ] == ["39,986", "1,996,850"]
     for number in ("85,708,032", "497,952", "39,986 / 9,226 / 28,451 / 25,375", "85,339,392"):
         assert number in printed
 
@@ -404,4 +538,8 @@ def test_readme_has_the_same_table():
     with torch.device("meta"):
         for name, method in petl.METHODS.items():
             count = petl.count(petl.apply(AST(ASTConfig(n_frames=500, n_classes=50)), name))
-            assert table[name][2:5] == [f"{count['petl'] or count['head']:,}", method.paper, method.where]
+            assert table[name][2:5] == [
+                f"{count['petl'] or count['head']:,}",
+                method.paper,
+                method.where,
+            ]

@@ -1,7 +1,8 @@
 """The experiment of section III-A, written a second time with transformers, peft and torch alone.
 
-`second_loop` shares with `train.py` what chance decides and nothing else: the tensors that a run starts with, the order
-of its clips and the numbers that its masks are made of. Losses, accuracies, chosen epoch and predictions must agree.
+`second_loop` shares with `train.py` what chance decides and nothing else: the tensors that a run
+starts with, the order of its clips and the numbers that its masks are made of. Losses, accuracies,
+chosen epoch and predictions must agree.
 """
 
 import csv
@@ -35,10 +36,12 @@ OUR_NAMES = {  # our trained tensors -> those of transformers and peft
 
 
 def second_loop(rows, checkpoint, fold, epochs, masked, start, orders, draws):
-    """`rows`: (file, fold, class). `start`: the first tensors. `orders`: one an epoch. `draws`: (clips, 4), one a step.
+    """`rows`: (file, fold, class). `start`: the first tensors. `orders`: one an epoch. `draws`:
+    (clips, 4), one a step.
 
-    Returns the loss of each step, the validation accuracy of each epoch (None where there is no validation), the chosen
-    epoch, its logits and accuracy on the test clips, and the features of those.
+    Returns the loss of each step, the validation accuracy of each epoch (None where there is no
+    validation), the chosen epoch, its logits and accuracy on the test clips, and the features of
+    those.
     """
     extractor = transformers.ASTFeatureExtractor(max_length=N_FRAMES)
     features, labels = [], torch.tensor([label for _, _, label in rows])
@@ -46,9 +49,11 @@ def second_loop(rows, checkpoint, fold, epochs, masked, start, orders, draws):
         wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
         wave = soxr.resample(wave.mean(1), rate, 16_000)
         features.append(extractor(wave, sampling_rate=16_000, return_tensors="np").input_values[0])
-    features = torch.from_numpy(np.stack(features).astype(np.float16)).float()  # as precise as the cache keeps them
+    # as precise as the cache keeps them
+    features = torch.from_numpy(np.stack(features).astype(np.float16)).float()
 
-    # Fold k tests; ESC has five folds, of which the one before k validates; UrbanSound8K has ten and validates on none.
+    # Fold k tests; ESC has five folds, of which the one before k validates; UrbanSound8K has ten
+    # and validates on none.
     n_folds = max(fold for _, fold, _ in rows)
     val_fold = (fold - 2) % n_folds + 1 if n_folds == 5 else None
     train_clips = torch.tensor([i for i, row in enumerate(rows) if row[1] not in (fold, val_fold)])
@@ -56,17 +61,23 @@ def second_loop(rows, checkpoint, fold, epochs, masked, start, orders, draws):
     test_clips = [i for i, row in enumerate(rows) if row[1] == fold]
 
     rank = 64 // RR  # peft scales by lora_alpha / r, the paper by alpha / RR
-    lora = peft.LoraConfig(r=rank, lora_alpha=ALPHA / RR * rank, target_modules=["q_proj", "v_proj"])
+    lora = peft.LoraConfig(
+        r=rank, lora_alpha=ALPHA / RR * rank, target_modules=["q_proj", "v_proj"]
+    )
     model = transformers.ASTForAudioClassification.from_pretrained(checkpoint)
     model = peft.get_peft_model(model, lora)  # freezes all but the LoRA
     model.base_model.model.classifier.requires_grad_(True)
     model.base_model.model.audio_spectrogram_transformer.layernorm.requires_grad_(True)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert {name.removeprefix("base_model.model.") for name in trained} == start.keys()
     for name, parameter in trained.items():
         parameter.data.copy_(start[name.removeprefix("base_model.model.")])
 
-    optimizer = torch.optim.AdamW(trained.values(), lr=LR, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=LR, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
+    )
     steps = -(-len(train_clips) // BATCH)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps)
     losses, accuracies, best, draws = [], [], (-1.0, None, None), iter(draws)
@@ -74,7 +85,9 @@ def second_loop(rows, checkpoint, fold, epochs, masked, start, orders, draws):
         model.train()
         for clips in train_clips[orders[epoch - 1]].split(BATCH):
             x = features[clips].clone()
-            for clip, (mel_width, mel_start, frame_width, frame_start) in zip(x, next(draws).tolist(), strict=True):
+            for clip, (mel_width, mel_start, frame_width, frame_start) in zip(
+                x, next(draws).tolist(), strict=True
+            ):
                 if masked:
                     width = mel_width * 24
                     low = int(mel_start * (128 - width))
@@ -94,15 +107,20 @@ def second_loop(rows, checkpoint, fold, epochs, masked, start, orders, draws):
         right = (logits.argmax(1) == labels[val_clips + test_clips]).float() * 100
         accuracies.append(right[: len(val_clips)].mean().item() if val_clips else None)
         if not val_clips or accuracies[-1] > best[0]:
-            best = (accuracies[-1], epoch, (logits[len(val_clips) :], right[len(val_clips) :].mean().item()))
+            best = (
+                accuracies[-1],
+                epoch,
+                (logits[len(val_clips) :], right[len(val_clips) :].mean().item()),
+            )
     return losses, accuracies, best[1], *best[2], features[test_clips]
 
 
-# ------------------------------------------------------------------------------------------------------ miniatures
+# --------------------------------------------------------------------------------------- miniatures
 
 
 def write_sounds(root: Path, layout: str) -> list[tuple[Path, int, int]]:
-    """A miniature of ESC-50 or UrbanSound8K: tones in noise, neither silent to a random backbone nor easy for it.
+    """A miniature of ESC-50 or UrbanSound8K: tones in noise, neither silent to a random backbone
+    nor easy for it.
 
     Returns (file, fold, class) of the clips that count, in the order of the table.
     """
@@ -111,22 +129,36 @@ def write_sounds(root: Path, layout: str) -> list[tuple[Path, int, int]]:
     time = np.arange(rate) / rate
     for take in range(takes):
         for fold in rng.permutation(n_folds) + 1:
-            for label in rng.permutation(N_CLASSES + (layout == "esc50")):  # one class of ESC-50 is not of ESC-10
+            # one class of ESC-50 is not of ESC-10
+            for label in rng.permutation(N_CLASSES + (layout == "esc50")):
                 tone = np.sin(2 * np.pi * (400 + 150 * label + 30 * rng.standard_normal()) * time)
                 wave = rng.uniform(0.1, 0.3) * tone + 0.03 * rng.standard_normal(rate)
                 name = f"{fold}-{take}-{label}.wav"
                 if layout == "esc50":
                     file = root / "audio" / name
-                    rows.append({
-                        "filename": name, "fold": fold, "target": 40 - 3 * label, "category": f"tone {label}",
-                        "esc10": label < N_CLASSES, "src_file": 1, "take": "A",
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "filename": name,
+                            "fold": fold,
+                            "target": 40 - 3 * label,
+                            "category": f"tone {label}",
+                            "esc10": label < N_CLASSES,
+                            "src_file": 1,
+                            "take": "A",
+                        }
+                    )
                     clips += [(file, fold, N_CLASSES - 1 - label)] if label < N_CLASSES else []
                 else:
                     file = root / "audio" / f"fold{fold}" / name
                     wave = np.stack([wave, np.roll(wave, 50)], 1)  # stereo
                     rows.append(
-                        {"slice_file_name": name, "fsID": 1, "fold": fold, "classID": label, "class": f"t{label}"}
+                        {
+                            "slice_file_name": name,
+                            "fsID": 1,
+                            "fold": fold,
+                            "classID": label,
+                            "class": f"t{label}",
+                        }
                     )
                     clips.append((file, fold, label))
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +187,9 @@ def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = transformers.ASTForAudioClassification(config)
     for name, parameter in model.named_parameters():
-        noise = torch.randn_like(parameter) * (0.1 if parameter.ndim != 2 else parameter.shape[1] ** -0.5)
+        noise = torch.randn_like(parameter) * (
+            0.1 if parameter.ndim != 2 else parameter.shape[1] ** -0.5
+        )
         parameter.data = 1 + noise if "layernorm" in name and name.endswith("weight") else noise
     model.save_pretrained(folder)
     return folder
@@ -163,7 +197,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def chance(monkeypatch):
-    """Records what a run draws and computes: `orders`, `draws`, `losses`, and `start`, the tensors it trains from."""
+    """Records what a run draws and computes: `orders`, `draws`, `losses`, and `start`, the tensors
+    it trains from.
+    """
     record = {"orders": [], "draws": [], "losses": [], "start": {}}
     randperm, rand, backward = torch.randperm, torch.rand, torch.Tensor.backward
 
@@ -183,7 +219,9 @@ def chance(monkeypatch):
         keep("losses", loss.item())
         return backward(loss, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: keep("orders", randperm(*args, **kwargs)))
+    monkeypatch.setattr(
+        torch, "randperm", lambda *args, **kwargs: keep("orders", randperm(*args, **kwargs))
+    )
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: keep("draws", rand(*args, **kwargs)))
     monkeypatch.setattr(torch.Tensor, "backward", backward_of)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(before_forward)
@@ -191,12 +229,15 @@ def chance(monkeypatch):
     hook.remove()
 
 
-@pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values", "ignore:.*is_gradient_checkpointing")
+@pytest.mark.filterwarnings(
+    "ignore:At least one mel filter has all zero values", "ignore:.*is_gradient_checkpointing"
+)
 @pytest.mark.parametrize(
     ("dataset", "fold", "seed", "epochs", "masked"),
     [
         ("esc10", 1, 3, 8, True),
-        ("esc10", 5, 4, 8, False),  # two epochs are equally good on the validation clips: the first is chosen
+        # two epochs are equally good on the validation clips: the first is chosen
+        ("esc10", 5, 4, 8, False),
         ("us8k", 1, 0, 4, True),
         ("us8k", 7, 1, 4, False),
     ],
@@ -206,10 +247,22 @@ def test_a_run_is_the_experiment_of_the_paper(
 ):
     rows = write_sounds(tmp_path / "sounds", "esc50" if dataset == "esc10" else dataset)
     options = {
-        "dataset": dataset, "data-dir": tmp_path / "sounds", "weights": checkpoint, "method": "lora", "rr": RR,
-        "alpha": ALPHA, "pool": "cls_dist", "folds": fold, "seed": seed, "seconds": N_FRAMES / 100, "epochs": epochs,
-        "batch-size": BATCH, "device": "cpu", "out": tmp_path, "cache-dir": tmp_path / "cache",
-    }  # fmt: skip
+        "dataset": dataset,
+        "data-dir": tmp_path / "sounds",
+        "weights": checkpoint,
+        "method": "lora",
+        "rr": RR,
+        "alpha": ALPHA,
+        "pool": "cls_dist",
+        "folds": fold,
+        "seed": seed,
+        "seconds": N_FRAMES / 100,
+        "epochs": epochs,
+        "batch-size": BATCH,
+        "device": "cpu",
+        "out": tmp_path,
+        "cache-dir": tmp_path / "cache",
+    }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     assert train.main(words + ([] if masked else ["--no-mask"])) == 0
     monkeypatch.undo()
@@ -237,6 +290,9 @@ def test_a_run_is_the_experiment_of_the_paper(
         ours = load_trained(run / f"fold{fold}.safetensors")(x)
     assert torch.equal(ours.argmax(1), logits.argmax(1))
     print(
-        np.abs(np.array(chance["losses"]) - np.array(losses)).max(), (ours - logits).abs().max(), accuracies, accuracy
+        np.abs(np.array(chance["losses"]) - np.array(losses)).max(),
+        (ours - logits).abs().max(),
+        accuracies,
+        accuracy,
     )
     torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)

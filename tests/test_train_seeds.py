@@ -1,7 +1,8 @@
-"""What a seed, a fold and an epoch change in a run of train.py, and what they must not; and every step of it by hand.
+"""What a seed, a fold and an epoch change in a run of train.py, and what they must not; and every
+step of it by hand.
 
-A run is watched from outside: what the model reads, what is differentiated, what AdamW does. It is then computed again
-from the table of clips, their features and the formulas of section III-A.
+A run is watched from outside: what the model reads, what is differentiated, what AdamW does. It is
+then computed again from the table of clips, their features and the formulas of section III-A.
 """
 
 import csv
@@ -26,15 +27,19 @@ from ast_model import AST
 from load_weights import load_ast, load_trained
 
 EPOCHS, BATCH, STEPS = 5, 7, 3  # 18 clips train in a fold: batches of 7, 7 and 4
-RUNS = [(0, 1), (0, 3), (0, 4), (7, 1), (7, 3), (7, 4)]  # (seed, fold), in the order in which they are trained
-TRAINING, VALIDATION = {1: (2, 3), 3: (1, 4), 4: (1, 2)}, {1: 4, 3: 2, 4: 3}  # fold k tests k and validates k - 1
+# (seed, fold), in the order in which they are trained
+RUNS = [(0, 1), (0, 3), (0, 4), (7, 1), (7, 3), (7, 4)]
+# fold k tests k and validates k - 1
+TRAINING, VALIDATION = {1: (2, 3), 3: (1, 4), 4: (1, 2)}, {1: 4, 3: 2, 4: 3}
 
 
 class Watched:
-    """One fold as it went: `start` is what it trains from, `events` and `steps` are what happened, in order.
+    """One fold as it went: `start` is what it trains from, `events` and `steps` are what happened,
+    in order.
 
-    events: ("train" or "eval", clips, what the model read, type of its answer). steps: dicts of learning rate, trained
-    tensors before and after, gradients, loss, and what the model read since the last step (`events`).
+    events: ("train" or "eval", clips, what the model read, type of its answer). steps: dicts of
+    learning rate, trained tensors before and after, gradients, loss, and what the model read since
+    the last step (`events`).
     """
 
     def __init__(self, model: AST):
@@ -43,15 +48,24 @@ class Watched:
         self.start = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def tensors(self) -> dict:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
+        }
 
     def clips(self, epoch: int) -> list[int]:
         """The clips of an epoch in the order in which they were trained on."""
-        return [i for step in self.steps[STEPS * (epoch - 1) : STEPS * epoch] for e in step["events"] for i in e[1]]
+        return [
+            i
+            for step in self.steps[STEPS * (epoch - 1) : STEPS * epoch]
+            for e in step["events"]
+            for i in e[1]
+        ]
 
 
 class Sounds:
-    """36 clips of noise with a tone, 3 classes in 4 folds of 9, listed in no order; their features and their labels."""
+    """36 clips of noise with a tone, 3 classes in 4 folds of 9, listed in no order; their features
+    and their labels.
+    """
 
     def __init__(self, root: Path):
         rng, time = np.random.default_rng(0), np.arange(32_000) / 16_000
@@ -67,12 +81,18 @@ class Sounds:
             features.append(data.to_input(data.fbank(torch.from_numpy(wave)[None]), 200))
         self.features = torch.cat(features).half().float()
         self.folds_table = self.write(root / "folds.csv", "fold", self.folds)
-        self.split_table = self.write(root / "split.csv", "split", np.where(self.folds > 2, "train", "test"))
+        self.split_table = self.write(
+            root / "split.csv", "split", np.where(self.folds > 2, "train", "test")
+        )
         few = np.flatnonzero(self.labels == 2)[2:]  # of the last class two clips are left
         self.plain_table = self.write(root / "plain.csv", "remark", self.folds, without=few)
 
     def write(self, table: Path, column: str, values, without=()) -> Path:
-        rows = [f"{i}.wav,class {self.labels[i]},{value}" for i, value in enumerate(values) if i not in without]
+        rows = [
+            f"{i}.wav,class {self.labels[i]},{value}"
+            for i, value in enumerate(values)
+            if i not in without
+        ]
         return write_csv(table, f"path,label,{column}", *rows)
 
     def of(self, *folds: int) -> list[int]:
@@ -91,13 +111,19 @@ def sounds(tmp_path_factory) -> Sounds:
 
 @pytest.fixture(scope="module")
 def watch(sounds, tmp_path_factory):
-    """Runs train.py on the miniature; returns the folder of the method and one Watched for each fold."""
+    """Runs train.py on the miniature; returns the folder of the method and one Watched for each
+    fold.
+    """
 
     def call(*options, table=None) -> tuple[Path, list[Watched]]:
         out, watched = tmp_path_factory.mktemp("runs"), []
 
         def before(module, args):
-            if isinstance(module, AST) and torch.is_grad_enabled() and not any(w.model is module for w in watched):
+            if (
+                isinstance(module, AST)
+                and torch.is_grad_enabled()
+                and not any(w.model is module for w in watched)
+            ):
                 watched.append(Watched(module))
 
         def after(module, args, logits):
@@ -110,14 +136,21 @@ def watch(sounds, tmp_path_factory):
         def before_step(optimizer, *_):
             assert type(optimizer) is torch.optim.AdamW
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            assert sorted(map(id, parameters)) == sorted(watched[-1].names)  # all that trains, and nothing else
+            # all that trains, and nothing else
+            assert sorted(map(id, parameters)) == sorted(watched[-1].names)
             (lr,) = {group["lr"] for group in optimizer.param_groups}
             since = sum(len(step["events"]) for step in watched[-1].steps)
-            watched[-1].steps.append({
-                "lr": lr, "before": watched[-1].tensors(), "losses": list(watched[-1].losses),
-                "gradients": {watched[-1].names[id(p)]: p.grad.clone() for p in parameters},
-                "events": [event for event in watched[-1].events if event[0] == "train"][since:],
-            })  # fmt: skip
+            watched[-1].steps.append(
+                {
+                    "lr": lr,
+                    "before": watched[-1].tensors(),
+                    "losses": list(watched[-1].losses),
+                    "gradients": {watched[-1].names[id(p)]: p.grad.clone() for p in parameters},
+                    "events": [event for event in watched[-1].events if event[0] == "train"][
+                        since:
+                    ],
+                }
+            )
             watched[-1].losses.clear()
 
         def after_step(*_):
@@ -137,12 +170,24 @@ def watch(sounds, tmp_path_factory):
         original = torch.Tensor.backward
         torch.Tensor.backward = backward
         defaults = {
-            "--dataset": "csv", "--data-dir": table or sounds.folds_table, "--weights": SMALL_AST, "--seconds": 2,
-            "--method": "houlsby_par", "--epochs": EPOCHS, "--batch-size": BATCH, "--device": "cpu", "--out": out,
+            "--dataset": "csv",
+            "--data-dir": table or sounds.folds_table,
+            "--weights": SMALL_AST,
+            "--seconds": 2,
+            "--method": "houlsby_par",
+            "--epochs": EPOCHS,
+            "--batch-size": BATCH,
+            "--device": "cpu",
+            "--out": out,
             "--cache-dir": sounds.folds_table.parent / "cache",
-        }  # fmt: skip
+        }
         try:
-            assert train.main([str(word) for pair in defaults.items() for word in pair] + list(options)) == 0
+            assert (
+                train.main(
+                    [str(word) for pair in defaults.items() for word in pair] + list(options)
+                )
+                == 0
+            )
         finally:
             torch.Tensor.backward = original
             for hook in hooks:
@@ -171,10 +216,14 @@ def answers(model: AST, tensors: dict, x: torch.Tensor) -> torch.Tensor:
 
 
 def percent_right(logits: torch.Tensor, labels) -> float:
-    return 100 * sum(int(a) == int(b) for a, b in zip(logits.argmax(1), labels, strict=True)) / len(labels)
+    return (
+        100
+        * sum(int(a) == int(b) for a, b in zip(logits.argmax(1), labels, strict=True))
+        / len(labels)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ what is drawn
+# ------------------------------------------------------------------------------------ what is drawn
 
 
 def test_every_epoch_takes_all_training_clips_in_an_order_of_its_own(campaign, sounds):
@@ -188,9 +237,16 @@ def test_every_epoch_takes_all_training_clips_in_an_order_of_its_own(campaign, s
 
 
 def test_a_fold_starts_with_tensors_of_its_own(campaign):
-    """Head and method are new in every seed and fold, the backbone is that of the checkpoint in all of them."""
+    """Head and method are new in every seed and fold, the backbone is that of the checkpoint in all
+    of them.
+    """
     starts = [watched.start for watched in campaign[1].values()]
-    for name in ("head.weight", "head.bias", "blocks.0.attn.adapter.down.weight", "blocks.1.ffn.adapter.down.bias"):
+    for name in (
+        "head.weight",
+        "head.bias",
+        "blocks.0.attn.adapter.down.weight",
+        "blocks.1.ffn.adapter.down.bias",
+    ):
         assert differ(start[name] for start in starts)
     backbone = load_ast(SMALL_AST, 200, 3).state_dict()
     for start in starts:
@@ -207,21 +263,31 @@ def test_a_run_draws_the_same_again(campaign, watch):
     first = campaign[1][7, 3]
     assert all(torch.equal(first.start[name], again.start[name]) for name in first.start)
     assert [event[1] for event in again.events] == [event[1] for event in first.events]
-    assert all(torch.equal(one[2], other[2]) for one, other in zip(again.events, first.events, strict=True))
+    assert all(
+        torch.equal(one[2], other[2]) for one, other in zip(again.events, first.events, strict=True)
+    )
     one, other = (load_file(run / "seed7" / "fold3.safetensors") for run in (folder, campaign[0]))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_masks_and_length_of_a_run_do_not_change_the_order(campaign, watch, sounds):
-    """Another number of epochs, another method and no masks: the same clips in the same order, as they are."""
-    _, (other,) = watch("--seed", "7", "--folds", "3", "--epochs", "2", "--no-mask", "--method", "lora")
+    """Another number of epochs, another method and no masks: the same clips in the same order, as
+    they are.
+    """
+    _, (other,) = watch(
+        "--seed", "7", "--folds", "3", "--epochs", "2", "--no-mask", "--method", "lora"
+    )
     assert len(other.steps) == 2 * STEPS
-    assert [other.clips(epoch) for epoch in (1, 2)] == [campaign[1][7, 3].clips(epoch) for epoch in (1, 2)]
+    assert [other.clips(epoch) for epoch in (1, 2)] == [
+        campaign[1][7, 3].clips(epoch) for epoch in (1, 2)
+    ]
     assert all(torch.equal(x, sounds.features[clips]) for _, clips, x, _ in other.events)
 
 
 def test_masks_are_new_for_every_clip_of_every_epoch(campaign, sounds):
-    """One band of up to 24 filters and one of up to 32 of 200 frames, as 80 of 500, in training only."""
+    """One band of up to 24 filters and one of up to 32 of 200 frames, as 80 of 500, in training
+    only.
+    """
     bands = []
     for watched in campaign[1].values():
         for phase, clips, x, _ in watched.events:
@@ -230,7 +296,9 @@ def test_masks_are_new_for_every_clip_of_every_epoch(campaign, sounds):
                 continue
             for clip, seen in zip(clips, x, strict=True):
                 mels, frames = (seen == 0).all(0), (seen == 0).all(1)
-                assert torch.equal(seen, sounds.features[clip].masked_fill(mels | frames[:, None], 0))
+                assert torch.equal(
+                    seen, sounds.features[clip].masked_fill(mels | frames[:, None], 0)
+                )
                 bands.append([])
                 for band in (mels, frames):
                     where = band.nonzero().flatten().tolist()
@@ -256,20 +324,34 @@ def test_few_shots_are_drawn_by_the_seed(watch, sounds):
             part: sorted(int(row["path"][:-4]) for row in rows if row["split"] == part)
             for part in ("train", "val", "test")
         }
-        assert listed == {"train": clips, "val": sounds.of(VALIDATION[fold]), "test": sounds.of(fold)}
+        assert listed == {
+            "train": clips,
+            "val": sounds.of(VALIDATION[fold]),
+            "test": sounds.of(fold),
+        }
         assert all(row["label"] == f"class {sounds.labels[int(row['path'][:-4])]}" for row in rows)
         drawn[seed, fold] = clips
-    assert differ(drawn[seed, 1] for seed in (0, 1, 2)) and differ(drawn[seed, 3] for seed in (0, 1, 2))
+    assert differ(drawn[seed, 1] for seed in (0, 1, 2)) and differ(
+        drawn[seed, 3] for seed in (0, 1, 2)
+    )
     _, (again, _) = watch(*options, "--seed", "1")
-    assert sorted(i for step in again.steps for event in step["events"] for i in event[1]) == drawn[1, 1]
+    assert (
+        sorted(i for step in again.steps for event in step["events"] for i in event[1])
+        == drawn[1, 1]
+    )
 
 
 def test_without_folds_the_seed_draws_what_tests(watch, sounds):
-    """Of the 12 clips of a class two test, two validate and eight train; of two clips one tests and one trains."""
+    """Of the 12 clips of a class two test, two validate and eight train; of two clips one tests and
+    one trains.
+    """
     folder, watched = watch("--seed", "0,7", "--epochs", "1", table=sounds.plain_table)
     tested = []
     for seed, run in zip((0, 7), watched, strict=True):
-        seen = {phase: [i for p, clips, _, _ in run.events if p == phase for i in clips] for phase in ("train", "eval")}
+        seen = {
+            phase: [i for p, clips, _, _ in run.events if p == phase for i in clips]
+            for phase in ("train", "eval")
+        }
         parts = [seen["train"], seen["eval"][:4], seen["eval"][4:]]
         assert len(set(seen["train"] + seen["eval"])) == 26
         counts = [np.bincount(sounds.labels[part], minlength=3).tolist() for part in parts]
@@ -298,38 +380,64 @@ def test_dropout_acts_in_training_only(watch):
     finally:
         handle.remove()
     assert len(seen) == run.model.config.depth  # no other dropout anywhere
-    assert torch.cat(kept["train"]).float().mean() == pytest.approx(0.9, abs=0.01) and torch.cat(kept["eval"]).all()
+    assert (
+        torch.cat(kept["train"]).float().mean() == pytest.approx(0.9, abs=0.01)
+        and torch.cat(kept["eval"]).all()
+    )
     assert differ(kept["train"])
 
 
-# ------------------------------------------------------------------------------------------------ every step by hand
+# ------------------------------------------------------------------------------- every step by hand
 
 
 def test_gradients_are_those_of_the_mean_loss_of_the_batch(campaign, watch, sounds):
-    """Also of the last batch, which is smaller, and of one that is taken in parts: each clip weighs the same in it."""
+    """Also of the last batch, which is smaller, and of one that is taken in parts: each clip weighs
+    the same in it.
+    """
     folder, parted = watch("--micro-batch", "3", "--epochs", "1", table=sounds.split_table)
     model = load_trained(campaign[0] / "seed0" / "fold1.safetensors")
-    assert [len(event[1]) for step in parted[0].steps for event in step["events"]] == [3, 3, 1, 3, 3, 1, 3, 1]
+    assert [len(event[1]) for step in parted[0].steps for event in step["events"]] == [
+        3,
+        3,
+        1,
+        3,
+        3,
+        1,
+        3,
+        1,
+    ]
     (row,) = csv.DictReader((folder / "seed0" / "metrics.csv").read_text().splitlines())
-    assert float(row["loss"]) == pytest.approx(sum(sum(step["losses"]) for step in parted[0].steps) / STEPS, abs=1e-6)
+    assert float(row["loss"]) == pytest.approx(
+        sum(sum(step["losses"]) for step in parted[0].steps) / STEPS, abs=1e-6
+    )
     for watched in (*campaign[1].values(), *parted):
         for step in watched.steps:
             clips = [i for event in step["events"] for i in event[1]]
             tensors = {name: tensor.requires_grad_() for name, tensor in step["before"].items()}
             logits = answers(model, tensors, torch.cat([event[2] for event in step["events"]]))
             probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
-            loss = -probabilities[torch.arange(len(clips)), sounds.labels[clips]].log().sum() / len(clips)
+            loss = -probabilities[torch.arange(len(clips)), sounds.labels[clips]].log().sum() / len(
+                clips
+            )
             assert sum(step["losses"]) == pytest.approx(loss.item(), abs=1e-5)
-            for name, gradient in zip(tensors, torch.autograd.grad(loss, tensors.values()), strict=True):
-                assert (step["gradients"][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
+            for name, gradient in zip(
+                tensors, torch.autograd.grad(loss, tensors.values()), strict=True
+            ):
+                assert (
+                    step["gradients"][name] - gradient
+                ).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
 
 
 def test_updates_are_those_of_adamw_under_one_cosine(campaign):
-    """Betas 0.9 and 0.98, eps 1e-6, decay 0.1 on everything; the learning rate falls from 0.005 to zero in one arc."""
+    """Betas 0.9 and 0.98, eps 1e-6, decay 0.1 on everything; the learning rate falls from 0.005 to
+    zero in one arc.
+    """
     for watched in campaign[1].values():
         total = EPOCHS * STEPS
         value = {name: watched.start[name].double() for name in watched.names.values()}
-        m, v = ({name: torch.zeros_like(tensor) for name, tensor in value.items()} for _ in range(2))
+        m, v = (
+            {name: torch.zeros_like(tensor) for name, tensor in value.items()} for _ in range(2)
+        )
         assert len(watched.steps) == total
         for t, step in enumerate(watched.steps):
             lr = 5e-3 * (1 + math.cos(math.pi * t / total)) / 2
@@ -343,19 +451,50 @@ def test_updates_are_those_of_adamw_under_one_cosine(campaign):
 
 
 def test_a_linear_probe_is_a_step_of_the_whole_model(sounds, tmp_path):
-    """The unmasked probe keeps what the backbone made of each clip: loss, update and accuracy are those without it."""
+    """The unmasked probe keeps what the backbone made of each clip: loss, update and accuracy are
+    those without it.
+    """
     training, tested = sounds.of(*TRAINING[1]), sounds.of(1)
     models, losses = [], []
     for lr in (1e-12, 1e-2):  # where nothing moves, the file holds the tensors at the start
-        words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", SMALL_AST, "--method", "linear",
-                 "--no-mask", "--seconds", 2, "--folds", 1, "--epochs", 1, "--batch-size", 18, "--lr", lr, "--device",
-                 "cpu", "--out", tmp_path / str(lr), "--cache-dir", sounds.folds_table.parent / "cache"]  # fmt: skip
+        words = [
+            "--dataset",
+            "csv",
+            "--data-dir",
+            sounds.folds_table,
+            "--weights",
+            SMALL_AST,
+            "--method",
+            "linear",
+            "--no-mask",
+            "--seconds",
+            2,
+            "--folds",
+            1,
+            "--epochs",
+            1,
+            "--batch-size",
+            18,
+            "--lr",
+            lr,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / str(lr),
+            "--cache-dir",
+            sounds.folds_table.parent / "cache",
+        ]
         assert train.main([str(word) for word in words]) == 0
         run = tmp_path / str(lr) / "csv" / "linear" / "seed0"
         models.append(load_trained(run / "fold1.safetensors"))
-        losses += [float(row["loss"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())]
+        losses += [
+            float(row["loss"])
+            for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())
+        ]
         accuracy = percent_right(models[-1](sounds.features[tested]), sounds.labels[tested])
-        assert json.loads((run / "result.json").read_text())["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+        assert json.loads((run / "result.json").read_text())["accuracy"] == pytest.approx(
+            accuracy, abs=1e-4
+        )
     start = [p for p in models[0].parameters() if p.requires_grad]
     loss = torch.nn.functional.cross_entropy(
         models[0](sounds.features[training]), torch.tensor(sounds.labels[training])
@@ -363,14 +502,22 @@ def test_a_linear_probe_is_a_step_of_the_whole_model(sounds, tmp_path):
     assert losses == pytest.approx([loss.item()] * 2, abs=1e-5)
     trained = [p for p in models[1].parameters() if p.requires_grad]
     assert len(trained) == len(start) == 4  # final LayerNorm and head
-    for before, after, gradient in zip(start, trained, torch.autograd.grad(loss, start), strict=True):
+    for before, after, gradient in zip(
+        start, trained, torch.autograd.grad(loss, start), strict=True
+    ):
         expected = before * (1 - 1e-2 * 0.1) - 1e-2 * gradient / (gradient.abs() + 1e-6)
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-3), ("bfloat16", 5e-2), ("float32", 1e-5)])
-def test_half_precision_where_asked_for_and_scaled_where_needed(dtype, tolerance, watch, campaign, sounds):
-    """Model in the type, loss and trained tensors in float32; float16 alone multiplies the loss for its gradients."""
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float16", 5e-3), ("bfloat16", 5e-2), ("float32", 1e-5)]
+)
+def test_half_precision_where_asked_for_and_scaled_where_needed(
+    dtype, tolerance, watch, campaign, sounds
+):
+    """Model in the type, loss and trained tensors in float32; float16 alone multiplies the loss for
+    its gradients.
+    """
     _, (run,) = watch("--dtype", dtype, "--epochs", "1", "--folds", "1", "--no-mask")
     assert {event[3] for event in run.events} == {getattr(torch, dtype)}
     model = load_trained(campaign[0] / "seed0" / "fold1.safetensors")
@@ -378,15 +525,23 @@ def test_half_precision_where_asked_for_and_scaled_where_needed(dtype, tolerance
         ((_, clips, x, _),) = step["events"]
         assert {tensor.dtype for tensor in step["before"].values()} == {torch.float32}
         tensors = {name: tensor.requires_grad_() for name, tensor in step["before"].items()}
-        loss = torch.nn.functional.cross_entropy(answers(model, tensors, x), torch.from_numpy(sounds.labels[clips]))
-        assert step["losses"][0] / loss.item() == pytest.approx(65536 if dtype == "float16" else 1, rel=tolerance)
+        loss = torch.nn.functional.cross_entropy(
+            answers(model, tensors, x), torch.from_numpy(sounds.labels[clips])
+        )
+        assert step["losses"][0] / loss.item() == pytest.approx(
+            65536 if dtype == "float16" else 1, rel=tolerance
+        )
         (gradient,) = torch.autograd.grad(loss, tensors["head.weight"])
-        assert (step["gradients"]["head.weight"] - gradient).abs().max() <= 4 * tolerance * gradient.abs().max()
+        assert (
+            step["gradients"]["head.weight"] - gradient
+        ).abs().max() <= 4 * tolerance * gradient.abs().max()
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_automatic_precision_on_a_gpu(native, sounds, tmp_path, monkeypatch):
-    """bfloat16 where the GPU computes in it, not where it is only emulated; the run is stopped before it needs one."""
+    """bfloat16 where the GPU computes in it, not where it is only emulated; the run is stopped
+    before it needs one.
+    """
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -395,21 +550,41 @@ def test_automatic_precision_on_a_gpu(native, sounds, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **options: empty(*sizes, **options))
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    monkeypatch.setattr(
+        torch, "empty", lambda *sizes, device=None, **options: empty(*sizes, **options)
+    )
     monkeypatch.setattr(torch.nn.Module, "to", interrupt)
-    words = ["--dataset", "csv", "--data-dir", sounds.folds_table, "--weights", SMALL_AST, "--seconds", 2, "--out",
-             tmp_path, "--cache-dir", sounds.folds_table.parent / "cache"]  # fmt: skip
+    words = [
+        "--dataset",
+        "csv",
+        "--data-dir",
+        sounds.folds_table,
+        "--weights",
+        SMALL_AST,
+        "--seconds",
+        2,
+        "--out",
+        tmp_path,
+        "--cache-dir",
+        sounds.folds_table.parent / "cache",
+    ]
     assert train.main([str(word) for word in words]) == 130
     (config,) = tmp_path.rglob("config.json")
     assert json.loads(config.read_text())["dtype"] == ("bfloat16" if native else "float16")
 
 
-# --------------------------------------------------------------------------------------- what is chosen and reported
+# ---------------------------------------------------------------------- what is chosen and reported
 
 
 def test_test_clips_are_seen_once_and_at_the_end(campaign, sounds):
-    """Every epoch trains, then validates; after the last one the test clips follow, each of them once."""
+    """Every epoch trains, then validates; after the last one the test clips follow, each of them
+    once.
+    """
     for (_, fold), watched in campaign[1].items():
         val, test = sounds.of(VALIDATION[fold]), sounds.of(fold)
         phases, seen = [], []
@@ -424,7 +599,9 @@ def test_test_clips_are_seen_once_and_at_the_end(campaign, sounds):
 
 
 def test_the_first_best_epoch_is_kept_and_tested(campaign, sounds):
-    """Validation accuracies from the tensors after each epoch, test accuracy from the file: as reported."""
+    """Validation accuracies from the tensors after each epoch, test accuracy from the file: as
+    reported.
+    """
     chosen, reported = [], []
     for (seed, fold), watched in campaign[1].items():
         folder = campaign[0] / f"seed{seed}"
@@ -432,12 +609,21 @@ def test_the_first_best_epoch_is_kept_and_tested(campaign, sounds):
         val, test = sounds.of(VALIDATION[fold]), sounds.of(fold)
         ends = [step["after"] for step in watched.steps[STEPS - 1 :: STEPS]]
         with torch.no_grad():
-            accuracies = [percent_right(answers(model, end, sounds.features[val]), sounds.labels[val]) for end in ends]
+            accuracies = [
+                percent_right(answers(model, end, sounds.features[val]), sounds.labels[val])
+                for end in ends
+            ]
             accuracy = percent_right(model(sounds.features[test]), sounds.labels[test])
         best = accuracies.index(max(accuracies))
         file = load_file(folder / f"fold{fold}.safetensors")
-        assert file.keys() == ends[best].keys() and all(torch.equal(file[n], t) for n, t in ends[best].items())
-        (result,) = (r for r in json.loads((folder / "result.json").read_text())["folds"] if r["fold"] == fold)
+        assert file.keys() == ends[best].keys() and all(
+            torch.equal(file[n], t) for n, t in ends[best].items()
+        )
+        (result,) = (
+            r
+            for r in json.loads((folder / "result.json").read_text())["folds"]
+            if r["fold"] == fold
+        )
         expected = {"accuracy": accuracy, "validation_accuracy": max(accuracies), "epoch": best + 1}
         assert {name: result[name] for name in expected} == pytest.approx(expected)
         metrics = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
@@ -445,7 +631,8 @@ def test_the_first_best_epoch_is_kept_and_tested(campaign, sounds):
         assert written == pytest.approx(accuracies, abs=1e-4)
         chosen.append(best + 1)
         reported.append(accuracy != max(accuracies))
-    assert len(set(chosen)) > 2 and EPOCHS not in chosen and sum(reported) > 1  # else mistakes would not show
+    # else mistakes would not show
+    assert len(set(chosen)) > 2 and EPOCHS not in chosen and sum(reported) > 1
 
 
 def test_of_equal_epochs_the_first_is_kept(watch):
@@ -454,7 +641,10 @@ def test_of_equal_epochs_the_first_is_kept(watch):
     rows = list(csv.DictReader((folder / "seed0" / "metrics.csv").read_text().splitlines()))
     assert len({row["accuracy"] for row in rows}) == 1
     assert json.loads((folder / "seed0" / "result.json").read_text())["folds"][0]["epoch"] == 1
-    name, file = "blocks.0.attn.adapter.up.weight", load_file(folder / "seed0" / "fold1.safetensors")
+    name, file = (
+        "blocks.0.attn.adapter.up.weight",
+        load_file(folder / "seed0" / "fold1.safetensors"),
+    )
     assert torch.equal(file[name], run.steps[STEPS - 1]["after"][name])
     assert not torch.equal(file[name], run.steps[-1]["after"][name])
 
@@ -463,7 +653,9 @@ def test_without_validation_the_last_epoch_is_tested(watch, sounds):
     folder, (run,) = watch(table=sounds.split_table)
     phases = [event[0] for event in run.events]
     assert phases == sorted(phases, reverse=True)  # all training, then all tests
-    assert sorted(i for event in run.events if event[0] == "eval" for i in event[1]) == sounds.of(1, 2)
+    assert sorted(i for event in run.events if event[0] == "eval" for i in event[1]) == sounds.of(
+        1, 2
+    )
     file = load_file(folder / "seed0" / "fold1.safetensors")
     assert all(torch.equal(file[name], tensor) for name, tensor in run.steps[-1]["after"].items())
     (result,) = json.loads((folder / "seed0" / "result.json").read_text())["folds"]
@@ -474,12 +666,21 @@ def test_without_validation_the_last_epoch_is_tested(watch, sounds):
 
 def test_metrics_by_hand(campaign):
     for seed in (0, 7):
-        rows = list(csv.DictReader((campaign[0] / f"seed{seed}" / "metrics.csv").read_text().splitlines()))
+        rows = list(
+            csv.DictReader((campaign[0] / f"seed{seed}" / "metrics.csv").read_text().splitlines())
+        )
         assert len(rows) == 3 * EPOCHS
         for i, row in enumerate(rows):
             fold, epoch = (1, 3, 4)[i // EPOCHS], i % EPOCHS + 1
-            losses = [sum(s["losses"]) for s in campaign[1][seed, fold].steps[STEPS * epoch - STEPS : STEPS * epoch]]
-            assert (row["fold"], row["epoch"], row["step"]) == (str(fold), str(epoch), str(STEPS * epoch))
+            losses = [
+                sum(s["losses"])
+                for s in campaign[1][seed, fold].steps[STEPS * epoch - STEPS : STEPS * epoch]
+            ]
+            assert (row["fold"], row["epoch"], row["step"]) == (
+                str(fold),
+                str(epoch),
+                str(STEPS * epoch),
+            )
             assert float(row["loss"]) == pytest.approx(sum(losses) / STEPS, abs=1e-6)
             last = 5e-3 * (1 + math.cos(math.pi * (STEPS * epoch - 1) / (STEPS * EPOCHS))) / 2
             assert float(row["lr"]) == pytest.approx(last, rel=1e-3)
@@ -491,14 +692,18 @@ def mean_and_std(values: list[float]) -> list:
 
 
 def test_results_by_hand(campaign):
-    """Mean and sample standard deviation over the folds of a seed, and over all folds of all seeds."""
+    """Mean and sample standard deviation over the folds of a seed, and over all folds of all
+    seeds.
+    """
     whole = json.loads((campaign[0] / "result.json").read_text())
     accuracies, means = [], {}
     for seed in (0, 7):
         result = json.loads((campaign[0] / f"seed{seed}" / "result.json").read_text())
         of_folds = [fold["accuracy"] for fold in result["folds"]]
         assert [fold["fold"] for fold in result["folds"]] == [1, 3, 4]
-        assert [result["accuracy"], result["std"]] == pytest.approx(mean_and_std(of_folds), abs=1e-3)
+        assert [result["accuracy"], result["std"]] == pytest.approx(
+            mean_and_std(of_folds), abs=1e-3
+        )
         accuracies += of_folds
         means[str(seed)] = result["accuracy"]
     assert [whole["accuracy"], whole["std"]] == pytest.approx(mean_and_std(accuracies), abs=1e-3)

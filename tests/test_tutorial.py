@@ -1,4 +1,6 @@
-"""The chapters of tutorial/: whole, short, with outputs, about code that exists; and checks that see usual mistakes."""
+"""The chapters of tutorial/: whole, short, with outputs, about code that exists; and checks that
+see usual mistakes.
+"""
 
 import ast
 import importlib
@@ -53,7 +55,10 @@ def test_every_exercise_is_open_and_its_solution_is_right(chapter):
         for function, name in re.findall(r"\b(check|solved)\(checks\.(\w+),", text_of(cell)):
             said[function][name] = output
     assert 2 <= len(said["check"]) <= 3 and said["check"].keys() == said["solved"].keys()
-    assert all(output == "Still open: answer above, then run this cell again.\n" for output in said["check"].values())
+    assert all(
+        output == "Still open: answer above, then run this cell again.\n"
+        for output in said["check"].values()
+    )
     assert all(set(output.split("\n")) == {"Right.", ""} for output in said["solved"].values())
 
 
@@ -64,9 +69,13 @@ def names_in(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             known |= {alias.asname or alias.name: alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            known |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
     for node in ast.walk(tree):
-        first, _, rest = ast.unparse(node).partition(".") if isinstance(node, ast.Attribute) else ("", "", "")
+        first, _, rest = (
+            ast.unparse(node).partition(".") if isinstance(node, ast.Attribute) else ("", "", "")
+        )
         if first in known and re.fullmatch(r"[\w.]+", rest):
             found.add(f"{known[first]}.{rest}")
     return {name for name in (*known.values(), *found) if name.split(".")[0] in OURS}
@@ -96,21 +105,29 @@ def test_a_chapter_names_what_exists(chapter):
 
 
 def windows(text: str) -> set[tuple[str, ...]]:
-    """Every three lines of code that follow each other, without imports, comments and lines of a word or two."""
+    """Every three lines of code that follow each other, without imports, comments and lines of a
+    word or two.
+    """
     lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if len(line) > 12 and not line.startswith(("import ", "from ", "#"))]
+    lines = [
+        line for line in lines if len(line) > 12 and not line.startswith(("import ", "from ", "#"))
+    ]
     return set(zip(lines, lines[1:], lines[2:], strict=False))
 
 
 def test_a_chapter_copies_no_code(chapter):
-    files = [file for pattern in ("*.py", "sounds/*.py", "support/*.py", "tools/*.py") for file in ROOT.glob(pattern)]
+    files = [
+        file
+        for pattern in ("*.py", "sounds/*.py", "support/*.py", "tools/*.py")
+        for file in ROOT.glob(pattern)
+    ]
     ours = set().union(*(windows(file.read_text()) for file in files))
     for cell in cells(chapter, "code"):
         copied = windows(text_of(cell)) & ours
         assert not copied, f"call it instead: {sorted(copied)[0]}"
 
 
-# ------------------------------------------------------------------------------------------------------- the checks
+# --------------------------------------------------------------------------------------- the checks
 
 
 def normalised(fb):
@@ -172,7 +189,11 @@ class Volume(torch.nn.Module):
 
     def __init__(self, wrapped, start=1.0, of_input=False):
         super().__init__()
-        self.wrapped, self.factor, self.of_input = wrapped, torch.nn.Parameter(torch.tensor(start)), of_input
+        self.wrapped, self.factor, self.of_input = (
+            wrapped,
+            torch.nn.Parameter(torch.tensor(start)),
+            of_input,
+        )
 
     def forward(self, u):
         return self.wrapped(self.factor * u) if self.of_input else self.factor * self.wrapped(u)
@@ -195,31 +216,75 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.change_of_half_the_volume, 0.25, "logarithm"),
     (checks.change_of_half_the_volume, -0.6931, "square"),
     (checks.change_of_half_the_volume, -6.0206, "decibels"),
-    (checks.padded_input, lambda fb, n: F.pad(normalised(fb), (0, 0, 0, n - fb.shape[1])), "after padding"),
-    (checks.padded_input, lambda fb, n: 2 * normalised(F.pad(fb, (0, 0, 0, n - fb.shape[1]))), "2 STD"),
-    (checks.padded_input, lambda fb, n: normalised(F.pad(fb, (0, 0, n - fb.shape[1], 0))), "end of the clip"),
-    (checks.padded_input, lambda fb, n: normalised(F.pad(fb, (0, 0, 0, max(0, n - fb.shape[1])))), "cut as well"),
+    (
+        checks.padded_input,
+        lambda fb, n: F.pad(normalised(fb), (0, 0, 0, n - fb.shape[1])),
+        "after padding",
+    ),
+    (
+        checks.padded_input,
+        lambda fb, n: 2 * normalised(F.pad(fb, (0, 0, 0, n - fb.shape[1]))),
+        "2 STD",
+    ),
+    (
+        checks.padded_input,
+        lambda fb, n: normalised(F.pad(fb, (0, 0, n - fb.shape[1], 0))),
+        "end of the clip",
+    ),
+    (
+        checks.padded_input,
+        lambda fb, n: normalised(F.pad(fb, (0, 0, 0, max(0, n - fb.shape[1])))),
+        "cut as well",
+    ),
     (checks.tokens_of_five_seconds, 589, "distillation"),
     (checks.tokens_of_five_seconds, 250, "overlap"),
     (checks.number_of_a_token, 32, "in front"),
     (checks.number_of_a_token, 65, "order of time"),
     (checks.cut_positions, lambda p, grid, n: p[:, : 2 + grid[0] * n], "flat table"),
     (checks.cut_positions, columns_from, "first columns"),
-    (checks.cut_positions, lambda p, grid, n: columns_from(p, grid, n, (grid[1] - n) // 2), "half of what is left"),
-    (checks.cut_positions, lambda p, grid, n: columns_from(p, grid, n, n // 2), "middle of the table"),
+    (
+        checks.cut_positions,
+        lambda p, grid, n: columns_from(p, grid, n, (grid[1] - n) // 2),
+        "half of what is left",
+    ),
+    (
+        checks.cut_positions,
+        lambda p, grid, n: columns_from(p, grid, n, n // 2),
+        "middle of the table",
+    ),
     (checks.sum_of_weights, 1.0, "one row"),
     (checks.attention, lambda q, k, v: (q @ k.mT).softmax(-1) @ v, "scale is missing"),
-    (checks.attention, lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-2) @ v, "wrong axis"),
+    (
+        checks.attention,
+        lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-2) @ v,
+        "wrong axis",
+    ),
     (checks.attention, lambda q, k, v: q @ k.mT / q.shape[-1] ** 0.5 @ v, "softmax is missing"),
-    (checks.attention, lambda q, k, v: (k @ q.mT / q.shape[-1] ** 0.5).softmax(-1) @ v, "exchanged"),
+    (
+        checks.attention,
+        lambda q, k, v: (k @ q.mT / q.shape[-1] ** 0.5).softmax(-1) @ v,
+        "exchanged",
+    ),
     (checks.block, lambda b, x: x + b.ffn(b.norm2(x + b.attn(b.norm1(x)))), "second sum"),
     (checks.block, lambda b, x: x + b.attn(b.norm1(x)) + b.ffn(b.norm2(x)), "parallel"),
     (checks.block, lambda b, x: b.ffn(b.norm2(b.attn(b.norm1(x)))), "residual"),
     (checks.block, lambda b, x: post_norm(b, x), "post-norm"),
     (checks.parameters_of_a_head, 1280, "bias"),
-    (checks.standardised, lambda a, b: ((a - a.mean(0)) / a.std(0), (b - b.mean(0)) / b.std(0)), "own statistics"),
-    (checks.standardised, lambda a, b: ((a - a.mean()) / a.std(), (b - a.mean()) / a.std()), "own mean"),
-    (checks.means_of_layers, lambda model, x: means(model, x, from_first=True), "not the first tokens"),
+    (
+        checks.standardised,
+        lambda a, b: ((a - a.mean(0)) / a.std(0), (b - b.mean(0)) / b.std(0)),
+        "own statistics",
+    ),
+    (
+        checks.standardised,
+        lambda a, b: ((a - a.mean()) / a.std(), (b - a.mean()) / a.std()),
+        "own mean",
+    ),
+    (
+        checks.means_of_layers,
+        lambda model, x: means(model, x, from_first=True),
+        "not the first tokens",
+    ),
     (checks.means_of_layers, lambda model, x: means(model, x)[:, 1:], "before the first block"),
     (checks.means_of_layers, lambda model, x: means(model, x, front=0), "two tokens in front"),
     (checks.rate_at_a_quarter, 0.75, "straight line"),
@@ -227,14 +292,22 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.best_weights, lambda model: model.state_dict(), "live tensors"),
     (checks.best_weights, lambda model: dict(model.state_dict()), "live tensors"),
     (checks.best_weights, lambda model: list(model.parameters()), "names"),
-    (checks.masked_batch, lambda x, draws, training: data.spec_augment(x, draws), "masks on test clips"),
+    (
+        checks.masked_batch,
+        lambda x, draws, training: data.spec_augment(x, draws),
+        "masks on test clips",
+    ),
     (checks.masked_batch, lambda x, draws, training: x, "should be masked"),
     (checks.parameters_of_lora, 110_592, "both count"),
     (checks.parameters_of_lora, 18_432, "every block"),
     (checks.merged_weight, lambda weight, a, b, scale: weight + b @ a, "scale is missing"),
     (checks.merged_weight, lambda weight, a, b, scale: weight + scale * (a.T @ b.T), "transposed"),
     (checks.merged_weight, lambda weight, a, b, scale: scale * b @ a, "replace"),
-    (checks.low_rank, lambda update, r: svd(update)[0][:, :r] @ svd(update)[2][:r], "singular values are missing"),
+    (
+        checks.low_rank,
+        lambda update, r: svd(update)[0][:, :r] @ svd(update)[2][:r],
+        "singular values are missing",
+    ),
     (checks.low_rank, lambda update, r: update, "whole update"),
     (checks.parameters_of_adapters, 12 * (2 * 768 * 12 + 12 + 768), "LayerNorm"),
     (checks.parameters_of_adapters, 20_748, "one block"),
@@ -247,13 +320,25 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.parameters_of_a_convolution, 48, "depthwise"),
     (checks.gated, lambda z: z[..., 4:] * z[..., :4].sigmoid(), "second half"),
     (checks.gated, lambda z: z[..., :4] * z[..., 4:].softmax(-1), "compete"),
-    (checks.convolution_over_the_grid, lambda conv, h, grid: laid_out(conv, h, grid[::-1]), "(F, T)"),
-    (checks.convolution_over_the_grid, lambda conv, h, grid: laid_out(conv, h, grid)[:, 2:], "missing"),
+    (
+        checks.convolution_over_the_grid,
+        lambda conv, h, grid: laid_out(conv, h, grid[::-1]),
+        "(F, T)",
+    ),
+    (
+        checks.convolution_over_the_grid,
+        lambda conv, h, grid: laid_out(conv, h, grid)[:, 2:],
+        "missing",
+    ),
     (checks.parameters_of_deep_prompts, 25 * 768, "each block"),
     (checks.gate_of_equal_scores, 24 / (24 + 590), "one half are keys"),
     (checks.gate_of_a_prefix, lambda q, k, p: gate(q, k, p, scale=False), "scale"),
     (checks.gate_of_a_prefix, lambda q, k, p: 1 - gate(q, k, p), "1 - lambda"),
-    (checks.gate_of_a_prefix, lambda q, k, p: (q @ p.mT).softmax(-1).sum(-1, keepdim=True), "prefix alone"),
+    (
+        checks.gate_of_a_prefix,
+        lambda q, k, p: (q @ p.mT).softmax(-1).sum(-1, keepdim=True),
+        "prefix alone",
+    ),
     (checks.half_of_an_interval, 1.96 * 2 / 3**0.5, "1.96"),
     (checks.interval_of_differences, lambda a, b: t_interval(a - b, t=1.96), "1.96"),
     (checks.interval_of_differences, lambda a, b: t_interval(b - a), "first - second"),
@@ -262,14 +347,26 @@ WRONG = [  # judge, an answer, a word of what is said of it
     (checks.few_shot_draw, lambda labels, *_: [*range(9)], "every seed"),
     (checks.megabytes_of_a_file, (248_976 + 39_986) / 1e6, "four bytes"),
     (checks.differences_in_time, lambda u, grid: differences(u, grid), "roll"),
-    (checks.differences_in_time, lambda u, grid: F.pad(u.diff(dim=1), (0, 0, 1, 0)), "along the sequence"),
+    (
+        checks.differences_in_time,
+        lambda u, grid: F.pad(u.diff(dim=1), (0, 0, 1, 0)),
+        "along the sequence",
+    ),
     (checks.learned_volume, lambda model: model, "nothing trains"),
     (checks.learned_volume, lambda model: volumes(model, start=0.5), "pretrained function"),
     (checks.learned_volume, lambda model: volumes(model, of_input=True), "its output"),
     (checks.accuracy_of_the_largest, 33.33, "chance"),
-    (checks.folds_by_recording, lambda recordings, n: [i % n for i in range(len(recordings))], "leak"),
+    (
+        checks.folds_by_recording,
+        lambda recordings, n: [i % n for i in range(len(recordings))],
+        "leak",
+    ),
     (checks.folds_by_recording, lambda recordings, n: [0] * len(recordings), "empty"),
-    (checks.balanced_accuracy, lambda truth, said: 100 * (truth == said).float().mean(), "plain accuracy"),
+    (
+        checks.balanced_accuracy,
+        lambda truth, said: 100 * (truth == said).float().mean(),
+        "plain accuracy",
+    ),
 ]
 
 
@@ -283,10 +380,22 @@ def test_checks_say_what_is_wrong(judge, answer, word, capsys):
 
 
 def test_every_check_is_used_and_is_tried_with_wrong_answers():
-    judges = {name for name, thing in vars(checks).items() if inspect.isfunction(thing) and name != "compare"}
-    judges = {name for name in judges if inspect.getmodule(getattr(checks, name)) is checks and name[0] != "_"}
-    used = {name for path in CHAPTERS for cell in cells(path, "code")
-            for name in re.findall(r"check\(checks\.(\w+),", text_of(cell))}  # fmt: skip
+    judges = {
+        name
+        for name, thing in vars(checks).items()
+        if inspect.isfunction(thing) and name != "compare"
+    }
+    judges = {
+        name
+        for name in judges
+        if inspect.getmodule(getattr(checks, name)) is checks and name[0] != "_"
+    }
+    used = {
+        name
+        for path in CHAPTERS
+        for cell in cells(path, "code")
+        for name in re.findall(r"check\(checks\.(\w+),", text_of(cell))
+    }
     assert judges == used == {judge.__name__ for judge, _, _ in WRONG}
 
 

@@ -167,7 +167,9 @@ def export_peft(model: AST, header: dict, out: Path) -> str:
         write_tensors(folder / "adapter_model.safetensors", peft_tensors(model), {}, format="pt")
     return f"""open it with transformers and peft:
   config = AutoConfig.from_pretrained("{out}")
-  base = AutoModelForAudioClassification.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
+  base = AutoModelForAudioClassification.from_pretrained(
+      "{base}", config=config, ignore_mismatched_sizes=True
+  )
   model = PeftModel.from_pretrained(base, "{out}")"""
 
 

@@ -3,7 +3,8 @@
     python tutorial/execute.py          # all of them
     python tutorial/execute.py 01 05    # the ones whose names start so
 
-A cell that raises ends the program. Nothing is kept that changes from one execution to the next: no times, no progress.
+A cell that raises ends the program. Nothing is kept that changes from one execution to the next: no
+times, no progress.
 """
 
 import base64
@@ -33,7 +34,12 @@ def execute(path: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(path.parent)}}
     NotebookClient(
-        notebook, timeout=1800, kernel_name="python3", resources=place, record_timing=False, coalesce_streams=True
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        resources=place,
+        record_timing=False,
+        coalesce_streams=True,
     ).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -53,7 +59,8 @@ def execute(path: Path) -> float:
 def main(names: list[str]) -> None:
     chapters = sorted(Path(__file__).parent.glob("*.ipynb"))
     paths = [path for path in chapters if path.name.startswith(tuple(names or [""]))]
-    os.environ["OMP_NUM_THREADS"] = "1"  # of each kernel: as many chapters at once as there are cores
+    # of each kernel: as many chapters at once as there are cores
+    os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, seconds in zip(paths, pool.map(execute, paths), strict=True):
             print(f"{path.name}: {seconds:.0f} s, {path.stat().st_size / 1000:.0f} kB", flush=True)

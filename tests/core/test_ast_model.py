@@ -1,4 +1,6 @@
-"""The AST against transformers: stored outputs of a small model, and live ones, small and at full size; its shapes."""
+"""The AST against transformers: stored outputs of a small model, and live ones, small and at full
+size; its shapes.
+"""
 
 import numpy as np
 import pytest
@@ -22,9 +24,12 @@ def compare(ours: dict, reference: dict, tolerance: float) -> None:
     """Outputs absolutely; each gradient relative to its largest entry."""
     for name in ("tokens", "logits"):
         assert (ours.pop(name) - reference.pop(name)).abs().max() <= tolerance, name
-    gradients = to_our_names({name.removeprefix("gradient "): value for name, value in reference.items()})
+    gradients = to_our_names(
+        {name.removeprefix("gradient "): value for name, value in reference.items()}
+    )
     assert gradients.keys() == ours.keys()
-    # The key bias shifts all logits of a softmax alike: its true gradient is zero, what is there is rounding.
+    # The key bias shifts all logits of a softmax alike: its true gradient is zero, what is there is
+    # rounding.
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in gradients.items():
         scale = largest if name.endswith("k.bias") else gradient.abs().max()
@@ -41,7 +46,9 @@ def test_small_ast_equals_stored_reference():
 
 
 def test_small_ast_equals_live_transformers(tmp_path):
-    theirs = random_hf_ast(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, max_length=130, num_labels=7)
+    theirs = random_hf_ast(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=1, max_length=130, num_labels=7
+    )
     theirs.save_pretrained(tmp_path)
     fbank, labels = torch.randn(3, 130, 128), torch.tensor([0, 6, 3])
     ours = our_outputs_and_gradients(load_ast(tmp_path, pool="cls_dist"), fbank, labels)
@@ -49,7 +56,9 @@ def test_small_ast_equals_live_transformers(tmp_path):
 
 
 def test_full_size_ast_equals_live_transformers(tmp_path):
-    """12 layers, 768 wide, 1024 frames; from both kinds of file that the library and its users write."""
+    """12 layers, 768 wide, 1024 frames; from both kinds of file that the library and its users
+    write.
+    """
     theirs = random_hf_ast(num_labels=527)
     fbank, labels = torch.randn(1, 1024, 128), torch.tensor([17])
     reference = outputs_and_gradients(theirs, fbank, labels)
@@ -64,13 +73,17 @@ def test_full_size_ast_equals_live_transformers(tmp_path):
     compare(our_outputs_and_gradients(from_safetensors, fbank, labels), reference, tolerance=1e-4)
 
 
-@pytest.mark.parametrize(("n_frames", "grid"), [(100, (12, 9)), (400, (12, 39)), (500, (12, 49)), (1024, (12, 101))])
+@pytest.mark.parametrize(
+    ("n_frames", "grid"), [(100, (12, 9)), (400, (12, 39)), (500, (12, 49)), (1024, (12, 101))]
+)
 def test_patch_grid(n_frames, grid):
     assert ASTConfig(n_frames=n_frames).grid == grid
 
 
 def test_patches_are_frequency_major():
-    """Patch f * T + t covers bands 10 f ... and frames 10 t ...: a mark in one corner reaches that token only."""
+    """Patch f * T + t covers bands 10 f ... and frames 10 t ...: a mark in one corner reaches that
+    token only.
+    """
     model = tiny_ast()
     silence, mark = torch.zeros(1, 36, 36), torch.zeros(1, 36, 36)
     mark[0, 35, 0] = 1  # last frame, lowest band: f = 0, t = 2
@@ -111,18 +124,31 @@ def test_wrong_shapes_are_refused():
 
 
 def test_the_base_model():
-    """The AST of the checkpoint: 1024 frames, 128 bands, 16 x 16 patches at stride 10, 12 blocks, 527 classes."""
+    """The AST of the checkpoint: 1024 frames, 128 bands, 16 x 16 patches at stride 10, 12 blocks,
+    527 classes.
+    """
     config = ASTConfig()
     assert (config.n_frames, config.n_mels, config.patch, config.stride) == (1024, 128, 16, 10)
     assert (config.dim, config.depth, config.heads, config.eps) == (768, 12, 12, 1e-12)
-    assert (config.n_classes, config.pool, config.hidden, config.n_tokens) == (527, "mean", None, 1214)
+    assert (config.n_classes, config.pool, config.hidden, config.n_tokens) == (
+        527,
+        "mean",
+        None,
+        1214,
+    )
     with torch.device("meta"):
         model = AST(config)
     assert [block.ffn.fc1.out_features for block in model.blocks] == [3072] * 12
-    assert {module.eps for module in tiny_ast(eps=1e-5, pool="cls_dist").modules() if hasattr(module, "eps")} == {1e-5}
+    assert {
+        module.eps
+        for module in tiny_ast(eps=1e-5, pool="cls_dist").modules()
+        if hasattr(module, "eps")
+    } == {1e-5}
 
 
-@pytest.mark.parametrize("wrong", [{"n_mels": 15}, {"n_frames": 15}, {"heads": 0}, {"heads": -4}, {"heads": 3}])
+@pytest.mark.parametrize(
+    "wrong", [{"n_mels": 15}, {"n_frames": 15}, {"heads": 0}, {"heads": -4}, {"heads": 3}]
+)
 def test_shapes_that_cannot_be(wrong):
     with pytest.raises(ValueError):
         ASTConfig(**{"dim": 32, "heads": 4, **wrong})
@@ -137,7 +163,9 @@ def test_the_smallest_shape_has_one_patch():
 
 
 def test_what_the_head_reads():
-    """The average of [CLS] and [distillation], not their sum: the LayerNorm behind it would hide the difference."""
+    """The average of [CLS] and [distillation], not their sum: the LayerNorm behind it would hide
+    the difference.
+    """
     model, read = tiny_ast(pool="cls_dist"), []
     model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     fbank = torch.randn(2, 36, 36)

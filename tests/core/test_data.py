@@ -40,25 +40,37 @@ STORED = np.load(REFERENCE / "fbank_torchaudio.npz")
 WAVES = [name.removeprefix("wav_") for name in STORED if name.startswith("wav_")]
 
 
-# ---------------------------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
 
 
 def test_the_front_end():
     assert FRONT_END == {
-        "sample_rate": 16000, "window": 400, "hop": 160, "n_fft": 512, "n_mels": 128, "mean": -4.2677393,
+        "sample_rate": 16000,
+        "window": 400,
+        "hop": 160,
+        "n_fft": 512,
+        "n_mels": 128,
+        "mean": -4.2677393,
         "std": 4.5689974,
-    }  # fmt: skip
+    }
 
 
 def exact_fbank(wave: np.ndarray) -> np.ndarray:
     """The definition, frame by frame in float64, with a plain DFT: (samples,) to (frames, 128)."""
-    mel = lambda hz: 1127 * np.log(1 + hz / 700)
+
+    def mel(hz):
+        return 1127 * np.log(1 + hz / 700)
+
     edges = np.linspace(mel(20), mel(8000), 130)
     bins = mel(np.arange(256) * 31.25)
-    filters = np.array([
-        np.maximum(0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))
-        for left, centre, right in zip(edges[:-2], edges[1:-1], edges[2:], strict=True)
-    ])  # fmt: skip
+    filters = np.array(
+        [
+            np.maximum(
+                0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
+            )
+            for left, centre, right in zip(edges[:-2], edges[1:-1], edges[2:], strict=True)
+        ]
+    )
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)
     dft = np.exp(-2j * np.pi * np.outer(np.arange(256), np.arange(400)) / 512)
     rows = []
@@ -71,7 +83,9 @@ def exact_fbank(wave: np.ndarray) -> np.ndarray:
 
 
 def torchaudio_fbanks():
-    """(name, what torchaudio returned): the stored answers, and live ones where torchaudio can be imported."""
+    """(name, what torchaudio returned): the stored answers, and live ones where torchaudio can be
+    imported.
+    """
     answers = [(name, STORED[f"fbank_{name}"]) for name in WAVES]
     try:
         kaldi = importlib.import_module("torchaudio").compliance.kaldi
@@ -79,15 +93,18 @@ def torchaudio_fbanks():
         return answers
     settings = {"sample_frequency": 16_000, "window_type": "hanning", "num_mel_bins": 128}
     for name in WAVES:
-        answers.append((name, kaldi.fbank(torch.from_numpy(STORED[f"wav_{name}"])[None], **settings).numpy()))
+        answers.append(
+            (name, kaldi.fbank(torch.from_numpy(STORED[f"wav_{name}"])[None], **settings).numpy())
+        )
     return answers
 
 
 def test_fbank_equals_torchaudio():
     """1e-3 within 80 dB of a frame's loudest filter, 1e-5 of that filter's amplitude everywhere.
 
-    Further down there is only the rounding of a float32 FFT, which differs from processor to processor: torchaudio
-    itself, on another machine than the one that stored these numbers, is 0.034 away from them on the chirp.
+    Further down there is only the rounding of a float32 FFT, which differs from processor to
+    processor: torchaudio itself, on another machine than the one that stored these numbers, is
+    0.034 away from them on the chirp.
     """
     for name, reference in torchaudio_fbanks():
         ours = fbank(torch.from_numpy(STORED[f"wav_{name}"])[None])[0].numpy()
@@ -142,12 +159,13 @@ def test_padding_comes_before_normalisation():
     assert torch.equal(padded, torch.full((1, 5, 128), 4.2677393 / (2 * 4.5689974)))
 
 
-# ----------------------------------------------------------------------------------------------------------- masking
+# ------------------------------------------------------------------------------------------ masking
 
 
 def test_masking_sets_one_band_and_one_stretch_to_zero():
     x = torch.ones(1, 500, 128)
-    # band: width floor(0.5 * 24) = 12 at floor(0.5 * (128 - 12)) = 58; time: width 40 at floor(0.25 * (500 - 40)) = 115
+    # band: width floor(0.5 * 24) = 12 at floor(0.5 * (128 - 12)) = 58; time: width 40 at floor(0.25
+    # * (500 - 40)) = 115
     masked = spec_augment(x, torch.tensor([[0.5, 0.5, 0.5, 0.25]]))[0]
     expected = torch.ones(500, 128)
     expected[:, 58:70] = 0
@@ -161,8 +179,16 @@ def test_masking_is_uniform_and_bounded_and_differs_between_clips():
     masked = spec_augment(torch.ones(2000, 500, 128), torch.rand(2000, 4))
     band_widths = (masked[:, :, :].amax(1) == 0).sum(1)
     frame_widths = (masked.amax(2) == 0).sum(1)
-    assert (band_widths.min(), band_widths.max(), frame_widths.min(), frame_widths.max()) == (0, 23, 0, 79)
-    assert abs(band_widths.float().mean() - 11.5) < 0.5 and abs(frame_widths.float().mean() - 39.5) < 1.5
+    assert (band_widths.min(), band_widths.max(), frame_widths.min(), frame_widths.max()) == (
+        0,
+        23,
+        0,
+        79,
+    )
+    assert (
+        abs(band_widths.float().mean() - 11.5) < 0.5
+        and abs(frame_widths.float().mean() - 39.5) < 1.5
+    )
 
 
 def test_masking_short_clips_leaves_something():
@@ -171,7 +197,9 @@ def test_masking_short_clips_leaves_something():
 
 
 def test_masks_of_own_sounds_take_at_most_their_share():
-    """80 of 500 frames, and none below 2 s; the paper's datasets have what the paper has, however short clips are."""
+    """80 of 500 frames, and none below 2 s; the paper's datasets have what the paper has, however
+    short clips are.
+    """
     for n_frames, widest in (
         (16, None),
         (98, None),
@@ -184,11 +212,15 @@ def test_masks_of_own_sounds_take_at_most_their_share():
     ):
         for name in ("folder", "csv"):
             assert DATASETS[name].widest_mask(n_frames) == (widest or 0)
-        masked = {name: recipe.widest_mask(n_frames) for name, recipe in DATASETS.items() if not recipe.own}
+        masked = {
+            name: recipe.widest_mask(n_frames)
+            for name, recipe in DATASETS.items()
+            if not recipe.own
+        }
         assert masked == dict.fromkeys(masked, 0) | dict.fromkeys(("esc50", "esc10", "us8k"), 80)
 
 
-# ----------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 RECIPES = {  # frames, batch, epochs, masking, weights, learning rates of its own
@@ -205,7 +237,10 @@ RECIPES = {  # frames, batch, epochs, masking, weights, learning rates of its ow
 
 
 def test_the_recipe_of_every_dataset():
-    found = {n: (r.n_frames, r.batch_size, r.epochs, r.mask, r.weights, r.lr) for n, r in DATASETS.items()}
+    found = {
+        n: (r.n_frames, r.batch_size, r.epochs, r.mask, r.weights, r.lr)
+        for n, r in DATASETS.items()
+    }
     assert found == RECIPES
 
 
@@ -213,27 +248,68 @@ def test_every_number_of_a_row_comes_to_use(tmp_path, monkeypatch):
     """And the options go before it."""
     files = make_clips(tmp_path / "sounds", *(f"{i}.wav" for i in range(8)), name="mine").paths
     parts = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
-    listing = Listing(tmp_path / "sounds", [Clip(file, "ab"[i % 2], parts[i]) for i, file in enumerate(files)])
-    recipe = Recipe(lambda data_dir, cache_dir: listing, n_frames=31, batch_size=3, epochs=2, mask=True,
-                    weights=str(SMALL_AST), lr={"bitfit": 0.125})  # fmt: skip
+    listing = Listing(
+        tmp_path / "sounds", [Clip(file, "ab"[i % 2], parts[i]) for i, file in enumerate(files)]
+    )
+    recipe = Recipe(
+        lambda data_dir, cache_dir: listing,
+        n_frames=31,
+        batch_size=3,
+        epochs=2,
+        mask=True,
+        weights=str(SMALL_AST),
+        lr={"bitfit": 0.125},
+    )
     monkeypatch.setitem(DATASETS, "mine", recipe)
     options = ["--dataset", "mine", "--cache-dir", str(tmp_path)]
 
     def config(method: str, *words: str) -> dict:
-        assert train.main([*options, "--method", method, "--out", str(tmp_path / "runs"), *words]) == 0
-        return json.loads((tmp_path / "runs" / "mine" / method / "seed0" / "config.json").read_text())
+        assert (
+            train.main([*options, "--method", method, "--out", str(tmp_path / "runs"), *words]) == 0
+        )
+        return json.loads(
+            (tmp_path / "runs" / "mine" / method / "seed0" / "config.json").read_text()
+        )
 
     found = config("bitfit")
-    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask_frames", "lr")] == [31, 3, 2, 80, 0.125]
+    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask_frames", "lr")] == [
+        31,
+        3,
+        2,
+        80,
+        0.125,
+    ]
     assert found["weights"] == str(SMALL_AST)
-    rows = list(csv.DictReader((tmp_path / "runs/mine/bitfit/seed0/metrics.csv").read_text().splitlines()))
+    rows = list(
+        csv.DictReader((tmp_path / "runs/mine/bitfit/seed0/metrics.csv").read_text().splitlines())
+    )
     assert [row["step"] for row in rows] == ["2", "4"]  # four clips in batches of three
-    found = config("linear", "--batch-size", "4", "--epochs", "1", "--no-mask", "--lr", "0.25", "--seconds", "0.2")
-    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask_frames", "lr")] == [20, 4, 1, 0, 0.25]
+    found = config(
+        "linear",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--no-mask",
+        "--lr",
+        "0.25",
+        "--seconds",
+        "0.2",
+    )
+    assert [found[name] for name in ("n_frames", "batch_size", "epochs", "mask_frames", "lr")] == [
+        20,
+        4,
+        1,
+        0,
+        0.25,
+    ]
 
 
 def test_the_length_of_clips_is_that_of_all_that_ever_train(tmp_path):
-    paths = [write_sound(tmp_path / f"{i}.wav", seconds=seconds) for i, seconds in enumerate((0.1, 0.2, 10, 20))]
+    paths = [
+        write_sound(tmp_path / f"{i}.wav", seconds=seconds)
+        for i, seconds in enumerate((0.1, 0.2, 10, 20))
+    ]
     dataset = Dataset("lengths", tmp_path, ["a", "b"], paths, [0, 1, 0, 1], {})
     folds = {1: Split([0], [], [3]), 2: Split([1], [2], [3])}
 
@@ -246,7 +322,8 @@ def test_the_length_of_clips_is_that_of_all_that_ever_train(tmp_path):
 
 
 def test_length_of_clips(tmp_path, capsys):
-    paths = [write_sound(tmp_path / f"{i}.wav", 0, seconds=0.1 * (i + 1)) for i in range(21)]  # 0.1 to 2.1 s
+    # 0.1 to 2.1 s
+    paths = [write_sound(tmp_path / f"{i}.wav", 0, seconds=0.1 * (i + 1)) for i in range(21)]
     (tmp_path / "bad.wav").write_bytes(b"")
     clips = Dataset("lengths", tmp_path, ["a", "b"], [*paths, tmp_path / "bad.wav"], [0] * 22, {})
     frames = partial(frames_for, DATASETS["folder"], seconds=None)
@@ -267,38 +344,57 @@ def test_length_of_clips(tmp_path, capsys):
     assert "'0,-1' is no list of whole numbers" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------- splits and draws
+# --------------------------------------------------------------------------------- splits and draws
 
 
 def labelled(counts: list[int]) -> Dataset:
     """Clips that are never opened: counts[i] of class i, one class after the other."""
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     paths = [Path(f"{i}.wav") for i in range(len(labels))]
-    return Dataset("labelled", Path("."), [f"class {i}" for i in range(len(counts))], paths, labels, {})
+    return Dataset(
+        "labelled", Path("."), [f"class {i}" for i in range(len(counts))], paths, labels, {}
+    )
 
 
 SIZES = {  # clips of a class: to train, to validate, to test
-    2: (1, 0, 1), 3: (1, 1, 1), 4: (2, 1, 1), 5: (3, 1, 1), 6: (4, 1, 1), 7: (5, 1, 1), 8: (4, 2, 2), 9: (5, 2, 2),
-    10: (6, 2, 2), 11: (7, 2, 2), 12: (8, 2, 2), 13: (7, 3, 3), 14: (8, 3, 3), 15: (9, 3, 3),
-}  # fmt: skip
+    2: (1, 0, 1),
+    3: (1, 1, 1),
+    4: (2, 1, 1),
+    5: (3, 1, 1),
+    6: (4, 1, 1),
+    7: (5, 1, 1),
+    8: (4, 2, 2),
+    9: (5, 2, 2),
+    10: (6, 2, 2),
+    11: (7, 2, 2),
+    12: (8, 2, 2),
+    13: (7, 3, 3),
+    14: (8, 3, 3),
+    15: (9, 3, 3),
+}
 
 
 def test_a_fifth_tests_and_a_fifth_validates():
     dataset = labelled(list(SIZES))
     for seed in range(3):
         split = random_split(dataset, seed)
-        assert sorted(split.train + split.val + split.test) == list(range(sum(SIZES)))  # each clip once
+        # each clip once
+        assert sorted(split.train + split.val + split.test) == list(range(sum(SIZES)))
         counts = [Counter(dataset.labels[i] for i in part) for part in astuple(split)]
         for label, (size, expected) in enumerate(SIZES.items()):
             assert tuple(count[label] for count in counts) == expected, size
 
 
 def test_the_random_split_is_a_permutation_of_each_class():
-    """Class after class from one generator: the first fifth of a permutation tests, the next validates."""
+    """Class after class from one generator: the first fifth of a permutation tests, the next
+    validates.
+    """
     dataset = labelled([10, 5, 2])
     for seed in (0, 1, 17):
         rng = np.random.default_rng(seed)
-        first, second, third = (rng.permutation(np.arange(*ends)).tolist() for ends in ((0, 10), (10, 15), (15, 17)))
+        first, second, third = (
+            rng.permutation(np.arange(*ends)).tolist() for ends in ((0, 10), (10, 15), (15, 17))
+        )
         split = random_split(dataset, seed)
         assert split.test == sorted(first[:2] + second[:1] + third[:1])
         assert split.val == sorted(first[2:4] + second[1:2])
@@ -307,12 +403,17 @@ def test_the_random_split_is_a_permutation_of_each_class():
 
 
 def test_few_shot_draws_are_those_of_the_seed():
-    """Class after class from one generator, from the training clips alone, in their order; all of them if need be."""
+    """Class after class from one generator, from the training clips alone, in their order; all of
+    them if need be.
+    """
     dataset = labelled([6, 5, 9])
     training = [*range(1, 5), *range(6, 11), *range(12, 20)]
     for seed in (0, 3):
         rng = np.random.default_rng(seed)
-        drawn = [rng.choice(part, 3, replace=False) for part in (range(1, 5), range(6, 11), range(12, 20))]
+        drawn = [
+            rng.choice(part, 3, replace=False)
+            for part in (range(1, 5), range(6, 11), range(12, 20))
+        ]
         assert few_shot(dataset, training, 3, seed) == sorted(np.concatenate(drawn).tolist())
     assert few_shot(dataset, training, 4, 0)[:4] == [1, 2, 3, 4]
     with pytest.raises(UserError) as error:
@@ -325,7 +426,9 @@ def folded(tmp_path: Path, folds: list[int]) -> dict[int, Split]:
     for i in range(len(folds)):
         write_sound(tmp_path / f"{i}.wav", seconds=0.0125)
     rows = [f"{i}.wav,{'ab'[i % 2]},{fold}" for i, fold in enumerate(folds)]
-    return load_dataset("csv", write_csv(tmp_path / "t.csv", "path,label,fold", *rows), tmp_path).folds
+    return load_dataset(
+        "csv", write_csv(tmp_path / "t.csv", "path,label,fold", *rows), tmp_path
+    ).folds
 
 
 def test_folds_of_a_table_take_turns(tmp_path):
@@ -342,15 +445,25 @@ def test_folds_of_a_table_take_turns(tmp_path):
 
 def test_of_two_folds_none_validates(tmp_path):
     assert folded(tmp_path, [1, 1, 2, 2]) == {
-        1: Split(train=[2, 3], val=[], test=[0, 1]), 2: Split(train=[0, 1], val=[], test=[2, 3]),
-    }  # fmt: skip
+        1: Split(train=[2, 3], val=[], test=[0, 1]),
+        2: Split(train=[0, 1], val=[], test=[2, 3]),
+    }
 
 
 @pytest.mark.parametrize(
     ("path", "root"),
-    [("a/b/c.wav", "a"), ("a/b/../c.wav", "a"), ("a/c.wav", "a/b"), ("ab/c.wav", "a"), ("a/x..y.wav", "a"),
-     ("../d/e.wav", "../d"), ("/r/a.wav", "/r"), ("/a.wav", "/"), ("b/a.wav", ".")],
-)  # fmt: skip
+    [
+        ("a/b/c.wav", "a"),
+        ("a/b/../c.wav", "a"),
+        ("a/c.wav", "a/b"),
+        ("ab/c.wav", "a"),
+        ("a/x..y.wav", "a"),
+        ("../d/e.wav", "../d"),
+        ("/r/a.wav", "/r"),
+        ("/a.wav", "/"),
+        ("b/a.wav", "."),
+    ],
+)
 def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
     assert names_of([Path(path)], Path(root)) == [os.path.relpath(path, root)]
 
@@ -358,4 +471,7 @@ def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
 def test_a_clip_on_another_drive_has_its_whole_path_as_name(monkeypatch):
     """On Windows there is no way from one to another."""
     monkeypatch.setattr(clip, "os", SimpleNamespace(path=ntpath))
-    assert name_of(PureWindowsPath("D:/my sounds/a.wav"), PureWindowsPath("C:/data")) == "D:/my sounds/a.wav"
+    assert (
+        name_of(PureWindowsPath("D:/my sounds/a.wav"), PureWindowsPath("C:/data"))
+        == "D:/my sounds/a.wav"
+    )

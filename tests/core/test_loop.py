@@ -46,7 +46,9 @@ def patched(before: str, after: str) -> types.ModuleType:
 @pytest.fixture(autouse=True)
 def known_to_dataclasses(monkeypatch):
     """Dataclasses look their module up by its name."""
-    monkeypatch.setitem(__import__("sys").modules, "patched_train", types.ModuleType("patched_train"))
+    monkeypatch.setitem(
+        __import__("sys").modules, "patched_train", types.ModuleType("patched_train")
+    )
 
 
 def rates_of(learner: train.Learner, epochs: int = 1) -> list[list[float]]:
@@ -60,7 +62,7 @@ def rates_of(learner: train.Learner, epochs: int = 1) -> list[list[float]]:
     return rates
 
 
-# ------------------------------------------------------------------------------------------ one step
+# ----------------------------------------------------------------------------------------- one step
 
 
 def test_a_step_by_hand():
@@ -136,8 +138,13 @@ def test_the_weights_of_classes():
 
 
 def test_gradient_clipping():
-    """Before the step the gradients have the length that was asked for, and not without the patch."""
-    step = "        scaler.step(optimizer)  # optimizer.step(), unless gradients of float16 overflowed\n"
+    """Before the step the gradients have the length that was asked for, and not without the
+    patch.
+    """
+    step = (
+        "        scaler.step(optimizer)  # optimizer.step(), unless gradients of float16"
+        " overflowed\n"
+    )
     clip = (
         "        scaler.unscale_(optimizer)\n"
         "        nn.utils.clip_grad_norm_(learner.network.parameters(), 1e-3)\n"
@@ -192,7 +199,9 @@ def test_two_learning_rates(monkeypatch):
     monkeypatch.setattr(train, "parameter_groups", groups)
     rates = rates_of(learner_of(epochs=2, batch_size=4, lr=0.01), epochs=2)
     annealed = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
-    assert [adapters for adapters, _ in rates] == pytest.approx([0.01 * share for share in annealed])
+    assert [adapters for adapters, _ in rates] == pytest.approx(
+        [0.01 * share for share in annealed]
+    )
     assert [head for _, head in rates] == pytest.approx([0.1 * share for share in annealed])
 
 

@@ -1,4 +1,6 @@
-"""What methods train, how they are counted, merged and refused, their formulas in a block, and LoRA against peft."""
+"""What methods train, how they are counted, merged and refused, their formulas in a block, and LoRA
+against peft.
+"""
 
 import copy
 import re
@@ -34,7 +36,7 @@ def base_ast(n_frames=500, n_classes=50) -> AST:
         return AST(ASTConfig(n_frames=n_frames, n_classes=n_classes))
 
 
-# ------------------------------------------------------------------------------------------------------------ counts
+# ------------------------------------------------------------------------------------------- counts
 
 
 def test_counts_that_depend_on_the_dataset():
@@ -45,10 +47,20 @@ def test_counts_that_depend_on_the_dataset():
 
 def test_the_counts_that_the_readme_shows():
     """Its three lines of Python, on shapes without numbers."""
-    shown = re.search(r"print\(petl\.count\(model\)\) +# (.*)", README.read_text(encoding="utf-8"))[1]
+    shown = re.search(r"print\(petl\.count\(model\)\) +# (.*)", README.read_text(encoding="utf-8"))[
+        1
+    ]
     with torch.device("meta"):
         model = petl.apply(AST(ASTConfig(n_frames=500, n_classes=50)), "lora")
-    assert petl.count(model) == literal_eval(shown) == {"petl": 221_184, "head": 39_986, "total": 85_967_666}
+    assert (
+        petl.count(model)
+        == literal_eval(shown)
+        == {
+            "petl": 221_184,
+            "head": 39_986,
+            "total": 85_967_666,
+        }
+    )
 
 
 def test_the_rank_is_rounded_and_at_least_one():
@@ -57,7 +69,7 @@ def test_the_rank_is_rounded_and_at_least_one():
     assert {arguments: petl.rank_of(*arguments) for arguments in ranks} == ranks
 
 
-# ----------------------------------------------------------------------------------------------- formulas of a block
+# ------------------------------------------------------------------------------ formulas of a block
 
 
 def bottleneck(adapter, x):
@@ -96,10 +108,13 @@ def test_adapter_in_a_block(at, how):
 @pytest.mark.parametrize("deep", [False, True])
 def test_prompts_by_hand(deep):
     plain = tiny_ast(depth=3)
-    model = randomised(apply(copy.deepcopy(plain), Method("test", (Prompts(4, deep=deep),), "-", "-")))
+    model = randomised(
+        apply(copy.deepcopy(plain), Method("test", (Prompts(4, deep=deep),), "-", "-"))
+    )
     fbank = torch.randn(2, 36, 36)
     x = plain.embed(fbank)
-    x = torch.cat([x[:, :1], model.embed.prompts.expand(2, -1, -1), x[:, 2:]], dim=1)  # in place of [distillation]
+    # in place of [distillation]
+    x = torch.cat([x[:, :1], model.embed.prompts.expand(2, -1, -1), x[:, 2:]], dim=1)
     x = plain.blocks[0](x)
     for i in (1, 2):
         if deep:
@@ -111,27 +126,38 @@ def test_prompts_by_hand(deep):
 
 @pytest.mark.parametrize("name", ["spt", "dpt", "adapter_dpt"])
 def test_pooling_with_prompts(name):
-    """`cls_dist` takes [CLS] and the first prompt, which stands where [distillation] was; `mean` takes every token."""
+    """`cls_dist` takes [CLS] and the first prompt, which stands where [distillation] was; `mean`
+    takes every token.
+    """
     for pool, n_pooled in (("mean", None), ("cls", 1), ("cls_dist", 2)):
         model = randomised(apply(tiny_ast(pool=pool), name))
         prompts = model.embed.prompts
         tokens = model.features(torch.randn(2, 36, 36))
-        assert tokens.shape[1] == 1 + len(prompts) + 9  # [CLS], prompts, patches: no distillation token
+        # [CLS], prompts, patches: no distillation token
+        assert tokens.shape[1] == 1 + len(prompts) + 9
         fbank = torch.randn(2, 36, 36)
         expected = model.head(model.features(fbank)[:, :n_pooled].mean(1))
         torch.testing.assert_close(model(fbank), expected)
         assert torch.equal(model.embed(fbank)[:, 1], prompts[:1].expand(2, -1))
         model(fbank).sum().backward()
-        assert prompts.grad.abs().amax(1).min() > 0  # each of them is heard by the head or by what it reads
+        # each of them is heard by the head or by what it reads
+        assert prompts.grad.abs().amax(1).min() > 0
 
 
-# --------------------------------------------------------------------------------------------------- names and steps
+# ---------------------------------------------------------------------------------- names and steps
 
 
 def test_an_unknown_method_leaves_the_model_as_it_was():
     model = tiny_ast()
-    for name, nearest in (("houlsby-par", "houlsby_par"), ("Lora", "lora"), ("full", "full_ft"), ("?", "")):
-        with pytest.raises(UserError, match=f"unknown method '{re.escape(name)}': did you mean '{nearest}"):
+    for name, nearest in (
+        ("houlsby-par", "houlsby_par"),
+        ("Lora", "lora"),
+        ("full", "full_ft"),
+        ("?", ""),
+    ):
+        with pytest.raises(
+            UserError, match=f"unknown method '{re.escape(name)}': did you mean '{nearest}"
+        ):
             apply(model, name)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert apply(model, "linear").method is METHODS["linear"]
@@ -155,7 +181,9 @@ def test_three_steps_move_what_should_move_and_nothing_else(name):
     model = apply(tiny_ast(), name).train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0
+    )
     for _ in range(3):
         F.cross_entropy(model(torch.randn(4, 36, 36)), torch.tensor([0, 1, 2, 0])).backward()
         optimizer.step()
@@ -163,16 +191,34 @@ def test_three_steps_move_what_should_move_and_nothing_else(name):
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == trained
     head = (
-        {"head.wrapped.weight", "head.wrapped.bias"} if name == "probe" else {"head.weight", "head.bias", "norm.bias"}
+        {"head.wrapped.weight", "head.wrapped.bias"}
+        if name == "probe"
+        else {"head.weight", "head.bias", "norm.bias"}
     )
     assert head <= trained
 
 
-# ----------------------------------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------------------------------ merging
 
 
-MERGEABLE = {"full_ft", "linear", "bitfit", "lora", "lora_q", "lora_qk", "lora_qkvo", "lora_x2", "hydra",
-             "adapter_ffn_par_before", "adapter_lora", "dora", "ia3", "vera", "rslora", "ssf"}  # fmt: skip
+MERGEABLE = {
+    "full_ft",
+    "linear",
+    "bitfit",
+    "lora",
+    "lora_q",
+    "lora_qk",
+    "lora_qkvo",
+    "lora_x2",
+    "hydra",
+    "adapter_ffn_par_before",
+    "adapter_lora",
+    "dora",
+    "ia3",
+    "vera",
+    "rslora",
+    "ssf",
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -191,8 +237,14 @@ def test_merging_keeps_the_logits_or_is_refused(name):
         merged = merge(model)
         assert (merged(fbank) - logits).abs().max() <= 1e-12 * logits.abs().max().clamp_min(1)
         assert merged.state_dict().keys() == AST(merged.config).state_dict().keys()
-        assert merged.config.hidden == 40 + {"hydra": 2, "adapter_ffn_par_before": 1, "adapter_lora": 1}.get(name, 0)
-        assert all(parameter.requires_grad for parameter in merged.parameters()) and not hasattr(merged, "method")
+        assert merged.config.hidden == 40 + {
+            "hydra": 2,
+            "adapter_ffn_par_before": 1,
+            "adapter_lora": 1,
+        }.get(name, 0)
+        assert all(parameter.requires_grad for parameter in merged.parameters()) and not hasattr(
+            merged, "method"
+        )
         assert not hasattr(merged, "backbone") and model.backbone
         for parameter in merged.parameters():
             parameter.data.zero_()  # shares no memory with the model
@@ -214,11 +266,13 @@ def test_merging_a_model_without_a_method_copies_it():
     assert merged is not model and torch.equal(merged(fbank), model(fbank))
 
 
-# ------------------------------------------------------------------------------------------------------ against peft
+# ------------------------------------------------------------------------------------- against peft
 
 
 def test_lora_equals_peft(tmp_path):
-    """The same A and B in peft's LoRA on the transformers AST: the same logits and the same gradients."""
+    """The same A and B in peft's LoRA on the transformers AST: the same logits and the same
+    gradients.
+    """
 
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -228,11 +282,15 @@ def test_lora_equals_peft(tmp_path):
         LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "v_proj"]),
     )
     ours = load_ast(SMALL_AST, pool="cls_dist")
-    ours = apply(ours, Method("test", (LoRA("qv", rr=16, alpha=8),), "-", "-"))  # both: r = 4, s = 0.5
+    # both: r = 4, s = 0.5
+    ours = apply(ours, Method("test", (LoRA("qv", rr=16, alpha=8),), "-", "-"))
     layers = theirs.base_model.model.audio_spectrogram_transformer.layers
     pairs = []
     for block, layer in zip(ours.blocks, layers, strict=True):
-        for lora, reference in ((block.attn.q, layer.attention.q_proj), (block.attn.v, layer.attention.v_proj)):
+        for lora, reference in (
+            (block.attn.q, layer.attention.q_proj),
+            (block.attn.v, layer.attention.v_proj),
+        ):
             a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
             torch.nn.init.normal_(b, std=0.1)
             lora.a.weight.data.copy_(a.detach())

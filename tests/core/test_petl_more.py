@@ -1,7 +1,8 @@
-"""The methods of petl_more.py by hand in float64, against peft and transformers, and what they ask of the rest.
+"""The methods of petl_more.py by hand in float64, against peft and transformers, and what they ask
+of the rest.
 
-What a method is stands in ROWS and in `logits_by_hand`, loops and sums over a dictionary of tensors. What all rows have
-in common with those of petl.py is tested there, over all of METHODS.
+What a method is stands in ROWS and in `logits_by_hand`, loops and sums over a dictionary of
+tensors. What all rows have in common with those of petl.py is tested there, over all of METHODS.
 """
 
 import copy
@@ -66,8 +67,15 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "conformer_pfeiffer_par": Row(270_720, 5e-3, (Conformer("attn", "par_before", 96, 31),), "271K"),
-    "conformer_houlsby_par": Row(541_440, 5e-3, (Conformer("attn", "par_before", 96, 31), Conformer("ffn", "par_before", 96, 31)), "542K"),
+    "conformer_pfeiffer_par": Row(
+        270_720, 5e-3, (Conformer("attn", "par_before", 96, 31),), "271K"
+    ),
+    "conformer_houlsby_par": Row(
+        541_440,
+        5e-3,
+        (Conformer("attn", "par_before", 96, 31), Conformer("ffn", "par_before", 96, 31)),
+        "542K",
+    ),
     "soft_moa": Row(922_104, 5e-3, (SoftMixture("attn", "par_before", 128, experts=7, slots=1),)),
     "dense_moa": Row(922_188, 5e-3, (DenseMixture("attn", "par_before", 128, experts=7),)),
     "dora": Row(239_616, 5e-3, (DoRA("qv", 128, 8),)),
@@ -94,12 +102,30 @@ def test_the_table_holds_every_row():
 @each
 def test_what_the_table_says_of_a_method(name):
     method, row = METHODS[name], ROWS[name]
-    assert (method.name, method.parts, method.lr, method.paper) == (name, row.parts, row.lr, row.paper)
+    assert (method.name, method.parts, method.lr, method.paper) == (
+        name,
+        row.parts,
+        row.lr,
+        row.paper,
+    )
     model = apply(base_ast(), name)
     both = row.count + row.head - 39_986
-    assert count(model) == {"petl": row.count, "head": row.head, "total": 85_746_482 + row.frozen + both - (
-        12 * 1536 * {"conformer_houlsby_par": 2}.get(name, name.startswith(("conformer", "soft", "dense")))
-    )}  # fmt: skip
+    assert count(model) == {
+        "petl": row.count,
+        "head": row.head,
+        "total": (
+            85_746_482
+            + row.frozen
+            + both
+            - (
+                12
+                * 1536
+                * {"conformer_houlsby_par": 2}.get(
+                    name, name.startswith(("conformer", "soft", "dense"))
+                )
+            )
+        ),
+    }
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
@@ -108,7 +134,8 @@ def test_what_the_table_says_of_a_method(name):
     [
         (Conformer("attn", "par_before", kernel=8), 268_512),
         (Conformer("ffn", "par_before"), 270_720),
-        (Conformer("attn", "par_before", rr=768), 74_160),  # r = 1, 2, 16, 32: the x-values of the published scaling figure
+        # r = 1, 2, 16, 32: the x-values of the published scaling figure
+        (Conformer("attn", "par_before", rr=768), 74_160),
         (Conformer("attn", "par_before", rr=384), 102_240),
         (Conformer("attn", "par_before", rr=48), 495_360),
         (Conformer("attn", "par_before", rr=24), 944_640),
@@ -125,19 +152,28 @@ def test_counts_of_other_settings(part, expected):
 
 
 def test_what_fits_a_narrow_backbone():
-    """A quarter of RR at 128 dimensions, so that conformer keeps 5 channels, a mixture 4, VeRA everything."""
+    """A quarter of RR at 128 dimensions, so that conformer keeps 5 channels, a mixture 4, VeRA
+    everything.
+    """
     ranks = {
         name: petl.rank_of(128, narrowed(METHODS[name], 128).parts[0].rr)
         for name in ROWS
         if name not in ("ia3", "ssf", "probe")
     }
     assert ranks == {
-        "conformer_pfeiffer_par": 5, "conformer_houlsby_par": 5, "soft_moa": 4, "dense_moa": 4, "dora": 4, "vera": 128,
-        "rslora": 4, "adaptformer": 43, "adapter_plus": 5,
-    }  # fmt: skip
+        "conformer_pfeiffer_par": 5,
+        "conformer_houlsby_par": 5,
+        "soft_moa": 4,
+        "dense_moa": 4,
+        "dora": 4,
+        "vera": 128,
+        "rslora": 4,
+        "adaptformer": 43,
+        "adapter_plus": 5,
+    }
 
 
-# ----------------------------------------------------------------------------------------- the whole AST, by hand
+# --------------------------------------------------------------------------- the whole AST, by hand
 
 
 def layer(t, name, x, method):
@@ -153,7 +189,10 @@ def layer(t, name, x, method):
         weight = v
     if last in "qv" and method == "vera":
         a, b = t["blocks.0.attn.q.a.weight"], t["blocks.0.attn.q.b.weight"]
-        weight = weight + torch.diag(t[f"{name}.scale_b"]) @ b @ torch.diag(0.1 + t[f"{name}.scale_d"]) @ a
+        weight = (
+            weight
+            + torch.diag(t[f"{name}.scale_b"]) @ b @ torch.diag(0.1 + t[f"{name}.scale_d"]) @ a
+        )
     if method == "ia3" and last == "fc2":
         x = x * (1 + t[f"{name}.scale"])
     return changed(t, name, x @ weight.T + bias, method if method == "ssf" or last in "kv" else "")
@@ -167,7 +206,10 @@ def changed(t, name, y, method):
 
 
 def attention(t, name, u, method):
-    q, k, v = (layer(t, f"{name}.{letter}", u, method).unflatten(-1, (SHAPE["heads"], -1)) for letter in "qkv")
+    q, k, v = (
+        layer(t, f"{name}.{letter}", u, method).unflatten(-1, (SHAPE["heads"], -1))
+        for letter in "qkv"
+    )
     weights = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
     mixed = torch.einsum("bhij,bjhd->bihd", weights.softmax(-1), v).flatten(2)
     return layer(t, f"{name}.o", mixed, method)
@@ -189,7 +231,9 @@ def conformer(t, name, u, training):
     mean, variance = t[f"{name}.batch_norm.running_mean"], t[f"{name}.batch_norm.running_var"]
     if training:
         mean, variance = h.mean((0, 1)), h.var((0, 1), correction=0)
-    h = (h - mean) / torch.sqrt(variance + 1e-5) * t[f"{name}.batch_norm.weight"] + t[f"{name}.batch_norm.bias"]
+    h = (h - mean) / torch.sqrt(variance + 1e-5) * t[f"{name}.batch_norm.weight"] + t[
+        f"{name}.batch_norm.bias"
+    ]
     return affine(t, f"{name}.up", h / (1 + torch.exp(-h)))
 
 
@@ -197,15 +241,23 @@ def expert(t, name, i, x):
     """E_i(x) with its own rows and columns of what all experts hold."""
     n = len(t[f"{name}.up_bias"])
     down, bias = t[f"{name}.down.weight"].chunk(n)[i], t[f"{name}.down.bias"].chunk(n)[i]
-    return gelu(x @ down.T + bias) @ t[f"{name}.up.weight"].chunk(n, dim=1)[i].T + t[f"{name}.up_bias"][i]
+    return (
+        gelu(x @ down.T + bias) @ t[f"{name}.up.weight"].chunk(n, dim=1)[i].T
+        + t[f"{name}.up_bias"][i]
+    )
 
 
 def soft(t, name, u, training):
-    """Over clips, tokens, experts and slots; of a token the softmax runs over all slots of all experts."""
+    """Over clips, tokens, experts and slots; of a token the softmax runs over all slots of all
+    experts.
+    """
     phi, out = t[f"{name}.slots"], []
     for x in u:
         to_slot = torch.stack(
-            [torch.stack([x @ phi[:, n, p] for p in range(phi.shape[2])]) for n in range(phi.shape[1])]
+            [
+                torch.stack([x @ phi[:, n, p] for p in range(phi.shape[2])])
+                for n in range(phi.shape[1])
+            ]
         )
         read, write = torch.exp(to_slot), torch.exp(to_slot)  # (experts, slots, tokens)
         read, write = read / read.sum(2, keepdim=True), write / write.sum((0, 1))
@@ -224,8 +276,12 @@ def dense(t, name, u, training):
     return sum(weights[..., i : i + 1] * expert(t, name, i, u) for i in range(weights.shape[-1]))
 
 
-PARALLEL = {"conformer_pfeiffer_par": ("attn",), "conformer_houlsby_par": ("attn", "ffn"), "soft_moa": ("attn",),
-            "dense_moa": ("attn",)}  # fmt: skip
+PARALLEL = {
+    "conformer_pfeiffer_par": ("attn",),
+    "conformer_houlsby_par": ("attn", "ffn"),
+    "soft_moa": ("attn",),
+    "dense_moa": ("attn",),
+}
 
 
 def sublayer(t, name, u, x, method, training, masks):
@@ -244,8 +300,9 @@ def sublayer(t, name, u, x, method, training, masks):
 
 
 def four_of_each(tokens):
-    """Of the 3 x 4 patches behind two tokens, each without its mean and over its spread: the means of column 0, of
-    column 1, of columns 2 and 3, and how far the 12 are spread."""
+    """Of the 3 x 4 patches behind two tokens, each without its mean and over its spread: the means
+    of column 0, of column 1, of columns 2 and 3, and how far the 12 are spread.
+    """
     patches = tokens[:, 2:] - tokens[:, 2:].mean(-1, keepdim=True)
     patches = patches / torch.sqrt(patches.square().mean(-1, keepdim=True) + 1e-12)
     columns = [(patches[:, t] + patches[:, 4 + t] + patches[:, 8 + t]) / 3 for t in range(4)]
@@ -260,7 +317,8 @@ def logits_by_hand(t, method, fbank, training, masks):
     if method == "ssf":
         plain = tokens[:, 2:] - t["embed.position"][:, 2:]
         tokens = torch.cat(
-            [tokens[:, :2], changed(t, "embed.patches", plain, "ssf") + t["embed.position"][:, 2:]], dim=1
+            [tokens[:, :2], changed(t, "embed.patches", plain, "ssf") + t["embed.position"][:, 2:]],
+            dim=1,
         )
     for i in range(SHAPE["depth"]):
         for norm, at in (("norm1", "attn"), ("norm2", "ffn")):
@@ -268,7 +326,9 @@ def logits_by_hand(t, method, fbank, training, masks):
             u = changed(t, name, layer_norm(t, name, tokens), method if method == "ssf" else "")
             tokens = tokens + sublayer(t, f"blocks.{i}.{at}", u, tokens, method, training, masks)
         if method == "adapter_plus":
-            h = affine(t, f"blocks.{i}.adapter.up", gelu(affine(t, f"blocks.{i}.adapter.down", tokens)))
+            h = affine(
+                t, f"blocks.{i}.adapter.up", gelu(affine(t, f"blocks.{i}.adapter.down", tokens))
+            )
             tokens = tokens + masks.get(f"blocks.{i}", 1) * (1 + t[f"blocks.{i}.scale"]) * h
         seen += four_of_each(tokens)
     if method == "probe":
@@ -298,12 +358,16 @@ def random_model(method: str | Method, shape: dict = SHAPE) -> AST:
 
 
 def masks_of(model: AST, batch: int) -> dict[str, torch.Tensor]:
-    """What the next forward pass of a model in training keeps, filled by it; draws what Adapter+ will draw next."""
+    """What the next forward pass of a model in training keeps, filled by it; draws what Adapter+
+    will draw next.
+    """
     masks = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
             where = name.removesuffix(".dropout").replace("wrapped.", "")
-            module.register_forward_hook(lambda _, __, out, w=where: masks.update({w: (out != 0).double() / 0.9}))
+            module.register_forward_hook(
+                lambda _, __, out, w=where: masks.update({w: (out != 0).double() / 0.9})
+            )
     state = torch.get_rng_state()
     if model.method.name == "adapter_plus":
         draws = [F.dropout(torch.ones(batch, 1, 1, dtype=torch.float64), 0.1) for _ in model.blocks]
@@ -316,7 +380,10 @@ def masks_of(model: AST, batch: int) -> dict[str, torch.Tensor]:
 @each
 def test_logits_and_gradients(name, training):
     model = random_model(name).train(training)
-    fbank, weights = torch.randn(2, 49, 38, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    fbank, weights = (
+        torch.randn(2, 49, 38, dtype=torch.float64),
+        torch.randn(2, 3, dtype=torch.float64),
+    )
     masks = masks_of(model, 2) if training else {}
     before = {n: b.clone() for n, b in model.named_buffers()}
     logits = model(fbank)
@@ -331,13 +398,16 @@ def test_logits_and_gradients(name, training):
     trained = {n for n, tensor in tensors.items() if tensor.requires_grad}
     assert {n for n, tensor in tensors.items() if tensor.grad is not None} == trained
     largest = max(t[n].grad.abs().max() for n in trained)
-    for n in trained:  # relative to the largest entry; those of a key's bias and of one before a BatchNorm are zero
+    # relative to the largest entry; those of a key's bias and of one before a BatchNorm are zero
+    for n in trained:
         scale = max(t[n].grad.abs().max(), 1e-4 * largest)
         assert (tensors[n].grad - t[n].grad).abs().max() <= 1e-8 * scale, n
 
 
 def test_two_slots_each():
-    """The softmax of a token runs over slots and experts together; slots of one expert lie beside each other."""
+    """The softmax of a token runs over slots and experts together; slots of one expert lie beside
+    each other.
+    """
     part = SoftMixture("attn", "par_before", rr=64, experts=3, slots=2)
     model = random_model(Method("soft_moa", (part,), "-", "-")).eval()
     fbank = torch.randn(2, 49, 38, dtype=torch.float64)
@@ -357,7 +427,9 @@ def test_two_slots_each():
     ],
 )
 def test_thirds_of_the_time(steps, thirds):
-    """Which patches a mean is over: those whose change alone changes it. One band, with a prompt in front."""
+    """Which patches a mean is over: those whose change alone changes it. One band, with a prompt in
+    front.
+    """
     config = ASTConfig(n_frames=16 + 10 * (steps - 1), n_mels=16, dim=4, heads=1)
     tokens = torch.randn(1, 3 + steps, 4)
     before, seen = petl_more.statistics(tokens, config)[0].chunk(4), [set(), set(), set(), set()]
@@ -391,7 +463,9 @@ def test_the_conformer_module_of_transformers(training):
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "conv_depthwise_kernel_size": 5}
-    config = transformers.Wav2Vec2ConformerConfig(**sizes, hidden_act="swish", conformer_conv_dropout=0)
+    config = transformers.Wav2Vec2ConformerConfig(
+        **sizes, hidden_act="swish", conformer_conv_dropout=0
+    )
     theirs = Wav2Vec2ConformerConvolutionModule(config).double().train(training)
     ours = petl_more.ConformerModule(8, 8, 5).double().train(training)
     with torch.no_grad():
@@ -400,8 +474,13 @@ def test_the_conformer_module_of_transformers(training):
         theirs.batch_norm.running_mean.normal_()
         theirs.batch_norm.running_var.uniform_(0.5, 2)
     state = theirs.state_dict()
-    names = {"norm": "layer_norm", "down": "pointwise_conv1", "conv": "depthwise_conv", "batch_norm": "batch_norm",
-             "up": "pointwise_conv2"}  # fmt: skip
+    names = {
+        "norm": "layer_norm",
+        "down": "pointwise_conv1",
+        "conv": "depthwise_conv",
+        "batch_norm": "batch_norm",
+        "up": "pointwise_conv2",
+    }
     for n, tensor in ours.state_dict().items():
         name, kind = n.split(".")
         value = state.get(f"{names[name]}.{kind}", torch.zeros_like(tensor))
@@ -409,30 +488,44 @@ def test_the_conformer_module_of_transformers(training):
     u = torch.randn(3, 11, 8, dtype=torch.float64)
     torch.testing.assert_close(ours(u), theirs(u), rtol=0, atol=1e-12)
     for kind in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(ours.batch_norm, kind), getattr(theirs.batch_norm, kind), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            getattr(ours.batch_norm, kind), getattr(theirs.batch_norm, kind), rtol=0, atol=1e-12
+        )
 
 
 def test_how_often_clips_go_without_their_adapter():
-    """Adapter+: a tenth of the clips in training, all tokens, and 1 / 0.9 of it otherwise. AdaptFormer: numbers."""
+    """Adapter+: a tenth of the clips in training, all tokens, and 1 / 0.9 of it otherwise.
+    AdaptFormer: numbers.
+    """
     torch.manual_seed(0)
     block = petl_more.AdapterPlusBlock(nn.Identity(), dim=4, rank=2)
     nn.init.ones_(block.adapter.up.bias)
     added = block(torch.zeros(2000, 3, 4))
     kept = added[:, 0, 0] > 0
-    assert 0.87 < kept.float().mean() < 0.93 and (added == torch.where(kept, 1 / 0.9, 0.0)[:, None, None]).all()
+    assert (
+        0.87 < kept.float().mean() < 0.93
+        and (added == torch.where(kept, 1 / 0.9, 0.0)[:, None, None]).all()
+    )
     assert (block.eval()(torch.zeros(2000, 3, 4)) == 1).all()
     ffn = petl_more.AdaptFormerFFN(nn.Identity(), nn.Identity(), dim=4, rank=3)
     assert ffn.dropout.p == 0.1
 
 
-# ------------------------------------------------------------------------------------------- start and weight decay
+# --------------------------------------------------------------------------- start and weight decay
 
 ZERO = {
-    "conformer": ("up.weight", "up.bias", "norm.bias", "batch_norm.bias"), "soft": ("up.weight", "up_bias"),
-    "dense": ("up.weight", "up_bias"), "dora": ("b.weight", "magnitude"), "ia3": ("scale",), "rslora": ("b.weight",),
-    "vera": ("scale_d", "scale_b"), "ssf": ("scale", "shift"), "adaptformer": ("up.weight", "up.bias", "down.bias"),
-    "adapter": ("up.weight", "up.bias", "down.bias", "scale"), "probe": (),
-}  # fmt: skip
+    "conformer": ("up.weight", "up.bias", "norm.bias", "batch_norm.bias"),
+    "soft": ("up.weight", "up_bias"),
+    "dense": ("up.weight", "up_bias"),
+    "dora": ("b.weight", "magnitude"),
+    "ia3": ("scale",),
+    "rslora": ("b.weight",),
+    "vera": ("scale_d", "scale_b"),
+    "ssf": ("scale", "shift"),
+    "adaptformer": ("up.weight", "up.bias", "down.bias"),
+    "adapter": ("up.weight", "up.bias", "down.bias", "scale"),
+    "probe": (),
+}
 
 
 @each
@@ -442,7 +535,9 @@ def test_what_is_exactly_zero_at_the_start(name):
     model = apply(AST(ASTConfig(**SHAPE)), name)
     inserted = {n: p for n, p in by_plain_name(model).items() if n not in plain}
     zero = {n for n, p in inserted.items() if not p.any()}
-    assert zero == {n for n in inserted if n.endswith(tuple(f".{end}" for end in ZERO[name.split("_")[0]]))}
+    assert zero == {
+        n for n in inserted if n.endswith(tuple(f".{end}" for end in ZERO[name.split("_")[0]]))
+    }
 
 
 @pytest.mark.parametrize("name", ["dora", "ia3", "vera", "ssf", "rslora", "adapter_plus"])
@@ -460,41 +555,66 @@ def test_starting_values():
         return petl.inner(apply(AST(ASTConfig(**{**SHAPE, "depth": 1})), name).blocks[0])
 
     soft = first("soft_moa").attn.adapter
-    assert abs(soft.slots.std() - (2 / (7 + 192)) ** 0.5) < 0.005 and soft.slots.shape == (192, 7, 1)
-    for module, bound in ((soft.down, 192**-0.5), (first("conformer_pfeiffer_par").attn.adapter.conv, 31**-0.5)):
-        assert 0.8 * bound < module.weight.abs().max() <= bound and 0 < module.bias.abs().max() <= bound
+    assert abs(soft.slots.std() - (2 / (7 + 192)) ** 0.5) < 0.005 and soft.slots.shape == (
+        192,
+        7,
+        1,
+    )
+    for module, bound in (
+        (soft.down, 192**-0.5),
+        (first("conformer_pfeiffer_par").attn.adapter.conv, 31**-0.5),
+    ):
+        assert (
+            0.8 * bound < module.weight.abs().max() <= bound
+            and 0 < module.bias.abs().max() <= bound
+        )
     module = first("conformer_pfeiffer_par").attn.adapter
     assert (module.batch_norm.momentum, module.batch_norm.eps, module.norm.eps) == (0.1, 1e-5, 1e-5)
     assert (module.batch_norm.running_var == 1).all() and not module.batch_norm.running_mean.any()
     down = first("adaptformer").ffn.down.weight
     assert 0.9 * 192**-0.5 < down.abs().max() <= 192**-0.5
     model = apply(AST(ASTConfig(**SHAPE)), "adapter_plus")
-    down = model.blocks[0].adapter.down.weight  # a normal of 0.01 cut at twice that has a spread of 0.0088
+    # a normal of 0.01 cut at twice that has a spread of 0.0088
+    down = model.blocks[0].adapter.down.weight
     assert 0.018 < down.abs().max() <= 0.02 and abs(down.std() - 0.0088) < 0.001
 
 
 def test_the_frozen_pair_of_vera():
-    """NumPy's frozen generator, A before B; one pair for all projections, in copies too, and in no file."""
+    """NumPy's frozen generator, A before B; one pair for all projections, in copies too, and in no
+    file.
+    """
     model = apply(AST(ASTConfig(n_frames=36, depth=2, hidden=8)), "vera")
     a, b = model.blocks[0].attn.q.a.weight, model.blocks[0].attn.q.b.weight
     assert a.shape == (256, 768) and b.shape == (768, 256) and a.dtype == b.dtype == torch.float32
-    torch.testing.assert_close(a[0, :3], torch.tensor([0.00862909, 0.03804047, 0.01816617]), rtol=0, atol=5e-9)
-    torch.testing.assert_close(b[0, :3], torch.tensor([-0.12126983, -0.09199615, -0.0673991]), rtol=0, atol=5e-9)
+    torch.testing.assert_close(
+        a[0, :3], torch.tensor([0.00862909, 0.03804047, 0.01816617]), rtol=0, atol=5e-9
+    )
+    torch.testing.assert_close(
+        b[0, :3], torch.tensor([-0.12126983, -0.09199615, -0.0673991]), rtol=0, atol=5e-9
+    )
     for matrix, bound in ((a, (6 / 768) ** 0.5), (b, (6 / 256) ** 0.5)):
         assert 0.999 * bound < matrix.abs().max() <= bound and not matrix.requires_grad
     for m in (model, copy.deepcopy(model), model.to(torch.float64)):
         assert len({id(block.attn.__getattr__(x).a) for block in m.blocks for x in "qv"}) == 1
     assert not any(".a." in n or n.endswith(".b.weight") for n in trained_tensors(model))
-    other = apply(AST(ASTConfig(n_frames=36, depth=2, hidden=8)), Method("own", (VeRA(seed=1),), "-", "-"))
+    other = apply(
+        AST(ASTConfig(n_frames=36, depth=2, hidden=8)), Method("own", (VeRA(seed=1),), "-", "-")
+    )
     assert not torch.equal(other.blocks[0].attn.q.a.weight, model.blocks[0].attn.q.a.weight.float())
 
 
 @pytest.mark.parametrize("name", ["dora", "ia3", "vera", "ssf", "adapter_plus"])
 def test_weight_decay_pulls_towards_the_pretrained_function(name):
-    """Steps without gradients shrink what is trained: in the end the model answers as it did before training."""
+    """Steps without gradients shrink what is trained: in the end the model answers as it did before
+    training.
+    """
     plain = load_ast(SMALL_AST, 60, 4).eval()
     model = apply(copy.deepcopy(plain), name).eval()
-    inserted = [p for n, p in by_plain_name(model).items() if p.requires_grad and not n.startswith(("norm", "head"))]
+    inserted = [
+        p
+        for n, p in by_plain_name(model).items()
+        if p.requires_grad and not n.startswith(("norm", "head"))
+    ]
     for parameter in inserted:
         nn.init.normal_(parameter, std=0.3)
     optimizer, fbank = torch.optim.AdamW(inserted, lr=0.5, weight_decay=1), torch.randn(2, 60, 128)
@@ -511,11 +631,15 @@ def test_weight_decay_pulls_towards_the_pretrained_function(name):
 def test_ssf_in_all_blocks_by_number_is_ssf():
     everywhere = Method("own", (SSF(),), "-", "-", blocks=(1, 2))
     assert count(apply(tiny_ast(), everywhere)) == count(apply(tiny_ast(), "ssf"))
-    places = [name for name, tensor in apply(tiny_ast(), everywhere).named_parameters() if tensor.requires_grad]
+    places = [
+        name
+        for name, tensor in apply(tiny_ast(), everywhere).named_parameters()
+        if tensor.requires_grad
+    ]
     assert "embed.patches.scale" in places
 
 
-# ------------------------------------------------------------------------------------------------ merging, in company
+# ------------------------------------------------------------------------------ merging, in company
 
 
 @pytest.mark.parametrize("step", [1, -1])
@@ -535,12 +659,16 @@ def test_merging_goes_from_the_inside_outwards(parts, step):
     merged = merge(model)
     assert not any(hasattr(module, "wrapped") for module in merged.modules())
     assert merged.state_dict().keys() == AST(merged.config).state_dict().keys()
-    assert (merged(fbank) - model(fbank)).abs().max() <= 1e-12 * model(fbank).abs().max().clamp_min(1)
+    assert (merged(fbank) - model(fbank)).abs().max() <= 1e-12 * model(fbank).abs().max().clamp_min(
+        1
+    )
 
 
 @pytest.mark.parametrize("step", [1, -1])
 def test_beneath_other_wrappers(step):
-    """What changes a weight lies beneath prefixes and inside of prompted blocks, whoever came first."""
+    """What changes a weight lies beneath prefixes and inside of prompted blocks, whoever came
+    first.
+    """
     parts = (
         Prompts(3, deep=True),
         Adapter("attn", "par_before", rr=8),
@@ -558,11 +686,14 @@ def test_beneath_other_wrappers(step):
     while hasattr(module, "wrapped"):
         inside.append(type(module).__name__)
         module = module.wrapped
-    assert sorted(inside) == ["DoRALinear", "Scaled", "Scaled", "VeRALinear"] and prefix.shape == (2, 32)
+    assert sorted(inside) == ["DoRALinear", "Scaled", "Scaled", "VeRALinear"] and prefix.shape == (
+        2,
+        32,
+    )
     assert model(torch.randn(2, 36, 36)).shape == (2, 3)
 
 
-# ---------------------------------------------------------------------------------------------------- against peft
+# ------------------------------------------------------------------------------------- against peft
 
 
 def peft_model(name: str, base=SMALL_AST, **changes):
@@ -573,14 +704,25 @@ def peft_model(name: str, base=SMALL_AST, **changes):
     saved = {"modules_to_save": ["classifier", "audio_spectrogram_transformer.layernorm"]}
     qv = {"target_modules": ["q_proj", "v_proj"], **saved}
     config = {
-        "dora": lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 2, "use_dora": True, **qv, **changes}),
-        "rslora": lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 3, "use_rslora": True, **qv, **changes}),
+        "dora": lambda: peft.LoraConfig(
+            **{"r": 4, "lora_alpha": 2, "use_dora": True, **qv, **changes}
+        ),
+        "rslora": lambda: peft.LoraConfig(
+            **{"r": 4, "lora_alpha": 3, "use_rslora": True, **qv, **changes}
+        ),
         "vera": lambda: peft.VeraConfig(**{"r": 8, **qv, **changes}),
-        "ia3": lambda: peft.IA3Config(**{
-            "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"], **saved, **changes,
-        }),
-    }[name]()  # fmt: skip
-    theirs = peft.get_peft_model(transformers.AutoModelForAudioClassification.from_pretrained(base), config)
+        "ia3": lambda: peft.IA3Config(
+            **{
+                "target_modules": ["k_proj", "v_proj", "fc2"],
+                "feedforward_modules": ["fc2"],
+                **saved,
+                **changes,
+            }
+        ),
+    }[name]()
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForAudioClassification.from_pretrained(base), config
+    )
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
@@ -595,12 +737,15 @@ OURS = {
     "ia3": IA3(),
 }
 SAME = {  # our tensor, peft's, and where peft's starts
-    "dora": [("a.weight", "lora_A.default.weight", 0), ("b.weight", "lora_B.default.weight", 0),
-             ("magnitude", "lora_magnitude_vector.default.weight", "length")],
+    "dora": [
+        ("a.weight", "lora_A.default.weight", 0),
+        ("b.weight", "lora_B.default.weight", 0),
+        ("magnitude", "lora_magnitude_vector.default.weight", "length"),
+    ],
     "rslora": [("a.weight", "lora_A.default.weight", 0), ("b.weight", "lora_B.default.weight", 0)],
     "vera": [("scale_b", "vera_lambda_b.default", 0), ("scale_d", "vera_lambda_d.default", 0.1)],
     "ia3": [("scale", "ia3_l.default", 1)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -612,9 +757,12 @@ def test_logits_and_gradients_of_peft(name):
     layers, pairs = theirs.base_model.model.audio_spectrogram_transformer.layers, []
     for block, layer in zip(ours.blocks, layers, strict=True):
         places = [
-            (getattr(block.attn, x), getattr(layer.attention, f"{x}_proj")) for x in ("kv" if name == "ia3" else "qv")
+            (getattr(block.attn, x), getattr(layer.attention, f"{x}_proj"))
+            for x in ("kv" if name == "ia3" else "qv")
         ]
-        for module, reference in places + ([(block.ffn.fc2, layer.mlp.fc2)] if name == "ia3" else []):
+        for module, reference in places + (
+            [(block.ffn.fc2, layer.mlp.fc2)] if name == "ia3" else []
+        ):
             for own, other, start in SAME[name]:
                 p, q = module.get_parameter(own), reference.get_parameter(other)
                 start = module.wrapped.weight.norm(dim=1) if start == "length" else start
@@ -623,9 +771,13 @@ def test_logits_and_gradients_of_peft(name):
             if name == "vera":
                 module.a.weight.data.copy_(reference.vera_A["default"])
                 module.b.weight.data.copy_(reference.vera_B["default"])
-    for own, other in ((ours.norm, theirs.base_model.model.audio_spectrogram_transformer.layernorm),
-                       (ours.head, theirs.base_model.model.classifier)):  # fmt: skip
-        for p, q in zip(own.parameters(), other.modules_to_save["default"].parameters(), strict=True):
+    for own, other in (
+        (ours.norm, theirs.base_model.model.audio_spectrogram_transformer.layernorm),
+        (ours.head, theirs.base_model.model.classifier),
+    ):
+        for p, q in zip(
+            own.parameters(), other.modules_to_save["default"].parameters(), strict=True
+        ):
             p.data.copy_(q)
             pairs.append((p, q))
     fbank = torch.randn(2, 100, 128, dtype=torch.float64)
@@ -643,12 +795,21 @@ def run_export(*words) -> int:
 
 @pytest.mark.parametrize("name", ["dora", "rslora"])
 def test_peft_opens_our_files_and_we_open_theirs(name, tmp_path):
-    """Out to peft, its answers, its own copy of the file, and back: the same method and the same answers."""
+    """Out to peft, its answers, its own copy of the file, and back: the same method and the same
+    answers.
+    """
     import peft
 
     ours = save_random(tmp_path / "fold1.safetensors", name, "cls_dist")
-    assert run_export("export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "peft") == 0
-    base = json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert (
+        run_export(
+            "export", tmp_path / "fold1.safetensors", "--to", "peft", "--out", tmp_path / "peft"
+        )
+        == 0
+    )
+    base = json.loads((tmp_path / "peft/adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
     config = transformers.AutoConfig.from_pretrained(tmp_path / "peft")
     plain = transformers.AutoModelForAudioClassification.from_pretrained(
         base, config=config, ignore_mismatched_sizes=True
@@ -658,7 +819,9 @@ def test_peft_opens_our_files_and_we_open_theirs(name, tmp_path):
     with torch.no_grad():
         assert (theirs(input_values=fbank).logits - ours(fbank)).abs().max() <= 1e-5
     theirs.save_pretrained(tmp_path / "again")
-    (tmp_path / "again" / "config.json").write_bytes((tmp_path / "peft" / "config.json").read_bytes())
+    (tmp_path / "again" / "config.json").write_bytes(
+        (tmp_path / "peft" / "config.json").read_bytes()
+    )
     for folder in ("peft", "again"):
         assert run_export("import", tmp_path / folder, "--out", tmp_path / "back.safetensors") == 0
         back = load_trained(tmp_path / "back.safetensors")
@@ -686,7 +849,7 @@ def test_what_peft_trained_opens_here(name, changes, tmp_path):
         assert (theirs(input_values=fbank).logits - ours(fbank)).abs().max() <= 1e-5
 
 
-# ---------------------------------------------------------------------------------------- buffers that are trained
+# ------------------------------------------------------------------------- buffers that are trained
 
 
 def statistics(tensors: dict) -> dict[str, torch.Tensor]:
@@ -695,11 +858,14 @@ def statistics(tensors: dict) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_training_changes(name):
-    """Trained parameters, and of BatchNorm both running statistics; not how many batches it has seen. Of `probe`, what
-    its numbers are standardised by."""
+    """Trained parameters, and of BatchNorm both running statistics; not how many batches it has
+    seen. Of `probe`, what its numbers are standardised by.
+    """
     model = apply(tiny_ast(depth=3), name)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    places = {"conformer_pfeiffer_par": ["attn"], "conformer_houlsby_par": ["attn", "ffn"]}.get(name, [])
+    places = {"conformer_pfeiffer_par": ["attn"], "conformer_houlsby_par": ["attn", "ffn"]}.get(
+        name, []
+    )
     running = {
         f"blocks.{i}.{at}.adapter.batch_norm.running_{kind}"
         for i in range(3)
@@ -741,9 +907,13 @@ def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(train_main, tmp_pat
     assert train_main(*options, "--out", tmp_path / "broken") == 130
     monkeypatch.setattr(records, "save_progress", save_progress)
     assert train_main(*options, "--out", tmp_path / "broken", "--resume") == 0
-    one, two = (load_file(next((tmp_path / out).rglob("fold1.safetensors"))) for out in ("whole", "broken"))
+    one, two = (
+        load_file(next((tmp_path / out).rglob("fold1.safetensors"))) for out in ("whole", "broken")
+    )
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
-    assert len(statistics(one)) == 8 and all(tensor.abs().max() > 0 for tensor in statistics(one).values())
+    assert len(statistics(one)) == 8 and all(
+        tensor.abs().max() > 0 for tensor in statistics(one).values()
+    )
 
 
 def test_compiled_code_moves_running_statistics_once(monkeypatch):
@@ -795,13 +965,29 @@ with process_group(cpu):
 
 
 def test_statistics_are_averaged_over_processes(tmp_path):
-    """Each process takes its own, from its own clips alone; their mean is what is evaluated and written."""
+    """Each process takes its own, from its own clips alone; their mean is what is evaluated and
+    written.
+    """
     root = os.path.dirname(petl.__file__)
     (tmp_path / "two.py").write_text(TWO)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "error::FutureWarning"}
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": root,
+        "PYTHONWARNINGS": "error::FutureWarning",
+    }
     words = [*torchrun, tmp_path / "two.py", root, tmp_path]
-    done = subprocess.run(list(map(str, words)), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, words)), env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.manual_seed(0)
@@ -817,18 +1003,24 @@ def test_statistics_are_averaged_over_processes(tmp_path):
             torch.testing.assert_close(ranks[rank]["own"][n], tensor, rtol=1e-4, atol=1e-6)
     for n in alone[0]:
         assert (alone[0][n] - alone[1][n]).abs().max() > 1e-4
-        torch.testing.assert_close(ranks[0]["mean"][n], (alone[0][n] + alone[1][n]) / 2, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            ranks[0]["mean"][n], (alone[0][n] + alone[1][n]) / 2, rtol=1e-4, atol=1e-6
+        )
     for when in ("mean", "run"):
-        assert all(torch.equal(tensor, ranks[1][when][n]) for n, tensor in ranks[0][when].items()), when
+        assert all(
+            torch.equal(tensor, ranks[1][when][n]) for n, tensor in ranks[0][when].items()
+        ), when
     assert any(not torch.equal(ranks[0]["run"][n], ranks[0]["mean"][n]) for n in alone[0])
 
 
-# ------------------------------------------------------------------------------------------------------- bfloat16
+# ----------------------------------------------------------------------------------------- bfloat16
 
 
 @each
 def test_bfloat16(name):
-    """Frozen weights are kept in bfloat16, gradients are float32 and finite; close to float32 at the start."""
+    """Frozen weights are kept in bfloat16, gradients are float32 and finite; close to float32 at
+    the start.
+    """
     torch.manual_seed(0)
     plain = apply(load_ast(SMALL_AST, 60, 4), name)
     model = prepare(copy.deepcopy(plain), "bfloat16", Machine(CPU))
@@ -844,7 +1036,9 @@ def test_bfloat16(name):
 
 
 def test_lengths_of_dora_are_those_of_float32():
-    """Of the weights before they were rounded, computed in float32: exactly 1 at the start, and hardly moved later."""
+    """Of the weights before they were rounded, computed in float32: exactly 1 at the start, and
+    hardly moved later.
+    """
     torch.manual_seed(0)
     plain = apply(load_ast(SMALL_AST, 60, 4), "dora")
     rounded = prepare(copy.deepcopy(plain), "bfloat16", Machine(CPU))
