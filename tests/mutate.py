@@ -36,7 +36,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = """coverage matplotlib.pyplot numpy onnx onnxruntime peft safetensors.torch scipy.signal
 sklearn.metrics soundfile soxr torch torch.onnx torch.utils.flop_counter tqdm transformers
-torch.distributed transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer"""
+torch.distributed
+transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer"""
 OPERATORS = {
     ast.Lt: (ast.LtE, ast.Gt),
     ast.LtE: (ast.Lt, ast.GtE),
