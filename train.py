@@ -176,8 +176,11 @@ def train_epoch(
     indices: list[int],
     epoch: int,
     class_weights: torch.Tensor | None = None,
+    watch=iter,
 ) -> torch.Tensor:
     """Train once on every clip of `indices`, in random order. Epochs count from 1.
+
+    `watch` yields the batches that it is given, and may show how far it is, as tqdm does.
 
     Returns the loss of each step, (steps,), on the device. Asking a GPU for a number would stop the
     loop until the GPU has computed it, so nothing here does.
@@ -192,7 +195,7 @@ def train_epoch(
     batches = shuffled.to(clips.features.device).split(settings.batch_size)  # of indices
     steps_of_fold = settings.epochs * len(batches)
     losses = torch.zeros(len(batches), device=machine.device)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(watch(batches)):
         # Every group of parameters gets the learning rate of this step.
         step_of_fold = (epoch - 1) * len(batches) + step
         for group, first_rate in zip(optimizer.param_groups, learner.first_rates, strict=True):
@@ -274,7 +277,8 @@ def train_fold(
 
     for epoch in range(first_epoch, settings.epochs + 1):
         seed_epoch(settings.seed, fold, epoch)
-        losses = train_epoch(learner, clips, split.train, epoch, class_weights).tolist()
+        losses = train_epoch(learner, clips, split.train, epoch, class_weights, progress.watch)
+        losses = losses.tolist()
         check_losses(losses, settings, f"fold {fold}, epoch {epoch}")
         progress.trained(epoch, losses)
 
@@ -305,6 +309,10 @@ class Progress:
 
     def start(self, learner: Learner, split: Split) -> dict | None:
         """Called before the first epoch. Returns the last state of an interrupted fold, or None."""
+
+    def watch(self, batches):
+        """Yields the batches of an epoch, one for each step."""
+        return iter(batches)
 
     def trained(self, epoch: int, losses: list[float]) -> None:
         """Called when the training clips of an epoch are through, with the loss of each step."""

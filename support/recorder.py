@@ -4,10 +4,13 @@ A `Recorder` is the run: its folders, its files, what is printed. A `FoldLog` is
 tells of its epochs. It writes the state that --resume goes on from.
 """
 
+import math
 import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+
+import torch
 
 from ast_model import UserError
 from support import command, console, records
@@ -132,6 +135,13 @@ class Recorder:
         return console.summarise_seeds(self.home, self.summaries)
 
 
+def now(device):
+    """Seconds, once the device has done all that it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def answers_of(logits):
     """The classes that logits (clips, classes) answer, and their probabilities in millionths."""
     probabilities = logits.softmax(1).amax(1).nan_to_num()  # float16 may overflow
@@ -140,7 +150,7 @@ def answers_of(logits):
 
 
 class FoldLog:
-    """The `log` of train.train_fold, which writes metrics.csv and the state to resume from."""
+    """The train.Progress that shows a bar, and writes metrics.csv and the state to resume from."""
 
     def __init__(self, run, fold):
         self.run = run
@@ -155,9 +165,26 @@ class FoldLog:
             self.state_file, self.fold, run.settings, run.args.resume
         )
         done = len(self.progress.history)
-        epochs = run.settings.epochs
-        self.bar = Bar(desc=f"fold {self.fold}", total=epochs, initial=done, unit="epoch")
+        steps = math.ceil(len(split.train) / run.settings.batch_size)
+        total = steps * run.settings.epochs
+        self.bar = Bar(desc=f"fold {self.fold}", total=total, initial=steps * done, unit="step")
         return state
+
+    def watch(self, batches):
+        """Yield the batches of an epoch and move the bar. The estimate comes after four steps.
+
+        The first step is not timed, because it is slower than the others.
+        """
+        device = self.run.machine.device
+        last = min(3, len(batches) - 1)
+        started = 0.0
+        for step, batch in enumerate(batches):
+            yield batch
+            self.bar.update()
+            if self.run.to_forecast and step == 0:
+                started = now(device)
+            if self.run.to_forecast and step == last:
+                self.forecast((now(device) - started) / max(1, last) * len(batches))
 
     def trained(self, epoch, losses):
         seconds = time.perf_counter() - self.progress.clock
@@ -173,7 +200,6 @@ class FoldLog:
     def validated(self, epoch, accuracy, state):
         run = self.run
         progress = self.progress
-        before = progress.clock
         row = self.row
         row["accuracy"] = "" if accuracy is None else round(accuracy, 4)
         progress.history.append(row)
@@ -181,9 +207,7 @@ class FoldLog:
         if run.machine.is_first:
             records.save_progress(self.state_file, progress, run.settings, state)
             records.write_metrics(run.folder, run.rows + progress.history)
-        self.forecast(progress.clock - before)
         self.bar.set_postfix(loss=row["loss"], accuracy=row["accuracy"], refresh=False)
-        self.bar.update()
         if epoch == run.settings.epochs:
             self.bar.close()
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 
-from support import console, records
+from support import console, recorder
 from train import Settings
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_what_is_about_to_be_trained():
     )
 
 
-def test_a_run_says_it_once_after_its_first_epoch(train_main, monkeypatch, capsys, tmp_path):
+def test_a_run_says_it_once_after_its_first_steps(train_main, monkeypatch, capsys, tmp_path):
     """Two seeds of two folds, one of them finished before.
 
     It trains what a run trains that says nothing.
@@ -50,20 +50,13 @@ def test_a_run_says_it_once_after_its_first_epoch(train_main, monkeypatch, capsy
         == 0
     )
     assert "this will take" not in capsys.readouterr().out  # quick runs need no such line
-    tick, epochs = records.Progress.tick, []
-
-    def slowly(progress):
-        tick(progress)
-        progress.seconds += 100
-        progress.clock += 100
-        epochs.append(progress.fold)
-
-    monkeypatch.setattr(records.Progress, "tick", slowly)
+    times = [0.0, 100.0]  # after the first step and after the fourth
+    monkeypatch.setattr(recorder, "now", lambda device: times.pop(0))
     assert train_main(*options, "--seed", "0,1", "--folds", "1,2") == 0
+    assert not times
     lines = [line for line in capsys.readouterr().out.splitlines() if "this will take" in line]
-    # 100 s for each of three folds' six epochs but the first.
-    assert lines == ["this will take about 8.3 minutes; folds to train: 3"]
-    assert epochs == [1, 1, 1, 1, 2, 2]
+    # 100 s for three steps, four steps an epoch, two epochs in each of three folds.
+    assert lines == ["this will take about 13 minutes; folds to train: 3"]
     file = "esc10/houlsby_par/seed0/fold1.safetensors"
     silent, other = load_file(tmp_path / "silent" / file), load_file(tmp_path / "runs" / file)
     assert all(torch.equal(silent[name], other[name]) for name in silent)
