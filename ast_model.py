@@ -108,7 +108,8 @@ class Embedding(nn.Module):
             raise UserError(f"this AST reads (batch, {n_frames}, {n_mels}), not {given}")
         image = spectrogram.transpose(1, 2).unsqueeze(1)  # (batch, 1, n_mels, n_frames)
         patches = self.patches(image)  # (batch, dim, n_frequency, n_time)
-        # One row for each patch, band after band: patch (f, t) is row f * n_time + t.
+        # One row for each patch, first all times of the lowest frequencies: patch (f, t) is row
+        # f * n_time + t.
         patches = patches.flatten(2).transpose(1, 2)  # (batch, n_patches, dim)
         batch = spectrogram.shape[0]  # an ONNX export would take len(spectrogram) for a constant
         cls = self.cls.expand(batch, -1, -1)

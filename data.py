@@ -175,7 +175,7 @@ class Recipe:
     """
 
     load: Callable  # (data_dir, cache_dir), own sounds (name, data_dir, group, windows): a Listing
-    n_frames: int | None  # one every 10 ms; None: as many as the clips have
+    n_frames: int | None  # one every 10 ms; None: by the lengths of the clips, see frames_for
     batch_size: int
     epochs: int
     mask: bool  # whether SpecAugment masks the training clips
@@ -207,9 +207,9 @@ def load_dataset(
     in a path what must stay together. `windows` are the seconds of the pieces that recordings are
     cut into.
 
-    The loader of the dataset returns a Listing: root folder, clips, and perhaps class names. A clip
-    has a path, a label, a span in seconds, and perhaps a group. Its `part` says what it is for:
-    train, val, test or the number of a fold.
+    The loader of the dataset returns a Listing: root folder, clips, spans, and perhaps class names
+    and a name of its own. A clip has a path, a label, and perhaps a group. Its `part` says what it
+    is for: train, val, test or the number of a fold.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}: there are {', '.join(DATASETS)}")
@@ -368,9 +368,9 @@ def load_clips(
 ) -> tuple[Clips, dict[int, str]]:
     """All clips of a dataset, and {index: reason} of the clips that cannot be read.
 
-    The features are computed once, on all cores, and kept under `cache_dir`. They go to the memory
-    of a GPU if they take less than half of what is free there, and else stay on disk. Unreadable
-    clips are a UserError unless `skip_bad`.
+    The features are computed once, on all cores, and `cached` keeps them in float16. They go to the
+    memory of a GPU if they take less than half of what is free there, and else stay on disk.
+    Unreadable clips are a UserError unless `skip_bad`.
     """
     longest = (n_frames * HOP + WINDOW) / RATE + 0.1  # seconds to read, with a margin to resample
 

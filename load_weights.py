@@ -289,8 +289,8 @@ def sizes_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, int], int]:
 def complete(sizes: dict[str, int], n_tokens: int, pool: str, config_path: Path) -> ASTConfig:
     """The `sizes` of the tensors, and heads, stride, bands, epsilon and length of config.json.
 
-    Without the file or an entry, `read_hf_config` has the values of AST-Base. Only heads and length
-    are None: then heads are 64 wide, and the length follows from the number of tokens.
+    If the file or an entry is missing, `read_hf_config` gives the value of AST-Base. For heads and
+    length it gives None. Then heads are 64 wide, and the length follows from the number of tokens.
     """
     hf = read_hf_config(config_path)
     if hf.time_stride != hf.frequency_stride or hf.hidden_act != "gelu" or not hf.qkv_bias:
@@ -299,10 +299,10 @@ def complete(sizes: dict[str, int], n_tokens: int, pool: str, config_path: Path)
         )
     patch = sizes["patch"]
     stride = hf.frequency_stride
-    bands = (hf.num_mel_bins - patch) // stride + 1
-    steps = (n_tokens - 2) // bands
+    n_frequency = (hf.num_mel_bins - patch) // stride + 1
+    n_time = (n_tokens - 2) // n_frequency
     return ASTConfig(
-        n_frames=hf.max_length or (steps - 1) * stride + patch,
+        n_frames=hf.max_length or (n_time - 1) * stride + patch,
         n_mels=hf.num_mel_bins,
         stride=stride,
         heads=hf.num_attention_heads or sizes["dim"] // 64,
@@ -351,7 +351,7 @@ def fingerprint(state: dict[str, torch.Tensor], config: ASTConfig) -> str:
 
 
 def to_dict(method: petl.Method) -> dict:
-    """The method as a dict, in JSON's types if its parts have them. `from_dict` inverts it."""
+    """The method without `paper` and `where`, in JSON's types if its parts have them."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
     entry = {"name": method.name, "lr": method.lr, "parts": parts}
     if method.blocks:

@@ -3,6 +3,7 @@
     from ast_model import AST, ASTConfig
     from petl import apply, count
 
+    # Random weights. load_weights.load_ast gives the pretrained ones.
     model = apply(AST(ASTConfig(n_frames=500, n_classes=50)), "houlsby_par")
     count(model)  # {'petl': 497952, 'head': 39986, 'total': 86207570}
 
@@ -13,7 +14,7 @@ these blocks: around a sub-layer (adapters, Hydra) or around a projection (LoRA,
 go around the embedding and around whole blocks. Some parts only unfreeze what is there.
 
 A part may have these marks, attributes that are True. `apply` reads the first and `count` the
-second. The other two are for commands: train.py refuses --keep and --pool.
+second. With the third train.py refuses --keep, with the fourth every --pool but the default.
 
     needs_all_blocks   the method cannot be kept to some blocks by Method.blocks
     owns_final_norm    the final LayerNorm counts as a part of the method
@@ -28,17 +29,22 @@ To add a method:
 
  1. Write the module. If it can be written into the layer that it wraps, give it a function
     `merged()`, which returns the new layer: `merge` calls it.
- 2. Write the part. `apply` freezes everything and then calls `insert`. So modules made there are
-    trained unless `insert` freezes them, and what is older is trained if `insert` unfreezes it. Use
-    `wrap` around one projection or layer whose output keeps its shape. Assign wrappers of
-    sub-layers, blocks or the embedding, and those that change a length: they must be outermost.
+ 2. Write the part. `apply` freezes everything but the head and the final LayerNorm, and then calls
+    `insert`. So modules made there are trained unless `insert` freezes them, and what is older is
+    trained if `insert` unfreezes it. Write `wrap(inner(block.attn), "q", ...)` around one layer
+    whose output keeps its shape: `inner`, because the sub-layer may be wrapped already. Assign
+    wrappers of sub-layers, blocks or the embedding, and those that change a length: they must be
+    outermost. A wrapper that reads the weight below it has the attribute `reads_weight = True`.
  3. Write the row into ROWS, or in a file of your own `petl.METHODS["name"] = Method("name", ...)`.
     Import that file wherever the method is trained or loaded.
- 4. A file of trained tensors describes a part by the name of its class and by its fields. These
-    must be numbers, text or truth values. Saved are the trained parameters and the persistent
-    buffers of floats. Everything else must follow from the fields, as in petl_more.VeRA.
+ 4. A file of trained tensors describes a part by the name of its class and by its fields. To be
+    loaded again, the part must occur in a row of METHODS, the name of its class must be its own,
+    and its fields must be numbers, text or truth values. Saved are the trained parameters and the
+    persistent buffers of floats. Everything else must follow from the fields, as in
+    petl_more.VeRA.
  5. train.py has options for fields named rr, alpha, prompts and kernel. On a backbone narrower than
-    384 it divides rr and prompts, and the rates of full_ft and linear are ten times as high.
+    384, as in its default run, it divides rr and prompts of the row by 512 / dim. Numbers given on
+    the command line are taken as they are.
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -339,7 +345,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         linear = inner(wrapped)
         self.a = nn.Linear(linear.in_features, rank, bias=False)
-        # skip_init draws no random numbers. With nn.Linear the same seed would give other models.
+        # skip_init, unlike nn.Linear, draws no random numbers. Results with it can be repeated.
         self.b = zeros(nn.utils.skip_init(nn.Linear, rank, linear.out_features, bias=False))
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -465,7 +471,7 @@ class Prompts:
     The mean of all tokens, which the head reads, contains the prompts.
     """
 
-    prompts: int  # n: shallow in all, deep before each block
+    prompts: int  # n prompts before the first block, or if deep, n before each block
     deep: bool = False
 
     needs_all_blocks = True
@@ -688,9 +694,8 @@ def replacement_of(wrapper):
 def merge(model: AST, replacement_of=replacement_of) -> AST:
     """A plain AST that computes the same as the adapted `model`, which stays as it is.
 
-    LoRA adds s B A to its weight. Most adapters, prefixes and prompts are no change of a weight:
-    they raise a UserError. (tools/merge.py has a function `replacement_of` that knows some
-    adapters.)
+    LoRA adds s B A to its weight. Adapters, prefixes, prompts and `probe` raise a UserError.
+    (tools/merge.py gives another `replacement_of`, which knows some adapters.)
 
     The result has no `method`, and no `backbone`, which says where load_ast took the weights from,
     because these are other weights. Save it with `load_weights.save_ast`.

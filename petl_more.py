@@ -6,9 +6,9 @@ pretrained function. `probe` trains a linear layer on what all blocks compute. `
 method: it trains on some of the patches.
 
 AdamW's weight decay pulls every trained number towards zero. A factor, though, leaves the model as
-it was pretrained when it is 1, not when it is 0. So factors are stored as offsets from their start:
-zeros mean the value at the start, which is 1, and in VeRA 0.1 and 0. Comments say which tensors are
-offsets. Of the factors, only the weights of LayerNorm and BatchNorm are stored as they are.
+it was pretrained at its start, which is 1 for most, |W| in DoRA, and 0.1 and 0 in VeRA. So factors
+are stored as offsets from their start, as comments beside them say. (`scale` of LoRA is no offset.)
+Of the factors, only the weights of LayerNorm and BatchNorm are stored as they are.
 
 `import petl_more` adds the rows to `petl.METHODS`. This file needs torch, numpy, ast_model.py and
 petl.py.
@@ -502,7 +502,10 @@ class Standardised(nn.Module):
 
 @dataclass(frozen=True)
 class Statistics:
-    """A linear head on standardised statistics of all layers. The final LayerNorm is not used."""
+    """A linear head on standardised statistics of all layers. The final LayerNorm is not used.
+
+    This is more than the paper's linear probing, which is the row `linear`.
+    """
 
     needs_all_patches = True
     needs_all_blocks = True
@@ -555,8 +558,9 @@ class Patchout(nn.Module):
 # ----------------------------------------------------------------------------- the table of methods
 
 # Behind each row: where its learning rate is from. 5e-3 is the default of Method. Where the demo
-# does better with another rate, it is named, but one small task is no reason to change the row. The
-# numbers of parameters of the conformers are those of their paper.
+# does better with another rate, it is named, but one small task is no reason to change the row.
+# (Nothing else says a rate for `probe`, which is not the paper's linear probing: that is `linear`.)
+# The numbers of parameters of the conformers are those of their paper.
 # fmt: off
 ROWS = [
     Method("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),  # its paper

@@ -99,7 +99,7 @@ class Settings:
     mask_frames: int  # the widest time mask of SpecAugment; 0: no masks in time or frequency
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
-    balance: bool = False  # the loss weighs all classes alike
+    balance: bool = False  # the loss weighs all classes alike; it does not choose the epoch
     choose_by: str = "accuracy"  # what chooses the best epoch; `run` sets "balanced" for own sounds
 
 
@@ -201,7 +201,7 @@ def train_epoch(
         for group, first_rate in zip(optimizer.param_groups, learner.first_rates, strict=True):
             group["lr"] = cosine(first_rate, step_of_fold, steps_of_fold)
 
-        # Usually the batch is one piece, with the factor 1.
+        # `pieces` also masks the clips. Usually the batch is one piece, with the factor 1.
         for x, y, factor in pieces(batch, clips, settings, machine):
             with machine.autocast(settings.dtype):
                 logits = learner.train_network(x)  # (clips of the piece, classes)
@@ -216,8 +216,8 @@ def train_epoch(
         scaler.update()
         optimizer.zero_grad()
 
-    # Each process of torchrun has seen other clips. So its losses become the means over all
-    # processes. So do its running statistics of BatchNorm, which are buffers without a gradient.
+    # Each process of torchrun has seen other clips. So buffers become the means over all processes:
+    # the running statistics of BatchNorm. (Those of `probe` are equal anyway.) So do the losses.
     machine.average_(t for t in live_tensors(learner.network).values() if not t.requires_grad)
     return machine.mean(losses)
 
@@ -400,16 +400,16 @@ def run(args: argparse.Namespace) -> dict:
     weights = args.weights or recipe.weights
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     lr = args.lr or recipe.lr.get(args.method)  # None: that of METHODS
-    # The method with the numbers of the command line, or else those of METHODS. On a backbone
-    # narrower than 384 dimensions RR and prompts of METHODS are divided by 512 / dim: by 4 in the
-    # default run. LoRA's s = alpha / RR then grows. Rates of METHODS that train the backbone or
-    # nothing but the head (full_ft, linear) are ten times as high there.
+    # The method with the numbers of the command line, or else those of METHODS. The latter were
+    # chosen for 768 dimensions. On a backbone narrower than 384 RR and prompts of METHODS are
+    # divided by 512 / dim, by 4 in the default run, so that a bottleneck keeps about 8 numbers.
+    # (LoRA's s = alpha / RR grows by that.) full_ft and linear have ten times their rates there.
     method = fitted(petl.find(args.method), pretrained.config, args, lr)
     clips, bad = load_clips(dataset, n_frames, machine.device, args.cache_dir, args.skip_bad)
 
     for seed in args.seed:
         folds = folds_of(dataset, seed, bad, args.shots)
-        split_hash = recorder.describe_clips(folds, bad)  # which clips do what, for split.csv
+        split_hash = recorder.describe_clips(folds, bad)  # kept to be written as split.csv
         settings = Settings(
             dataset=args.dataset,
             weights=weights,
@@ -430,14 +430,15 @@ def run(args: argparse.Namespace) -> dict:
             choose_by="balanced" if recipe.own else "accuracy",
         )
         recorder.start(settings)  # opens the folder of this seed, and writes split.csv and settings
-        for fold in recorder.folds:  # those of --folds, or all
+        for fold in recorder.folds:  # the numbers of --folds, or all of the dataset
             if not recorder.file(fold).exists():
                 model = adapted(pretrained, method, fold, settings, machine)
+                # `probe` gets mean and std of what its head reads of the training clips.
                 # `network` is `model`, and `inputs` are `clips`, with one exception. If only the
                 # head and perhaps the final LayerNorm train, and there is neither SpecAugment nor
-                # --keep, the frozen part computes each clip once. Then `network` is those last
-                # layers, which the model still contains, and `inputs` are the vectors that they
-                # read. In any case the `probe` gets mean and std of the unmasked training clips.
+                # --keep, the frozen part computes each clip once: its tokens, normalised, pooled.
+                # Then `network` is weight and bias of the LayerNorm, which may as well follow the
+                # mean, and the head. `model` still contains them. `inputs` are these vectors.
                 network, inputs = skip_frozen(model, clips, folds[fold], settings, machine)
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)

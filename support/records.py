@@ -139,7 +139,7 @@ def fold_files(folder: Path) -> dict[int, Path]:
     """The files of the finished folds by their numbers. Only train.py's own names count."""
     files = {}
     for file in folder.glob("fold*.safetensors"):
-        if found := re.fullmatch(r"fold([1-9][0-9]{0,8})\.safetensors", file.name):
+        if found := re.fullmatch(r"fold(0|[1-9][0-9]{0,8})\.safetensors", file.name):
             files[int(found[1])] = file
     return dict(sorted(files.items()))
 

@@ -3,6 +3,7 @@ nothing else.
 """
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,8 @@ def test_a_dataset_of_ones_own_is_a_function_and_a_row(tmp_path, monkeypatch):
     assert train.main([str(word) for word in (*options, *places)]) == 0
     files = {file.name for file in (tmp_path / "runs" / "mine" / "lora" / "seed0").glob("fold*")}
     assert files == {"fold0.safetensors", "fold1.safetensors", "fold2.safetensors"}
+    result = json.loads((tmp_path / "runs/mine/lora/seed0/result.json").read_text())
+    assert [fold["fold"] for fold in result["folds"]] == [0, 1, 2]
     dataset = data.load_dataset("mine", tmp_path / "sounds", tmp_path / "cache")
     assert dataset.classes == ["high", "low"] and dataset.folds[1].test == [1, 4, 7, 10]
     assert dataset.folds[1].val == [0, 3, 6, 9] and dataset.folds[1].train == [2, 5, 8, 11]

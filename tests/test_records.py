@@ -440,7 +440,7 @@ def test_a_fold_under_another_name_is_refused(again):
 
 
 def test_names_of_folds_are_matched_exactly(again, tmp_path):
-    """fold02 and a fold with an Arabic two are not fold 2.
+    """fold02 and a fold with an Arabic two are not fold 2. A user's folds may begin with 0.
 
     Folds come in the order of their numbers.
     """
@@ -457,7 +457,7 @@ def test_names_of_folds_are_matched_exactly(again, tmp_path):
     ):
         (tmp_path / f"{name}.safetensors").touch()
     assert list(records.fold_files(tmp_path).items()) == [
-        (k, tmp_path / f"fold{k}.safetensors") for k in (1, 2, 10)
+        (k, tmp_path / f"fold{k}.safetensors") for k in (0, 1, 2, 10)
     ]
     folder, call = again
     before = read_run(folder)
