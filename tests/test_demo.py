@@ -59,7 +59,8 @@ def test_sounds_that_were_rendered_before_are_found_again(
 ):
     """The folder has the name it has always had, so neither sounds nor features of a user are made
     again."""
-    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    (tmp_path / folder).mkdir()
+    monkeypatch.setattr(soundfile, "write", None)  # nothing is rendered
     dataset = load_dataset(name, None, tmp_path)
     assert dataset.root == tmp_path / folder and dataset.name == name
     assert len(dataset.classes) == classes and dataset.classes == sorted(dataset.classes)
