@@ -4,7 +4,6 @@ import csv
 import json
 from contextlib import redirect_stderr
 from dataclasses import astuple, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
