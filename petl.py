@@ -8,10 +8,11 @@
     count(model)  # {'petl': 497952, 'head': 39986, 'total': 86207570}
 
 A *method* is a row of METHODS: a name and a tuple of parts. A *part* is a dataclass with a function
-`insert(model, blocks)`. `model` is the AST. `blocks` is the list of its Blocks that the method
-changes: all of them, unless Method.blocks names some. `insert` puts modules around something in
-these blocks: around a sub-layer (adapters, Hydra) or around a projection (LoRA, prefixes). Prompts
-go around the embedding and around whole blocks. Some parts only unfreeze what is there.
+`insert(model, blocks)`. `model` is the AST. `blocks` is a list of its own Blocks, without wrappers,
+that the method changes: all of them, unless Method.blocks names some. `insert` puts modules around
+something in these blocks: around a sub-layer (adapters, Hydra) or around a projection (LoRA,
+prefixes). Prompts go around the embedding and around whole blocks. Some parts only unfreeze what is
+there.
 
 A part may have these marks, attributes that are True. `apply` reads the first and `count` the
 second. With the third train.py refuses --keep, with the fourth every --pool but the default.
@@ -34,7 +35,9 @@ To add a method:
     trained if `insert` unfreezes it. Write `wrap(inner(block.attn), "q", ...)` around one layer
     whose output keeps its shape: `inner`, because the sub-layer may be wrapped already. Assign
     wrappers of sub-layers, blocks or the embedding, and those that change a length: they must be
-    outermost. A wrapper that reads the weight below it has the attribute `reads_weight = True`.
+    outermost. A whole block is wrapped by `model.blocks[i] = MyBlock(model.blocks[i])`, for each i
+    with `inner(model.blocks[i]) in blocks`. A wrapper that reads the weight below it has the
+    attribute `reads_weight = True`.
  3. Write the row into ROWS, or in a file of your own `petl.METHODS["name"] = Method("name", ...)`.
     Import that file wherever the method is trained or loaded.
  4. A file of trained tensors describes a part by the name of its class and by its fields. To be
@@ -43,8 +46,7 @@ To add a method:
     persistent buffers of floats. Everything else must follow from the fields, as in
     petl_more.VeRA.
  5. train.py has options for fields named rr, alpha, prompts and kernel. On a backbone narrower than
-    384, as in its default run, it divides rr and prompts of the row by 512 / dim. Numbers given on
-    the command line are taken as they are.
+    384, as in its default run, it trains with other numbers than the row has: see train.run.
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -345,7 +347,8 @@ class LoRALinear(nn.Module):
         self.scale = scale
         linear = inner(wrapped)
         self.a = nn.Linear(linear.in_features, rank, bias=False)
-        # skip_init, unlike nn.Linear, draws no random numbers. Results with it can be repeated.
+        # B is zero anyway, so skip_init draws no random numbers for it. With nn.Linear whatever is
+        # drawn later would get other numbers.
         self.b = zeros(nn.utils.skip_init(nn.Linear, rank, linear.out_features, bias=False))
 
     def forward(self, x):  # (..., in) -> (..., out)

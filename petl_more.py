@@ -5,9 +5,9 @@ three relatives of LoRA, (IA)3, SSF, and two adapters from vision. All of them s
 pretrained function. `probe` trains a linear layer on what all blocks compute. `Patchout` is no
 method: it trains on some of the patches.
 
-AdamW's weight decay pulls every trained number towards zero. A factor, though, leaves the model as
-it was pretrained at its start, which is 1 for most, |W| in DoRA, and 0.1 and 0 in VeRA. So factors
-are stored as offsets from their start, as comments beside them say. (`scale` of LoRA is no offset.)
+AdamW's weight decay pulls every trained number towards zero. A factor should be pulled towards the
+value that it starts with instead: 1 for most, |W| in DoRA, 0.1 for lambda_d and 0 for lambda_b in
+VeRA. So what is stored is the factor minus its start. (`scale` of LoRA is no trained factor.)
 Of the factors, only the weights of LayerNorm and BatchNorm are stored as they are.
 
 `import petl_more` adds the rows to `petl.METHODS`. This file needs torch, numpy, ast_model.py and
@@ -492,7 +492,7 @@ class Standardised(nn.Module):
         self.register_buffer("std", torch.ones(wrapped.in_features))
 
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Set mean and std, which is at least 1e-3: what varies less may be rounding."""
+        """Set mean and std. A std below 1e-3 is raised to it, because it may be rounding."""
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(1e-3))
 
@@ -558,8 +558,8 @@ class Patchout(nn.Module):
 # ----------------------------------------------------------------------------- the table of methods
 
 # Behind each row: where its learning rate is from. 5e-3 is the default of Method. Where the demo
-# does better with another rate, it is named, but one small task is no reason to change the row.
-# (Nothing else says a rate for `probe`, which is not the paper's linear probing: that is `linear`.)
+# does better with another rate, it is named, but one small task is no reason to change the row. The
+# exception is `probe`: no paper gives its rate, so the demo chose it.
 # The numbers of parameters of the conformers are those of their paper.
 # fmt: off
 ROWS = [

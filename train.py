@@ -319,7 +319,9 @@ class Progress:
         print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}")
 
     def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
-        """Called at the end of an epoch. `accuracy` is to be printed, and chooses nothing.
+        """Called at the end of an epoch. `accuracy` is for printing.
+
+        What chose the best epoch is state["best"]["score"], which may be another number.
 
         `state` is all that the next epochs need, and the best epoch so far under "best". Save it at
         once, because the next epoch changes it.
@@ -399,11 +401,12 @@ def run(args: argparse.Namespace) -> dict:
     n_frames = frames_for(recipe, dataset, args.seconds)
     weights = args.weights or recipe.weights
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
-    lr = args.lr or recipe.lr.get(args.method)  # None: that of METHODS
-    # The method with the numbers of the command line, or else those of METHODS. The latter were
-    # chosen for 768 dimensions. On a backbone narrower than 384 RR and prompts of METHODS are
-    # divided by 512 / dim, by 4 in the default run, so that a bottleneck keeps about 8 numbers.
-    # (LoRA's s = alpha / RR grows by that.) full_ft and linear have ten times their rates there.
+    lr = args.lr or recipe.lr.get(args.method)  # None: that of METHODS, perhaps changed as below
+    # The method with the numbers of the command line and the dataset, which are taken as they are,
+    # or else with those of METHODS. The latter were chosen for 768 dimensions. On a backbone
+    # narrower than 384 each RR and number of prompts of METHODS is divided by round(512 / dim), by
+    # 4 in the default run, and rounded down, prompts to an even number. (LoRA's s = alpha / RR
+    # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there.
     method = fitted(petl.find(args.method), pretrained.config, args, lr)
     clips, bad = load_clips(dataset, n_frames, machine.device, args.cache_dir, args.skip_bad)
 
@@ -503,7 +506,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=command.numbers, default=[0], metavar="0,1,2", help="one run for each seed")
     add("--epochs", **number, help="default: the dataset's")
     add("--batch-size", **number, help="over all processes; default: the dataset's")
-    add("--lr", type=float, help="first learning rate; default: the dataset's or the method's")
+    add("--lr", type=float, help="first learning rate; default: the dataset's or METHODS'")
     add("--balance", **switch, help="weigh the loss so that all classes count alike")
     add("--no-mask", **switch, help="no SpecAugment where the dataset's protocol has it")
     add("--keep", type=float, metavar="0.4", help="train on this share of the patches: faster")
