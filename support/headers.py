@@ -257,14 +257,12 @@ class HuggingFace(Names, kw_only=True):
 
 
 class Adapter(Struct, kw_only=True):
-    """adapter_config.json of peft. Only with these defaults is an adapter one of our methods."""
+    """What is read of peft's adapter_config.json. Other entries show when tensors do not fit."""
 
     peft_type: Name = "nothing known"
     bias: Name = "none"
     use_dora: bool | None = False
     use_rslora: bool | None = False
-    lora_bias: bool | None = False
-    rank_pattern: dict[str, Any] | None = None
     alpha_pattern: dict[str, Any] | None = None
     base_model_name_or_path: Name | None = None
 
@@ -273,8 +271,3 @@ class LoRA(Adapter, kw_only=True):
     r: Size
     lora_alpha: Alpha
     init_lora_weights: bool | Name | None = True
-
-
-class VeRA(Adapter, kw_only=True):
-    r: Size
-    projection_prng_key: Seed

@@ -72,7 +72,7 @@ class Here:
             except Exception:
                 traceback.print_exc()
                 self.returncode = 1
-            # the train_cell of a test says what went wrong, or nothing
+            # A test may put a train_cell here that returns what went wrong, or nothing.
             if isinstance(self.returncode, str):
                 print(self.returncode)
                 self.returncode = 1 if self.returncode else 0

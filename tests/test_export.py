@@ -156,7 +156,11 @@ def test_peft_opens_it(method, tmp_path, fbank, export_to):
     """As the command says: on the backbone in its own place, with another length and head."""
     ours = save_random(tmp_path / "fold1.safetensors", method, "cls_dist")
     said = export_to("peft", "peft")
-    scope = {**vars(transformers), "PeftModel": peft.PeftModel}
+    scope = {
+        "AutoConfig": transformers.AutoConfig,  # transformers loads such names when they are asked for
+        "AutoModelForAudioClassification": transformers.AutoModelForAudioClassification,
+        "PeftModel": peft.PeftModel,
+    }
     exec("\n".join(line.strip() for line in said.splitlines()[1:]), scope)
     assert str(SMALL_AST) in said and scope["base"].config.max_length == 60
     assert scope["base"].config.id2label == dict(enumerate(CLASSES))
