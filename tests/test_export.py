@@ -157,7 +157,8 @@ def test_peft_opens_it(method, tmp_path, fbank, export_to):
     ours = save_random(tmp_path / "fold1.safetensors", method, "cls_dist")
     said = export_to("peft", "peft")
     scope = {
-        "AutoConfig": transformers.AutoConfig,  # transformers loads such names when they are asked for
+        # transformers loads such names when they are asked for.
+        "AutoConfig": transformers.AutoConfig,
         "AutoModelForAudioClassification": transformers.AutoModelForAudioClassification,
         "PeftModel": peft.PeftModel,
     }
