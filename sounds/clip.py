@@ -24,6 +24,7 @@ class Listing:
     clips: list[Clip]
     classes: list[str] | None = None  # in the order of their numbers; None: alphabetical
     name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS
+    group_hint: str = ""  # for --group: files are named like pieces of recordings; sounds/groups.py
 
     @property
     def spans(self) -> dict[int, tuple[float, float]]:

@@ -12,6 +12,8 @@ import numpy as np
 from sounds.clip import WHOLE, Clip, fragment, name_of
 from support.command import UserError
 
+PIECE = r"([-_. ]([Pp]art)?\d{1,4})?(\.\w+)?$"  # the end of rec1_03.wav, a-001.wav, talk.part2.wav
+
 
 def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     """The clips with their groups.
@@ -54,6 +56,27 @@ def groups_in(names: list[str], pattern: str) -> list[str]:
             raise UserError(f"{option} finds no group in {name}: every clip must have one")
         groups.append(found[1])
     return groups
+
+
+def group_hint(clips: list[Clip]) -> str:
+    """A pattern for --group, if files are named like pieces of recordings. Otherwise "".
+
+    What stands before the number of a piece names its recording: rec1_03.wav is of rec1. A name
+    without such a number is a recording of its own. Names give no hint if most of their class begin
+    alike, because then the number may only count the clips: dog_01.wav, dog_02.wav. If all names of
+    a class begin alike, the pattern makes each clip of it a group, so that the class has several.
+    """
+    recordings = groups_in([clip.path.name for clip in clips], f"(.+?){PIECE}")
+    counts = defaultdict(Counter)  # of each class: how many clips a recording has
+    for clip, recording in zip(clips, recordings, strict=True):
+        counts[clip.label][recording] += 1
+    alike = [next(iter(count)) for count in counts.values() if len(count) == 1]
+    starts = [f"{re.escape(start)}[-_. ].+" for start in sorted(set(alike))]
+    for count in counts.values():
+        if any(1 < n <= count.total() / 2 for n in count.values()):
+            first = "|".join([*starts, "[^/]+?"])
+            return f"({first}){PIECE}"
+    return ""
 
 
 def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sounds.audio import SUFFIXES, files_in, lengths_of, typical_seconds
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of
-from sounds.groups import parts_of, with_groups  # noqa: F401 (parts_of is for data.py)
+from sounds.groups import group_hint, parts_of, with_groups  # noqa: F401 (parts_of is for data.py)
 from sounds.tables import folders_in, read_table, require_files, require_whole
 from support.command import UserError, first_of, warn
 from support.processes import say
@@ -249,7 +249,8 @@ def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> L
             "one to test are needed (--group '(.*)': every clip is a group)"
         )
     warn_of_copies(root, clips)
-    return Listing(root, clips, name=name)
+    has_groups = any(clip.group for clip in clips)
+    return Listing(root, clips, name=name, group_hint="" if has_groups else group_hint(clips))
 
 
 def seconds_of(dataset, seconds: float | None) -> float:

@@ -123,7 +123,7 @@ class Recorder:
         wait_for_all()
         if self.machine.is_first:
             run = records.write_results(self.folder)
-            say(console.summary(run))
+            say(console.summary(run, self.dataset))
             self.summaries[self.settings.seed] = run.result()
 
     def results(self):

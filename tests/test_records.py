@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from data import load_dataset
+from data import Dataset, load_dataset
 from load_weights import load_trained
 from support import console, headers, records
 from support.checkpoints import read_header, sha256_of, write_tensors
@@ -303,7 +303,7 @@ def test_seconds_of_a_fold(monkeypatch):
 
 def test_the_command_that_is_printed_can_be_copied(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "my runs" / "seed0")
-    text = console.summary(read_run(folder))
+    text = console.summary(read_run(folder), Dataset("my", folder, [], [], [], {}))
     (line,) = [line for line in text.splitlines() if "python -m tools.predict" in line]
     assert shlex.split(line)[-2:] == [str(folder), "SOUND.wav"]
 
