@@ -195,5 +195,9 @@ def summarise_seeds(home, results):
     result = {**mean_and_std(folds), "seeds": seeds, "folds": folds}
     write_json(home / "result.json", result)
     accuracy = f"{result['accuracy']:.2f} +- {result['std']:.2f} %"
-    say(f"accuracy {accuracy} over {len(seeds)} seeds, {len(folds)} runs in all; written to {home}")
+    balanced = mean(result["scores"]["balanced_accuracy"] for result in results.values())
+    say(
+        f"accuracy {accuracy}, balanced accuracy {balanced:.2f} %, over {len(seeds)} seeds, "
+        f"{len(folds)} runs in all; written to {home}"
+    )
     return result

@@ -229,6 +229,15 @@ def test_what_accuracy_hides():
     assert console.balanced_accuracy(plain, NO_HINT) == "balanced accuracy 66.67 %"
 
 
+def test_what_is_said_of_several_seeds(tmp_path, capsys):
+    """The second seed has 9 of 10 clips right, and one of two classes."""
+    answers = {f"a/{i}.wav": "a" for i in range(9)} | {"b/0.wav": "b"}
+    runs = [made_up(answers, "balanced"), made_up({**answers, "b/0.wav": "a"}, "balanced")]
+    console.summarise_seeds(tmp_path, {seed: run.result() for seed, run in enumerate(runs)})
+    expected = "accuracy 95.00 +- 7.07 %, balanced accuracy 75.00 %, over 2 seeds, 2 runs in all"
+    assert expected in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("before", "after", "end"),
     [
