@@ -243,6 +243,12 @@ def test_what_a_config_leaves_out_is_what_transformers_leaves_out():
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
+def test_what_an_adapter_leaves_out_is_what_peft_leaves_out():
+    ours, theirs = headers.LoRA(), peft.LoraConfig()
+    for name in ("r", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
 @pytest.mark.parametrize(
     "config",
     [
