@@ -159,7 +159,7 @@ def difference(old, new):
             return f"--seconds {before / 100:g}, not {value / 100:g}"
         if name == "backbone":
             return f"the backbone {old['weights']} as it was then (give the right one as --weights)"
-        return f"{name} {before!r:.200}, not {value!r:.200}"
+        return f"{name} {before!s:.200}, not {value!s:.200}"
     return None
 
 
