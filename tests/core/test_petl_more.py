@@ -957,6 +957,7 @@ with process_group(cpu):
     steps["mean"] = load_weights.trained_tensors(model)
     labels = torch.tensor([0, 1, 2] * 4)
     split = Split(list(range(8)), [], list(range(8, 12)))
+    settings = settings_of(epochs=2, batch_size=4, keep=0.5)
     learner = train.Learner(model, settings, machine)
     train.train_fold(learner, Clips(clips.flatten(0, 1), labels), split, 1, train.Progress())
     steps["run"] = load_weights.trained_tensors(model)
@@ -966,7 +967,7 @@ with process_group(cpu):
 
 def test_statistics_are_averaged_over_processes(tmp_path):
     """Each process takes its own, from its own clips alone; their mean is what is evaluated and
-    written.
+    written. The processes leave out other patches, and still leave the same tensors.
     """
     root = os.path.dirname(petl.__file__)
     (tmp_path / "two.py").write_text(TWO)
