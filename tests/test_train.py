@@ -231,6 +231,7 @@ def test_two_processes_train_like_one(method, tmp_path, esc50_dir, cache_dir):
     micro-batches of 8 or 7 each, 29 = 8 + 7 + 7 + 7.
     """
     options = ["--method", *method, "--folds", "1", "--epochs", "2", "--batch-size", "29"]
+    options += ["--seconds", "5"]
     one = command(tmp_path, esc50_dir, cache_dir, "one", *options)
     two = command(tmp_path, esc50_dir, cache_dir, "two", *options, "--micro-batch", "8")
     assert train.main(one[2:]) == 0
