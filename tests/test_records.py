@@ -425,11 +425,12 @@ def test_a_fold_of_other_settings_is_never_averaged(again, settings, what):
 def test_a_setting_of_ones_own_is_compared(again):
     """A field that somebody has added to train.Settings."""
     folder, _ = again
-    for fold, warm_up in ((2, 5), (3, "x" * 10_000)):
-        file = folder / f"fold{fold}.safetensors"
-        changed(file, file, warm_up=warm_up)
-    with pytest.raises(UserError, match=rf"{file} is of a run with warm_up x{{200}}, not 5: del"):
-        read_run(folder)
+    first, other = (folder / f"fold{fold}.safetensors" for fold in (2, 3))
+    changed(first, first, warm_up=5)
+    for settings, shown in (({}, "None"), ({"warm_up": "x" * 10_000}, "x" * 200)):
+        changed(other, other, **settings)
+        with pytest.raises(UserError, match=f"{other} is of a run with warm_up {shown}, not 5: de"):
+            read_run(folder)
 
 
 def test_a_fold_under_another_name_is_refused(again):
