@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from ast_model import UserError
 from support.files import whole_file
-from support.headers import HuggingFace, Names, checked, checked_header
+from support.headers import HuggingFace, Names, check_header, checked
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
@@ -179,7 +179,9 @@ def read_metadata(path: Path) -> dict:
         raise no_whole_file(path, error) from None
     if not is_whole:
         raise no_whole_file(path, "it is damaged: its SHA-256 is another")
-    return {**header, **checked_header(header, path)} if header else {}
+    if header:
+        check_header(header, path)
+    return header
 
 
 def read_header(path: Path, *needed: str) -> dict:

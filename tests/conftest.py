@@ -29,8 +29,8 @@ def cache_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train_main(esc50_dir, cache_dir, tmp_path):
-    """`train.main` on the miniature with the small AST, two epochs of fold 1; more options override
-    these.
+    """`train.main` on the miniature with the small AST, two epochs of fold 1, clips of one second;
+    more options override these.
     """
 
     def call(*options) -> int:
@@ -44,6 +44,8 @@ def train_main(esc50_dir, cache_dir, tmp_path):
             "--epochs",
             2,
             "--folds",
+            1,
+            "--seconds",
             1,
         ]
         places = ["--cache-dir", cache_dir, "--out", tmp_path / "runs"]

@@ -181,7 +181,8 @@ def make_fsc(root: Path) -> Path:
 
 def test_esc50_miniature(tmp_path):
     root = make_all_of_esc50(tmp_path / "ESC-50-master")
-    assert train_on("esc50", root, tmp_path, "--folds", "1,3", "--shots", 1) == 0
+    words = ["--folds", "1,3", "--shots", 1, "--seconds", 1]
+    assert train_on("esc50", root, tmp_path, *words) == 0
     assert [fold["fold"] for fold in result_of("esc50", tmp_path)["folds"]] == [1, 3]
     split = split_of("esc50", tmp_path, fold=3)
     assert {name[6] for name in split["test"]} == {"3"} and {name[6] for name in split["val"]} == {
