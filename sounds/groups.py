@@ -4,13 +4,16 @@ Otherwise a model would be tested on what it was trained on.
 """
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 
-from sounds.clip import WHOLE, Clip, fragment, name_of
-from support.command import UserError
+from sounds.clip import WHOLE, Clip, fragment, name_of, spelling
+from support.command import UserError, first_of, warn
 
 PIECE = r"([-_. ]([Pp]art)?\d{1,4})?(\.\w+)?$"  # the end of rec1_03.wav, a-001.wav, talk.part2.wav
 
@@ -24,10 +27,11 @@ def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip
     """
     files = [name_of(clip.path, root) for clip in clips]
     names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
-    groups = [clip.group for clip in clips]
+    groups = [spelling(clip.group) for clip in clips]
     if pattern is not None:
         groups = groups_in(names, pattern)
-    elif any(clip.span != WHOLE for clip in clips):
+    warn_of_spellings(root, groups, "groups")
+    if pattern is None and any(clip.span != WHOLE for clip in clips):
         groups = [group or file for group, file in zip(groups, files, strict=True)]
     first = {}
     for clip, group, name in zip(clips, groups, names, strict=True):
@@ -38,6 +42,30 @@ def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip
                 "a group must be in one part; --group REGEX or a column group says what one is"
             )
     return [clip._replace(group=group) for clip, group in zip(clips, groups, strict=True)]
+
+
+def warn_of_spellings(root: Path, names: Iterable[str], what: str) -> None:
+    """Warn of names of classes or groups that are probably one name, spelt in several ways."""
+    spellings = defaultdict(list)
+    for name in sorted(set(names)):
+        spellings[likeness(name)].append(name)
+    several = [" = ".join(map(repr, alike)) for alike in spellings.values() if len(alike) > 1]
+    if several:
+        warn(
+            f"{root}: {what} that may be one and the same ({first_of(several)}): they are kept "
+            "apart; spell one name in one way"
+        )
+
+
+def likeness(name: str) -> object:
+    """Equal for names that differ in capitals, or in blanks, hyphens and underscores.
+
+    Of a number it is the value: 1, 01 and 1.0 are alike.
+    """
+    if re.fullmatch(r"-?\d+(\.\d*)?", name):
+        return Decimal(name)
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return re.sub(r"[\s_-]+", " ", folded).strip()
 
 
 def groups_in(names: list[str], pattern: str) -> list[str]:
@@ -52,9 +80,10 @@ def groups_in(names: list[str], pattern: str) -> list[str]:
     groups = []
     for name in names:
         found = expression.search(name)
-        if not found or not found[1]:
+        group = spelling(found[1] or "") if found else ""
+        if not group:
             raise UserError(f"{option} finds no group in {name}: every clip must have one")
-        groups.append(found[1])
+        groups.append(group)
     return groups
 
 

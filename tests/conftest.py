@@ -14,7 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from helpers import SMALL_AST, campaign_words, make_esc50
 
 import train
+from support import checkpoints
 from tools import campaign, experiments
+
+
+@pytest.fixture(autouse=True)
+def forgetful_hub():
+    """What one test fetched is not there for the next."""
+    checkpoints.fetch.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -181,24 +181,6 @@ def test_groups_that_cannot_be(tmp_path, header, more, group, message):
     assert "\n" not in str(error.value)
 
 
-def test_copies_within_a_group_are_no_mistake(tmp_path, capsys):
-    for name in ("a0", "a1", "b0", "b1"):
-        write_sound(
-            tmp_path / f"{name}.wav", seed=len(name) if name[0] == "a" else int(name[1]) + 5
-        )
-    rows = ["a0.wav,a,x", "a1.wav,a,x", "b0.wav,b,y", "b1.wav,b,z"]
-    write_sound(tmp_path / "a2.wav")
-    load_dataset(
-        "csv", write_csv(tmp_path / "t.csv", "path,label,group", *rows, "a2.wav,a,y"), tmp_path
-    )
-    assert capsys.readouterr().err == ""
-    rows[1] = "a1.wav,a,y"
-    load_dataset(
-        "csv", write_csv(tmp_path / "t.csv", "path,label,group", *rows, "a2.wav,a,y"), tmp_path
-    )
-    assert "1 sounds are there more than once" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("names", "groups"),
     [
