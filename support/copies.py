@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from support.command import first_of, warn
 
-CELL = (8, 8)  # frames and bands whose power is averaged
+CELL = (4, 8)  # frames and bands whose power is averaged
 FLOOR = 1e-5  # cells that are 50 dB below the loudest one, or more, hold no sound
-ALIKE = 0.5  # dB; see `pairs_of`
+ALIKE = 0.7  # dB; see `pairs_of`
 NATS = 2 * 4.5689974  # what 1 is in the features: data.to_input divides by twice data.STD
 
 
@@ -37,7 +37,7 @@ def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
 def levels_of(features: torch.Tensor, clips: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels (clips, cells) of some clips, and how many of their cells hold sound, (clips,).
 
-    A level is in dB of the power of the whole clip, because a copy may be louder.
+    A level is in dB of the loudest cell of the clip, because a copy may be louder.
     """
     levels = []
     counts = []
@@ -47,10 +47,9 @@ def levels_of(features: torch.Tensor, clips: list[int]) -> tuple[torch.Tensor, t
         power = x.mul_(NATS).exp_()
         power[is_silent] = 0
         cells = F.avg_pool2d(power[:, None], CELL).flatten(1)  # (some, cells)
-        cells /= cells.sum(1, keepdim=True).clamp_min(2**-23)
-        floor = FLOOR * cells.amax(1, keepdim=True)
-        counts.append((cells > floor).sum(1))
-        levels.append(10 * cells.maximum(floor).clamp_min(1e-12).log10())
+        cells /= cells.amax(1, keepdim=True).clamp_min(2**-23)
+        counts.append((cells > FLOOR).sum(1))
+        levels.append(10 * cells.clamp_min(FLOOR).log10())
     return torch.cat(levels), torch.cat(counts)
 
 
@@ -64,7 +63,7 @@ def pairs_of(levels: torch.Tensor, counts: torch.Tensor) -> list[tuple[int, int]
     The clips are sorted by their mean level, because that of copies differs by less than ALIKE.
     """
     means, order = levels.mean(1).sort()
-    levels = levels[order].double()
+    levels = levels[order]
     limits = ALIKE * counts[order].sqrt()
     pairs = []
     for first in range(0, len(order), 64):

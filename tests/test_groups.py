@@ -96,6 +96,10 @@ def test_what_groups_are_called():
     ] == "a/ann_2.wav#1-2.5"  # every clip by itself
     named = [clip._replace(group="mine") for clip in pieces]
     assert with_groups(root, named, None) == named
+    spellings = [Clip(root / name, "x") for name in ("Ren\u00e9_1.wav", "Rene\u0301 _2.wav")]
+    assert [clip.group for clip in with_groups(root, spellings, "(.*)_")] == ["Ren\u00e9"] * 2
+    with pytest.raises(UserError, match=r"a _1\.wav: every clip must have one"):
+        with_groups(root, [Clip(root / "a _1.wav", "x")], "a(.*)_")
     with pytest.raises(UserError, match=r"b/bob_1\.wav: every clip must have one"):
         with_groups(root, clips, "a/(ann)")
     with pytest.raises(UserError, match=r"'\(an' is no regular expression"):
