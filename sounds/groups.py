@@ -80,10 +80,9 @@ def groups_in(names: list[str], pattern: str) -> list[str]:
     groups = []
     for name in names:
         found = expression.search(name)
-        group = spelling(found[1] or "") if found else ""
-        if not group:
+        if not found or not found[1]:
             raise UserError(f"{option} finds no group in {name}: every clip must have one")
-        groups.append(group)
+        groups.append(spelling(found[1]) or found[1])
     return groups
 
 
