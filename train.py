@@ -59,6 +59,7 @@ from load_weights import (
 )
 from petl_more import Patchout
 from support import command
+from support.calibration import middles_of
 from support.files import default_cache_dir
 from support.recorder import Recorder, protected
 from support.speed import Machine
@@ -446,8 +447,10 @@ def run(args: argparse.Namespace) -> dict:
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
                 best, logits, labels = train_fold(learner, inputs, folds[fold], fold, progress)
+                # What the network makes of validation clips half-way tells how sure answers are.
+                middles = middles_of(model, clips, folds[fold].val, settings, machine)
                 if machine.is_first:
-                    header = recorder.header(best, logits, labels)
+                    header = recorder.header(best, middles, logits, labels)
                     header["parameters"] = petl.count(model)
                     save_trained(model, recorder.file(fold), header)
             recorder.finish_fold(fold)

@@ -23,6 +23,8 @@ Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, le=65_536)]
 Frames = Annotated[int, Meta(ge=16, le=6_000)]  # a patch, a minute
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Meta(ge=1e-9, le=1e30)]
+Thousandths = Annotated[int, Meta(ge=-1000, le=1000)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 LearningRate = Annotated[float, Meta(gt=0, le=1)]
@@ -175,8 +177,12 @@ class Calibration(TypedDict):
 
     temperature: Alpha
     min_confidence: Share
-    whitening: list[list[Finite]]
-    centres: list[list[Finite]]
+    mean: Annotated[list[Finite], Meta(max_length=2 * 65_536)]
+    std: list[Positive]
+    directions: Annotated[list[list[Thousandths]], Meta(min_length=1, max_length=16)]
+    alpha: Finite
+    limit: Finite
+    slope: Positive
 
 
 class Header(TypedDict, total=False):
@@ -219,10 +225,10 @@ def checked_header(content, origin):
     if "record" in header and max(header["record"]["predictions"], default=0) >= n_classes:
         raise UserError(f"{origin}: record.predictions: Expected numbers below {n_classes}")
     if "calibration" in header:
-        whitening = header["calibration"]["whitening"]
-        rows = whitening + header["calibration"]["centres"]
-        if len(whitening) != n_classes or any(len(row) != n_classes for row in rows):
-            raise UserError(f"{origin}: calibration: Expected rows of {n_classes} numbers")
+        mean = header["calibration"]["mean"]
+        rows = [header["calibration"]["std"], *header["calibration"]["directions"]]
+        if any(len(row) != len(mean) for row in rows):
+            raise UserError(f"{origin}: calibration: Expected rows of {len(mean)} numbers")
     return header
 
 

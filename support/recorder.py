@@ -83,8 +83,8 @@ class Recorder:
         self.current = FoldLog(self, fold)
         return self.current
 
-    def header(self, best, logits, labels):
-        """What the fold file says of itself."""
+    def header(self, best, middles, logits, labels):
+        """What the fold file says of itself. `middles` are those of the validation clips."""
         progress = self.current.progress
         self.rows += progress.history
         peak = records.peak_memory()
@@ -109,7 +109,7 @@ class Recorder:
             "settings": asdict(self.settings),
             "versions": records.versions(),
         }
-        return calibrated(header, validation, (logits, labels))
+        return calibrated(header, (*validation, middles), (logits, labels))
 
     def finish_fold(self, fold):
         """The fold file is there. Print its result, and delete the state to resume from."""
