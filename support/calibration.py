@@ -25,29 +25,50 @@ RANK = 16  # principal directions
 # ----------------------------------------------------------------------- the middle of the network
 
 
-def middle_and_vector(model, spectrogram):
-    """The middle of the network, (clips, 2 dim), and the vector that the head reads, (clips, dim).
+def half_of(model):
+    """The number of blocks before the middle."""
+    return (len(model.blocks) + 1) // 2
 
-    The middle is the mean and the standard deviation over the tokens after half of the blocks. A
-    model without blocks has its vector there.
+
+def middle_of(model, spectrogram):
+    """The mean and the standard deviation over the tokens after half of the blocks, (clips, 2 dim).
+
+    A model without blocks has the vector that the head reads.
     """
+    if not model.blocks:
+        return model.vector(spectrogram).float()
+    tokens = model.embed(spectrogram)
+    for block in model.blocks[: half_of(model)]:
+        tokens = block(tokens)
+    return statistics(tokens)
+
+
+def statistics(tokens):  # (clips, tokens, dim)
+    tokens = tokens.float()
+    return torch.cat([tokens.mean(1), tokens.std(1)], dim=1)  # (clips, 2 dim)
+
+
+def middle_and_vector(model, spectrogram):
+    """`middle_of` and the vector that the head reads, (clips, dim), at the price of the vector."""
     if not model.blocks:
         vector = model.vector(spectrogram)
         return vector.float(), vector
-    tokens = []
-    block = model.blocks[(len(model.blocks) - 1) // 2]
-    with block.register_forward_hook(lambda block, given, output: tokens.append(output.float())):
+    middles = []
+
+    def keep(block, arguments, tokens):
+        middles.append(statistics(tokens))
+
+    with model.blocks[half_of(model) - 1].register_forward_hook(keep):
         vector = model.vector(spectrogram)
-    return torch.cat([tokens[0].mean(1), tokens[0].std(1)], dim=1), vector
+    return middles[0], vector
 
 
 def width_of_middle(model):
     """2 dim; without blocks, the length of the vector."""
     if model.blocks:
         return 2 * model.config.dim
-    return next(
-        module for module in model.head.modules() if isinstance(module, nn.Linear)
-    ).in_features
+    linear = [module for module in model.head.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].in_features
 
 
 @torch.inference_mode()
@@ -58,7 +79,7 @@ def middles_of(model, clips, indices, settings, machine):
     def compute(some):
         x, _ = clips.batch(some, machine.device)
         with machine.autocast(settings.dtype):
-            return middle_and_vector(model, x)[0]
+            return middle_of(model, x)
 
     index = torch.tensor(indices, dtype=torch.long, device=clips.features.device)
     return machine.in_batches(compute, index, settings.batch_size).cpu()

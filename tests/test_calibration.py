@@ -19,6 +19,7 @@ from support.calibration import (
     error,
     fit,
     middle_and_vector,
+    middle_of,
     temperature_of,
     width_of_middle,
 )
@@ -165,12 +166,14 @@ def test_the_middle_is_that_of_half_the_blocks():
                 tokens = block(tokens)
             expected = torch.cat([tokens.mean(1), tokens.std(1)], dim=1)
             torch.testing.assert_close(middle, expected, rtol=0, atol=0)
+            torch.testing.assert_close(middle_of(model, spectrogram), expected, rtol=0, atol=0)
             torch.testing.assert_close(vector, model.vector(spectrogram), rtol=0, atol=0)
         assert middle.shape[1] == width_of_middle(model)
         assert not any(block._forward_hooks for block in model.blocks)
     model = AST(ASTConfig(60, dim=32, depth=0, heads=2, n_classes=3))  # as a method may leave it
     middle, vector = middle_and_vector(model, spectrogram)
     assert torch.equal(middle, vector) and middle.shape[1] == width_of_middle(model) == 32
+    assert torch.equal(middle, middle_of(model, spectrogram))
 
 
 def test_too_few_clips_and_odd_ones():
@@ -205,7 +208,7 @@ def test_a_run_fits_its_validation_clips(tmp_path, capsys):
     file = tmp_path / "runs/folder/linear/seed0/fold1.safetensors"
     header, out = read_header(file), capsys.readouterr().out
     calibration, result = header["calibration"], header["result"]
-    assert len(calibration["mean"]) == len(calibration["directions"][0]) == 2 * 128
+    assert len(calibration["mean"]) == len(calibration["directions"][0]) == 2 * 64
     before = f"{result['calibration_error']:.1f} % off (expected calibration error)"
     line = f"{before}, {result['calibrated_error']:.1f} %"
     assert line in out
