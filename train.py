@@ -59,7 +59,6 @@ from load_weights import (
 )
 from petl_more import Patchout
 from support import command
-from support.calibration import middles_of
 from support.files import default_cache_dir
 from support.recorder import Recorder, protected
 from support.speed import Machine
@@ -447,8 +446,7 @@ def run(args: argparse.Namespace) -> dict:
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
                 best, logits, labels = train_fold(learner, inputs, folds[fold], fold, progress)
-                # What the network makes of validation clips half-way tells how sure answers are.
-                middles = middles_of(model, clips, folds[fold].val, settings, machine)
+                middles = recorder.middles(model, clips, folds[fold].val)
                 if machine.is_first:
                     header = recorder.header(best, middles, logits, labels)
                     header["parameters"] = petl.count(model)

@@ -14,7 +14,7 @@ import torch
 
 from ast_model import UserError
 from support import command, console, records
-from support.calibration import calibrated
+from support.calibration import calibrated, middles_of
 from support.processes import process_group, say, wait_for_all
 from support.progress import Bar, in_words
 
@@ -82,6 +82,10 @@ class Recorder:
     def progress(self, fold):
         self.current = FoldLog(self, fold)
         return self.current
+
+    def middles(self, model, clips, indices):
+        """What the network makes of validation clips half-way: it tells how sure answers are."""
+        return middles_of(model, clips, indices, self.settings, self.machine)
 
     def header(self, best, middles, logits, labels):
         """What the fold file says of itself. `middles` are those of the validation clips."""

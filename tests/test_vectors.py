@@ -27,7 +27,7 @@ from data import Clips, Split, folds_of, load_dataset
 from load_weights import load_ast, load_trained, to_dict
 from petl_more import SSF, Statistics
 from sounds.audio import read_audio
-from support import records, vectors
+from support import recorder, records, vectors
 from support.calibration import Calibration
 from support.checkpoints import read_header
 from support.console import describe
@@ -41,7 +41,7 @@ def batches(monkeypatch) -> list[int]:
     At the end of a fold the validation clips go through half of it once more. They do not count.
     """
     sizes = []
-    middles_of = train.middles_of
+    middles_of = recorder.middles_of
 
     def uncounted(*args):
         count = len(sizes)
@@ -49,7 +49,7 @@ def batches(monkeypatch) -> list[int]:
         del sizes[count:]
         return found
 
-    monkeypatch.setattr(train, "middles_of", uncounted)
+    monkeypatch.setattr(recorder, "middles_of", uncounted)
     original = ast_model.Embedding.forward
     monkeypatch.setattr(
         ast_model.Embedding, "forward", lambda self, x: sizes.append(len(x)) or original(self, x)
