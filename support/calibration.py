@@ -6,7 +6,7 @@ of the classes a sound is, if it is one of them, so noise gets a class, too.
 
 So the confidence in an answer is its probability times a factor. The factor is 1 for sounds like
 nine of ten validation clips, and near 0 for sounds unlike all of them. It is computed from ViM's
-score (Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, eq. (5) to
+score (Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, eq. (4) to
 (7)). ViM reads the vector of the head. Here it reads the middle of the network, because the head's
 vector keeps what tells the classes apart, and loses much of what else a sound is.
 `python -m tools.confidence` compares this score with others.
@@ -118,7 +118,7 @@ class Calibration:
         return factor(self.score(logits, middle), self.limit, self.slope).to(logits)
 
     def score(self, logits: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-        """The same to ViM's scores (clips,), in float64 on the CPU: higher is less known."""
+        """Logits and middles to ViM's scores (clips,), float64 on the CPU: higher is less known."""
         mean = torch.tensor(self.mean, dtype=torch.double)
         std = torch.tensor(self.std, dtype=torch.double)
         directions = torch.tensor(self.directions, dtype=torch.double) / 1000
