@@ -451,8 +451,9 @@ def run(args: argparse.Namespace) -> dict:
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
                 best, logits, labels = train_fold(learner, inputs, folds[fold], fold, progress)
+                middles = recorder.middles(model, clips, folds[fold].val)
                 if machine.is_first:
-                    header = recorder.header(best, logits, labels)
+                    header = recorder.header(best, middles, logits, labels)
                     header["parameters"] = petl.count(model)
                     save_trained(model, recorder.file(fold), header)
             recorder.finish_fold(fold)

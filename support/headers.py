@@ -18,7 +18,9 @@ Count = Annotated[int, Meta(ge=0, le=10**12)]
 Size = Annotated[int, Meta(ge=1, le=65_536)]
 Frames = Annotated[int, Meta(ge=16, le=6_000)]  # a patch, a minute
 Number = Annotated[float, Meta(ge=-1e30, le=1e30)]  # neither infinite nor NaN
+Positive = Annotated[float, Meta(ge=1e-9, le=1e30)]
 Scale = Annotated[float, Meta(gt=0, le=65_536)]
+Thousandths = Annotated[int, Meta(ge=-1000, le=1000)]
 Pool = Literal["mean", "cls", "cls_dist"]  # the keys of ast_model.POOL
 
 
@@ -136,8 +138,12 @@ class Calibration(Struct, forbid_unknown_fields=True):
 
     temperature: Scale
     min_confidence: Number
-    whitening: list[list[Number]]
-    centres: list[list[Number]]
+    mean: list[Number]
+    std: list[Positive]
+    directions: Annotated[list[list[Thousandths]], Meta(min_length=1, max_length=16)]
+    alpha: Number
+    limit: Number
+    slope: Positive
 
 
 class Header(Struct, kw_only=True):
@@ -177,10 +183,10 @@ def check_header(content: dict, origin: Path | str) -> None:
     if header.record and max(header.record.predictions, default=0) >= n_classes:
         raise UserError(f"{origin}: record.predictions: Expected numbers below {n_classes}")
     if header.calibration:
-        whitening = header.calibration.whitening
-        rows = whitening + header.calibration.centres
-        if len(whitening) != n_classes or any(len(row) != n_classes for row in rows):
-            raise UserError(f"{origin}: calibration: Expected rows of {n_classes} numbers")
+        size = len(header.calibration.mean)
+        rows = [header.calibration.std, *header.calibration.directions]
+        if any(len(row) != size for row in rows):
+            raise UserError(f"{origin}: calibration: Expected rows of {size} numbers")
 
 
 # ------------------------------------------------------------------------ files of other programs

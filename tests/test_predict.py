@@ -333,8 +333,12 @@ def test_a_merged_model_answers_alike(tmp_path, rows):
     facts = {
         "temperature": 0.5,
         "min_confidence": 0.9,
-        "whitening": [[0.5] * 4] * 4,
-        "centres": [[1.0] * 4],
+        "mean": [0.5] * 128,
+        "std": [2.0] * 128,
+        "directions": [[1000] + [0] * 127],
+        "alpha": 10.0,
+        "limit": 0.0,
+        "slope": 100.0,
     }
     save_random(tmp_path / "fold1.safetensors", "lora", "cls", calibration=facts)
     words = [
@@ -354,8 +358,10 @@ def test_a_merged_model_answers_alike(tmp_path, rows):
     torch.testing.assert_close(as_tensor(one), as_tensor(other), atol=1e-5, rtol=0)
     assert (
         read_header(tmp_path / "m.safetensors")["calibration"] == facts
-        and one["classes"][0]["class"] == "unsure"
+        and one["unsure"] is other["unsure"] is True
     )
+    assert 0 < one["confidence"] < 0.9
+    assert other["confidence"] == pytest.approx(one["confidence"], abs=1e-5)
 
 
 @pytest.mark.parametrize(("pool", "method"), [("mean", "linear"), ("cls_dist", "dpt")])
@@ -476,14 +482,16 @@ def test_answers_are_sorted_and_three_unless_told(tmp_path, answer):
         {"class": name, "probability": p}
         for name, p in (("sea, waves", 0.5), ("wind", 0.25), ("rain", 0.125))
     ]
-    assert json.loads(line) == {"file": str(file), "start": 0.0, "end": 0.5, "classes": classes}
+    sure = {"confidence": 0.5, "unsure": False}
+    span = {"start": 0.0, "end": 0.5}
+    assert json.loads(line) == {"file": str(file), **span, **sure, "classes": classes}
     lines = answer(fold, file, "--csv", "--top", 9)
     assert lines == [
-        "file,start,end,rank,class,probability",
-        f'{file},0.000,0.500,1,"sea, waves",0.500000',
-        f"{file},0.000,0.500,2,wind,0.250000",
-        f"{file},0.000,0.500,3,rain,0.125000",
-        f"{file},0.000,0.500,4,dog,0.125000",
+        "file,start,end,rank,class,probability,confidence,unsure",
+        f'{file},0.000,0.500,1,"sea, waves",0.500000,0.500000,no',
+        f"{file},0.000,0.500,2,wind,0.250000,0.500000,no",
+        f"{file},0.000,0.500,3,rain,0.125000,0.500000,no",
+        f"{file},0.000,0.500,4,dog,0.125000,0.500000,no",
     ]
 
 

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
 from support.files import csv_of, whole_file, write_text
 
-COLUMNS = ("file", "start", "end", "rank", "class", "probability")  # of --csv
+# Of --csv. The last two are the same in all rows of a file.
+COLUMNS = ("file", "start", "end", "rank", "class", "probability", "confidence", "unsure")
 UNSURE = "unsure"  # the answer where the confidence is too low
 
 
@@ -48,17 +50,21 @@ def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
     """Print an answer in the form "json", "csv" or "text". The text has `width` columns for the
     file."""
     classes = answer.classes
-    if answer.unsure:
-        classes = ((UNSURE, answer.confidence), *classes)
     if form == "json":
         found = [{"class": name, "probability": round(p, 6)} for name, p in classes]
         span = {"start": round(answer.start, 3), "end": round(answer.end, 3)}
-        print(json.dumps({"file": file, **span, "classes": found}))
+        sure = {"confidence": round(answer.confidence, 6), "unsure": answer.unsure}
+        print(json.dumps({"file": file, **span, **sure, "classes": found}))
     elif form == "csv":
         first = (file, f"{answer.start:.3f}", f"{answer.end:.3f}")
-        rows = [(*first, rank, name, f"{p:.6f}") for rank, (name, p) in enumerate(classes, 1)]
+        last = (f"{answer.confidence:.6f}", "yes" if answer.unsure else "no")
+        rows = [
+            (*first, rank, name, f"{p:.6f}", *last) for rank, (name, p) in enumerate(classes, 1)
+        ]
         print(csv_of(rows), end="")
     else:
+        if answer.unsure:
+            classes = ((UNSURE, answer.confidence), *classes)
         names = "  ".join(f"{name} {p:.3f}" for name, p in classes)
         print(f"{file:<{width}}{answer.end:20.2f} s  {names}")
 
@@ -71,7 +77,7 @@ def events_of(windows: list[Answer], threshold: float) -> Iterator[Answer]:
 
     A window speaks for the time that is nearer to its middle than to the middles of its neighbours.
     An event is a row of windows that are sure of one class, each with a probability of `threshold`
-    or more. The probability of the event is the mean of theirs.
+    or more. Probability and confidence of the event are the means of theirs.
     """
     edges = [0.0]
     for one, other in pairwise(windows):
@@ -84,8 +90,9 @@ def events_of(windows: list[Answer], threshold: float) -> Iterator[Answer]:
     for name, row in groupby(pieces, lambda piece: sure_class(piece, threshold)):
         row = list(row)
         if name != UNSURE:
-            probability = sum(piece.classes[0][1] for piece in row) / len(row)
-            yield replace(row[0], end=row[-1].end, classes=((name, probability),))
+            classes = ((name, mean(piece.classes[0][1] for piece in row)),)
+            confidence = mean(piece.confidence for piece in row)
+            yield replace(row[0], end=row[-1].end, classes=classes, confidence=confidence)
 
 
 def sure_class(window: Answer, threshold: float) -> str:
@@ -103,12 +110,13 @@ def write_track(path: Path, events: list[Answer]) -> None:
 
 
 def save_embeddings(path: Path, names: list[str], answers: list[Answer]) -> None:
-    """As .npz: vectors float32 (n, dim); names, classes and confidence, (n,) each."""
+    """As .npz: vectors float32 (n, dim); names, classes, confidence and unsure, (n,) each."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             vectors=np.array([answer.vector for answer in answers]),
             names=names,
-            classes=[answer.best for answer in answers],
+            classes=[answer.classes[0][0] for answer in answers],
             confidence=[answer.confidence for answer in answers],
+            unsure=[answer.unsure for answer in answers],
         )

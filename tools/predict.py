@@ -27,7 +27,7 @@ from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
 from sounds.audio import RATE, SUFFIXES, files_in, stream_audio
-from support.calibration import Calibration
+from support.calibration import Calibration, middle_and_vector, width_of_middle
 from support.checkpoints import read_header, read_names
 from support.command import (
     Parser,
@@ -133,10 +133,11 @@ class Classifier:
         vectors = []
         for model, calibration in zip(self.models, self.calibrations, strict=True):
             with self.machine.autocast(dtype_on(self.machine)):
-                vector = model.vector(x)
+                middle, vector = middle_and_vector(model, x)
                 logits = model.head(vector).float()
             probabilities = self.activation(logits / calibration.temperature)
-            total = total + torch.cat([probabilities, calibration.known(logits)[:, None]], dim=1)
+            known = calibration.known(logits, middle)
+            total = total + torch.cat([probabilities, known[:, None]], dim=1)
             vectors.append(vector.float())
         return torch.cat([total / len(vectors), *vectors], dim=1).cpu().numpy()
 
@@ -187,6 +188,11 @@ def load(
     if classes is None:
         classes = [f"class {i}" for i in range(models[0].config.n_classes)]
     calibrations = [Calibration(**header.get("calibration", {})) for header in headers]
+    for file, model, calibration in zip(files, models, calibrations, strict=True):
+        width = width_of_middle(model)
+        numbers = len(calibration.mean)
+        if numbers not in (0, width):
+            raise UserError(f"{file}: calibration.mean: Expected {width} numbers, got {numbers}")
     if min_confidence is None:
         min_confidence = float(np.mean([each.min_confidence for each in calibrations]))
     softmax = partial(torch.softmax, dim=-1)
@@ -334,6 +340,8 @@ def run(args: argparse.Namespace) -> int:
         print(csv_of([COLUMNS]), end="")
     names = []
     wholes = []
+    answered = 0
+    unsure = 0
     failed = 0
     for file in files:
         name = printable(file)
@@ -346,6 +354,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: {printable(error)}", file=sys.stderr)
             failed = 1
             continue
+        answered += 1
+        unsure += answer.unsure
         if args.embeddings:
             names.append(name)
             wholes.append(answer)  # the last answer is on the whole
@@ -359,6 +369,11 @@ def run(args: argparse.Namespace) -> int:
                 print_answer(name, event, args.form, width)
     if args.embeddings:
         save_embeddings(args.embeddings, names, wholes)
+    if answered > 1 and unsure > answered / 2:
+        warn(
+            f"{unsure} of {answered} files are unsure: they are unlike the sounds that the model "
+            "was validated on. Check some answers by ear, and train with such sounds"
+        )
     return failed
 
 
