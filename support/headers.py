@@ -233,6 +233,7 @@ class Names(Struct, kw_only=True):
     """The names of the classes by their numbers, from the config.json of any program."""
 
     model_type: Name = ""
+    problem_type: Name | None = None
     id2label: dict[str, Name] = {}
 
     def __post_init__(self):
@@ -254,6 +255,18 @@ class HuggingFace(Names, kw_only=True):
     hidden_act: Name = "gelu"
     qkv_bias: bool = True
     layer_norm_eps: Share = 1e-12
+
+
+class Extractor(Struct):
+    """preprocessor_config.json of transformers' AST. None: as the model has it."""
+
+    feature_extractor_type: Name | None = None
+    sampling_rate: Count | None = None
+    num_mel_bins: Count | None = None
+    max_length: Count | None = None
+    do_normalize: bool = True
+    mean: Finite = -4.2677393
+    std: Annotated[float, Meta(gt=0, le=1e30)] = 4.5689974
 
 
 class Adapter(Struct, kw_only=True):

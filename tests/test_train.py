@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL_AST, build_features, make_bad_files, make_esc50, make_folder
+from helpers import (
+    SMALL_AST,
+    SMALL_CONFIG,
+    SMALL_STATE,
+    build_features,
+    make_bad_files,
+    make_esc50,
+    make_folder,
+    write_ast,
+)
 from safetensors.torch import load_file
 
 import petl
@@ -405,6 +414,10 @@ def test_bad_weights(fails, tmp_path):
     torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.pth")
     assert "no AST checkpoint" in fails("--weights", tmp_path / "resnet.pth")
     assert "no weights at" in fails("--weights", "absent.pth")
+    folder = write_ast(tmp_path / "mel", SMALL_STATE, {**SMALL_CONFIG, "num_mel_bins": 64})
+    said = fails("--weights", folder, "--cache-dir", tmp_path / "cache")
+    assert "mel/config.json: it reads 64 Mel bands, the features here have 128" in said
+    assert not (tmp_path / "cache").exists()  # before the features are computed
     assert nothing_written(tmp_path)
 
 
