@@ -6,6 +6,7 @@ from pathlib import Path
 from sounds.clip import PARTS, Clip, Listing
 from sounds.fetch import Source, locate
 from sounds.tables import folders_in, read_table, require_files
+from support.files import require_file
 
 ESC50 = Source(
     folder="ESC-50",
@@ -94,6 +95,7 @@ def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
     root = locate(GSC, data_dir, cache_dir)
     part_of = {}
     for part, list_of_part in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
+        require_file(root / list_of_part)
         names = (root / list_of_part).read_text(encoding="utf-8", errors="replace").split()
         part_of.update(dict.fromkeys(names, part))
     clips = {}

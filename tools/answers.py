@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import csv_of, whole_file, write_text
+from support.processes import say
 
 COLUMNS = ("file", "start", "end", "rank", "class", "probability")  # of --csv
 UNSURE = "unsure"  # the answer where the confidence is too low
@@ -32,16 +33,6 @@ class Answer:
 
 
 # ---------------------------------------------------------------------------- answers to the user
-
-
-def printable(name: Path | str) -> str:
-    """A name that a terminal can print. A control character in it would command the terminal.
-
-    A control character becomes its escape, such as \\x1b. A byte NN of a file's name that is no
-    text becomes \\xNN. Python reads such a byte as the character \\udcNN.
-    """
-    shown = (c if c.isprintable() else repr(c)[1:-1] for c in str(name))
-    return "".join(shown).replace("\\udc", "\\x")
 
 
 def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
@@ -96,7 +87,7 @@ def write_track(path: Path, events: list[Answer]) -> None:
     """Write events as a label track for Audacity, and say so."""
     lines = [f"{event.start:.6f}\t{event.end:.6f}\t{event.best}\n" for event in events]
     write_text(path, "".join(lines))
-    print(f"{printable(path)}: {len(lines)} events")
+    say(f"{path}: {len(lines)} events")
 
 
 # ------------------------------------------------------------------------------------- embeddings

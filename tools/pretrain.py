@@ -27,6 +27,7 @@ from sounds.audio import files_in, read_audio
 from support.checkpoints import check_suffix, sha256_of, unpickled
 from support.command import Parser, UserError, exit_code, positive, warn
 from support.files import whole_file
+from support.processes import say
 from support.progress import Bar
 
 N_FRAMES = data.DATASETS["demo"].n_frames
@@ -182,7 +183,7 @@ def pretrain(waves, weights, steps, out, size=64, save_every=250):
     made = f"{len(waves)} recordings, {steps} steps, from {Path(weights).name}"
     save_ast(model, out, {"pretrained": made}, torch.float16)
     file.unlink(missing_ok=True)
-    print(f"written to {out}, made from {made}")
+    say(f"written to {out}, made from {made}")
 
 
 def start(argv):
