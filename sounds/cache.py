@@ -54,6 +54,10 @@ def cached(
                 os.replace(partial, path)
                 found = open_rows(path, kind, len(keys)), bad
     rows, bad = found
+    if rows is None:
+        raise UserError(
+            f"{path} was deleted as soon as it was written: give a --cache-dir that is left alone"
+        )
 
     for i, reason in bad.items():
         name = printable(dataset.root / dataset.names[i])

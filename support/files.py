@@ -110,8 +110,15 @@ def put_back(earlier: Path, path: Path) -> None:
 
 
 def csv_of(rows: Iterable[Iterable]) -> str:
+    """Rows as CSV, each on a line that ends with \\n."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        row = list(row)
+        # Without quotes, a \r in a name would be read as the end of a line.
+        writer = quoted if any("\r" in str(cell) for cell in row) else plain
+        writer.writerow(row)
     return text.getvalue()
 
 

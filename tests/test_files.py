@@ -1,6 +1,8 @@
 """Files that are whole or not there, and where they are kept."""
 
+import csv
 import errno
+import io
 import os
 import shutil
 import time
@@ -10,7 +12,7 @@ from threading import Event
 import pytest
 from filelock import FileLock, Timeout
 
-from support.files import default_cache_dir, locked, table_of, whole_file, whole_folder
+from support.files import csv_of, default_cache_dir, locked, table_of, whole_file, whole_folder
 
 
 def test_where_downloads_and_features_are_kept():
@@ -104,6 +106,13 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError) as error, whole_file(tmp_path / "b"):
         (tmp_path / "c").read_bytes()
     assert str(error.value.filename) == str(tmp_path / "c")
+
+
+def test_any_name_comes_back_from_a_table():
+    names = ["a, b", 'a "b"', "a\nb", "a\rb", "a\r", "\r\n", "", "a"]
+    text = csv_of([["left", "right"], *([name, "b"] for name in names)])
+    rows = csv.reader(io.StringIO(text, newline=""))
+    assert list(rows) == [["left", "right"], *([name, "b"] for name in names)]
 
 
 def test_a_table_is_plain_lines():
