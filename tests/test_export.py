@@ -529,8 +529,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(("to", "out", "message"), [
     ("merged", "fold1.safetensors", "is, or holds, what is read here"),
     ("merged", "link.safetensors", "is, or holds, what is read here"),
-    ("merged", "fold2.safetensors", "would be a fold of the run there"),
-    ("merged", "fold3.safetensors", "would be a fold of the run there"),  # which is not trained yet
+    ("merged", "fold2.safetensors", "would be a file of the run there"),
+    ("merged", "fold3.safetensors", "would be a file of the run there"),  # which is not trained yet
     ("hf", ".", "is a folder with other files: give the name of a new folder"),
     ("peft", ".", "is a folder with other files: give the name of a new folder"),
     ("merged", "odd/model.safetensors", "is, or holds, what is read here"),
@@ -573,7 +573,7 @@ def test_an_import_writes_over_no_fold_and_nothing_that_it_reads(tmp_path, odd_b
     for out, message in (
         ("peft/adapter_model.safetensors", "is, or holds, what is read here"),
         ("odd/model.safetensors", "is, or holds, what is read here"),
-        ("run/fold1.safetensors", "would be a fold of the run there"),
+        ("run/fold1.safetensors", "would be a file of the run there"),
     ):
         assert message in command("import", tmp_path / "peft", "--out", tmp_path / out, code=2)
     assert contents(tmp_path) == before

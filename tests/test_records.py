@@ -29,8 +29,8 @@ from load_weights import load_trained
 from support import console, headers, records
 from support.checkpoints import read_header, sha256_of, write_tensors
 from support.command import UserError
-from support.records import METRICS, Progress, read_run, write_metrics
-from tools import export, predict
+from support.records import METRICS, Progress, check_not_of_run, read_run, write_metrics
+from tools import bench, export, predict, pretrain
 from train import Settings
 
 MADE_AGAIN = ("metrics.csv", "predictions.csv", "confusion.csv", "result.json")
@@ -271,6 +271,22 @@ def test_a_clip_has_one_name_in_every_locale(tmp_path):
         classes, names = json.loads(done.stdout.splitlines()[-1])
         assert classes == ["lów", "mid"]
         assert names == ["lów/0.wav", "lów/1.wav", "mid/0.wav", "mid/1.wav"]
+
+
+@pytest.mark.parametrize("name", ["fold2.safetensors", "config.json", "result.json"])
+def test_other_commands_write_over_no_file_of_a_run(tmp_path, name, capsys):
+    """Also not where a file is not there yet. Elsewhere any name will do."""
+    check_not_of_run(tmp_path / name)
+    (tmp_path / "config.json").write_text("{}")
+    check_not_of_run(tmp_path / "mine.json")
+    out = str(tmp_path / name)
+    commands = {"config.json": (bench, ["--json", out]), "result.json": (bench, ["--json", out])}
+    command, words = commands.get(name, (pretrain, [str(tmp_path), "--out", out]))
+    assert command.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out} would be a file of the run there: give another name\n"
+    )
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 # --------------------------------------------------------------------------------- files for people

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from support.command import printable
 from support.files import csv_of, whole_file, write_text
-from support.processes import say
 
 COLUMNS = ("file", "start", "end", "rank", "class", "probability")  # of --csv
 UNSURE = "unsure"  # the answer where the confidence is too low
@@ -87,7 +87,7 @@ def write_track(path: Path, events: list[Answer]) -> None:
     """Write events as a label track for Audacity, and say so."""
     lines = [f"{event.start:.6f}\t{event.end:.6f}\t{event.best}\n" for event in events]
     write_text(path, "".join(lines))
-    say(f"{path}: {len(lines)} events")
+    print(printable(f"{path}: {len(lines)} events"))
 
 
 # ------------------------------------------------------------------------------------- embeddings

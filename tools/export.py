@@ -39,6 +39,7 @@ from support.checkpoints import (
 from support.command import Parser, exit_code, needed
 from support.files import whole_file, whole_folder, write_json
 from support.processes import say
+from support.records import check_not_of_run
 from tools.merge import merge
 from tools.predict import class_names
 
@@ -445,7 +446,7 @@ def export(args) -> None:
 
 
 def check_out(out: Path, *sources: Path) -> None:
-    """Raise a UserError if `out` is a fold of a run, or if it is or holds a file of `sources`.
+    """Raise a UserError if `out` is a file of a run, or if it is or holds a file of `sources`.
 
     `sources` are files and folders that the command reads.
     """
@@ -453,8 +454,7 @@ def check_out(out: Path, *sources: Path) -> None:
         for file in (source, *source.glob("*")):
             if file.exists() and file.resolve().is_relative_to(out.resolve()):
                 raise UserError(f"--out {out} is, or holds, what is read here: give another name")
-    if out.match("fold*.safetensors") and (out.parent / "config.json").is_file():
-        raise UserError(f"--out {out} would be a fold of the run there: give another name")
+    check_not_of_run(out)
 
 
 def check_folder(out: Path) -> None:

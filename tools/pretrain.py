@@ -29,6 +29,7 @@ from support.command import Parser, UserError, exit_code, positive, warn
 from support.files import whole_file
 from support.processes import say
 from support.progress import Bar
+from support.records import check_not_of_run
 
 N_FRAMES = data.DATASETS["demo"].n_frames
 LENGTH = (N_FRAMES - 1) * data.HOP + data.WINDOW  # samples of a crop
@@ -195,6 +196,7 @@ def start(argv):
     add("--out", type=Path, required=True, help="the file of weights; a state lies beside it")
     args = parser.parse_args(argv)
     check_suffix(args.out)
+    check_not_of_run(args.out)
     pretrain(read_all(args.sounds), args.weights, args.steps, args.out)
 
 
