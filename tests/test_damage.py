@@ -720,6 +720,7 @@ def test_no_name_commands_the_terminal(tmp_path, capsys):
     run = out / "folder" / "linear" / "seed0"
     fold = str(run / "fold1.safetensors")
     assert report.main([str(run)]) == 0
+    assert report.main([str(out)]) == 2  # no run: the error names it
     assert predict.main([fold, str(sounds)]) == 1  # one cannot be read
     assert predict.main([fold, str(sounds), "--events"]) == 1
     assert export.main(["show", fold]) == 0
