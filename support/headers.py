@@ -196,6 +196,7 @@ class Names(Struct, kw_only=True):
     """The names of the classes by their numbers, from the config.json of any program."""
 
     model_type: Text = ""
+    problem_type: Text | None = None
     id2label: dict[str, Text] = {}
 
     def __post_init__(self):
@@ -217,6 +218,18 @@ class HuggingFace(Names, kw_only=True):
     hidden_act: Text = "gelu"
     qkv_bias: bool = True
     layer_norm_eps: Scale = 1e-12
+
+
+class Extractor(Struct):
+    """preprocessor_config.json of transformers' AST. None: as the model has it."""
+
+    feature_extractor_type: Text | None = None
+    sampling_rate: Count | None = None
+    num_mel_bins: Count | None = None
+    max_length: Count | None = None
+    do_normalize: bool = True
+    mean: Number = -4.2677393
+    std: Positive = 4.5689974
 
 
 class LoRA(Struct, kw_only=True):

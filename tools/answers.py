@@ -9,6 +9,7 @@ from statistics import mean
 
 import numpy as np
 
+from support.command import printable
 from support.files import csv_of, whole_file, write_text
 
 # Of --csv. The last two are the same in all rows of a file.
@@ -34,16 +35,6 @@ class Answer:
 
 
 # ---------------------------------------------------------------------------- answers to the user
-
-
-def printable(name: Path | str) -> str:
-    """A name that a terminal can print. A control character in it would command the terminal.
-
-    A control character becomes its escape, such as \\x1b. A byte NN of a file's name that is no
-    text becomes \\xNN. Python reads such a byte as the character \\udcNN.
-    """
-    shown = (c if c.isprintable() else repr(c)[1:-1] for c in str(name))
-    return "".join(shown).replace("\\udc", "\\x")
 
 
 def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
@@ -103,7 +94,7 @@ def write_track(path: Path, events: list[Answer]) -> None:
     """Write events as a label track for Audacity, and say so."""
     lines = [f"{event.start:.6f}\t{event.end:.6f}\t{event.best}\n" for event in events]
     write_text(path, "".join(lines))
-    print(f"{printable(path)}: {len(lines)} events")
+    print(printable(f"{path}: {len(lines)} events"))
 
 
 # ------------------------------------------------------------------------------------- embeddings

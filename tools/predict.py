@@ -37,6 +37,7 @@ from support.command import (
     exit_code,
     first_of,
     positive,
+    printable,
     warn,
 )
 from support.files import csv_of
@@ -48,12 +49,12 @@ from tools.answers import (
     Answer,
     events_of,
     print_answer,
-    printable,
     save_embeddings,
     write_track,
 )
 
 BATCH = 16  # windows at once
+SOFTMAX = partial(torch.softmax, dim=-1)
 
 
 class Unreadable(ValueError):
@@ -195,20 +196,33 @@ def load(
             raise UserError(f"{file}: calibration.mean: Expected {width} numbers, got {numbers}")
     if min_confidence is None:
         min_confidence = float(np.mean([each.min_confidence for each in calibrations]))
-    softmax = partial(torch.softmax, dim=-1)
     machine = place(models, device)
-    return Classifier(models, classes, softmax, calibrations, min_confidence, machine)
+    return Classifier(models, classes, SOFTMAX, calibrations, min_confidence, machine)
 
 
 def load_tagger(
     weights: str = "audioset", min_confidence: float | None = None, device: str = "auto"
 ) -> Classifier:
-    """The pretrained AST with its own head. Several tags may be true at once: a sigmoid."""
+    """The pretrained AST with its own head."""
     model = load_ast(weights, pool="cls_dist").eval()
     classes = class_names(weights, model.config.n_classes)
     machine = place([model], device)
     floor = min_confidence or 0.0
-    return Classifier([model], classes, torch.sigmoid, [Calibration()], floor, machine)
+    return Classifier([model], classes, activation_of(weights), [Calibration()], floor, machine)
+
+
+def activation_of(weights: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes probabilities of the logits of a checkpoint's own head.
+
+    The config.json of transformers calls it problem_type. If it says nothing, as that of AudioSet's
+    checkpoint, several tags may be true at once: a sigmoid. UserError for a head of no classes.
+    """
+    problem = read_names(find_checkpoint(weights)[1]).problem_type
+    if problem == "single_label_classification":
+        return SOFTMAX
+    if problem not in (None, "multi_label_classification"):
+        raise UserError(f"{weights}: its config.json says problem_type {problem!r}: it has no tags")
+    return torch.sigmoid
 
 
 def place(models: list[AST], device: str) -> Machine:
@@ -245,7 +259,7 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
         # Tracks of events were written here.
         names = [file.name for file in others if not file.name.endswith(".events.txt")]
         if names:
-            some = printable(first_of(names))
+            some = first_of(names)
             warn(f"{path}: {len(names)} files are no {', '.join(SUFFIXES)}, ignored ({some})")
         found += files
     return found
