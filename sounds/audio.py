@@ -26,7 +26,7 @@ TOO_SHORT = re.compile(
 UNKNOWN_LENGTH = 0x7FFF_F000  # bytes: such a header, or a larger one, was written into a pipe
 NO_LENGTH = 2**63 - 1  # samples: what libsndfile reports for a FLAC file that holds none
 MAY_BE_MISSING = 0.1  # seconds, because some encoders round the length
-SHORTEST = 0.01  # seconds of a sound
+SHORTEST = 0.001  # seconds of a sound
 LOWEST_RATE = 100  # Hz
 LOUDEST = 100.0  # a peak 40 dB above full scale: mixed sounds may well be above it, but not so far
 AUDIBLE = 1e-3  # a peak
@@ -156,7 +156,7 @@ def readable(path: Path):
         ) from None
 
 
-def sounds_in(opened: BinaryIO) -> Iterator[tuple]:
+def sounds_in(opened: BinaryIO, quick: bool = False) -> Iterator[tuple]:
     """Yield each sound in an open file: a soundfile.SoundFile, and the samples that it promises.
 
     The samples are those of one channel. A file that was cut promises at most a second more than
@@ -164,12 +164,12 @@ def sounds_in(opened: BinaryIO) -> Iterator[tuple]:
     """
     import soundfile
 
-    for part in parts_of(opened):
+    for part in parts_of(opened, quick):
         with soundfile.SoundFile(as_file(opened, part), closefd=False) as file:
             if file.samplerate < LOWEST_RATE:
                 raise ValueError(f"has a header that says {file.samplerate} samples a second")
-            longest = file.frames + file.samplerate
-            yield file, longest if part.is_cut else min(length_in_header(file), longest)
+            promised = length_in_header(file) + part.missing
+            yield file, min(promised, file.frames + file.samplerate)
 
 
 def blocks_of(file, start: int, count: int) -> Iterator[np.ndarray]:
@@ -219,7 +219,8 @@ def length_of(path: Path) -> float:
     """Seconds of sound in a file, as it promises. nan if it cannot be read."""
     try:
         with readable(path) as opened:
-            return sum(promised / file.samplerate for file, promised in sounds_in(opened))
+            sounds = sounds_in(opened, quick=True)
+            return sum(promised / file.samplerate for file, promised in sounds)
     except ValueError:
         return math.nan
 

@@ -5,11 +5,13 @@ recorder never came to write the length. An MP3 file need not promise anything: 
 takes every frame for as large as the first one.
 """
 
+import math
 import mmap
 import os
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import BinaryIO, NamedTuple
 
 
@@ -18,7 +20,7 @@ class Part(NamedTuple):
 
     spans: list[tuple[int, int]]
     head: bytes = b""
-    is_cut: bool = False  # more is missing at its end, and nobody knows how much
+    missing: float = 0  # samples that were promised and are not there. inf: nobody knows how many
 
 
 def as_file(opened: BinaryIO, part: Part):
@@ -60,8 +62,8 @@ class Spliced:
         return content
 
 
-def parts_of(opened: BinaryIO) -> list[Part]:
-    """The sounds that an open file holds, one after the other.
+def parts_of(opened: BinaryIO, quick: bool = False) -> list[Part]:
+    """The sounds that an open file holds, one after the other. For `quick` see `flac_parts`.
 
     Raises ValueError if pages are missing in an Ogg file.
     """
@@ -70,7 +72,7 @@ def parts_of(opened: BinaryIO) -> list[Part]:
     if head[:4] in (b"RIFF", b"FORM", b".snd"):
         return parts_by_size(opened, size)
     if head[:4] == b"fLaC":
-        return flac_parts(opened, 0, size)
+        return flac_parts(opened, size, quick)
     is_mp3 = head[:3] == b"ID3" or MP3_SYNC.match(head) or opened.name.lower().endswith(".mp3")
     if head[:4] == b"OggS" or (is_mp3 and size):
         return walked(opened, 0, size)
@@ -146,10 +148,30 @@ FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
 
 
-def flac_parts(opened: BinaryIO, start: int, end: int) -> list[Part]:
-    """The parts of a FLAC file. The number of its samples is in its header and in its last frame's.
+def flac_parts(opened: BinaryIO, size: int, quick: bool) -> list[Part]:
+    """The parts of a FLAC file of `size` bytes.
 
-    The header of a file that was written into a pipe says zero.
+    `quick`: only the first header and the last frame are looked at. That does not find joined files
+    if the first one and the last one have equally many samples.
+    """
+    if quick:
+        whole = flac_part(opened, 0, size)
+        if not whole.head:
+            return [whole]
+    starts = flac_starts(opened.name, os.fstat(opened.fileno()).st_mtime_ns, size)
+    return [flac_part(opened, start, end) for start, end in pairwise([*starts, size])]
+
+
+@lru_cache(maxsize=64)
+def flac_starts(name: str, changed: int, size: int) -> list[int]:
+    with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [found.start() for found in FLAC_START.finditer(content)]
+
+
+def flac_part(opened: BinaryIO, start: int, end: int) -> Part:
+    """The FLAC file between two bytes. The number of its samples is in its header.
+
+    It is in the header of its last frame as well, and zero in a file that went through a pipe.
     """
     opened.seek(start)
     head = opened.read(26)
@@ -161,21 +183,16 @@ def flac_parts(opened: BinaryIO, start: int, end: int) -> list[Part]:
     tail = opened.read(end - opened.tell())
     headers = [tail[sync.start() :][:16].ljust(16, b"\0") for sync in FLAC_SYNC.finditer(tail)]
     if any(flac_end(header, block)[0] == promised for header in reversed(headers)):
-        return [Part([(start, end)])]
-    with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        joined = FLAC_START.search(content, start + 4, end)
-        middle = joined.start() if joined else end
-    if joined:
-        return flac_parts(opened, start, middle) + flac_parts(opened, middle, end)
+        return Part([(start, end)])
     there = 0
     for header in headers:
         samples, size = flac_end(header, block)
         if crc8(header[: size + 1]) == 0:  # else it is no header
             there = max(there, samples)
     if there == 0:  # something else was written behind the last frame
-        return [Part([(start, end)])]
+        return Part([(start, end)])
     fixed = head[:18] + (numbers - promised + there).to_bytes(8, "big")
-    return [Part([(start + 26, end)], fixed, is_cut=promised > there)]
+    return Part([(start + 26, end)], fixed, max(0, promised - there))
 
 
 def flac_end(header: bytes, block: int) -> tuple[int, int]:
@@ -231,10 +248,10 @@ def ogg_parts(content: mmap.mmap) -> list[Part]:
         sizes = content[at + 27 : at + 27 + page[-1]]
         end = at + 27 + len(sizes) + sum(sizes)
         if len(page) < 27 or len(sizes) < page[26] or end > len(content):
-            parts[-1:] = [part._replace(is_cut=True) for part in parts[-1:]]
+            parts[-1:] = [part._replace(missing=math.inf) for part in parts[-1:]]
             break
         if page[5] & 2 and not begins:
-            parts.append(Part([], is_cut=True))
+            parts.append(Part([], missing=math.inf))
             last = {}
         begins = page[5] & 2
         stream = page[14:18]
@@ -246,7 +263,7 @@ def ogg_parts(content: mmap.mmap) -> list[Part]:
         if parts:
             add(parts[-1].spans, at, end)
             if page[5] & 4:  # the last page
-                parts[-1] = parts[-1]._replace(is_cut=False)
+                parts[-1] = parts[-1]._replace(missing=0)
         at = content.find(b"OggS", end)
     return parts
 
@@ -363,4 +380,5 @@ def mp3_part(content: mmap.mmap, frames: Frames) -> Part:
     header = bytes([header[0], header[1] | 1, header[2] & 0x0C | 0x90, header[3]])
     size, kind = mp3_frame(header)
     head = (header + bytes(tag_at(kind) - 4) + tag).ljust(size, b"\0")
-    return Part(spans, head, is_cut=(frames.promised or 0) > count)
+    samples = 1152 if kind[0] & 0x08 else 576  # of a frame
+    return Part(spans, head, samples * max(0, (frames.promised or 0) - count))
