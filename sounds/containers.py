@@ -5,6 +5,7 @@ recorder never came to write the length. An MP3 file need not promise anything: 
 takes every frame for as large as the first one.
 """
 
+import io
 import math
 import mmap
 import os
@@ -26,14 +27,14 @@ class Part(NamedTuple):
 def as_file(opened: BinaryIO, part: Part):
     """A Part of an open file, as something that soundfile opens."""
     if part.head or part.spans != [(0, os.fstat(opened.fileno()).st_size)]:
-        return Spliced(opened, part)
+        return io.BufferedReader(Spliced(opened, part), 2**16)
     opened.seek(0)
     if os.name == "nt":
         return opened
     return opened.fileno()  # a third faster, but Windows has no common file descriptors
 
 
-class Spliced:
+class Spliced(io.RawIOBase):
     """A Part of an open file, to be read as a file of its own."""
 
     def __init__(self, opened: BinaryIO, part: Part):
@@ -42,24 +43,30 @@ class Spliced:
         self.position = 0
         self.size = len(part.head) + sum(end - start for start, end in part.spans)
 
-    def tell(self) -> int:
-        return self.position
+    def readable(self) -> bool:
+        return True
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> None:
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}
         self.position = origin[whence] + offset
+        return self.position
 
-    def read(self, count: int) -> bytes:
-        content = self.part.head[self.position : self.position + count]
+    def readinto(self, buffer) -> int:
+        """Fill the buffer, but not beyond the end of a span. Returns the number of bytes."""
+        content = self.part.head[self.position :][: len(buffer)]
         before = len(self.part.head)  # bytes before a span
         for start, end in self.part.spans:
-            first = start + max(0, self.position + len(content) - before)
-            if len(content) < count and first < end:
+            first = start + self.position - before
+            if not content and start <= first < end:
                 self.opened.seek(first)
-                content += self.opened.read(min(count - len(content), end - first))
+                content = self.opened.read(min(len(buffer), end - first))
             before += end - start
+        buffer[: len(content)] = content
         self.position += len(content)
-        return content
+        return len(content)
 
 
 def parts_of(opened: BinaryIO, quick: bool = False) -> list[Part]:
@@ -298,7 +305,7 @@ class Frames:
 def mp3_parts(content: mmap.mmap, start: int, end: int) -> list[Part]:
     """The parts of an MP3 file. Its tags are left out, and whatever else is no frame."""
     sounds = []
-    at = start
+    at = next_frame(content, start, end)
     while at < end:
         size, kind = mp3_frame(content[at : at + 4].ljust(4, b"\0"))
         if size == 0 or at + size > end:
