@@ -114,7 +114,7 @@ def parts_by_size(opened: BinaryIO, size: int) -> list[Part]:
         else:
             order = "little" if head[:4] == b"RIFF" else "big"
             end = start + 8 + int.from_bytes(head[4:8], order)
-        if end >= size:
+        if not start < end < size:
             break
         opened.seek(end)
         if opened.read(4) != head[:4]:  # what follows is no other file
@@ -136,7 +136,7 @@ def wav_parts(opened: BinaryIO, start: int, end: int, size: int) -> list[Part]:
         length = int.from_bytes(chunk[4:8], "little")
         if chunk[:4] == b"fmt ":
             kind = chunk[8:]
-        if chunk[:4] == b"data" or len(chunk) < 10:
+        if chunk[:4] in (b"data", bytes(4)) or len(chunk) < 10:
             break
         at += 8 + length + length % 2
     samples = at + 8
@@ -172,7 +172,7 @@ def flac_parts(opened: BinaryIO, size: int, quick: bool) -> list[Part]:
 @lru_cache(maxsize=64)
 def flac_starts(name: str, changed: int, size: int) -> list[int]:
     with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return [found.start() for found in FLAC_START.finditer(content)]
+        return [0, *(found.start() for found in FLAC_START.finditer(content, 4))]
 
 
 def flac_part(opened: BinaryIO, start: int, end: int) -> Part:

@@ -166,6 +166,9 @@ def test_ogg_files_that_lack_pages(tmp_path, name):
     assert np.isnan(length(path))
     path.write_bytes(b"".join(pages[:2] + pages[4:]))  # a recorded stream, heard from then on
     assert 0 < length(path) < 9.5 and len(read_audio(path)) == round(16_000 * length(path))
+    path.write_bytes(b"".join([*pages, pages[0][:40]]))  # joined with one of which little is left
+    with pytest.raises(ValueError, match="truncated"):
+        read_audio(path)
     path.write_bytes(b"".join(pages) + bytes(2000))
     assert np.array_equal(read_audio(path), read_audio(tmp_path / name))
 
@@ -223,6 +226,10 @@ def test_a_recorder_that_was_switched_off(tmp_path):
         (wav((b"data", bytes(4000)), rate=1), "says 1 samples a second"),
         (wav((b"data", bytes(2))), r"holds 6\.25e-05 s: a sound must last 0\.001 s"),
         (b"\0\0\0\x20ftypM4A ", r"convert it: ffmpeg -i IN OUT\.flac"),
+        (b".snd" + bytes(60), "cannot be read"),
+        (b"RIFF" + bytes(4) + b"WAVE" + bytes(10**7), "cannot be read"),
+        (b"fLaC" + bytes(60), "cannot be read"),
+        (b"OggS", "cannot be read"),
     ],
 )
 def test_headers_that_cannot_be_right(tmp_path, content, reason):
