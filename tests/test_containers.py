@@ -37,6 +37,11 @@ def pages_of(content: bytes) -> list[bytes]:
     return [b"OggS" + page for page in content.split(b"OggS")[1:]]
 
 
+def untagged(mp3: bytes) -> bytes:
+    """Without the first frame, in which its length is."""
+    return mp3[mp3.index(mp3[:2], 2) :]
+
+
 def wav(*chunks: tuple[bytes, bytes], rate: int = 16_000) -> bytes:
     """A WAV file of 16 bits by hand."""
     form = struct.pack("<HHIIHH", 1, 1, rate, 2 * rate, 2, 16)
@@ -56,9 +61,8 @@ def test_an_mp3_that_does_not_say_its_length(tmp_path, is_loud_first, capfd):
     samples = np.concatenate([noise, np.zeros(160_000)])
     samples = samples if is_loud_first else samples[::-1]
     soundfile.write(tmp_path / "tagged.mp3", samples, 16_000)
-    tagged = (tmp_path / "tagged.mp3").read_bytes()
     path = tmp_path / "a.mp3"
-    path.write_bytes(tagged[tagged.index(tagged[:2], 2) :])  # without the frame that has the tag
+    path.write_bytes(untagged((tmp_path / "tagged.mp3").read_bytes()))
     guess = soundfile.info(path).duration
     assert guess < 3 or guess > 18
     wave = read_audio(path)
@@ -73,6 +77,16 @@ def test_an_mp3_that_does_not_say_its_length(tmp_path, is_loud_first, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_joined_mp3s_of_two_rates(tmp_path):
+    for name, rate in (("1.mp3", 16_000), ("2.mp3", 24_000)):
+        mp3 = write(tmp_path / name, 2, rate).read_bytes()
+        (tmp_path / name).write_bytes(untagged(mp3))
+    one, other = tmp_path / "1.mp3", tmp_path / "2.mp3"
+    expected = np.concatenate([read_audio(one), read_audio(other)])
+    assert len(expected) > 63_000
+    assert np.array_equal(read_audio(join(tmp_path / "3.mp3", one, other)), expected)
+
+
 def test_what_is_no_frame_in_an_mp3(tmp_path, capfd):
     """libmpg123 would give up, or write notes to stderr that name no file."""
     mp3 = write(tmp_path / "a.mp3", 2).read_bytes()
@@ -85,7 +99,7 @@ def test_what_is_no_frame_in_an_mp3(tmp_path, capfd):
         mp3 + b"TAG" + bytes(125),
         mp3 + b"APETAGEX" + rng.bytes(3000),
         bytes(3000) + mp3,
-        mp3[:72] * 0 + mp3 + bytes(50_000),
+        mp3 + bytes(50_000),
     ):
         path.write_bytes(content)
         assert np.array_equal(read_audio(path), expected)
@@ -100,8 +114,7 @@ def test_what_is_no_frame_in_an_mp3(tmp_path, capfd):
 
 def test_a_wav_file_that_holds_an_mp3(tmp_path):
     path = tmp_path / "a.wav"
-    mp3 = write(tmp_path / "a.mp3", 3).read_bytes()
-    mp3 = mp3[mp3.index(mp3[:2], 2) :]  # it does not say its length
+    mp3 = untagged(write(tmp_path / "a.mp3", 3).read_bytes())
     (tmp_path / "a.mp3").write_bytes(mp3)
     form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, 16_000, 8000, 1, 0, 12, 1, 0, 144, 1, 0)
     body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(mp3))
