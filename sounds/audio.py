@@ -24,7 +24,7 @@ TOO_SHORT = re.compile(
     r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be ([1-9]\d*)\)", re.MULTILINE
 )
 UNKNOWN_LENGTH = 0x7FFF_F000  # bytes: such a header, or a larger one, was written into a pipe
-NO_LENGTH = 2**63 - 1  # samples: what libsndfile reports for a FLAC file that holds none
+NO_LENGTH = 2**63 - 1  # samples: what libsndfile reports for a FLAC file written into a pipe
 MAY_BE_MISSING = 0.1  # seconds, because some encoders round the length
 SHORTEST = 0.001  # seconds of a sound
 LOWEST_RATE = 100  # Hz
@@ -156,7 +156,7 @@ def readable(path: Path):
         ) from None
 
 
-def sounds_in(opened: BinaryIO, quick: bool = False) -> Iterator[tuple]:
+def sounds_in(opened: BinaryIO) -> Iterator[tuple]:
     """Yield each sound in an open file: a soundfile.SoundFile, and the samples that it promises.
 
     The samples are those of one channel. A file that was cut promises at most a second more than
@@ -164,7 +164,7 @@ def sounds_in(opened: BinaryIO, quick: bool = False) -> Iterator[tuple]:
     """
     import soundfile
 
-    for part in parts_of(opened, quick):
+    for part in parts_of(opened):
         with soundfile.SoundFile(as_file(opened, part), closefd=False) as file:
             if file.samplerate < LOWEST_RATE:
                 raise ValueError(f"has a header that says {file.samplerate} samples a second")
@@ -211,7 +211,7 @@ def length_in_header(file) -> float:
     if claim and 0 < int(claim[1]) < UNKNOWN_LENGTH:
         return file.frames * int(claim[1]) / int(claim[2])
     if file.frames == NO_LENGTH:
-        raise ValueError("does not say how long it is")
+        raise ValueError("does not say how long it is: write it to a file again, not into a pipe")
     return file.frames
 
 
@@ -219,7 +219,7 @@ def length_of(path: Path) -> float:
     """Seconds of sound in a file, as it promises. nan if it cannot be read."""
     try:
         with readable(path) as opened:
-            sounds = sounds_in(opened, quick=True)
+            sounds = sounds_in(opened)
             return sum(promised / file.samplerate for file, promised in sounds)
     except ValueError:
         return math.nan

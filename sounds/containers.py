@@ -12,7 +12,6 @@ import os
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from typing import BinaryIO, NamedTuple
 
 
@@ -69,8 +68,8 @@ class Spliced(io.RawIOBase):
         return len(content)
 
 
-def parts_of(opened: BinaryIO, quick: bool = False) -> list[Part]:
-    """The sounds that an open file holds, one after the other. For `quick` see `flac_parts`.
+def parts_of(opened: BinaryIO) -> list[Part]:
+    """The sounds that an open file holds, one after the other. FLAC and others are taken as one.
 
     Raises ValueError if pages are missing in an Ogg file.
     """
@@ -78,8 +77,6 @@ def parts_of(opened: BinaryIO, quick: bool = False) -> list[Part]:
     head = opened.read(12)
     if head[:4] in (b"RIFF", b"FORM", b".snd"):
         return parts_by_size(opened, size)
-    if head[:4] == b"fLaC":
-        return flac_parts(opened, size, quick)
     is_mp3 = head[:3] == b"ID3" or MP3_SYNC.match(head) or opened.name.lower().endswith(".mp3")
     if head[:4] == b"OggS" or (is_mp3 and size):
         return walked(opened, 0, size)
@@ -147,94 +144,6 @@ def wav_parts(opened: BinaryIO, start: int, end: int, size: int) -> list[Part]:
         opened.seek(start)
         return [Part([(samples, size)], opened.read(samples - 4 - start) + b"\xff\xff\xff\xff")]
     return [Part([(start, size)])]
-
-
-# --------------------------------------------------------------------------------------------- FLAC
-
-FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
-
-
-def flac_parts(opened: BinaryIO, size: int, quick: bool) -> list[Part]:
-    """The parts of a FLAC file of `size` bytes.
-
-    `quick`: only the first header and the last frame are looked at. That does not find joined files
-    if the first one and the last one have equally many samples.
-    """
-    if quick:
-        whole = flac_part(opened, 0, size)
-        if not whole.head:
-            return [whole]
-    starts = flac_starts(opened.name, os.fstat(opened.fileno()).st_mtime_ns, size)
-    return [flac_part(opened, start, end) for start, end in pairwise([*starts, size])]
-
-
-@lru_cache(maxsize=64)
-def flac_starts(name: str, changed: int, size: int) -> list[int]:
-    with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return [0, *(found.start() for found in FLAC_START.finditer(content, 4))]
-
-
-def flac_part(opened: BinaryIO, start: int, end: int) -> Part:
-    """The FLAC file between two bytes. The number of its samples is in its header.
-
-    It is in the header of its last frame as well, and zero in a file that went through a pipe.
-    """
-    opened.seek(start)
-    head = opened.read(26)
-    numbers = int.from_bytes(head[18:26], "big")  # the last 36 bits are those of the samples
-    promised = numbers % 2**36
-    block = int.from_bytes(head[8:10], "big")
-    largest = int.from_bytes(head[15:18], "big") or 2**16  # bytes of a frame
-    opened.seek(max(start, end - largest - 256))
-    tail = opened.read(end - opened.tell())
-    headers = [tail[sync.start() :][:16].ljust(16, b"\0") for sync in FLAC_SYNC.finditer(tail)]
-    if any(flac_end(header, block)[0] == promised for header in reversed(headers)):
-        return Part([(start, end)])
-    there = 0
-    for header in headers:
-        samples, size = flac_end(header, block)
-        if crc8(header[: size + 1]) == 0:  # else it is no header
-            there = max(there, samples)
-    if there == 0:  # something else was written behind the last frame
-        return Part([(start, end)])
-    fixed = head[:18] + (numbers - promised + there).to_bytes(8, "big")
-    return Part([(start + 26, end)], fixed, max(0, promised - there))
-
-
-def flac_end(header: bytes, block: int) -> tuple[int, int]:
-    """The samples up to the end of the FLAC frame with this header (16,), and the header's bytes.
-
-    `block` is the number of samples in a frame, where all have the same. RFC 9639, section 9.1.
-    """
-    ones = 8 - (header[4] ^ 0xFF).bit_length()  # leading ones, as in UTF-8
-    at = 4 + max(1, ones)
-    number = header[4] & (0x7F >> ones)
-    for byte in header[5:at]:
-        number = number << 6 | byte & 0x3F
-    code = header[2] >> 4
-    if code == 6:
-        samples = header[at] + 1
-        at += 1
-    elif code == 7:
-        samples = int.from_bytes(header[at : at + 2], "big") + 1
-        at += 2
-    elif code == 1:
-        samples = 192
-    else:
-        samples = 144 << code if code < 6 else 1 << code
-    at += {12: 1, 13: 2, 14: 2}.get(header[2] & 15, 0)  # bytes of the sample rate
-    is_numbered_by_frame = header[1] == 0xF8
-    return samples + (number * block if is_numbered_by_frame else number), at
-
-
-def crc8(content: bytes) -> int:
-    checksum = 0
-    for byte in content:
-        checksum ^= byte
-        for _ in range(8):
-            checksum = checksum << 1 ^ (0x107 if checksum & 0x80 else 0)
-    return checksum
 
 
 # ---------------------------------------------------------------------------------------------- Ogg

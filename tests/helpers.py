@@ -231,6 +231,9 @@ def make_bad_files(folder: Path) -> dict[str, str]:
         soundfile.write(
             folder / name, np.array([[0.1, value], [0.1, -value]]), 16_000, subtype="FLOAT"
         )
+    pipe = bytearray(write_sound(folder / "pipe.flac").read_bytes())
+    pipe[21:26] = bytes([pipe[21] & 0xF0, 0, 0, 0, 0])  # the number of samples: unknown
+    (folder / "pipe.flac").write_bytes(pipe)
     tone = 0.3 * np.sin(np.arange(16_000) / 5)
     for name, samples in (
         ("integers.wav", np.rint(32_767 * tone)),
@@ -248,6 +251,7 @@ def make_bad_files(folder: Path) -> dict[str, str]:
         "silent.wav": "no samples",
         "nan.wav": "not finite",
         "infinite.wav": "not finite",
+        "pipe.flac": "how long",
         "integers.wav": "peak of 9,830",
         "scaled.wav": "peak of 9,830",
         "opposite.wav": "cancel each other",

@@ -306,6 +306,15 @@ def test_each_bad_file_has_its_reason(tmp_path):
 # ------------------------------------------------------------------------------ how long sounds are
 
 
+def test_a_sound_that_does_not_say_its_length_does_not_count(tmp_path):
+    """A FLAC file written into a pipe has a zero where others have the number of their samples."""
+    paths = [write_sound(tmp_path / name, seconds=1) for name in ("a.wav", "pipe.flac")]
+    content = bytearray(paths[1].read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    paths[1].write_bytes(content)
+    assert typical_seconds(lengths_of(paths, {})) == pytest.approx(1.0)
+
+
 def test_the_typical_length(tmp_path):
     """The 95th percentile, which lies between the neighbours; 10.24 s where no file says how long
     it is."""
