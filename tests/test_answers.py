@@ -182,6 +182,15 @@ def test_sounds_that_are_none(tmp_path):
     for rate in (0, 1e-9, np.nan):
         with pytest.raises(ValueError, match="no sound"):
             classify(np.ones(9), rate)
+    tone = 0.3 * np.sin(np.arange(16_000) / 5)
+    for samples, reason in (
+        (32_767 * tone, "has a peak of 9,830, but"),
+        (np.rint(50 * tone), "has a peak of 15, but"),
+        (tone[:15], r"holds 0\.0009375 s: a sound must last 0\.001 s"),
+    ):
+        with pytest.raises(ValueError, match=f"no sound: the array {reason}"):
+            classify(samples, 16_000)
+    assert classify(13 * tone, 16_000).classes == classify(tone[:16], 16_000).classes
     with pytest.raises(UserError, match="it is no file"):
         load(tmp_path / "absent")
 

@@ -26,7 +26,15 @@ import torch
 from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
-from sounds.audio import RATE, SUFFIXES, files_in, stream_audio
+from sounds.audio import (
+    LOWEST_RATE,
+    RATE,
+    SUFFIXES,
+    check_length,
+    files_in,
+    mono,
+    stream_audio,
+)
 from support.calibration import Calibration, middle_and_vector, width_of_middle
 from support.checkpoints import read_header, read_names
 from support.command import (
@@ -274,10 +282,15 @@ def at_16_khz(samples: np.ndarray, rate: int | None) -> np.ndarray:
 
     wave = np.asarray(samples)
     is_sound = wave.dtype.kind == "f" and wave.ndim == 1 and wave.size and np.isfinite(wave).all()
-    if not is_sound or rate is None or not rate >= 1:
+    if not is_sound or rate is None or not rate >= LOWEST_RATE:
         found = f"{wave.dtype} {wave.shape} at {rate} Hz"
         wanted = "give finite floats in [-1, 1], (samples,), and their rate"
         raise Unreadable(f"no sound: {found}; {wanted}")
+    try:
+        check_length(len(wave) / rate)
+        wave = mono(wave[:, None])
+    except ValueError as error:
+        raise Unreadable(f"no sound: the array {error}") from None
     return soxr.resample(wave.astype(np.float32), rate, RATE)
 
 
