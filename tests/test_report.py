@@ -377,8 +377,7 @@ def test_sounds_that_changed_are_told(run, tmp_path, capsys):
     assert report.main(options) == 2
     assert (
         f"{root / tested[0]} cannot be read (Format not recognised; perhaps ffmpeg -i IN OUT.flac can "
-        "read it): mend it, or say"
-        in capsys.readouterr().err
+        "read it): mend it, or say" in capsys.readouterr().err
     )
 
 
