@@ -137,14 +137,16 @@ class Shape(TypedDict):
     hidden: Size | None
 
 
-class Errors(TypedDict, total=False):
-    """How far probabilities were off, if there were enough validation clips to know it."""
+class Extras(TypedDict, total=False):
+    """What not every fold has."""
 
-    calibration_error: Percent
+    calibration_error: Percent  # these two: if there were enough validation clips
     calibrated_error: Percent
+    logmel_accuracy: Percent  # these two: of own sounds
+    logmel_balanced_accuracy: Percent
 
 
-class Result(Errors):
+class Result(Extras):
     """What came out of a fold."""
 
     fold: Count
