@@ -404,7 +404,7 @@ def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that a fold leaves changed, by name: the model's own, not copies.
 
     These are the trained parameters, and all persistent buffers of floats: running statistics of
-    BatchNorm, and mean and deviation of `probe`, which are set before training.
+    BatchNorm, and mean and deviation of a fitted head.
     """
     changed = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -15,12 +15,15 @@ prefixes). Prompts go around the embedding and around whole blocks. Some parts o
 there.
 
 A part may have these marks, attributes that are True. `apply` reads the first and `count` the
-second. With the third train.py refuses --keep, with the fourth every --pool but the default.
+second. With the third train.py refuses --keep, with the fourth every --pool but the default. With
+the fifth it fits the head (petl_more.fit), and with the sixth it loads no weights.
 
     needs_all_blocks   the method cannot be kept to some blocks by Method.blocks
     owns_final_norm    the final LayerNorm counts as a part of the method
     needs_all_patches  the method cannot be trained on some of the patches
     pools_itself       the method ignores ASTConfig.pool
+    is_fitted          only the head learns, a petl_more.Standardised
+    has_no_backbone    the method removes the backbone
 
 A *wrapper* is a module that keeps what it wraps as `self.wrapped`, so `attn.q` may become
 `LoRALinear(attn.q)`. Wrappers may nest. `inner` finds the AST's own module at the bottom. The code
@@ -530,8 +533,8 @@ class Method:
     """A row of METHODS.
 
     The head is trained by every method, and the final LayerNorm by every method but BitFit (its
-    bias only) and `probe`. Head and LayerNorm together have the 9-40K parameters of Table I's row
-    Linear, although section III-A speaks of the head alone.
+    bias only), `probe` and `logmel`. Head and LayerNorm together have the 9-40K parameters of Table
+    I's row Linear, although section III-A speaks of the head alone.
     """
 
     name: str
@@ -697,7 +700,7 @@ def replacement_of(wrapper):
 def merge(model: AST, replacement_of=replacement_of) -> AST:
     """A plain AST that computes the same as the adapted `model`, which stays as it is.
 
-    LoRA adds s B A to its weight. Adapters, prefixes, prompts and `probe` raise a UserError.
+    LoRA adds s B A to its weight. Adapters, prefixes, prompts and probes raise a UserError.
     (tools/merge.py gives another `replacement_of`, which knows some adapters.)
 
     The result has no `method`, and no `backbone`, which says where load_ast took the weights from,

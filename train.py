@@ -4,7 +4,8 @@
     python train.py --method houlsby_par --dataset esc50
 
 Read from top to bottom: `train_epoch` is the training loop, `train_fold` chooses the best epoch and
-tests it, `run` goes over seeds and folds, and `parse` reads the command line.
+tests it, `run` goes over seeds and folds, and `parse` reads the command line. Two methods do not
+need the loop: `probe` and `logmel` are fitted by `petl_more.fit`.
 
 AdamW, the weight decay and the cosine annealing of the learning rate are those of section III-A. As
 in the authors' code, the loss is cross-entropy and there is no warm-up. The test clips are
@@ -30,7 +31,7 @@ import argparse
 import copy
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support import command  # isort: skip, before torch, because of Ctrl-C
@@ -60,16 +61,17 @@ from load_weights import (
     to_dict,
     trained_tensors,
 )
-from petl_more import Patchout
+from petl_more import PENALTIES, Patchout, fit
 from support.files import default_cache_dir
 from support.recorder import Recorder, protected
 from support.speed import Machine
-from support.variants import check_method, fitted
+from support.variants import check_method, method_for
 from support.vectors import skip_frozen
 
 BETAS = (0.9, 0.98)  # of AdamW, as in the authors' code
 EPS = 1e-6  # of AdamW, as in the authors' code
 WEIGHT_DECAY = 0.1  # section III-A
+NO_BACKBONE = "random:demo"  # weights for a method that removes the backbone, quickly made
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Settings:
     shots: int | None  # training clips per class; None: all
     clips: str  # the SHA-256 of split.csv, which says what every clip is used for
     n_frames: int
-    epochs: int
+    epochs: int  # of a fitted method the number of penalties
     batch_size: int
     lr: float
     mask_frames: int  # the widest time mask of SpecAugment; 0: no masks in time or frequency
@@ -219,7 +221,7 @@ def train_epoch(
         optimizer.zero_grad()
 
     # Each process of torchrun has seen other clips. So buffers become the means over all processes:
-    # the running statistics of BatchNorm. (Those of `probe` are equal anyway.) So do the losses.
+    # the running statistics of BatchNorm. So do the losses.
     machine.average_(t for t in live_tensors(learner.network).values() if not t.requires_grad)
     return machine.mean(losses)
 
@@ -260,6 +262,9 @@ def train_fold(
 ) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Train on split.train, choose the best epoch on split.val, and test on split.test.
 
+    A fitted method has a path of penalties in place of epochs, from strong to weak. Each fit starts
+    from what the one before it has found.
+
     `progress` is told what happens, and its `start` may return the state of an interrupted fold,
     see `Progress`. Returns the best epoch, a dict, and logits (clips, classes) and labels (clips,)
     of the test clips. The network keeps the weights of the best epoch.
@@ -279,8 +284,15 @@ def train_fold(
 
     for epoch in range(first_epoch, settings.epochs + 1):
         seed_epoch(settings.seed, fold, epoch)
-        losses = train_epoch(learner, clips, split.train, epoch, class_weights, progress.watch)
-        losses = losses.tolist()
+        if petl.has_mark(learner.network.method, "is_fitted"):
+            index = torch.tensor(split.train, device=clips.labels.device)
+            vectors = clips.features[index]
+            labels = clips.labels[index]
+            penalty = PENALTIES[epoch - 1]
+            losses = [fit(learner.network.head, vectors, labels, penalty, class_weights)]
+        else:
+            losses = train_epoch(learner, clips, split.train, epoch, class_weights, progress.watch)
+            losses = losses.tolist()
         check_losses(losses, settings, f"fold {fold}, epoch {epoch}")
         progress.trained(epoch, losses)
 
@@ -309,6 +321,8 @@ class Progress:
     the state of an interrupted fold.
     """
 
+    say = print  # another function may take its place
+
     def start(self, learner: Learner, split: Split) -> dict | None:
         """Called before the first epoch. Returns the last state of an interrupted fold, or None."""
 
@@ -318,7 +332,7 @@ class Progress:
 
     def trained(self, epoch: int, losses: list[float]) -> None:
         """Called when the training clips of an epoch are through, with the loss of each step."""
-        print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}")
+        self.say(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}")
 
     def validated(self, epoch: int, accuracy: float | None, state: dict) -> None:
         """Called at the end of an epoch. `accuracy` is for printing.
@@ -328,7 +342,7 @@ class Progress:
         `state` is all that the next epochs need, and the best epoch so far under "best". Save it at
         once, because the next epoch changes it.
         """
-        print(f"epoch {epoch}: validation accuracy {accuracy}")
+        self.say(f"epoch {epoch}: validation accuracy {accuracy}")
 
 
 def check_losses(losses: list[float], settings: Settings, where: str) -> None:
@@ -401,6 +415,9 @@ def run(args: argparse.Namespace) -> dict:
     dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir, args.group, args.windows)
     recorder = Recorder(args, dataset, machine)
     weights = args.weights or recipe.weights
+    row = petl.find(args.method)
+    if petl.has_mark(row, "has_no_backbone"):
+        weights = NO_BACKBONE
     if not weights.startswith("random:"):
         find_checkpoint(weights)  # if it cannot be had, say so before any sound is read
     n_frames = frames_for(recipe, dataset, args.seconds)
@@ -411,7 +428,10 @@ def run(args: argparse.Namespace) -> dict:
     # narrower than 384 each RR and number of prompts of METHODS is divided by round(512 / dim), by
     # 4 in the default run, and rounded down, prompts to an even number. (LoRA's s = alpha / RR
     # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there.
-    method = fitted(petl.find(args.method), pretrained.config, args, lr)
+    method = method_for(row, pretrained.config, args, lr)
+    is_fitted = petl.has_mark(method, "is_fitted")
+    # Own sounds: a linear head learns from what the backbone makes of each clip once, unmasked.
+    unmasked = args.no_mask or is_fitted or (recipe.own and not method.parts)
     clips, bad = load_clips(dataset, n_frames, machine.device, args.cache_dir, args.skip_bad)
 
     for seed in args.seed:
@@ -429,10 +449,10 @@ def run(args: argparse.Namespace) -> dict:
             shots=args.shots,
             clips=split_hash,
             n_frames=n_frames,
-            epochs=args.epochs or recipe.epochs,
+            epochs=len(PENALTIES) if is_fitted else args.epochs or recipe.epochs,
             batch_size=args.batch_size or recipe.batch_size,
             lr=method.lr,
-            mask_frames=0 if args.no_mask else recipe.widest_mask(n_frames),
+            mask_frames=0 if unmasked else recipe.widest_mask(n_frames),
             dtype=args.dtype,
             keep=args.keep,
             balance=args.balance,
@@ -442,24 +462,47 @@ def run(args: argparse.Namespace) -> dict:
         for fold in recorder.folds:  # the numbers of --folds, or all of the dataset
             if not recorder.file(fold).exists():
                 model = adapted(pretrained, method, fold, settings, machine)
-                # `probe` gets mean and std of what its head reads of the training clips.
                 # `network` is `model`, and `inputs` are `clips`, with one exception. If only the
                 # head and perhaps the final LayerNorm train, and there is neither SpecAugment nor
                 # --keep, the frozen part computes each clip once: its tokens, normalised, pooled.
                 # Then `network` is weight and bias of the LayerNorm, which may as well follow the
                 # mean, and the head. `model` still contains them. `inputs` are these vectors.
-                network, inputs = skip_frozen(model, clips, folds[fold], settings, machine)
+                network, inputs = skip_frozen(model, clips, settings, machine)
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
                 best, logits, labels = train_fold(learner, inputs, folds[fold], fold, progress)
                 middles = recorder.middles(model, clips, folds[fold].val)
+                baseline = {}
+                if recipe.own and method.name != "logmel":
+                    baseline = scores_of_logmel(clips, folds[fold], fold, settings, machine)
                 if machine.is_first:
-                    header = recorder.header(best, middles, logits, labels)
+                    header = recorder.header(best, middles, logits, labels, baseline)
                     header["parameters"] = petl.count(model)
                     save_trained(model, recorder.file(fold), header)
             recorder.finish_fold(fold)
         recorder.finish()
     return recorder.results()
+
+
+def scores_of_logmel(
+    clips: Clips, split: Split, fold: int, settings: Settings, machine: Machine
+) -> dict[str, float]:
+    """The scores of `logmel` on the test clips, in percent: a baseline without a backbone."""
+    method = petl.find("logmel")
+    pretrained = load_ast(NO_BACKBONE, settings.n_frames, int(clips.labels.max()) + 1)
+    settings = replace(
+        settings, method=to_dict(method), epochs=len(PENALTIES), mask_frames=0, keep=None
+    )
+    model = adapted(pretrained, method, fold, settings, machine)
+    network, inputs = skip_frozen(model, clips, settings, machine)
+    learner = Learner(network, settings, machine)
+    progress = Progress()
+    progress.say = lambda text: None
+    _, logits, labels = train_fold(learner, inputs, split, fold, progress)
+    return {
+        "logmel_accuracy": score_of(logits, labels, "accuracy"),
+        "logmel_balanced_accuracy": score_of(logits, labels, "balanced"),
+    }
 
 
 def adapted(
@@ -558,7 +601,7 @@ def list_methods() -> None:
     print("Final LayerNorm and head are trained, too, but not counted in these rows.")
     print(f"They have {' / '.join(heads)} parameters for 50 / 10 / 35 / 31 classes.")
     print("Exceptions: the row of linear has both, full_ft and bitfit count the LayerNorm,")
-    print("and probe has a larger head, which it counts.")
+    print("and probe and logmel have a larger head, which they count.")
 
 
 def start(argv: list[str] | None) -> None:

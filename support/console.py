@@ -13,6 +13,7 @@ from support.scores import balanced_interval
 
 ROWS = 10  # of the table of classes
 FEW = 5  # test clips; with fewer the recall of a class is in steps of 25 % or more
+FITTED = ("Statistics", "LogMel")  # parts of petl_more.py that are fitted
 
 # ------------------------------------------------------------------------------------------- before
 
@@ -22,19 +23,18 @@ def describe(settings, device):
     words = [
         f"{settings.shots} clips per class" if settings.shots else "",
         f"{settings.n_frames / 100:g} s a clip",
-        f"{settings.epochs} epochs",
-        f"batch {settings.batch_size}",
-        f"learning rate {settings.lr:g}",
-        "masked" if settings.mask_frames else "unmasked",
+        *describe_training(settings),
         f"{settings.keep:.0%} of the patches" if settings.keep else "",
         "classes weighed alike" if settings.balance else "",
-        f"weights {settings.weights}",
+        "no backbone" if settings.method["name"] == "logmel" else f"weights {settings.weights}",
         f"seed {settings.seed}",
         settings.dtype,
         str(device),
     ]
     line = f"{settings.method['name']} on {settings.dataset}: {', '.join(filter(None, words))}"
-    if settings.keep or any(part["part"] != "Statistics" for part in settings.method["parts"]):
+    if is_fitted(settings):
+        return line
+    if settings.keep or settings.method["parts"]:
         return line
     if settings.mask_frames:
         return (
@@ -47,22 +47,43 @@ def describe(settings, device):
     )
 
 
+def describe_training(settings):
+    if is_fitted(settings):
+        return [f"fitted with {settings.epochs} penalties"]
+    return [
+        f"{settings.epochs} epochs",
+        f"batch {settings.batch_size}",
+        f"learning rate {settings.lr:g}",
+        "masked" if settings.mask_frames else "unmasked",
+    ]
+
+
+def is_fitted(settings):
+    return any(part["part"] in FITTED for part in settings.method["parts"])
+
+
 # ------------------------------------------------------------------------------------------ results
 
 
-def describe_fold(result, by):
-    """The result of a fold. `by` is settings.choose_by, which chose the best epoch."""
+def describe_fold(result, settings):
+    """The result of a fold."""
     best = result["validation_accuracy"]
-    chosen = "last epoch"
+    chosen = "weakest penalty" if is_fitted(settings) else "last epoch"
     if best is not None:
-        chosen = f"best of validation {best:.2f} % in epoch {result['epoch']}"
-        chosen += ", by balanced accuracy" if by == "balanced" else ""
+        step = f"in epoch {result['epoch']}"
+        if is_fitted(settings):
+            step = f"with penalty {result['epoch']} of {settings.epochs}"
+        chosen = f"best of validation {best:.2f} % {step}"
+        chosen += ", by balanced accuracy" if settings.choose_by == "balanced" else ""
     accuracy = f"test accuracy {result['accuracy']:.2f} % ({chosen})"
     return f"fold {result['fold']}: {accuracy}, {result['seconds']:.0f} s"
 
 
-def summary(run, dataset):
-    """What a user wants to know at the end of a run. `dataset` is the data.Dataset of its clips."""
+def summary(run, dataset, device="cpu"):
+    """What a user wants to know at the end of a run.
+
+    `dataset` is the data.Dataset of its clips. `device` is the type of the device it was on.
+    """
     result = run.result()
     scores = result["scores"]
     count = result["parameters"]
@@ -70,7 +91,6 @@ def summary(run, dataset):
     spread = "" if result["std"] is None else f" +- {result['std']:.2f}"
     file = run.file(result["folds"][0]["fold"])
     name = run.config["method"]["name"]
-    baseline = "houlsby_par" if name == "linear" else "linear"  # which shows what a method adds
     headline = [
         f"  test accuracy   {result['accuracy']:.2f}{spread} %, folds: {len(run.folds)}",
         f"  in all classes  {balanced_accuracy(run, dataset)}, macro-F1 {scores['macro_f1']:.2f} %",
@@ -81,20 +101,59 @@ def summary(run, dataset):
         "",
         *headline,
         f"  to compare with {scores['majority']:.2f} % for always answering the largest class",
+        *describe_baseline(result, name),
         *[f"  {what:<15} {text}" for what, text in findings(run, dataset)],
         f"  trained         {trained:,} of {count['total']:,} parameters "
         f"({trained / count['total']:.2%}): {count['petl']:,} of {name}, "
         f"{count['head']:,} of final LayerNorm and head",
-        f"  file            {file}, {file.stat().st_size / 1000:,.0f} kB: "
-        "all that has to be kept beside the backbone",
+        f"  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept"
+        + ("" if name == "logmel" else " beside the backbone"),
         f"  time            {result['seconds']:.0f} s of training",
         f"  to use it       python -m tools.predict {shlex.quote(str(run.folder))} SOUND.wav",
-        f"  to compare      the same command with --method {baseline}",
+        f"  to try next     the same command with {next_step(run.config, result, device)}",
         "",
         *describe_classes(scores["classes"]),
         "",
     ]
     return "\n".join(lines)
+
+
+def describe_baseline(result, name):
+    """What a linear classifier makes of the features alone. Of own sounds it is known."""
+    if "logmel_accuracy" not in result:
+        return []
+    accuracy = result["logmel_accuracy"]
+    balanced = result["logmel_balanced_accuracy"]
+    lines = [
+        f"                  {accuracy:.2f} % (balanced {balanced:.2f} %) for logmel, a linear "
+        "classifier of the features alone"
+    ]
+    if logmel_is_better(result):
+        lines.append(f"  note            logmel is better than {name}: no backbone is needed here")
+    return lines
+
+
+def logmel_is_better(result):
+    balanced = result.get("logmel_balanced_accuracy", 0)
+    return balanced > result["scores"]["balanced_accuracy"]
+
+
+def next_step(config, result, device):
+    """The options to try after this run, by what came out of it."""
+    name = config["method"]["name"]
+    backbone_is_small = config["weights"] == "demo" or config["weights"].startswith("random:")
+    is_own = "logmel_accuracy" in result
+    if logmel_is_better(result):
+        return "--method logmel"
+    if name == "logmel":
+        return "--method probe: what a backbone adds"
+    if name in ("linear", "probe"):
+        return "--method houlsby_par: an adapter"
+    if is_own and backbone_is_small and device == "cpu":
+        return "--weights audioset --method probe: the large backbone, once per clip"
+    if is_own and backbone_is_small:
+        return "--weights audioset: the large backbone"
+    return "--method linear: what the method adds"
 
 
 def is_balanced(run):

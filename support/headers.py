@@ -115,8 +115,10 @@ class Result(Struct):
     epoch: Count
     seconds: Number
     peak_memory_mb: Count | None
-    calibration_error: Number | UnsetType = UNSET
+    calibration_error: Number | UnsetType = UNSET  # these two: with enough validation clips
     calibrated_error: Number | UnsetType = UNSET
+    logmel_accuracy: Number | UnsetType = UNSET  # these two: of own sounds
+    logmel_balanced_accuracy: Number | UnsetType = UNSET
 
 
 class Record(Struct):

@@ -18,6 +18,7 @@ from support.calibration import calibrated, middles_of
 from support.copies import warn_of_copies
 from support.processes import process_group, say, wait_for_all
 from support.progress import Bar, in_words
+from support.variants import has
 
 
 @contextmanager
@@ -93,8 +94,11 @@ class Recorder:
         """What the network makes of validation clips half-way: it tells how sure answers are."""
         return middles_of(model, clips, indices, self.settings, self.machine)
 
-    def header(self, best, middles, logits, labels):
-        """What the fold file says of itself. `middles` are those of the validation clips."""
+    def header(self, best, middles, logits, labels, baseline):
+        """What the fold file says of itself.
+
+        `middles` are those of the validation clips. `baseline` are scores of logmel, or nothing.
+        """
         progress = self.current.progress
         self.rows += progress.history
         peak = records.peak_memory()
@@ -106,6 +110,7 @@ class Recorder:
             "epoch": best["epoch"],
             "seconds": round(progress.seconds, 1),
             "peak_memory_mb": peak and peak >> 20,
+            **baseline,
         }
         record = {"history": progress.history, "predictions": [], "millionths": []}
         validation = best["validation"]
@@ -126,14 +131,14 @@ class Recorder:
         if self.machine.is_first:
             header = records.read_fold(self.file(fold), fold, records.plain(self.settings))
             self.file(fold).with_suffix(".resume.pt").unlink(missing_ok=True)
-            say(console.describe_fold(header["result"], self.settings.choose_by))
+            say(console.describe_fold(header["result"], self.settings))
 
     def finish(self):
         """End a seed: write result.json and the other files that are made of the fold files."""
         wait_for_all()
         if self.machine.is_first:
             run = records.write_results(self.folder)
-            say(console.summary(run, self.dataset))
+            say(console.summary(run, self.dataset, self.machine.device.type))
             self.summaries[self.settings.seed] = run.result()
 
     def results(self):
@@ -175,9 +180,12 @@ class FoldLog:
             self.state_file, self.fold, run.settings, run.args.resume
         )
         done = len(self.progress.history)
-        steps = math.ceil(len(split.train) / run.settings.batch_size)
+        # A fitted method has no steps, so the bar counts its penalties.
+        self.is_fitted = has(learner.network.method, "is_fitted")
+        steps = 1 if self.is_fitted else math.ceil(len(split.train) / run.settings.batch_size)
+        unit = "penalty" if self.is_fitted else "step"
         total = steps * run.settings.epochs
-        self.bar = Bar(desc=f"fold {self.fold}", total=total, initial=steps * done, unit="step")
+        self.bar = Bar(desc=f"fold {self.fold}", total=total, initial=steps * done, unit=unit)
         return state
 
     def watch(self, batches):
@@ -198,12 +206,16 @@ class FoldLog:
 
     def trained(self, epoch, losses):
         seconds = time.perf_counter() - self.progress.clock
+        lr = f"{self.learner.optimizer.param_groups[0]['lr']:.4g}"
+        if self.is_fitted:
+            self.bar.update()
+            lr = ""
         self.row = {
             "fold": self.progress.fold,
             "epoch": epoch,
             "step": len(losses) * epoch,
             "loss": round(statistics.mean(losses), 6),
-            "lr": f"{self.learner.optimizer.param_groups[0]['lr']:.4g}",
+            "lr": lr,
             "clips/s": round(len(self.split.train) / seconds, 1),
         }
 
@@ -228,4 +240,7 @@ class FoldLog:
         if seconds >= 60:
             with Bar.external_write_mode():  # not into the bar
                 say(f"this will take about {in_words(seconds)}; folds to train: {run.to_forecast}")
+                is_own = run.settings.choose_by == "balanced"
+                if is_own and run.machine.device.type == "cpu":
+                    say("--method probe is faster: each clip goes through the backbone once")
         run.to_forecast = 0

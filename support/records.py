@@ -356,6 +356,7 @@ class Run:
             "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results) or None,
             "versions": self.first["versions"],
             "scores": scores(self.confusion(), self.classes),
+            **means_of_logmel(results),
         }
 
 
@@ -390,6 +391,14 @@ def write_results(folder):
 def versions():
     python = platform.python_version()
     return {"python": python, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def means_of_logmel(results):
+    """The accuracies of `logmel`, where all folds have them: their means over the folds."""
+    names = ("logmel_accuracy", "logmel_balanced_accuracy")
+    if not all(name in result for name in names for result in results):
+        return {}
+    return {name: round(statistics.mean(result[name] for result in results), 4) for name in names}
 
 
 def mean_and_std(results):

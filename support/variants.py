@@ -55,10 +55,15 @@ def narrowed(method, dim: int):
 
 def check_method(method, args):
     """The method with the numbers of the command line. UserError for one that it cannot have."""
+    for name in ("epochs", "lr"):
+        if getattr(args, name) is not None and has(method, "is_fitted"):
+            raise UserError(
+                f"--{name}: {method.name!r} is fitted and not trained in steps; leave it out"
+            )
     return override(method, rr=args.rr, alpha=args.alpha, prompts=args.prompts, kernel=args.kernel)
 
 
-def fitted(method, config, args, lr: float | None = None):
+def method_for(method, config, args, lr: float | None = None):
     """The method as a run trains it: `narrowed` to the backbone, then with the numbers of `args`.
 
     `config` is the shape of the backbone. `lr` is the dataset's own rate for this method, if it has

@@ -1,19 +1,22 @@
-"""The vectors that a frozen backbone makes of clips. `linear` and `probe` train on them.
+"""The vectors that heads read. `linear`, `probe` and `logmel` learn from them alone.
 
-A vector is computed once for all epochs, folds, seeds and later runs, and kept on disk.
+The frozen backbone makes a vector of each clip. The vectors of a dataset are computed once for all
+epochs, folds, seeds and later runs, and kept on disk in one file, which is whole or not there.
 """
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.files import locked
+from support.files import locked, remove_left_behind, whole_file
 from support.progress import Bar
-from support.rows import open_rows, row_type, writable_rows
 from support.speed import Machine, near
 
 
@@ -37,76 +40,51 @@ class LastLayers(nn.Module):
         return self.head(pooled)  # (batch, n_classes)
 
 
-def skip_frozen(model, clips, split, settings, machine: Machine):
+def skip_frozen(model, clips, settings, machine: Machine):
     """The network that trains, and the clips that it trains on.
 
     These are the last layers and vectors, if nothing before the last layers learns and if the clips
     are the same in every epoch. Otherwise they are `model` and `clips`.
-
-    A head that standardises its input gets the mean and the standard deviation of the training
-    clips here. They are not masked for it.
     """
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    constant = not (settings.mask_frames or settings.keep)
-    standardises = hasattr(model.head, "standardise")
-    if not trained <= {"norm", "head"} or not (constant or standardises):
+    if not trained <= {"norm", "head"} or settings.mask_frames or settings.keep:
         return model, clips
-
-    needed = split.train
-    if constant:
-        needed = split.train + split.val + split.test
-    vectors = near(vectors_of(model, clips, needed, settings, machine), machine.device)
-    if standardises:
-        model.head.standardise(*mean_and_std(vectors, torch.tensor(split.train)))
-    if not constant:
-        return model, clips
+    vectors = near(vectors_of(model, clips, settings, machine), machine.device)
     labels = clips.labels.to(vectors.device)
     return LastLayers(model), replace(clips, features=vectors, labels=labels)
 
 
-def mean_and_std(vectors: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation over the vectors `index`, in float64: both are (numbers,)."""
-    pieces = index.to(vectors.device).split(256)
-    mean = sum(vectors[piece].double().sum(0) for piece in pieces) / len(index)
-    square = sum((vectors[piece].double() - mean).square().sum(0) for piece in pieces) / len(index)
-    return mean, square.sqrt()
-
-
-def vectors_of(model, clips, needed: list[int], settings, machine: Machine) -> torch.Tensor:
-    """What the last layers read of each clip, (clips, numbers). Rows not `needed` may be 0.
-
-    The batches are blocks of neighbouring clips, whatever the split. Rounding may depend on the
-    other clips of a batch, and a resumed run must get the bits of an unbroken one.
+def vectors_of(model, clips, settings, machine: Machine) -> torch.Tensor:
+    """What the last layers read of each clip, (clips, numbers), mapped from a file.
 
     One of several processes or runs computes, and the others wait for it. Clips without a file have
     vectors without one.
     """
     model.eval()
     batch = machine.micro_batch or settings.batch_size
-    head = next(module for module in model.head.modules() if isinstance(module, nn.Linear))
-    kind = row_type((head.in_features,), "<f4" if model.norm.weight.requires_grad else "<f2")
-    count = len(clips.labels)
-
-    def fill(rows):
-        missing = sorted({i // batch for i in needed if not rows["key"][i]})
-        for number in Bar(missing, "backbone", unit="block"):
-            block = torch.arange(number * batch, min((number + 1) * batch, count))
-            rows["features"][block] = compute(model, clips, block, settings, machine)
-            rows["key"][block] = 1
-        return rows
-
+    kind = "<f4" if model.norm.weight.requires_grad else "<f2"
+    blocks = compute(model, clips, batch, settings, machine)
     if clips.file is None:
-        rows = fill(np.zeros(count, kind))
-    else:
-        digest = hash_of(f"{kind}, {batch} at once", model, clips, settings, machine)
-        folder = clips.file.parents[1] / "vectors"  # beside the folder of the features
-        file = folder / f"{clips.file.stem}-{digest}.rows"
-        rows = open_rows(file, kind, count)
-        if rows is None or not rows["key"][needed].all():
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(file):
-                rows = fill(writable_rows(file, kind, count))
-    return torch.from_numpy(rows["features"])
+        return torch.from_numpy(np.concatenate(list(blocks)).astype(kind))
+
+    head = next(module for module in model.head.modules() if isinstance(module, nn.Linear))
+    shape = (len(clips.labels), head.in_features)
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    digest = hash_of(f"{kind}, {batch} at once", model, clips, settings, machine)
+    file = clips.file.parents[1] / "vectors" / f"{clips.file.stem}-{digest}.vectors"
+    if not is_whole(file, size):  # else it is only read, because the folder may be read-only
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file):
+            remove_left_behind(file.parent)
+            if not is_whole(file, size):  # another process has not made it meanwhile
+                with whole_file(file) as temporary, open(temporary, "wb") as out:
+                    for rows in blocks:
+                        out.write(rows.astype(kind).tobytes())
+    return torch.from_numpy(np.memmap(file, kind, mode="c", shape=shape))
+
+
+def is_whole(file: Path, size: int) -> bool:
+    return file.exists() and file.stat().st_size == size
 
 
 def hash_of(what: str, model, clips, settings, machine: Machine) -> str:
@@ -122,13 +100,18 @@ def hash_of(what: str, model, clips, settings, machine: Machine) -> str:
 
 
 @torch.inference_mode()
-def compute(model, clips, index: torch.Tensor, settings, machine: Machine) -> np.ndarray:
-    """What the head reads of clips or, if the final LayerNorm learns, what `LastLayers` reads."""
-    x, _ = clips.batch(index.to(clips.features.device), machine.device)
-    with machine.autocast(settings.dtype):
-        if model.norm.weight.requires_grad:
-            tokens = model.encode(model.embed(x))
-            vectors = model.pool(F.layer_norm(tokens, (model.config.dim,), eps=model.norm.eps))
-        else:
-            vectors = model.vector(x)
-    return vectors.float().cpu().numpy()
+def compute(model, clips, batch: int, settings, machine: Machine) -> Iterator[np.ndarray]:
+    """Yield what the last layers read of `batch` clips at a time, (clips, numbers), in their order.
+
+    If the final LayerNorm learns, it is left out: `LastLayers` applies it.
+    """
+    every = torch.arange(len(clips.labels), device=clips.features.device)
+    for index in Bar(every.split(batch), "backbone", unit="block"):
+        x, _ = clips.batch(index, machine.device)
+        with machine.autocast(settings.dtype):
+            if model.norm.weight.requires_grad:
+                tokens = model.encode(model.embed(x))
+                vectors = model.pool(F.layer_norm(tokens, (model.config.dim,), eps=model.norm.eps))
+            else:
+                vectors = model.vector(x)
+        yield vectors.float().cpu().numpy()

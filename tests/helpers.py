@@ -21,7 +21,7 @@ from load_weights import load_ast, save_trained, to_dict
 from support.checkpoints import write_tensors
 from support.files import csv_of, write_json, write_text
 from support.records import METRICS, Run, hash_of
-from support.variants import fitted
+from support.variants import method_for
 from tools import report
 from tools.cells import shape_and_hash
 from train import Settings
@@ -365,7 +365,7 @@ def make_run(run: Path, words: list[str], *folds: str, validation: float | None 
     of a worker, that all went well."""
     args, recipe = train.parse(words), data.DATASETS[words[words.index("--dataset") + 1]]
     config, backbone = shape_and_hash(args.weights or recipe.weights)
-    method = fitted(petl.find(args.method), config, args, recipe.lr.get(args.method))
+    method = method_for(petl.find(args.method), config, args, recipe.lr.get(args.method))
     n_frames = data.frames_for(recipe, None, args.seconds)
     rows = [["fold", "split", "label", "path"]]
     for fold, letters in enumerate(folds, 1):

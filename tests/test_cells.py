@@ -28,7 +28,7 @@ def test_the_numbers_are_complete():
         "published2": (4, 8),
         "kernels": (5, 4),
         "scaling": (20, 2),
-        "newer": (12, 5),
+        "newer": (13, 5),
     }
     for name, table in TABLES.items():
         assert table.rows.keys() == PAPER[name]["rows"].keys()

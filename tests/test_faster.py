@@ -50,7 +50,8 @@ def test_the_chosen_patches_and_the_tokens_in_front_go_through_the_blocks():
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in petl.METHODS if "2d" not in name and name != "probe"]
+    "method",
+    [name for name in petl.METHODS if "2d" not in name and name not in ("probe", "logmel")],
 )
 def test_every_method_trains_on_a_share_of_the_patches(method):
     model = petl.apply(tiny_ast(), method).train()
@@ -120,7 +121,8 @@ PLACED = [
     for n, m in petl.METHODS.items()
     if m.parts and not any(hasattr(part, "deep") for part in m.parts)
 ]
-PLACED.remove("probe")  # which puts nothing into a block
+PLACED.remove("probe")  # these two put nothing into a block
+PLACED.remove("logmel")
 
 
 @pytest.mark.parametrize("method", PLACED)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from helpers import make_folder, train_on
 from safetensors.torch import load_file
 
 from support import console, recorder
@@ -60,3 +61,13 @@ def test_a_run_says_it_once_after_its_first_steps(train_main, monkeypatch, capsy
     file = "esc10/houlsby_par/seed0/fold1.safetensors"
     silent, other = load_file(tmp_path / "silent" / file), load_file(tmp_path / "runs" / file)
     assert all(torch.equal(silent[name], other[name]) for name in silent)
+
+
+def test_own_sounds_on_a_cpu_have_a_faster_method(tmp_path, monkeypatch, capsys):
+    root = make_folder(tmp_path / "sounds")
+    times = [0.0, 100.0]  # of the only step of the only epoch
+    monkeypatch.setattr(recorder, "now", lambda device: times.pop(0))
+    assert train_on("folder", root, tmp_path, "--method", "lora", "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = lines.index("this will take about 100 s; folds to train: 1")
+    assert lines[line + 1].startswith("--method probe is faster")

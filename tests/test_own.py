@@ -532,9 +532,17 @@ def test_masks_fit_the_clips(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "spec_augment", masks)
     for seconds, out, mask_frames in (("2.5", "long", 40), ("1.99", "short", 0)):
         assert train_on(
-            "folder", root, tmp_path, "--seconds", seconds, "--out", tmp_path / out
+            "folder",
+            root,
+            tmp_path,
+            "--method",
+            "lora",
+            "--seconds",
+            seconds,
+            "--out",
+            tmp_path / out,
         ) == 0 and widest == {40}
-        config = json.loads((tmp_path / out / "folder/linear/seed0/config.json").read_text())
+        config = json.loads((tmp_path / out / "folder/lora/seed0/config.json").read_text())
         assert config["mask_frames"] == mask_frames
 
 

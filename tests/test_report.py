@@ -375,10 +375,9 @@ def test_sounds_that_changed_are_told(run, tmp_path, capsys):
     )
     (root / tested[0]).write_text("no sound")
     assert report.main(options) == 2
-    assert (
-        f"{root / tested[0]} cannot be read (Format not recognised; perhaps ffmpeg -i IN OUT.flac can "
-        "read it): mend it, or say" in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert f"{root / tested[0]} cannot be read (Format not recognised" in error
+    assert "): mend it, or say" in error
 
 
 def test_a_class_more_than_the_run_knows(tmp_path, capsys):

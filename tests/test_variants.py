@@ -6,7 +6,7 @@ import train
 from ast_model import ASTConfig
 from petl import METHODS, Adapter, Hydra, LoRA, Method, Prefix, Prompts
 from support.command import UserError
-from support.variants import fitted, narrowed, override
+from support.variants import method_for, narrowed, override
 
 # --------------------------------------------------------------------------------- narrow backbones
 
@@ -25,20 +25,20 @@ FITTED = {
 
 @pytest.mark.parametrize("dim", FITTED)
 def test_reduction_rates_and_prompts_fit_the_width(dim):
-    def fitted(name):
+    def method_for(name):
         return narrowed(METHODS[name], dim).parts
 
     rates, prompts = FITTED[dim]
     assert [
-        fitted(name)[0].rr for name in ("pfeiffer_seq_x2", "hydra", "lora_qk", "lora_qkvo")
+        method_for(name)[0].rr for name in ("pfeiffer_seq_x2", "hydra", "lora_qk", "lora_qkvo")
     ] == rates
     names = ("spt", "dpt", "prefix")
     assert [
-        *(fitted(name)[0].prompts for name in names),
-        fitted("adapter_dpt_lora")[1].prompts,
+        *(method_for(name)[0].prompts for name in names),
+        method_for("adapter_dpt_lora")[1].prompts,
     ] == prompts
     # What else a part says stays, and so does LoRA's alpha: s = alpha / RR grows with the rank.
-    assert fitted("adapter_dpt_lora") == (
+    assert method_for("adapter_dpt_lora") == (
         Adapter("ffn", "par_before", rr=rates[1]),
         Prompts(prompts[3], deep=True),
         LoRA("qv", rr=rates[3], alpha=8),
@@ -101,6 +101,6 @@ def test_three_settings_at_once():
 
 def test_what_is_asked_for_comes_before_what_suits_the_width():
     demo = ASTConfig(dim=128, depth=4, heads=2)
-    assert fitted(METHODS["full_ft"], demo, train.parse(["--lr", "1e-3"])).lr == 1e-3
+    assert method_for(METHODS["full_ft"], demo, train.parse(["--lr", "1e-3"])).lr == 1e-3
     args = train.parse(["--method", "dpt", "--prompts", "9"])
-    assert fitted(METHODS["dpt"], demo, args).parts == (Prompts(9, deep=True),)
+    assert method_for(METHODS["dpt"], demo, args).parts == (Prompts(9, deep=True),)

@@ -187,8 +187,7 @@ def measure(row, bench):
         clips = random_clips(bench.batch, bench)
         ways = {name: pass_of(method, model, clips, bench) for name, model in models.items()}
         if method == "linear":
-            split = data.Split(list(range(bench.batch)), [], [])
-            network, vectors = skip_frozen(models["ours"], clips, split, bench.settings(), bench)
+            network, vectors = skip_frozen(models["ours"], clips, bench.settings(), bench)
             ways["ours"] = pass_of(method, network, vectors, bench)
     times = in_turn(ways, bench.repeats)
     results = []

@@ -22,6 +22,7 @@ import petl
 import train
 from data import DATASETS, frames_for
 from load_weights import to_dict
+from petl_more import PENALTIES
 from support.command import UserError
 from support.processes import say
 from support.records import compare_settings, fold_files, read_run
@@ -177,9 +178,13 @@ def result_of(cell: Cell, plan: Plan) -> dict | None:
     run = read_run(folder)
     args = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
     recipe = DATASETS[cell.dataset]
-    expected = {"epochs": args.epochs, "pool": args.pool}
-    expected["method"] = to_dict(method_of(cell))
-    expected["backbone"] = shape_and_hash(cell.weights)[1]
+    method = method_of(cell)
+    weights = cell.weights
+    if petl.has_mark(method, "has_no_backbone"):
+        weights = train.NO_BACKBONE
+    expected = {"epochs": args.epochs or len(PENALTIES), "pool": args.pool}
+    expected["method"] = to_dict(method)
+    expected["backbone"] = shape_and_hash(weights)[1]
     expected["batch_size"] = args.batch_size or recipe.batch_size
     if "--dtype" in plan.passed:  # else the device decides
         expected["dtype"] = args.dtype

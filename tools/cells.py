@@ -309,7 +309,10 @@ def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
     return list(dict.fromkeys(cells))  # few prompts cannot be halved often
 
 
-def epochs_of(cell: Cell, plan: Plan) -> int:
+def epochs_of(cell: Cell, plan: Plan) -> int | None:
+    """The epochs of a cell. None for a method that is fitted."""
+    if petl.has_mark(petl.find(cell.method), "is_fitted"):
+        return None
     epochs = DATASETS[cell.dataset].epochs
     return plan.epochs or (max(epochs, FEW_SHOT_EPOCHS) if cell.shots else epochs)
 

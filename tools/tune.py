@@ -15,6 +15,7 @@ from dataclasses import replace
 from filelock import FileLock
 from msgspec import Struct, to_builtins
 
+import petl
 from data import folds_of, load_dataset
 from support.checkpoints import read_json
 from support.command import UserError
@@ -57,8 +58,14 @@ def read_tuned(plan: Plan) -> dict[str, Search]:
 
 
 def rates_of(cell):
-    """The cells of a search by their learning rates. The `cell` itself has the usual rate."""
-    usual = method_of(cell).lr
+    """The cells of a search by their learning rates. The `cell` itself has the usual rate.
+
+    A fitted method has no rate, so there is nothing to search.
+    """
+    method = method_of(cell)
+    usual = method.lr
+    if petl.has_mark(method, "is_fitted"):
+        return {usual: cell}
     rates = {}
     for factor in FACTORS:
         lr = float(f"{factor * usual:.3g}")
@@ -124,7 +131,7 @@ def note_of(cells: list[Cell], plan: Plan) -> str:
     for cell in cells:
         found = plan.tuned[replace(cell, seed=0).name]
         options.add(f"`{' '.join(found.options)}`")
-        if found.best in (found.tried[0][0], found.tried[-1][0]):
+        if len(found.tried) > 1 and found.best in (found.tried[0][0], found.tried[-1][0]):
             edge.add(f"{cell.method} on {cell.dataset}")
     note = (
         f"Tuned: of {', '.join(f'{f:g}' for f in FACTORS)} times the method's learning rate the "

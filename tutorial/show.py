@@ -153,7 +153,7 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
     machine = train.Machine(cpu)
     with redirect_stdout(StringIO()):
         model = train.adapted(pretrained, method, 1, settings, machine)
-        network, inputs = train.skip_frozen(model, clips, split, settings, machine)
+        network, inputs = train.skip_frozen(model, clips, settings, machine)
         learner = train.Learner(network, settings, machine)
         _, logits, labels = train.train_fold(learner, inputs, split, 1, train.Progress())
     right = logits.argmax(1) == labels

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 import transformers
 from helpers import SMALL_AST, save_random, settings_of, tiny_ast
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from test_petl_by_hand import GRID, SHAPE, affine, by_plain_name, embedding, gelu, layer_norm
 from torch import nn
 
@@ -43,6 +45,7 @@ from petl_more import (
     Conformer,
     DenseMixture,
     DoRA,
+    LogMel,
     RsLoRA,
     SoftMixture,
     Statistics,
@@ -85,7 +88,9 @@ ROWS = {
     "ssf": Row(204_288, 5e-3, (SSF(),)),
     "adaptformer": Row(1_189_632, 1e-3, (AdaptFormer(12),)),
     "adapter_plus": Row(165_984, 1e-3, (AdapterPlus(96),)),
-    "probe": Row(0, 2e-3, (Statistics(),), frozen=1_536, head=4 * 768 * 13 * 50 + 50),
+    "probe": Row(0, 1, (Statistics(),), frozen=1_536, head=4 * 768 * 13 * 50 + 50),
+    # Of the backbone, 85,708,032 parameters, only the final LayerNorm is left.
+    "logmel": Row(0, 1, (LogMel(),), frozen=2 * 1_536 - 85_708_032, head=12 * 128 * 50 + 50),
 }
 each = pytest.mark.parametrize("name", ROWS)
 
@@ -158,7 +163,7 @@ def test_what_fits_a_narrow_backbone():
     ranks = {
         name: petl.rank_of(128, narrowed(METHODS[name], 128).parts[0].rr)
         for name in ROWS
-        if name not in ("ia3", "ssf", "probe")
+        if name not in ("ia3", "ssf", "probe", "logmel")
     }
     assert ranks == {
         "conformer_pfeiffer_par": 5,
@@ -311,7 +316,19 @@ def four_of_each(tokens):
     return [columns[0], columns[1], (columns[2] + columns[3]) / 2, spread]
 
 
+def numbers_of_bands(fbank):
+    """Mean and spread of each band over all 49 frames, and over frames 0-9, 10-19, ..., 40-48."""
+    numbers = []
+    for frames in (range(49), *(range(start, min(start + 10, 49)) for start in range(0, 50, 10))):
+        mean = sum(fbank[:, frame] for frame in frames) / len(frames)
+        square = sum((fbank[:, frame] - mean) ** 2 for frame in frames) / len(frames)
+        numbers += [mean, torch.sqrt(square)]
+    return torch.cat(numbers, dim=1)
+
+
 def logits_by_hand(t, method, fbank, training, masks):
+    if method == "logmel":
+        return affine(t, "head", (numbers_of_bands(fbank) - t["head.mean"]) / t["head.std"])
     tokens = embedding(t, fbank, GRID)
     seen = four_of_each(tokens)
     if method == "ssf":
@@ -511,6 +528,54 @@ def test_how_often_clips_go_without_their_adapter():
     assert ffn.dropout.p == 0.1
 
 
+# --------------------------------------------------------------------------------------- the fit
+
+
+def clips_to_fit(count: int = 90, inputs: int = 7, classes: int = 3):
+    """Vectors whose numbers have different means and spreads, and labels that depend on them."""
+    draws = torch.Generator().manual_seed(0)
+    vectors = torch.randn(count, inputs, generator=draws, dtype=torch.float64)
+    chance = vectors[:, :classes] + torch.rand(count, classes, generator=draws)
+    vectors = vectors * torch.arange(1, inputs + 1) + torch.arange(inputs)
+    return vectors.float(), chance.argmax(1)
+
+
+@pytest.mark.parametrize("count", [90, 2500])  # in one piece, in three
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 3.0, 0.5])])
+def test_the_fit_is_that_of_scikit_learn(count, weights):
+    """Also after another penalty: the minimum does not depend on where the search starts."""
+    vectors, labels = clips_to_fit(count)
+    head = petl_more.Standardised(petl.zeros(nn.Linear(7, 3)))
+    for penalty in (1e-1, 1e-4):
+        petl_more.fit(head, vectors, labels, penalty, weights)
+    x = StandardScaler().fit_transform(vectors.double().numpy())
+    weighed = None if weights is None else weights[labels].numpy()
+    theirs = LogisticRegression(C=1 / (count * 7 * 1e-4), tol=1e-10, max_iter=10_000)
+    theirs.fit(x, labels.numpy(), sample_weight=weighed)
+    expected = theirs.predict_proba(x)
+    found = head(vectors).softmax(1).detach().numpy()
+    assert abs(found - expected).max() < 2e-3
+    assert head.wrapped.weight.dtype == torch.float32
+
+
+def test_the_loss_of_the_fit_and_its_bits():
+    """Mean cross-entropy + penalty / 2 * inputs * |W|^2."""
+    vectors, labels = clips_to_fit()
+    heads = [petl_more.Standardised(petl.zeros(nn.Linear(7, 3))) for _ in range(2)]
+    losses = [petl_more.fit(head, vectors, labels, 1e-2) for head in heads]
+    assert losses[0] == losses[1]
+    assert torch.equal(heads[0].wrapped.weight, heads[1].wrapped.weight)
+    weight = heads[0].wrapped.weight.double()
+    expected = F.cross_entropy(heads[0](vectors), labels) + 1e-2 / 2 * 7 * (weight**2).sum()
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_hardly_differs_is_not_blown_up():
+    head = petl_more.Standardised(petl.zeros(nn.Linear(2, 3)))
+    head.standardise(torch.tensor([[1.0, 5.0], [1.0, 7.0]]))
+    assert head.mean.tolist() == [1, 6] and head.std.tolist() == [pytest.approx(1e-3), 1]
+
+
 # --------------------------------------------------------------------------- start and weight decay
 
 ZERO = {
@@ -525,6 +590,7 @@ ZERO = {
     "adaptformer": ("up.weight", "up.bias", "down.bias"),
     "adapter": ("up.weight", "up.bias", "down.bias", "scale"),
     "probe": (),
+    "logmel": (),
 }
 
 
@@ -871,7 +937,7 @@ def test_what_training_changes(name):
         for i in range(3)
         for at in places
         for kind in ("mean", "var")
-    } | ({"head.mean", "head.std"} if name == "probe" else set())
+    } | ({"head.mean", "head.std"} if name in ("probe", "logmel") else set())
     assert live_tensors(model).keys() == trained_tensors(model).keys() == trained | running
 
 

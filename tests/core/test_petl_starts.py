@@ -79,6 +79,7 @@ NOT_IDENTITY = {
     "adapter_dpt",
     "adapter_dpt_lora",
     "probe",
+    "logmel",
 }
 
 
