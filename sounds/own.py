@@ -4,31 +4,43 @@ Both loaders take `group`, the regular expression of --group: see sounds/groups.
 """
 
 import hashlib
-import math
 import os
+import re
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from sounds.audio import SUFFIXES, files_in, lengths_of, typical_seconds
+from sounds.audio import SUFFIXES, files_in, length_of, lengths_of, typical_seconds
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of
-from sounds.groups import parts_of, with_groups  # noqa: F401 (parts_of is for data.py)
+from sounds.groups import (
+    parts_of,  # noqa: F401 (for data.py)
+    with_groups,
+    with_stretches,  # noqa: F401 (for data.py)
+)
 from sounds.tables import folders_in, read_table, require_files, require_whole
+from sounds.windows import BACKGROUND, cut, cut_labels
 from support.command import UserError, first_of, warn
 from support.processes import say
 
+PROBABILITY = re.compile(r" \([01]\.\d\d\)$")  # of an event, `dog (0.93)`
 LIKE_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 # ----------------------------------------------------------------------------- a folder of classes
 
 
-def load(kind: str, data_dir, group: str | None = None, windows: float | None = None) -> Listing:
+def load(
+    kind: str,
+    data_dir,
+    group: str | None = None,
+    windows: float | None = None,
+    background: bool = False,
+) -> Listing:
     """The user's own sounds: those of a `folder`, or of a `csv` table or label tracks."""
     if kind == "folder":
         return folder(data_dir, None, group, windows)
-    return table(data_dir, None, group, windows)
+    return table(data_dir, None, group, windows, background)
 
 
 def folder(
@@ -83,42 +95,25 @@ def parts_in(data_dir: Path) -> list[str]:
     return [""]
 
 
-def cut(data_dir: Path, clips: list[Clip], seconds: float) -> list[Clip]:
-    """The windows of recordings, one after the other. The last one ends with the recording.
-
-    Those of one recording are a group.
-    """
-    lengths = lengths_of([clip.path for clip in clips], {}).tolist()
-    windows = []
-    for clip, length in zip(clips, lengths, strict=True):
-        recording = clip._replace(group=name_of(clip.path, data_dir))
-        if math.isnan(length) or length <= seconds:
-            windows.append(recording)
-            continue
-        for i in range(math.ceil(length / seconds - 1e-9)):
-            start = min(i * seconds, length - seconds)
-            span = (round(start, 6), round(start + seconds, 6))
-            windows.append(recording._replace(span=span))
-    return windows
-
-
 # ------------------------------------------------------------------------ a table, or label tracks
 
 
 def table(
-    data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None
+    data_dir: Path | None,
+    cache_dir: Path,
+    group: str | None = None,
+    windows: float | None = None,
+    background: bool = False,
 ) -> Listing:
     """A CSV file with the columns path and label, or a folder with label tracks.
 
     More columns may say to which part a clip belongs: split (train, val, test) or fold (a number).
     group keeps clips together. start and end, in seconds, make a clip a piece of a recording. Paths
     are relative to the CSV file.
+
+    Pieces longer than `windows`, in seconds, are cut. With `background`, what they leave of their
+    recordings is a class. See sounds/windows.py.
     """
-    if windows:
-        raise UserError(
-            "--windows cuts the recordings of --dataset folder; for csv the columns start and end "
-            "do"
-        )
     if data_dir is None or not data_dir.exists():
         raise UserError(
             "--dataset csv needs --data-dir, a CSV file with the columns path and label: "
@@ -127,14 +122,14 @@ def table(
     if data_dir.is_dir():
         root = data_dir
         name = data_dir.resolve().name
-        clips = label_tracks(root)
+        clips = label_tracks(root, background)
     else:
         root = data_dir.parent
         name = data_dir.stem
         clips = [clip_of(row, root) for row in read_table(data_dir, ["path", "label"])]
     require_each_once(data_dir, clips)
     require_files(root, list(dict.fromkeys(clip.path for clip in clips)))
-    return own_sounds(root, name, clips, group)
+    return own_sounds(root, name, clips, group, windows, background)
 
 
 def clip_of(row: dict[str, str], root: Path) -> Clip:
@@ -181,8 +176,10 @@ def span_of(start: str | None, end: str | None, where: str) -> tuple[float, floa
     )
 
 
-def label_tracks(root: Path) -> list[Clip]:
+def label_tracks(root: Path, background: bool) -> list[Clip]:
     """What Audacity's label tracks beneath `root` say of the sounds beside them.
+
+    An empty track says that nothing is to be heard: with `background` its sound is of that class.
 
     rain.txt is the track of rain.wav. rain.wav.events.txt is none: tools.predict writes such files.
     """
@@ -200,7 +197,10 @@ def label_tracks(root: Path) -> list[Clip]:
                 f"{track}: a label track with {len(found)} sounds beside it; there must be one, "
                 f"{track.stem}.wav or another of its name"
             )
-        clips += labels_in(track, found[0])
+        labels = labels_in(track, found[0])
+        if background and not labels:
+            labels = [Clip(found[0], BACKGROUND, span=(0.0, length_of(found[0])))]
+        clips += labels
     if beside:
         names = [name_of(sound, root) for sounds in beside.values() for sound in sounds]
         warn(f"{root}: {len(names)} sounds have no label track, ignored ({first_of(names)})")
@@ -208,7 +208,10 @@ def label_tracks(root: Path) -> list[Clip]:
 
 
 def labels_in(track: Path, sound: Path) -> list[Clip]:
-    """The clips of a label track: lines of a start and an end, in seconds, and a label."""
+    """The clips of a label track: lines of a start and an end, in seconds, and a label.
+
+    What tools.predict writes is read as well, without its probabilities.
+    """
     clips = []
     try:
         lines = track.read_text(encoding="utf-8-sig").splitlines()
@@ -223,16 +226,25 @@ def labels_in(track: Path, sound: Path) -> list[Clip]:
             raise UserError(
                 f"{where}: it must be a start, an end and a label, with tabs between them"
             )
-        clips.append(Clip(sound, fields[2].strip(), span=span_of(*fields[:2], where)))
+        label = PROBABILITY.sub("", fields[2].strip())
+        clips.append(Clip(sound, label, span=span_of(*fields[:2], where)))
     return clips
 
 
 # ---------------------------------------------------------- what cannot be used, and what looks odd
 
 
-def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> Listing:
+def own_sounds(
+    root: Path,
+    name: str,
+    clips: list[Clip],
+    group: str | None,
+    windows: float | None = None,
+    background: bool = False,
+) -> Listing:
     """A Listing of the clips. UserError for what cannot be trained or tested."""
     clips = with_groups(root, clips, group)
+    clips = cut_labels(clips, windows, background)
     labels = {clip.label for clip in clips}
     if "unsure" in labels:
         raise UserError(
@@ -258,6 +270,12 @@ def seconds_of(dataset, seconds: float | None) -> float:
     if seconds is None:
         may_train = set().union(*(split.train for split in dataset.folds.values()))
         seconds = typical_seconds(lengths[sorted(may_train) or slice(None)])
+    if BACKGROUND in dataset.classes:
+        quiet = dataset.labels.count(dataset.classes.index(BACKGROUND))
+        say(
+            f"{quiet} of {len(lengths)} clips are {BACKGROUND!r}, which is never an event: by "
+            "default, what no label of a recording covers (--no-background leaves it out)"
+        )
     over = np.nan_to_num(lengths - seconds).clip(0)
     count = int((over > 0.02).sum())  # less is the end of the last frame
     if count:

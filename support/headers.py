@@ -109,6 +109,7 @@ class RunConfig(Settings):
     data_dir: Text | None
     group: Text | None
     windows: float | None
+    background: bool
 
 
 # -------------------------------------------------------------------- headers of files of tensors

@@ -150,12 +150,21 @@ def test_sounds_that_are_none(tmp_path):
 # ------------------------------------------------------------------------------------------- events
 
 
-def windows(text: str) -> list[Answer]:
-    """A letter for each window: its class, with 0.9; small, with 0.4; ? for one that is unsure."""
-    return [
-        Answer(i * 0.5, i * 0.5 + 1, ((c.upper(), 0.9 if c.isupper() else 0.4),), 1.0, c == "?")
-        for i, c in enumerate(text)
-    ]
+CLASSES = ["A", "B", "background"]
+
+
+def windows(text: str, hop: float = 0.5) -> list[Answer]:
+    """A letter for each window of a second: its class is certain. - is the background.
+
+    A small letter is an answer that is unsure.
+    """
+    found = []
+    for i, letter in enumerate(text):
+        p = np.array([letter.upper() == "A", letter.upper() == "B", letter == "-"], float)
+        answer = ((letter.upper(), 1.0),)
+        unsure = letter.islower()
+        found.append(Answer(i * hop, i * hop + 1, answer, 1.0, unsure, probabilities=p))
+    return found
 
 
 def told(answers) -> list[tuple]:
@@ -163,24 +172,47 @@ def told(answers) -> list[tuple]:
 
 
 def test_events_by_hand():
-    """Windows of a second, one every half second.
+    """Windows of a second, one every half second: the mean is over three of them.
 
     Each speaks for the half second in its middle, the first and last for more.
     """
-    assert told(events_of(windows("AABbB?CCa"), 0.5)) == [
-        ("A", 0.0, 1.25, 0.9),
-        ("B", 1.25, 1.75, 0.9),
-        ("B", 2.25, 2.75, 0.9),
-        ("C", 3.25, 4.25, 0.9),
+    two_thirds = 0.666667
+    assert told(events_of(windows("---AA----BBB--"), CLASSES)) == [
+        ("A", 1.75, 2.75, two_thirds),
+        ("B", 4.75, 6.25, round((2 / 3 + 1 + 2 / 3) / 3, 6)),
     ]
-    assert told(events_of(windows("AABbB?CCa"), 0.4)) == [
-        ("A", 0.0, 1.25, 0.9),
-        ("B", 1.25, 2.75, pytest.approx(2.2 / 3, abs=1e-6)),
-        ("C", 3.25, 4.25, 0.9),
-        ("A", 4.25, 5.0, 0.4),
+    assert told(events_of(windows("---A----B--"), CLASSES)) == []
+    assert told(events_of(windows("AAABAAA"), CLASSES)) == [("A", 0.0, 4.0, round(6 / 7, 6))]
+    assert told(events_of(windows("AAABBB"), CLASSES)) == [
+        ("A", 0.0, 1.75, round((1 + 1 + 2 / 3) / 3, 6)),
+        ("B", 1.75, 3.5, round((1 + 1 + 2 / 3) / 3, 6)),
     ]
-    assert told(events_of(windows("A"), 0.5)) == [("A", 0.0, 1.0, 0.9)]
-    assert told(events_of(windows("?a?"), 0.5)) == []
+    assert told(events_of(windows("A"), CLASSES)) == [("A", 0.0, 1.0, 1.0)]  # all of the sound
+    assert told(events_of(windows("-"), CLASSES)) == []
+
+
+def test_what_is_no_event():
+    text = "---AA---BBBB--"
+    rows = windows(text)
+    assert [e.best for e in events_of(rows, CLASSES)] == ["A", "B"]
+    assert [e.best for e in events_of(rows, CLASSES, threshold=0.7)] == ["B"]  # the middle of it
+    assert [e.best for e in events_of(rows, CLASSES, left_out=["background", "A"])] == ["B"]
+    assert [e.best for e in events_of(rows, CLASSES, min_length=1.01)] == ["B"]
+    # Most of the windows of B are unsure, and half of those of A.
+    assert [e.best for e in events_of(windows("---Aa---Bbbb--"), CLASSES)] == ["A"]
+
+
+def test_events_of_other_hops():
+    """An event lasts as long as a window: four windows a quarter of a second apart, or else two."""
+    three = "------AAA------"
+    assert told(events_of(windows(three, hop=0.25), CLASSES)) == []
+    four = "------AAAA------"
+    assert told(events_of(windows(four, hop=0.25), CLASSES)) == [
+        ("A", 1.875, 2.875, pytest.approx(4 / 7, abs=1e-6))
+    ]
+    beside = [Answer(i, i + 1, (), 1.0, False, probabilities=p) for i, p in enumerate(np.eye(3))]
+    assert told(events_of(beside, CLASSES)) == []
+    assert [e.best for e in events_of(beside, CLASSES, min_length=0)] == ["A", "B"]
 
 
 def test_label_tracks(tmp_path, answer, capsys):
@@ -196,7 +228,7 @@ def test_label_tracks(tmp_path, answer, capsys):
     for _ in range(2):
         lines = answer(fold, tmp_path / "sounds", "--events", code=1)
         assert lines == [f"{file}.events.txt: 1 events"]
-    assert Path(f"{file}.events.txt").read_text() == "0.000000\t2.000000\tone\\tthing\n"
+    assert Path(f"{file}.events.txt").read_text() == "0.000000\t2.000000\tone\\tthing (0.90)\n"
     found = sorted(path.name for path in (tmp_path / "sounds").iterdir())
     assert found == ["a.txt", "a.wav", "a.wav.events.txt", "b.wav"]
     rows = [json.loads(line) for line in answer(fold, file, "--events", "--json")]

@@ -350,6 +350,7 @@ CONFIG = {
     "cache_dir": "/c",
     "group": None,
     "windows": None,
+    "background": True,
 }
 
 

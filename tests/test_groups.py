@@ -3,6 +3,7 @@ the user's own."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from helpers import make_folder, split_of, train_on, write_csv, write_sound
 
 from data import Dataset, folds_of, load_dataset, random_split
 from sounds.clip import Clip
-from sounds.groups import parts_of, with_groups
+from sounds.groups import parts_of, with_groups, with_stretches
 from support.command import UserError
 
 
@@ -68,6 +69,39 @@ def test_a_group_without_which_a_class_could_not_train_is_not_taken():
             zip("a" * 20 + "bcdef", parts_of([0] * 25, list("a" * 20 + "bcdef"), seed), strict=True)
         )
         assert parts["a"] == "train" and Counter(parts.values()) == {"train": 1, "test": 5}
+
+
+def test_stretches_of_a_recording_validate():
+    """Two of eight: about a quarter of the labels, in whole stretches, another one by another seed.
+
+    Labels of two windows stay together. Nothing that tests is touched.
+    """
+    count = 64  # labels of two seconds, a second apart
+    spans = {}
+    for i in range(count):
+        spans[2 * i] = (3.0 * i, 3.0 * i + 1)
+        spans[2 * i + 1] = (3.0 * i + 1, 3.0 * i + 2)
+    spans = {**spans, 128: (0.0, 1.0), 129: (5.0, 6.0)}  # of another recording, which tests
+    labels = [i // 2 % 4 for i in range(130)]
+    paths = [Path("a.wav")] * 128 + [Path("b.wav")] * 2
+    parts = ["train"] * 128 + ["test"] * 2
+    drawn = [with_stretches(parts, labels, paths, spans, seed) for seed in range(6)]
+    assert len({tuple(found) for found in drawn}) > 1
+    for found in drawn:
+        assert Counter(found) == {"train": 96, "val": 32, "test": 2}
+        assert found[128:] == ["test"] * 2
+        assert found[0:128:2] == found[1:128:2]
+        changes = sum(one != other for one, other in pairwise(found[:128]))
+        assert changes <= 4  # two stretches have four ends
+    assert with_stretches(parts, labels, paths, spans, 0) == drawn[0]
+
+
+def test_a_class_keeps_training_pieces():
+    spans = {i: (2.0 * i, 2.0 * i + 1) for i in range(16)}
+    labels = [0] * 8 + [1] * 7 + [2]  # class 2 has one piece, in the last stretch
+    for seed in range(20):
+        found = with_stretches(["train"] * 16, labels, [Path("a.wav")] * 16, spans, seed)
+        assert Counter(found) == {"train": 12, "val": 4} and found[15] == "train"
 
 
 def test_few_shots_are_drawn_from_the_groups_that_train():

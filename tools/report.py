@@ -113,7 +113,7 @@ def dataset_of(run: Run, data_dir: Path | None, cache_dir: Path | None) -> Datas
     if data_dir is None and config["data_dir"]:
         data_dir = Path(config["data_dir"])
     cache_dir = cache_dir or Path(config["cache_dir"])
-    source = config["group"], config["windows"]
+    source = config["group"], config["windows"], config["background"]
     return load_dataset(config["dataset"], data_dir, cache_dir, *source)
 
 
