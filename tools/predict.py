@@ -316,7 +316,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--truth", type=Path, metavar="FOLDER", help="with --events: label tracks, NAME.txt of "
         "NAME.wav; prints how well the events fit them")
     add("--min-confidence", type=float, metavar="P", help="what is less sure is 'unsure'; default: "
-        "nine of ten right answers on the validation clips stay")
+        "nine of ten right answers on the validation clips stay; 0 for --events with 'background'")
     add("--embeddings", type=Path, metavar="FILE.npz", help="write what the head reads of files")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text",
@@ -346,6 +346,10 @@ def run(args: argparse.Namespace) -> int:
         classifier = load_tagger(args.weights or "audioset", args.min_confidence, args.device)
     else:
         classifier = load(args.paths[0], args.weights, args.min_confidence, args.device)
+    if args.events and args.min_confidence is None and BACKGROUND in classifier.classes:
+        # What is no event is background. The validation clips, most of which are background, make
+        # a threshold that refuses most events of another recording.
+        classifier = replace(classifier, min_confidence=0.0)
     for name in args.without:
         if args.events and name != BACKGROUND:
             nearest(name, classifier.classes, "class")

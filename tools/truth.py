@@ -55,10 +55,10 @@ def iou(events: list[Event], labels: list[Event]) -> np.ndarray:
 def print_scores(found: list[Event], labels: list[Event]) -> None:
     """Print precision, recall and F1 of each class and of all, in percent."""
     pairs = {least: pairs_of(found, labels, least) for least in LEAST}
-    width = max(12, *(len(event[3]) + 2 for event in found + labels))
+    names = sorted({event[3] for event in found + labels})
+    width = 2 + max(len(name) for name in [*names, "together"])
     columns = "".join(f"  IoU {least}: precision  recall      F1" for least in LEAST)
     print(f"{'in %':<{width}}labels events{columns}")
-    names = sorted({event[3] for event in found + labels})
     for name in (*names, None):  # None: all classes
         mine = [event for event in found if name in (None, event[3])]
         theirs = [label for label in labels if name in (None, label[3])]
