@@ -237,6 +237,23 @@ def test_label_tracks(tmp_path, answer, capsys):
     assert Path(f"{file}.events.txt").read_text() == ""
 
 
+def test_what_is_unsure_is_an_event_where_there_is_background(tmp_path, answer):
+    """Nothing else takes what is no event, unless the user says how sure an event must be."""
+    file = write_sound(tmp_path / "a.wav", seconds=2.0)
+    facts = {**FACTS, "min_confidence": 0.95}
+    for name, count in (("background", 1), ("cat", 0)):
+        classes = ["dog", name]
+        fold = tmp_path / f"{name}.safetensors"
+        constant(fold, 0.8, 0.2, classes=classes, calibration=facts)
+        assert answer(fold, file, "--events") == [f"{file}.events.txt: {count} events"]
+        assert answer(fold, file, "--events", "--min-confidence", 0.95) == [
+            f"{file}.events.txt: 0 events"
+        ]
+        assert answer(fold, file, "--events", "--min-confidence", 0.5) == [
+            f"{file}.events.txt: 1 events"
+        ]
+
+
 def test_embeddings_over_what_is_there(tmp_path, error, capsys):
     fold, file = constant(tmp_path / "fold1.safetensors", 0.5, 0.5), write_sound(tmp_path / "a.wav")
     (tmp_path / "y.npz").mkdir()
