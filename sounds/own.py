@@ -254,6 +254,8 @@ def own_sounds(
         raise UserError(f"{root}: {len(labels)} classes; there must be two or more to tell apart")
     groups = {(clip.label, clip.group or clip.path) for clip in clips}
     count = Counter(label for label, _ in groups)
+    if background:  # of one recording: it trains, and is not tested
+        count.pop(BACKGROUND, None)
     if min(count.values()) == 1 and all(clip.part == "" for clip in clips):
         label = min(sorted(count), key=count.get)
         raise UserError(

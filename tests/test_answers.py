@@ -172,47 +172,50 @@ def told(answers) -> list[tuple]:
 
 
 def test_events_by_hand():
-    """Windows of a second, one every half second: the mean is over three of them.
+    """Windows of a second, one every half second: the mean is over five of them.
 
     Each speaks for the half second in its middle, the first and last for more.
     """
-    two_thirds = 0.666667
-    assert told(events_of(windows("---AA----BBB--"), CLASSES)) == [
-        ("A", 1.75, 2.75, two_thirds),
-        ("B", 4.75, 6.25, round((2 / 3 + 1 + 2 / 3) / 3, 6)),
+    assert told(events_of(windows("---AAA-----BBBB---"), CLASSES)) == [
+        ("A", 1.75, 3.25, 0.6),
+        ("B", 5.75, 7.75, 0.7),  # 3/5, 4/5, 4/5, 3/5
     ]
     assert told(events_of(windows("---A----B--"), CLASSES)) == []
-    assert told(events_of(windows("AAABAAA"), CLASSES)) == [("A", 0.0, 4.0, round(6 / 7, 6))]
+    mean = (1 + 3 / 4 + 4 / 5 + 4 / 5 + 4 / 5 + 3 / 4 + 1) / 7
+    assert told(events_of(windows("AAABAAA"), CLASSES)) == [("A", 0.0, 4.0, round(mean, 6))]
+    mean = (1 + 3 / 4 + 3 / 5) / 3
     assert told(events_of(windows("AAABBB"), CLASSES)) == [
-        ("A", 0.0, 1.75, round((1 + 1 + 2 / 3) / 3, 6)),
-        ("B", 1.75, 3.5, round((1 + 1 + 2 / 3) / 3, 6)),
+        ("A", 0.0, 1.75, round(mean, 6)),
+        ("B", 1.75, 3.5, round(mean, 6)),
     ]
     assert told(events_of(windows("A"), CLASSES)) == [("A", 0.0, 1.0, 1.0)]  # all of the sound
     assert told(events_of(windows("-"), CLASSES)) == []
 
 
 def test_what_is_no_event():
-    text = "---AA---BBBB--"
-    rows = windows(text)
+    rows = windows("---AAA---BBBBB---")
     assert [e.best for e in events_of(rows, CLASSES)] == ["A", "B"]
     assert [e.best for e in events_of(rows, CLASSES, threshold=0.7)] == ["B"]  # the middle of it
     assert [e.best for e in events_of(rows, CLASSES, left_out=["background", "A"])] == ["B"]
-    assert [e.best for e in events_of(rows, CLASSES, min_length=1.01)] == ["B"]
-    # Most of the windows of B are unsure, and half of those of A.
-    assert [e.best for e in events_of(windows("---Aa---Bbbb--"), CLASSES)] == ["A"]
+    assert [e.best for e in events_of(rows, CLASSES, min_length=1.6)] == ["B"]
+    # One of the three windows of A is unsure, and three of the five of B.
+    assert [e.best for e in events_of(windows("---AAa---BBbbb---"), CLASSES)] == ["A"]
 
 
 def test_events_of_other_hops():
-    """An event lasts as long as a window: four windows a quarter of a second apart, or else two."""
-    three = "------AAA------"
-    assert told(events_of(windows(three, hop=0.25), CLASSES)) == []
-    four = "------AAAA------"
-    assert told(events_of(windows(four, hop=0.25), CLASSES)) == [
-        ("A", 1.875, 2.875, pytest.approx(4 / 7, abs=1e-6))
-    ]
-    beside = [Answer(i, i + 1, (), 1.0, False, probabilities=p) for i, p in enumerate(np.eye(3))]
-    assert told(events_of(beside, CLASSES)) == []
-    assert [e.best for e in events_of(beside, CLASSES, min_length=0)] == ["A", "B"]
+    """An event lasts as long as a window: four windows a quarter of a second apart, or else two.
+
+    The mean is over nine windows then, or over three.
+    """
+    five = windows("-------AAAAA-------", hop=0.25)
+    assert told(events_of(five, CLASSES)) == [("A", 2.125, 3.375, round(5 / 9, 6))]
+    seven = windows("-------AAAAAAA-------", hop=0.25)  # three of them have all seven around them
+    assert told(events_of(seven, CLASSES, threshold=0.75)) == []
+    assert [e.best for e in events_of(seven, CLASSES, threshold=0.75, min_length=0.75)] == ["A"]
+    beside = windows("AA---", hop=1)
+    assert told(events_of(beside, CLASSES)) == [("A", 0.0, 2.0, round((1 + 2 / 3) / 2, 6))]
+    assert told(events_of(beside, CLASSES, threshold=0.7)) == []
+    assert [e.end for e in events_of(beside, CLASSES, threshold=0.7, min_length=0)] == [1.0]
 
 
 def test_label_tracks(tmp_path, answer, capsys):

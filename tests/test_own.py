@@ -575,6 +575,16 @@ def test_what_is_not_labelled_is_background(tmp_path):
     assert names("dog") == ["a.wav#1.5-4", "a.wav#4.9-5.5", "b.wav#0-9"]
 
 
+def test_background_ends_with_the_recording(tmp_path):
+    """A label after the end is a bad clip, not more background."""
+    root = tracks(tmp_path, a="1-2 dog,3-4 cat,12-13 dog", b="0-1 dog,1-10 cat")
+    dataset = load_dataset("csv", root, tmp_path, windows=1.0, background=True)
+    quiet = dataset.classes.index("background")
+    ends = [dataset.spans[i][1] for i, label in enumerate(dataset.labels) if label == quiet]
+    assert sorted(ends) == [1, 3, 5, 6, 7, 8, 9, 10]
+    assert "a.wav#12-13" in dataset.names
+
+
 def test_windows_of_labels_suit_the_short_ones(tmp_path):
     labels = ",".join(f"{i * 0.9:g}-{i * 0.9 + 0.8:g} dog" for i in range(9))
     root = tracks(tmp_path, a=f"{labels},8.2-9.9 cat", b="0-8 dog,8-10 cat")

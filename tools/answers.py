@@ -72,24 +72,24 @@ def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
 def events_of(
     windows: list[Answer],
     classes: list[str],
-    threshold: float = 0.5,
+    threshold: float = 0.4,
     left_out: Iterable[str] = (BACKGROUND,),
     min_length: float | None = None,
 ) -> Iterator[Answer]:
     """Yield the events in the windows of one sound. `classes` are the names of all classes.
 
     A window speaks for the time that is nearer to its middle than to the middles of its neighbours.
-    Its probabilities become the means over the windows that overlap it, so that a single window
-    that takes a dog for a rooster cuts no event. An event is a row of windows with the same best
-    class, each with a probability of `threshold` or more. Classes that are `left_out` are none.
+    Its probabilities become the means over the windows that overlap or touch it, so that a single
+    window that takes a dog for a rooster cuts no event. An event is a row of windows with the same
+    best class, each with a probability of `threshold` or more. A class in `left_out` is no event.
 
     An event lasts as long as a window, which takes two windows or more, or else `min_length`
     seconds. If most of its windows are unsure, it is none.
     """
     overlapping = overlaps(windows)
     rows = np.stack([window.probabilities for window in windows])  # (windows, classes)
-    reach = overlapping - 1
-    means = np.stack([rows[max(0, i - reach) : i + reach + 1].mean(0) for i in range(len(rows))])
+    means = [rows[max(0, i - overlapping) : i + overlapping + 1].mean(0) for i in range(len(rows))]
+    means = np.stack(means)
 
     def event_in(i):
         """The class of the event in window i. None: there is no event."""
