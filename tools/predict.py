@@ -152,7 +152,8 @@ class Classifier:
         confidence = best[0][1] * float(row[count])
         unsure = confidence < self.min_confidence
         vector = row[count + 1 :].astype(np.float32)
-        return Answer(start, end, best, confidence, unsure, vector, row[:count])
+        probabilities = row[:count].copy()  # of the row alone, because a recording has many
+        return Answer(start, end, best, confidence, unsure, vector, probabilities)
 
 
 def probabilities(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
