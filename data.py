@@ -160,6 +160,7 @@ class Dataset:
     groups: list[str] = field(default_factory=list)  # a random split does not divide a group
     # Clips that are a piece of a file: by their index, start and end in seconds.
     spans: dict[int, tuple[float, float]] = field(default_factory=dict)
+    group_hint: str = ""  # a pattern for --group, if files are named like pieces of recordings
 
     @cached_property
     def names(self) -> list[str]:
@@ -229,6 +230,7 @@ def load_dataset(
         folds=splits_of([clip.part for clip in found.clips], recipe.validate),
         groups=[clip.group for clip in found.clips if clip.group],  # of every clip, or of none
         spans=found.spans,
+        group_hint=found.group_hint,
     )
 
 

@@ -379,7 +379,7 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
         options = {name: value for name, value in part.items() if name != "part"}
         try:
             parts.append(kind(**options))
-        except TypeError as error:  # a field is missing or unknown
+        except (TypeError, UserError) as error:  # a field is missing, unknown or of no known kind
             raise UserError(f"{origin}: the part {part['part']!r}: {error}") from None
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
     return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)

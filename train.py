@@ -50,6 +50,7 @@ from data import (
     spec_augment,
 )
 from load_weights import (
+    find_checkpoint,
     live_tensors,
     load_ast,
     load_tensors,
@@ -399,8 +400,10 @@ def run(args: argparse.Namespace) -> dict:
     own_options = args.group, args.windows, args.background
     dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir, *own_options)
     recorder = Recorder(args, dataset, machine)
-    n_frames = frames_for(recipe, dataset, args.seconds)
     weights = args.weights or recipe.weights
+    if not weights.startswith("random:"):
+        find_checkpoint(weights)  # if it cannot be had, say so before any sound is read
+    n_frames = frames_for(recipe, dataset, args.seconds)
     pretrained = load_ast(weights, n_frames, len(dataset.classes), args.pool)
     lr = args.lr or recipe.lr.get(args.method)  # None: that of METHODS, perhaps changed as below
     # The method with the numbers of the command line and the dataset, which are taken as they are,
@@ -413,6 +416,8 @@ def run(args: argparse.Namespace) -> dict:
 
     for seed in args.seed:
         folds = folds_of(dataset, seed, bad, args.shots)
+        if recipe.own:  # the datasets of the paper are what they are
+            recorder.warn_of_copies(folds, clips.features)
         split_hash = recorder.describe_clips(folds, bad)  # kept to be written as split.csv
         settings = Settings(
             dataset=args.dataset,

@@ -2,6 +2,7 @@
 
 import math
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Listing:
     clips: list[Clip]
     classes: list[str] | None = None  # in the order of their numbers; None: alphabetical
     name: str | None = None  # of the user's own sounds; None: that of the row in DATASETS
+    group_hint: str = ""  # for --group: files are named like pieces of recordings; sounds/groups.py
 
     @property
     def spans(self) -> dict[int, tuple[float, float]]:
@@ -37,6 +39,14 @@ def name_of(path: Path, root: Path) -> str:
         return Path(os.path.relpath(path, root)).as_posix()
     except ValueError:  # on Windows, from one drive to another
         return path.as_posix()
+
+
+def spelling(text: str) -> str:
+    """A name as it is compared: without blanks around it, and with composed letters (NFC).
+
+    A file system or a spreadsheet may hold the accent of a letter as a character of its own.
+    """
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def fragment(span: tuple[float, float]) -> str:

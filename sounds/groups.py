@@ -4,13 +4,18 @@ Otherwise a model would be tested on what it was trained on.
 """
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 
-from sounds.clip import WHOLE, Clip, fragment, name_of
-from support.command import UserError
+from sounds.clip import WHOLE, Clip, fragment, name_of, spelling
+from support.command import UserError, first_of, warn
+
+PIECE = r"([-_. ]([Pp]art)?\d{1,4})?(\.\w+)?$"  # the end of rec1_03.wav, a-001.wav, talk.part2.wav
 
 STRETCHES = 8  # of time, where a recording trains and validates: every fourth validates
 
@@ -24,10 +29,11 @@ def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip
     """
     files = [name_of(clip.path, root) for clip in clips]
     names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
-    groups = [clip.group for clip in clips]
+    groups = [spelling(clip.group) for clip in clips]
     if pattern is not None:
         groups = groups_in(names, pattern)
-    elif any(clip.span != WHOLE for clip in clips):
+    warn_of_spellings(root, groups, "groups")
+    if pattern is None and any(clip.span != WHOLE for clip in clips):
         groups = [group or file for group, file in zip(groups, files, strict=True)]
     first = {}
     for clip, group, name in zip(clips, groups, names, strict=True):
@@ -38,6 +44,30 @@ def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip
                 "a group must be in one part; --group REGEX or a column group says what one is"
             )
     return [clip._replace(group=group) for clip, group in zip(clips, groups, strict=True)]
+
+
+def warn_of_spellings(root: Path, names: Iterable[str], what: str) -> None:
+    """Warn of names of classes or groups that are probably one name, spelt in several ways."""
+    spellings = defaultdict(list)
+    for name in sorted(set(names)):
+        spellings[likeness(name)].append(name)
+    several = [" = ".join(map(repr, alike)) for alike in spellings.values() if len(alike) > 1]
+    if several:
+        warn(
+            f"{root}: {what} that may be one and the same ({first_of(several)}): they are kept "
+            "apart; spell one name in one way"
+        )
+
+
+def likeness(name: str) -> object:
+    """Equal for names that differ in capitals, or in blanks, hyphens and underscores.
+
+    Of a number it is the value: 1, 01 and 1.0 are alike.
+    """
+    if re.fullmatch(r"-?\d+(\.\d*)?", name):
+        return Decimal(name)
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return re.sub(r"[\s_-]+", " ", folded).strip()
 
 
 def groups_in(names: list[str], pattern: str) -> list[str]:
@@ -54,8 +84,29 @@ def groups_in(names: list[str], pattern: str) -> list[str]:
         found = expression.search(name)
         if not found or not found[1]:
             raise UserError(f"{option} finds no group in {name}: every clip must have one")
-        groups.append(found[1])
+        groups.append(spelling(found[1]) or found[1])
     return groups
+
+
+def group_hint(clips: list[Clip]) -> str:
+    """A pattern for --group, if files are named like pieces of recordings. Otherwise "".
+
+    What stands before the number of a piece names its recording: rec1_03.wav is of rec1. A name
+    without such a number is a recording of its own. Names give no hint if most of their class begin
+    alike, because then the number may only count the clips: dog_01.wav, dog_02.wav. If all names of
+    a class begin alike, the pattern makes each clip of it a group, so that the class has several.
+    """
+    recordings = groups_in([clip.path.name for clip in clips], f"(.+?){PIECE}")
+    counts = defaultdict(Counter)  # of each class: how many clips a recording has
+    for clip, recording in zip(clips, recordings, strict=True):
+        counts[clip.label][recording] += 1
+    alike = [next(iter(count)) for count in counts.values() if len(count) == 1]
+    starts = [f"{re.escape(start)}[-_. ].+" for start in sorted(set(alike))]
+    for count in counts.values():
+        if any(1 < n <= count.total() / 2 for n in count.values()):
+            first = "|".join([*starts, "[^/]+?"])
+            return f"({first}){PIECE}"
+    return ""
 
 
 def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:

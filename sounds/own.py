@@ -3,7 +3,6 @@
 Both loaders take `group`, the regular expression of --group: see sounds/groups.py.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -13,17 +12,31 @@ from pathlib import Path
 import numpy as np
 
 from sounds.audio import SUFFIXES, files_in, length_of, lengths_of, typical_seconds
-from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of
+from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, spelling
 from sounds.groups import (
+    group_hint,
     parts_of,  # noqa: F401 (for data.py)
+    warn_of_spellings,
     with_groups,
     with_stretches,  # noqa: F401 (for data.py)
 )
-from sounds.tables import folders_in, read_table, require_files, require_whole
+from sounds.tables import folders_in, plain_column, read_table, require_files, require_whole
 from sounds.windows import BACKGROUND, cut, cut_labels
 from support.command import UserError, first_of, warn
 from support.processes import say
 
+# The columns of a table, and names of other programs for the same, without what is no letter.
+COLUMNS = {
+    "path": "paths file files filename filepath fname wav audio audiofile audiopath sound clip",
+    "label": "labels class classes classname category target species commonname tag",
+    "split": "splits set subset part partition usage phase datasplit istrain istest",
+    "fold": "folds foldid kfold cv cvfold",
+    "group": "groups groupid speaker speakerid subject subjectid participant participantid patient "
+    "patientid session sessionid site siteid recording recordingid srcfile fsid clientid",
+    "start": "starts startsec startseconds startms starttime starttimes begin begintime begintimes "
+    "onset tmin",
+    "end": "ends endsec endseconds endms endtime endtimes stop stoptime offset tmax",
+}
 PROBABILITY = re.compile(r" \([01]\.\d\d\)$")  # of an event, `dog (0.93)`
 LIKE_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -126,15 +139,41 @@ def table(
     else:
         root = data_dir.parent
         name = data_dir.stem
-        clips = [clip_of(row, root) for row in read_table(data_dir, ["path", "label"])]
+        rows = read_table(data_dir, [])
+        check_columns(data_dir, [name for name in rows[0] if name != "where"], group)
+        clips = [clip_of(row, root) for row in rows]
     require_each_once(data_dir, clips)
     require_files(root, list(dict.fromkeys(clip.path for clip in clips)))
     return own_sounds(root, name, clips, group, windows, background)
 
 
+def check_columns(file: Path, header: list[str], group: str | None) -> None:
+    """Warn of columns that are not read. UserError for one that looks like one that is missing."""
+    names = [plain_column(name) for name in header]
+    given = set(names)
+    if given & {"split", "fold"}:
+        given |= {"split", "fold"}
+    if group is not None:  # the option takes the place of the column
+        given.add("group")
+    for column, others in COLUMNS.items():
+        for name in names:
+            if column not in given and re.sub("[^a-z]", "", name) in others.split():
+                seconds = ", in seconds," if column in ("start", "end") else ""
+                raise UserError(
+                    f"{file}: the column {name!r} is not read: call it {column!r}{seconds} if that "
+                    "is what it says, or else take it out"
+                )
+    for column in ("path", "label"):
+        if column not in names:
+            raise UserError(f"{file}: no column {column!r}; its header is {', '.join(header)}")
+    unread = [name for name in names if name and name not in COLUMNS]
+    if unread:
+        warn(f"{file}: columns that are not read: {first_of(unread)}")
+
+
 def clip_of(row: dict[str, str], root: Path) -> Clip:
     """The clip of a row. Blanks around a name and capitals in a header are no part of it."""
-    cells = {name.strip().lower(): cell.strip() for name, cell in row.items()}
+    cells = {plain_column(name): cell.strip() for name, cell in row.items()}
     for name in ("path", "label", "split", "fold", "group"):
         if cells.get(name) == "":
             raise UserError(f"{row['where']}: an empty {name}")
@@ -152,16 +191,27 @@ def clip_of(row: dict[str, str], root: Path) -> Clip:
 
 
 def require_each_once(origin: Path, clips: list[Clip]) -> None:
-    """UserError for a clip that is listed twice, perhaps by another way to its file."""
+    """UserError for a clip that is listed twice, perhaps by another way to its file.
+
+    Another file may have the name of a piece.
+    """
     seen = set()
+    names = set()
     for clip in clips:
         key = (os.path.realpath(clip.path), clip.span)
+        name = name_of(clip.path, origin) + fragment(clip.span)
         if key in seen:
             raise UserError(
                 f"{origin}: {clip.path}{fragment(clip.span)} is listed twice: every clip must be "
                 "listed once"
             )
+        if name in names:
+            raise UserError(
+                f"{origin}: two clips are called {clip.path}{fragment(clip.span)}: rename the file "
+                "whose name looks like that of a piece"
+            )
         seen.add(key)
+        names.add(name)
 
 
 def span_of(start: str | None, end: str | None, where: str) -> tuple[float, float]:
@@ -243,9 +293,11 @@ def own_sounds(
     background: bool = False,
 ) -> Listing:
     """A Listing of the clips. UserError for what cannot be trained or tested."""
+    clips = [clip._replace(label=spelling(clip.label)) for clip in clips]
     clips = with_groups(root, clips, group)
     clips = cut_labels(clips, windows, background)
     labels = {clip.label for clip in clips}
+    warn_of_spellings(root, labels, "classes")
     if "unsure" in labels:
         raise UserError(
             f"{root}: 'unsure' is what tools.predict says of sounds of no class: rename this class"
@@ -262,8 +314,8 @@ def own_sounds(
             f"{root}: class {label!r} has one clip, or clips of one group only; one to train and "
             "one to test are needed (--group '(.*)': every clip is a group)"
         )
-    warn_of_copies(root, clips)
-    return Listing(root, clips, name=name)
+    has_groups = any(clip.group for clip in clips)
+    return Listing(root, clips, name=name, group_hint="" if has_groups else group_hint(clips))
 
 
 def seconds_of(dataset, seconds: float | None) -> float:
@@ -288,39 +340,3 @@ def seconds_of(dataset, seconds: float | None) -> float:
             "table with start and end or, of folders, --windows keep them"
         )
     return seconds
-
-
-def warn_of_copies(root: Path, clips: list[Clip]) -> None:
-    """Warn of files with the same content that may be in two parts: the model is tested on them."""
-    files = {clip.path: clip for clip in clips}  # one piece of each recording
-    middles = {path: middle_of(path) for path in files}
-    count = Counter(middles.values())
-    copies = defaultdict(list)
-    for path, clip in files.items():
-        if count[middles[path]] > 1:  # few files are read as a whole
-            copies[hashlib.sha256(path.read_bytes()).digest()].append(clip)
-    parts_are_given = any(clip.part != "" for clip in clips)
-    names = []
-    for alike in copies.values():
-        if parts_are_given:
-            places = {clip.part for clip in alike}
-        else:
-            places = {clip.group or clip.path for clip in alike}
-        if len(places) > 1:
-            names.append(" = ".join(name_of(clip.path, root) for clip in alike))
-    if names:
-        warn(
-            f"{root}: {len(names)} sounds are there more than once and may come into different "
-            f"splits ({first_of(names)})"
-        )
-
-
-def middle_of(path: Path) -> object:
-    """The size, and 4 kB from the middle. The ends may be silence, which many files share."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            file.seek(size // 2)
-            return size, file.read(4096)
-    except OSError:
-        return path  # it is no copy, but a bad clip later

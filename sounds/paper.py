@@ -1,11 +1,13 @@
 """The datasets of the paper, as their releases lie on disk."""
 
+import posixpath
 from functools import partial
 from pathlib import Path
 
 from sounds.clip import PARTS, Clip, Listing
 from sounds.fetch import Source, locate
 from sounds.tables import folders_in, read_table, require_files
+from support.command import UserError, first_of
 
 ESC50 = Source(
     folder="ESC-50",
@@ -93,9 +95,11 @@ def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
     """
     root = locate(GSC, data_dir, cache_dir)
     part_of = {}
-    for part, list_of_part in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
-        names = (root / list_of_part).read_text(encoding="utf-8", errors="replace").split()
-        part_of.update(dict.fromkeys(names, part))
+    for part, file in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
+        for name in (root / file).read_text(encoding="utf-8-sig", errors="replace").split():
+            name = posixpath.normpath(name.replace("\\", "/"))  # of `find .`, or of Windows
+            if part_of.setdefault(name, part) != part:
+                raise UserError(f"{root}: both lists have {name}: it must validate or test")
     clips = {}
     for folder in folders_in(root):
         if folder.name.startswith("_"):  # _background_noise_ is no word
@@ -104,8 +108,13 @@ def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
             if file.suffix == ".wav" and not file.name.startswith("."):
                 name = f"{folder.name}/{file.name}"
                 clips[name] = Clip(file, folder.name, part_of.get(name, "train"))
-    if not part_of.keys() <= clips.keys():
+    others = sorted(part_of.keys() - clips.keys())
+    if others:
         require_files(root, [root / name for name in part_of])
+        raise UserError(
+            f"{root}: {len(others)} files of the lists are no WORD/NAME.wav in {root} "
+            f"({first_of(others)}): write them in this way"
+        )
     return Listing(root, [clips[name] for name in sorted(clips)])
 
 

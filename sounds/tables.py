@@ -1,6 +1,7 @@
 """Tables of clips, and whether the files that they name are there."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ def read_table(
 ) -> list[dict[str, str]]:
     """The rows of a CSV file with a header line. Their key `where` has the file and the line.
 
-    UserError if one of the `columns` is missing, or one of the `integers` is no whole number.
+    UserError if one of the `columns` is missing, if a column is there twice, or if one of the
+    `integers` is no whole number.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -26,6 +28,9 @@ def read_table(
         if column not in header:
             found = ", ".join(header) or "empty"
             raise UserError(f"{path}: no column {column!r}; its header is {found}")
+    for column, count in Counter(map(plain_column, header)).items():
+        if column and count > 1:
+            raise UserError(f"{path}: {count} columns are called {column!r}: keep one of them")
     if not rows:
         raise UserError(f"{path}: no rows beneath the header")
     for row in rows:
@@ -38,6 +43,11 @@ def read_table(
         for column in integers:
             require_whole(row[column], column, row["where"])
     return rows
+
+
+def plain_column(name: str) -> str:
+    """The name of a column of the user's own table: without blanks around it and capitals."""
+    return name.strip().lower()
 
 
 def require_whole(text: str, column: str, where: str) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,15 +13,19 @@ from safetensors.torch import load_file, save
 
 from ast_model import UserError
 from support.files import whole_file
-from support.headers import HuggingFace, Names, checked, checked_header
+from support.headers import HuggingFace, Names, check_header, checked
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
 # ------------------------------------------------------------------------------------ any tensors
 
 
+@cache
 def fetch(repository: str) -> tuple[Path, Path]:
-    """The weights and config.json of a model on the Hugging Face hub, through the user's cache."""
+    """The weights and config.json of a model on the Hugging Face hub, through the user's cache.
+
+    The hub is asked once. Without a network it takes half a minute until it gives up.
+    """
     import huggingface_hub.utils  # here: it takes long, and few commands fetch anything
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -35,7 +40,8 @@ def fetch(repository: str) -> tuple[Path, Path]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"cannot fetch {repository} from the Hugging Face hub ({reason}): download its "
-            "config.json and model.safetensors by hand, and give their folder as --weights"
+            "config.json and model.safetensors by hand, and give their folder as --weights; "
+            "train.py --weights demo takes the small backbone that is here"
         ) from None
     return Path(weights), Path(config)
 
@@ -179,7 +185,9 @@ def read_metadata(path: Path) -> dict:
         raise no_whole_file(path, error) from None
     if not is_whole:
         raise no_whole_file(path, "it is damaged: its SHA-256 is another")
-    return {**header, **checked_header(header, path)} if header else {}
+    if header:
+        check_header(header, path)
+    return header
 
 
 def read_header(path: Path, *needed: str) -> dict:

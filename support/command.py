@@ -203,6 +203,7 @@ def nearest(name: str, known: Iterable[str], what: str) -> None:
 
 
 def first_of(names: list[str]) -> str:
-    """The first five of a list, for a message."""
+    """The first five of a list, for a message. Names with a comma in them stand in quotes."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more or "nothing"
+    shown = [repr(name) if "," in name else name for name in names[:5]]
+    return ", ".join(shown) + more or "nothing"

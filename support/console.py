@@ -1,5 +1,6 @@
 """What a run prints: what it is going to do, and what came out."""
 
+import re
 import shlex
 from collections import Counter
 from statistics import mean
@@ -8,8 +9,10 @@ from support.command import first_of
 from support.files import write_json
 from support.processes import say
 from support.records import mean_and_std
+from support.scores import balanced_interval
 
 ROWS = 10  # of the table of classes
+FEW = 5  # test clips; with fewer the recall of a class is in steps of 25 % or more
 
 # ------------------------------------------------------------------------------------------- before
 
@@ -58,8 +61,8 @@ def describe_fold(result, by):
     return f"fold {result['fold']}: {accuracy}, {result['seconds']:.0f} s"
 
 
-def summary(run):
-    """What a user wants to know at the end of a run."""
+def summary(run, dataset):
+    """What a user wants to know at the end of a run. `dataset` is the data.Dataset of its clips."""
     result = run.result()
     scores = result["scores"]
     count = result["parameters"]
@@ -68,14 +71,17 @@ def summary(run):
     file = run.file(result["folds"][0]["fold"])
     name = run.config["method"]["name"]
     baseline = "houlsby_par" if name == "linear" else "linear"  # which shows what a method adds
+    headline = [
+        f"  test accuracy   {result['accuracy']:.2f}{spread} %, folds: {len(run.folds)}",
+        f"  in all classes  {balanced_accuracy(run, dataset)}, macro-F1 {scores['macro_f1']:.2f} %",
+    ]
+    if is_balanced(run):
+        headline.reverse()
     lines = [
         "",
-        f"  test accuracy   {result['accuracy']:.2f}{spread} %, folds: {len(run.folds)}",
-        f"  in all classes  balanced accuracy {scores['balanced_accuracy']:.2f} %, "
-        f"macro-F1 {scores['macro_f1']:.2f} %",
+        *headline,
         f"  to compare with {scores['majority']:.2f} % for always answering the largest class",
-        *describe_confusion(run.tested(), scores["classes"]),
-        f"  probabilities   {describe_errors(result['folds'])}",
+        *[f"  {what:<15} {text}" for what, text in findings(run, dataset)],
         f"  trained         {trained:,} of {count['total']:,} parameters "
         f"({trained / count['total']:.2%}): {count['petl']:,} of {name}, "
         f"{count['head']:,} of final LayerNorm and head",
@@ -91,19 +97,70 @@ def summary(run):
     return "\n".join(lines)
 
 
-def describe_confusion(tested, classes):
-    """What accuracy alone would hide: classes that are never answered, and the worst confusion."""
+def is_balanced(run):
+    """Whether the score of a run is balanced accuracy, as for own sounds. Else it is accuracy."""
+    return run.config["choose_by"] == "balanced"
+
+
+def balanced_accuracy(run, dataset):
+    """Balanced accuracy, with its interval if it is the score of the run."""
+    text = f"balanced accuracy {run.result()['scores']['balanced_accuracy']:.2f} %"
+    if not is_balanced(run):
+        return text
+    groups = dict(zip(dataset.names, dataset.groups, strict=False))  # perhaps there are none
+    interval = balanced_interval(run.tested(), run.classes, groups)
+    if interval is None:
+        return text
+    drawn = "groups" if groups else "clips"
+    return f"{text} (95 % interval {interval[0]:.2f} to {interval[1]:.2f}, over {drawn})"
+
+
+def findings(run, dataset):
+    """What accuracy alone would hide, as pairs of a heading and a sentence."""
+    result = run.result()
+    classes = result["scores"]["classes"]
+    tested = run.tested()
     answered = {row["prediction"] for row in tested}
     never = [name for name, one in classes.items() if one["support"] and name not in answered]
-    lines = []
-    if never:
-        lines.append(f"  never answered  {first_of(never)}: {len(never)} of {len(classes)} classes")
+    few = [f"{k} ({one['support']})" for k, one in classes.items() if one["support"] < FEW]
     pairs = Counter((row["label"], row["prediction"]) for row in tested)
     wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
+    found = []
+    if never:
+        found.append(
+            ("never answered", f"{first_of(never)}: {len(never)} of {len(classes)} classes")
+        )
+    if few:
+        found.append(
+            ("few test clips", f"{first_of(few)}: too few to say how good these classes are")
+        )
+    found += shared_recordings(run, dataset)
     for (label, answer), count in wrong.most_common(1):
         clips = f"{count} of {classes[label]['support']} clips of {label!r}"
-        lines.append(f"  most confused   {clips} were taken for {answer!r}")
-    return lines
+        found.append(("most confused", f"{clips} were taken for {answer!r}"))
+    found.append(("probabilities", describe_errors(result["folds"])))
+    return found
+
+
+def shared_recordings(run, dataset):
+    """Whether test clips are named like pieces of recordings of which other pieces train."""
+    if not dataset.group_hint:
+        return []
+
+    def recording(row):
+        return row["fold"], re.search(dataset.group_hint, row["path"])[1]
+
+    training = {recording(row) for row in run.clips("train")}
+    tested = run.clips("test")
+    shared = [row["path"] for row in tested if recording(row) in training]
+    if not shared:
+        return []
+    clips = f"{len(shared)} of {len(tested)} test clips, such as {shared[0]},"
+    text = "are named like pieces of recordings that also train: the scores may be too high"
+    what_to_do = f"--group {shlex.quote(dataset.group_hint)} keeps a recording in one part"
+    if dataset.folds:  # the user has said what is in which part
+        what_to_do = "put all clips of a recording into one part"
+    return [("recordings", f"{clips} {text}"), ("what to do", what_to_do)]
 
 
 def describe_classes(classes):
@@ -122,8 +179,10 @@ def describe_errors(results):
         return "as they are, and never 'unsure': that takes ten right answers on validation clips"
     before = mean(result["calibration_error"] for result in fitted)
     after = mean(result["calibrated_error"] for result in fitted)
+    worse = ": worse than without its temperature" if round(after, 1) > round(before, 1) else ""
     return (
         f"{before:.1f} % off (expected calibration error), {after:.1f} % as tools.predict has them"
+        + worse
     )
 
 
@@ -136,5 +195,9 @@ def summarise_seeds(home, results):
     result = {**mean_and_std(folds), "seeds": seeds, "folds": folds}
     write_json(home / "result.json", result)
     accuracy = f"{result['accuracy']:.2f} +- {result['std']:.2f} %"
-    say(f"accuracy {accuracy} over {len(seeds)} seeds, {len(folds)} runs in all; written to {home}")
+    balanced = mean(result["scores"]["balanced_accuracy"] for result in results.values())
+    say(
+        f"accuracy {accuracy}, balanced accuracy {balanced:.2f} %, over {len(seeds)} seeds, "
+        f"{len(folds)} runs in all; written to {home}"
+    )
     return result

@@ -15,6 +15,7 @@ import torch
 from ast_model import UserError
 from support import command, console, records
 from support.calibration import calibrated
+from support.copies import warn_of_copies
 from support.processes import process_group, say, wait_for_all
 from support.progress import Bar, in_words
 
@@ -66,6 +67,11 @@ class Recorder:
         self.bad = bad
         self.table = records.split_table(self.dataset, folds, bad)
         return records.hash_of(self.table)
+
+    def warn_of_copies(self, folds, features):
+        """Warn of sounds that are in two parts of a fold. The clips have these `features`."""
+        if self.machine.is_first:
+            warn_of_copies(self.dataset, features, folds)
 
     def start(self, settings):
         """Begin a seed. UserError if its folder holds another experiment."""
@@ -123,7 +129,7 @@ class Recorder:
         wait_for_all()
         if self.machine.is_first:
             run = records.write_results(self.folder)
-            say(console.summary(run))
+            say(console.summary(run, self.dataset))
             self.summaries[self.settings.seed] = run.result()
 
     def results(self):

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from support.files import (
     write_json,
     write_text,
 )
-from support.headers import RunConfig
+from support.headers import RunConfig, checked
 from support.processes import is_first, say
 from support.scores import confusion, confusion_table, scores
 
@@ -133,7 +134,9 @@ def plain(settings):
 def read_config(folder: Path) -> dict:
     """config.json: the settings, and where the clips were found."""
     path = folder / "config.json"
-    return read_json(path, RunConfig, mend=f"delete it, and {AGAIN}")
+    config = read_json(path, dict[str, Any], mend=f"delete it, and {AGAIN}")
+    checked(config, RunConfig, path)
+    return config
 
 
 def fold_files(folder: Path) -> dict[int, Path]:
@@ -148,7 +151,7 @@ def fold_files(folder: Path) -> dict[int, Path]:
 def difference(old, new):
     """The first of the `new` settings that is another in the `old` ones, in words."""
     for name, value in new.items():
-        before = old[name]
+        before = old.get(name)
         if before == value or name == "weights":  # a name; the backbone is what counts
             continue
         if name == "clips":
@@ -157,7 +160,7 @@ def difference(old, new):
             return f"--seconds {before / 100:g}, not {value / 100:g}"
         if name == "backbone":
             return f"the backbone {old['weights']} as it was then (give the right one as --weights)"
-        return f"{name} {before}, not {value}"
+        return f"{name} {before!s:.200}, not {value!s:.200}"
     return None
 
 

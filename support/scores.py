@@ -6,6 +6,8 @@ import numpy as np
 
 from support.files import csv_of
 
+DRAWS = 2000  # of the bootstrap
+
 
 def confusion(rows: Iterable[dict], classes: list[str]) -> np.ndarray:
     """Counts (classes, classes) of rows with label and prediction.
@@ -56,3 +58,32 @@ def scores(counts: np.ndarray, classes: list[str]) -> dict:
         for i, name in enumerate(classes)
     }
     return total
+
+
+def balanced_interval(
+    rows: list[dict], classes: list[str], groups: dict[str, str]
+) -> tuple[float, float] | None:
+    """The 95 % interval of balanced accuracy in percent: a percentile bootstrap (Efron, 1979).
+
+    rows: test clips with path, label and prediction. groups: {path: recording}, empty if every clip
+    is one. A draw takes as many recordings as there are, some of them several times. None if all
+    draws are alike: then there is one recording, or nothing is wrong, and it says nothing.
+    """
+    recordings = [groups.get(row["path"], row["path"]) for row in rows]
+    place = {recording: i for i, recording in enumerate(dict.fromkeys(recordings))}
+    number = {name: i for i, name in enumerate(classes)}
+    clips = np.zeros((len(place), len(classes)))
+    right = np.zeros_like(clips)
+    for row, recording in zip(rows, recordings, strict=True):
+        cell = place[recording], number[row["label"]]
+        clips[cell] += 1
+        right[cell] += row["label"] == row["prediction"]
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(DRAWS):
+        drawn = rng.integers(len(place), size=len(place))
+        times = np.bincount(drawn, minlength=len(place))
+        true = times @ clips
+        found.append(100 * ((times @ right)[true > 0] / true[true > 0]).mean())
+    low, high = np.percentile(found, [2.5, 97.5])
+    return (float(low), float(high)) if low < high else None

@@ -16,13 +16,6 @@ from support.processes import is_first, ranks, sum_over_ranks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def autocast(device: torch.device, dtype: str):
-    """A context in which products are computed in `dtype`."""
-    if dtype == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[dtype])
-
-
 def near(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a GPU, if it takes at most half of the memory that is free there."""
     if device.type == "cuda" and 2 * tensor.nbytes < torch.cuda.mem_get_info(device)[0]:
@@ -70,7 +63,9 @@ class Machine:
 
     def autocast(self, dtype: str):
         """A context in which products are computed in `dtype`."""
-        return autocast(self.device, dtype)
+        if dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[dtype])
 
     def shares(self, n: int) -> Iterator[tuple[slice, int]]:
         """Yield which of the `n` clips of a batch this process takes, and the factor of their loss.
@@ -130,8 +125,3 @@ class Machine:
         rows = found.new_zeros(len(index), found.shape[1])
         rows[rank::world] = found
         return sum_over_ranks(rows)
-
-
-def prepare(model: nn.Module, dtype: str, machine: Machine) -> nn.Module:
-    """`Machine.prepare` as a function, for the commands of tools/."""
-    return machine.prepare(model, dtype)

@@ -14,7 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from helpers import SMALL_AST, campaign_words, make_esc50
 
 import train
+from support import checkpoints
 from tools import campaign, experiments
+
+
+@pytest.fixture(autouse=True)
+def forgetful_hub():
+    """What one test fetched is not there for the next."""
+    checkpoints.fetch.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +36,8 @@ def cache_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train_main(esc50_dir, cache_dir, tmp_path):
-    """`train.main` on the miniature with the small AST, two epochs of fold 1; more options override
-    these.
+    """`train.main` on the miniature with the small AST, two epochs of fold 1, clips of one second;
+    more options override these.
     """
 
     def call(*options) -> int:
@@ -44,6 +51,8 @@ def train_main(esc50_dir, cache_dir, tmp_path):
             "--epochs",
             2,
             "--folds",
+            1,
+            "--seconds",
             1,
         ]
         places = ["--cache-dir", cache_dir, "--out", tmp_path / "runs"]

@@ -441,7 +441,14 @@ def made_up_page(run: Path, classes: list[str], count: int, name: str = "{}.wav"
         "classes": classes,
         "parameters": {"petl": 12_345, "head": 67},
         "versions": {"torch": "2"},
-        "result": {"fold": 1, "accuracy": accuracy, "seconds": 1.5, "peak_memory_mb": None},
+        "result": {
+            "fold": 1,
+            "epoch": 2,
+            "accuracy": accuracy,
+            "validation_accuracy": 70.0,
+            "seconds": 1.5,
+            "peak_memory_mb": None,
+        },
         "record": {"history": history, "predictions": answers, "millionths": millionths},
     }
     method = {"name": "lora", "parts": []}
@@ -451,11 +458,16 @@ def made_up_page(run: Path, classes: list[str], count: int, name: str = "{}.wav"
         "seed": 0,
         "cache_dir": "/home/me",
         "shots": None,
+        "epochs": 2,
+        "n_frames": 48,
+        "mask_frames": 7,
+        "balance": False,
+        "choose_by": "balanced",
     }
     made_up = Run(run, config, split, {1: fold})
     media = [
         {
-            "picture": report.picture_of(torch.from_numpy(rng.random((48, 128)))),
+            "picture": report.picture_of(torch.from_numpy(rng.random((48, 128))), 48),
             "sound": report.sound_of(0.5 * np.sin(2 * np.pi * (500 + 20 * i) * time)),
         }
         for i in range(min(count, 30))
@@ -464,7 +476,8 @@ def made_up_page(run: Path, classes: list[str], count: int, name: str = "{}.wav"
         {**row, **media[i % 30], "told": {row["label"]: 0.4, row["prediction"]: 0.6}}
         for i, row in enumerate(made_up.tested())
     ]
-    return report.page_of(made_up, sorted(cards, key=report.interest))
+    dataset = data.Dataset("made up", run, classes, [], [], {})
+    return report.page_of(made_up, dataset, sorted(cards, key=report.interest))
 
 
 def campaign_words(sounds: Path, cache_dir: Path, out: Path, *words) -> list[str]:

@@ -82,10 +82,21 @@ def test_every_width_light_and_dark(opened, file, width, scheme):
         "all => all.map(a => a.scrollHeight - a.clientHeight)"
     )
     assert max(heads) <= 1  # nothing is cut off
+    assert page.locator("pre").evaluate("one => one.scrollWidth - one.clientWidth") == 0
     found = Axe().run(page).response
     assert found["violations"] == [] and len(found["passes"]) > 20
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
+
+
+def test_a_table_that_does_not_fit_says_so(opened, tmp_path):
+    names = [f"sound {k}" for k in range(12)]
+    (tmp_path / "page.html").write_text(made_up_page(tmp_path, names, 36))
+    page = opened(tmp_path / "page.html", viewport={"width": 390, "height": 800})
+    hints = page.get_by_text("wider than the screen")
+    assert [hint.is_visible() for hint in hints.all()] == [True, False]  # the matrix, the classes
+    page.set_viewport_size({"width": 1200, "height": 800})
+    page.wait_for_function("document.querySelectorAll('p[hidden] + .wide').length === 2")
 
 
 def test_views(opened, file):

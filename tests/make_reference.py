@@ -40,11 +40,15 @@ def outputs_and_gradients(
     """Final tokens, logits, and the gradient of the cross-entropy for every parameter, by
     transformers.
     """
+    encoded = []
+    encoder = model.audio_spectrogram_transformer
+    hook = encoder.register_forward_hook(lambda encoder, inputs, output: encoded.append(output))
     model.zero_grad()
-    tokens = model.audio_spectrogram_transformer(fbank).last_hidden_state
     output = model(input_values=fbank, labels=labels)
+    hook.remove()
     output.loss.backward()
     gradients = {f"gradient {name}": parameter.grad for name, parameter in model.named_parameters()}
+    tokens = encoded[0].last_hidden_state
     return {"tokens": tokens.detach(), "logits": output.logits.detach(), **gradients}
 
 

@@ -243,6 +243,12 @@ def test_what_a_config_leaves_out_is_what_transformers_leaves_out():
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
+def test_what_an_adapter_leaves_out_is_what_peft_leaves_out():
+    ours, theirs = headers.LoRA(), peft.LoraConfig()
+    for name in ("r", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -415,7 +421,7 @@ def test_show_prints_what_the_file_is(train_main, tmp_path, command):
     lora = {"part": "LoRA", "targets": "qv", "rr": 16, "alpha": 8}  # fitted to 64 dimensions
     assert shown["method"] == {"name": "lora", "lr": header["settings"]["lr"], "parts": [lora]}
     assert shown["classes"][:2] == ["sound 0", "sound 4"] and shown["n_classes"] == 10
-    assert shown["backbone"]["name"] == str(SMALL_AST) and shown["n_frames"] == 500
+    assert shown["backbone"]["name"] == str(SMALL_AST) and shown["n_frames"] == 100
     assert shown["backbone"]["sha256"] == load_ast(SMALL_AST, pool="cls_dist").backbone.sha256
     assert shown["versions"]["torch"] == torch.__version__ and shown["settings"]["seed"] == 0
 

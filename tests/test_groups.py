@@ -12,7 +12,7 @@ from helpers import make_folder, split_of, train_on, write_csv, write_sound
 
 from data import Dataset, folds_of, load_dataset, random_split
 from sounds.clip import Clip
-from sounds.groups import parts_of, with_groups, with_stretches
+from sounds.groups import group_hint, parts_of, with_groups, with_stretches
 from support.command import UserError
 
 
@@ -132,6 +132,10 @@ def test_what_groups_are_called():
     ] == "a/ann_2.wav#1-2.5"  # every clip by itself
     named = [clip._replace(group="mine") for clip in pieces]
     assert with_groups(root, named, None) == named
+    spellings = [Clip(root / name, "x") for name in ("Ren\u00e9_1.wav", "Rene\u0301 _2.wav")]
+    assert [clip.group for clip in with_groups(root, spellings, "(.*)_")] == ["Ren\u00e9"] * 2
+    (blank,) = with_groups(root, [Clip(root / "a _1.wav", "x")], "a(.*)_")
+    assert blank.group == " "
     with pytest.raises(UserError, match=r"b/bob_1\.wav: every clip must have one"):
         with_groups(root, clips, "a/(ann)")
     with pytest.raises(UserError, match=r"'\(an' is no regular expression"):
@@ -217,19 +221,58 @@ def test_groups_that_cannot_be(tmp_path, header, more, group, message):
     assert "\n" not in str(error.value)
 
 
-def test_copies_within_a_group_are_no_mistake(tmp_path, capsys):
-    for name in ("a0", "a1", "b0", "b1"):
-        write_sound(
-            tmp_path / f"{name}.wav", seed=len(name) if name[0] == "a" else int(name[1]) + 5
-        )
-    rows = ["a0.wav,a,x", "a1.wav,a,x", "b0.wav,b,y", "b1.wav,b,z"]
-    write_sound(tmp_path / "a2.wav")
-    load_dataset(
-        "csv", write_csv(tmp_path / "t.csv", "path,label,group", *rows, "a2.wav,a,y"), tmp_path
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        # Recordings and their pieces; a name without a number is a recording.
+        (
+            ["x/rec1_03.wav", "x/rec1_04.wav", "x/rec2_01.wav", "x/b.ogg"],
+            ["rec1", "rec1", "rec2", "b"],
+        ),
+        (["x/a-001.wav", "x/a-002.wav", "x/b-1.wav", "x/b-2.wav"], ["a", "a", "b", "b"]),
+        (
+            ["talk.part1.wav", "talk.Part2.wav", "other.wav", "c d.wav"],
+            ["talk", "talk", "other", "c d"],
+        ),
+        # One recording may be in two classes.
+        (["x/r_1.wav", "x/r_2.wav", "x/s.wav", "x/t.wav", "y/r_3.wav", "y/q.wav"], list("rrstrq")),
+        # All clips of a class would be one group, so each is a group.
+        (
+            ["x/r_1.wav", "x/r_2.wav", "x/s_1.wav", "x/s_2.wav", "y/y (_1.wav", "y/y (_2.wav"],
+            ["r", "r", "s", "s", "y (_1.wav", "y (_2.wav"],
+        ),
+        # Numbers of clips, hours and ESC-50's names say nothing.
+        (["x/x_1.wav", "x/x_2.wav", "y/y-1.wav", "y/y-2.wav"], None),
+        (["x/x_1.wav", "x/x_2.wav", "x/x_3.wav", "x/odd.wav"], None),
+        (["x/20240501_123000.wav", "x/20240501_124000.wav", "x/20240502_1.wav", "x/a.wav"], None),
+        (["audio/1-100032-A-0.wav", "audio/1-100032-B-0.wav", "audio/1-100038-A-14.wav"], None),
+        (["x/1.wav", "x/2.wav", "x/10", "x/rec1.wav"], None),
+    ],
+)
+def test_names_of_pieces(names, groups):
+    root = Path("/my")
+    clips = [Clip(root / name, name.split("/")[0] if "/" in name else "") for name in names]
+    hint = group_hint(clips)
+    if groups is None:
+        assert hint == ""
+    else:
+        assert [clip.group for clip in with_groups(root, clips, hint)] == groups
+
+
+def test_the_hint_of_a_dataset(tmp_path):
+    """Groups of any other kind are better than what names look like."""
+    files = ["ann_1.wav", "ann_2.wav", "bob_1.wav", "bob_2.wav"]
+    rows = [[f"{name}/{file}", name, file[:3]] for name in ("bell", "drum") for file in files]
+    for path, _, _ in rows:
+        write_sound(tmp_path / path)
+    hint = load_dataset("folder", tmp_path, tmp_path).group_hint
+    assert (
+        load_dataset("folder", tmp_path, tmp_path, group=hint).groups
+        == ["ann", "ann", "bob", "bob"] * 2
     )
-    assert capsys.readouterr().err == ""
-    rows[1] = "a1.wav,a,y"
-    load_dataset(
-        "csv", write_csv(tmp_path / "t.csv", "path,label,group", *rows, "a2.wav,a,y"), tmp_path
-    )
-    assert "1 sounds are there more than once" in capsys.readouterr().err
+    assert load_dataset("folder", tmp_path, tmp_path, group="(.*)").group_hint == ""
+    assert load_dataset("folder", tmp_path, tmp_path, windows=0.1).group_hint == ""
+    table = write_csv(tmp_path / "t.csv", "path,label", *[row[:2] for row in rows])
+    assert load_dataset("csv", table, tmp_path).group_hint == hint
+    table = write_csv(tmp_path / "t.csv", "path,label,group", *rows)
+    assert load_dataset("csv", table, tmp_path).group_hint == ""

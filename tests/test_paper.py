@@ -181,7 +181,8 @@ def make_fsc(root: Path) -> Path:
 
 def test_esc50_miniature(tmp_path):
     root = make_all_of_esc50(tmp_path / "ESC-50-master")
-    assert train_on("esc50", root, tmp_path, "--folds", "1,3", "--shots", 1) == 0
+    words = ["--folds", "1,3", "--shots", 1, "--seconds", 1]
+    assert train_on("esc50", root, tmp_path, *words) == 0
     assert [fold["fold"] for fold in result_of("esc50", tmp_path)["folds"]] == [1, 3]
     split = split_of("esc50", tmp_path, fold=3)
     assert {name[6] for name in split["test"]} == {"3"} and {name[6] for name in split["val"]} == {
@@ -241,6 +242,20 @@ def test_gsc_miniature(tmp_path, capsys):
     assert [path.parent.name for path in dataset.paths] == [
         dataset.classes[label] for label in dataset.labels
     ]
+
+    lines = (root / "validation_list.txt").read_text().split()
+    (root / "validation_list.txt").write_text("\ufeff./" + "\n./".join(lines), encoding="utf-8")
+    lines = (root / "testing_list.txt").read_text().replace("/", "\\").splitlines()
+    (root / "testing_list.txt").write_text("\r\n".join(lines))
+    assert load_dataset("gsc", root, tmp_path) == dataset  # made again by other programs
+    write_sound(root / "_background_noise_" / "mill.wav")
+    for name in ("_background_noise_/mill.wav", root / "bed" / "00000002_nohash_0.wav"):
+        (root / "testing_list.txt").write_text(f"{name}\n")
+        with pytest.raises(UserError, match=r"1 files of the lists are no WORD/NAME\.wav in .*/"):
+            load_dataset("gsc", root, tmp_path)
+    (root / "testing_list.txt").write_text("bed/00000001_nohash_0.wav\n")
+    with pytest.raises(UserError, match=r"both lists have bed/00000001_nohash_0\.wav"):
+        load_dataset("gsc", root, tmp_path)
 
     (root / "testing_list.txt").write_text("bed/absent.wav\n")
     with pytest.raises(UserError, match=r"1 of 36 files are missing \(bed/absent\.wav\)"):

@@ -3,19 +3,25 @@ classes."""
 
 import csv
 import json
+import re
+import shlex
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_folder, result_of, train_on, write_sound
+from helpers import make_folder, result_of, split_of, train_on, write_sound
+from scipy import stats
 from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight
 
 import train
+from data import Dataset
 from support import console
-from support.scores import confusion, scores
+from support.records import Run
+from support.scores import balanced_interval, confusion, scores
 
 CLASSES = ["a", "b", "c", "d", "e"]
 
@@ -65,6 +71,54 @@ def test_macro_f1_leaves_out_classes_that_nobody_names():
     counts = confusion(rows_of([0, 0, 1], [0, 1, 1]), CLASSES)
     expected = metrics.f1_score([0, 0, 1], [0, 1, 1], average="macro")
     assert scores(counts, CLASSES)["macro_f1"] == pytest.approx(100 * expected, abs=1e-4)
+
+
+def with_paths(rows: list[dict]) -> list[dict]:
+    return [{**row, "path": f"{i}.wav"} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_interval_is_that_of_scipy(size):
+    """Clips are drawn, or recordings of four clips each."""
+    true, predicted = drawn(5)
+    found = balanced_interval(
+        with_paths(rows_of(true, predicted)),
+        CLASSES,
+        {f"{i}.wav": str(i // size) for i in range(40)},
+    )
+
+    def balanced(recordings):
+        some = np.concatenate([np.arange(size) + size * one for one in recordings])
+        right = true[some] == predicted[some]
+        return 100 * np.mean([right[true[some] == label].mean() for label in set(true[some])])
+
+    expected = stats.bootstrap(
+        (np.arange(40 // size),),
+        balanced,
+        n_resamples=2000,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert found == pytest.approx(tuple(expected), abs=1.5)
+
+
+def test_copies_of_a_recording_tell_no_more_than_one():
+    rows = with_paths(rows_of(*drawn(1)))
+    twice = [{**row, "path": f"{i}/{row['path']}"} for row in rows for i in range(2)]
+    groups = {row["path"]: row["path"][2:] for row in twice}
+    alone = balanced_interval(rows, CLASSES, {})
+    assert balanced_interval(twice, CLASSES, groups) == pytest.approx(alone)
+    narrow = balanced_interval(twice, CLASSES, {})
+    assert narrow[1] - narrow[0] < 0.85 * (alone[1] - alone[0])
+
+
+def test_no_interval_where_draws_are_alike():
+    right = with_paths(rows_of([0, 0, 1], [0, 0, 1]))
+    wrong = with_paths(rows_of([0, 0, 1], [0, 1, 1]))
+    assert balanced_interval(right, CLASSES, {}) is None
+    assert balanced_interval(wrong, CLASSES, {row["path"]: "one" for row in wrong}) is None
+    assert balanced_interval(wrong, CLASSES, {}) is not None
 
 
 def test_weights_of_classes_are_balanced():
@@ -128,6 +182,113 @@ def test_what_the_summary_names(monkeypatch):
     monkeypatch.setattr(console, "ROWS", 2)
     said = console.describe_classes(classes)
     assert [line.split()[0] for line in said[1:]] == ["c", "a"]
+
+
+def made_up(answers: dict[str, str], score: str, errors=(), train=()) -> Run:
+    """A run whose test clips, the keys, have these answers. The folder of a clip is its class."""
+    classes = sorted({path.split("/")[0] for path in answers})
+    split = [{"fold": "1", "split": "train", "path": path, "label": path[0]} for path in train]
+    for path in answers:
+        split.append({"fold": "1", "split": "test", "path": path, "label": path.split("/")[0]})
+    numbers = [classes.index(answer) for answer in answers.values()]
+    right = sum(path.split("/")[0] == answer for path, answer in answers.items())
+    result = {"fold": 1, "accuracy": 100 * right / len(answers), "seconds": 1.0}
+    fold = {
+        "classes": classes,
+        "parameters": {"petl": 1, "head": 1, "total": 9},
+        "versions": {},
+        "result": {**result, "peak_memory_mb": None, **dict(errors)},
+        "record": {"history": [], "predictions": numbers, "millionths": [0] * len(numbers)},
+    }
+    config = {"choose_by": score, "method": {"name": "lora"}}
+    return Run(Path("run"), config, split, {1: fold})
+
+
+NO_HINT = Dataset("my", Path("my"), [], [], [], {})
+
+
+def test_what_accuracy_hides():
+    """19 of 20 clips are right, but one of three classes is never answered."""
+    answers = {f"a/{i}.wav": "a" for i in range(14)} | {f"b/{i}.wav": "b" for i in range(5)}
+    run = made_up({**answers, "c/0.wav": "a"}, "balanced")
+    assert dict(console.findings(run, NO_HINT)) == {
+        "never answered": "c: 1 of 3 classes",
+        "few test clips": "c (1): too few to say how good these classes are",
+        "most confused": "1 of 1 clips of 'c' were taken for 'a'",
+        "probabilities": "as they are, and never 'unsure': that takes ten right answers on "
+        "validation clips",
+    }
+    text = console.balanced_accuracy(run, NO_HINT)
+    assert re.fullmatch(
+        r"balanced accuracy 66.67 % \(95 % interval \d\d.\d\d to 100.00, over clips\)", text
+    )
+    paths = [Path("my") / row["path"] for row in run.split]
+    whole = Dataset("my", Path("my"), [], paths, [], {}, groups=["one"] * 20)
+    assert console.balanced_accuracy(run, whole) == "balanced accuracy 66.67 %"
+    plain = made_up({**answers, "c/0.wav": "a"}, "accuracy")
+    assert console.balanced_accuracy(plain, NO_HINT) == "balanced accuracy 66.67 %"
+
+
+def test_what_is_said_of_several_seeds(tmp_path, capsys):
+    """The second seed has 9 of 10 clips right, and one of two classes."""
+    answers = {f"a/{i}.wav": "a" for i in range(9)} | {"b/0.wav": "b"}
+    runs = [made_up(answers, "balanced"), made_up({**answers, "b/0.wav": "a"}, "balanced")]
+    console.summarise_seeds(tmp_path, {seed: run.result() for seed, run in enumerate(runs)})
+    expected = "accuracy 95.00 +- 7.07 %, balanced accuracy 75.00 %, over 2 seeds, 2 runs in all"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "end"),
+    [
+        (3.0, 8.0, "8.0 % as tools.predict has them: worse than without its temperature"),
+        (8.0, 3.0, "3.0 % as tools.predict has them"),
+        (8.01, 8.04, "8.0 % as tools.predict has them"),
+    ],
+)
+def test_a_worse_calibration_is_said(before, after, end):
+    errors = {"calibration_error": before, "calibrated_error": after}
+    found = dict(console.findings(made_up({"a/0.wav": "a"}, "balanced", errors), NO_HINT))
+    assert found["probabilities"] == f"{before:.1f} % off (expected calibration error), {end}"
+
+
+def test_the_pattern_that_is_printed_keeps_recordings_together(tmp_path, capsys):
+    root = tmp_path / "my"
+    for name, recordings in (("bell", ("one", "two", "three", "four")), ("drum", ("a", "b", "c"))):
+        for recording in recordings:
+            for i in range(5):
+                write_sound(root / name / f"{recording}_0{i}.wav", 10 * (name == "drum"))
+    for i in range(5):
+        write_sound(root / "flute" / f"flute-{i}.wav", 20)
+    assert train_on("folder", root, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert out.index("in all classes") < out.index("test accuracy  ")
+
+    def shared():
+        """Test clips of the recordings that train, by the names that were made above."""
+        parts = split_of("folder", tmp_path)
+        training = {path.rsplit("_", 1)[0] for path in parts["train"]}
+        return sorted(path for path in parts["test"] if path.rsplit("_", 1)[0] in training)
+
+    tested = len(split_of("folder", tmp_path)["test"])
+    (line,) = re.findall("  recordings      (.*)", out)
+    count, example = re.match(r"(\d+) of (\d+) test clips, such as (.*), are named", line).group(
+        1, 3
+    )
+    assert int(count) == len(shared()) > 0 and example in shared() and f"of {tested} test" in line
+    (hint,) = re.findall("  what to do      (.*) keeps a recording in one part", out)
+    (tmp_path / "runs").rename(tmp_path / "old")
+    assert train_on("folder", root, tmp_path, *shlex.split(hint)) == 0
+    out = capsys.readouterr().out
+    assert shared() == [] and "named like pieces" not in out and ", over groups)" in out
+
+
+def test_parts_of_the_users_own_are_not_drawn_anew():
+    run = made_up({"a/r_1.wav": "a", "b/s_1.wav": "b"}, "balanced", train=["a/r_2.wav"])
+    given = Dataset("my", Path("my"), [], [], [], {1: None}, group_hint=r"/(.)_\d\.wav$")
+    found = dict(console.findings(run, given))
+    assert found["recordings"].startswith("1 of 2 test clips, such as a/r_1.wav, are named like")
+    assert found["what to do"] == "put all clips of a recording into one part"
 
 
 @pytest.mark.parametrize(

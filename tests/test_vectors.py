@@ -149,8 +149,8 @@ def test_a_probe_is_standardised_on_its_training_clips_alone(
     """Mean and standard deviation by hand, from the features; of the drawn clips; with masks the
     same."""
     dataset = load_dataset("esc10", esc50_dir, cache_dir)
-    features, _ = build_features(dataset, 500, cache_dir)
-    model = petl.apply(load_ast(SMALL_AST, 500, 10), "probe").eval()
+    features, _ = build_features(dataset, 100, cache_dir)
+    model = petl.apply(load_ast(SMALL_AST, 100, 10), "probe").eval()
     with torch.no_grad():
         every = model.vector(torch.from_numpy(features).float()).double()
     words = ["--method", "probe", "--epochs", 1, "--folds", "1,2"]
@@ -278,6 +278,8 @@ def test_two_processes_are_one(train_main, tmp_path, esc50_dir):
         "--weights",
         SMALL_AST,
         "--folds",
+        1,
+        "--seconds",
         1,
         "--cache-dir",
         tmp_path / "b",

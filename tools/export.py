@@ -259,13 +259,12 @@ def read_adapter(folder: Path) -> headers.LoRA:
     """What adapter_config.json says. A UserError unless METHODS has such an adapter."""
     file = folder / "adapter_config.json"
     remedy = "give a folder that peft's save_pretrained wrote"
-    config = read_json(file, headers.Adapter, remedy)
+    config = read_json(file, headers.LoRA, remedy)
     if config.peft_type != "LORA" or config.alpha_pattern:
         raise UserError(
             f"{folder} holds {config.peft_type}: only LoRA, DoRA and rsLoRA can be read, "
             "without alpha_pattern"
         )
-    config = read_json(file, headers.LoRA, remedy)
     if config.init_lora_weights not in (True, False, None, "gaussian", "eva", "orthogonal"):
         raise UserError(
             f"{folder} started by init_lora_weights {config.init_lora_weights!r}, which changed "

@@ -33,3 +33,9 @@ list(buttons.find(({ dataset }) => dataset.view === (cards[0]?.dataset.view ?? "
 document.addEventListener("play", ({ target }) => {
   for (const audio of document.querySelectorAll("audio")) if (audio !== target) audio.pause();
 }, true);
+
+// A table that does not fit says so, because a phone shows no scroll bar.
+for (const table of document.querySelectorAll(".wide")) {
+  const hint = table.previousElementSibling;
+  new ResizeObserver(() => { hint.hidden = table.scrollWidth <= table.clientWidth; }).observe(table);
+}

@@ -33,6 +33,7 @@ from support.command import (
     positive,
     warn,
 )
+from support.console import balanced_accuracy, findings, is_balanced
 from support.files import to_bytes, write_text
 from support.progress import Bar
 from support.records import Run, read_run
@@ -86,13 +87,14 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def picture_of(features: torch.Tensor) -> str:
-    """Features (n_frames, n_mels) as the model reads them.
+def picture_of(features: torch.Tensor, sound_frames: int) -> str:
+    """Features (n_frames, n_mels) as the model reads them, of which `sound_frames` are no padding.
 
-    Time goes to the right, low tones are below, and bright is loud.
+    Time goes to the right, low tones are below, and bright is loud. Padding is as dark as silence.
     """
-    pixels = features.T.numpy()
-    low, high = np.quantile(pixels, [0.01, 0.999])
+    pixels = features.T.numpy().copy()
+    low, high = np.quantile(pixels[:, :sound_frames], [0.01, 0.999])
+    pixels[:, sound_frames:] = low
     buffer = io.BytesIO()
     pyplot().imsave(
         buffer, pixels, vmin=low, vmax=high, cmap="magma", origin="lower", format="webp"
@@ -118,19 +120,13 @@ def dataset_of(run: Run, data_dir: Path | None, cache_dir: Path | None) -> Datas
 
 
 def cards_of(
-    run: Run,
-    count: int,
-    data_dir: Path | None,
-    cache_dir: Path | None,
-    weights: str | None,
-    device: torch.device,
+    run: Run, dataset: Dataset, count: int, weights: str | None, device: torch.device
 ) -> list[dict]:
     """Up to `count` of the test clips, in the order of `interest`.
 
     A card has the picture of a clip, its sound, and the probabilities that the model of its fold
     gives it.
     """
-    dataset = dataset_of(run, data_dir, cache_dir)
     number = {name: i for i, name in enumerate(dataset.names)}
     n_frames = run.config["n_frames"]
     samples = n_frames * HOP + WINDOW
@@ -148,13 +144,14 @@ def cards_of(
                 )
             wave = wave_of(dataset, number[path], samples)
             # The model was tested on features in half precision.
-            features = to_input(fbank(torch.from_numpy(wave)[None]), n_frames).half().float()
+            mels = fbank(torch.from_numpy(wave)[None])
+            features = to_input(mels, n_frames).half().float()
             with torch.inference_mode():
                 shares = model(features.to(device)).softmax(1)[0].tolist()
             told = dict(zip(run.classes, shares, strict=True))
             if abs(told[row["prediction"]] - float(row["probability"])) > 0.05:
                 changed.append(path)  # a run in half precision is less off than this
-            picture = picture_of(features[0])
+            picture = picture_of(features[0], mels.shape[1])
             sound = sound_of(wave[:samples])
             cards.append({**row, "told": told, "picture": picture, "sound": sound})
     if changed:
@@ -183,8 +180,11 @@ def wave_of(dataset: Dataset, i: int, samples: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- the page
 
 
-def charts_of(history: list[dict]) -> list[dict]:
-    """Learning curves, a line for each fold: the loss, and the validation accuracy, if any."""
+def charts_of(history: list[dict], chosen: dict[int, int]) -> list[dict]:
+    """Learning curves, a line for each fold: the loss, and the validation accuracy, if any.
+
+    chosen: {fold: the epoch that was tested}. A star marks it.
+    """
     plt = pyplot()
     charts = []
     titles = {"loss": "training loss (nats)", "accuracy": "validation accuracy (%)"}
@@ -196,8 +196,11 @@ def charts_of(history: list[dict]) -> list[dict]:
         if not folds:
             continue
         figure, axis = plt.subplots(figsize=(4.5, 2.5))
-        for line in folds.values():
-            axis.plot(range(1, 1 + len(line)), line)
+        for fold, line in folds.items():
+            (curve,) = axis.plot(range(1, 1 + len(line)), line)
+            star = {"marker": "*", "markersize": 15, "color": curve.get_color()}
+            axis.plot(chosen[fold], line[chosen[fold] - 1], **star)
+        axis.locator_params(axis="x", integer=True)
         axis.set(xlabel="epoch", ylabel=title)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -208,9 +211,10 @@ def charts_of(history: list[dict]) -> list[dict]:
     return charts
 
 
-def page_of(run: Run, cards: list[dict]) -> str:
+def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
     """The whole page, as text."""
     result = run.result()
+    chosen = {fold["fold"]: fold["epoch"] for fold in result["folds"]}
     tested = len(run.tested())
     inlined = {}
     hashes = {}
@@ -228,7 +232,10 @@ def page_of(run: Run, cards: list[dict]) -> str:
         cards=cards,
         classes=run.classes,
         counts=run.confusion().tolist(),
-        charts=charts_of(run.history()),
+        balanced=balanced_accuracy(run, dataset) if is_balanced(run) else None,
+        findings=findings(run, dataset),
+        chosen=chosen,
+        charts=charts_of(run.history(), chosen),
         inlined=inlined,
         hashes=hashes,
     )
@@ -256,8 +263,9 @@ def write_report(argv: list[str] | None) -> None:
         raise UserError(f"--out {out}: the name of a page ends in .html")
     run = read_run(args.run)
     device = choose_device("auto")
-    cards = cards_of(run, args.clips, args.data_dir, args.cache_dir, args.weights, device)
-    page = page_of(run, cards)
+    dataset = dataset_of(run, args.data_dir, args.cache_dir)
+    cards = cards_of(run, dataset, args.clips, args.weights, device)
+    page = page_of(run, dataset, cards)
     write_text(out, page)
     tested = f"{len(cards)} of {len(run.tested()):,} test clips"
     print(f"{out}: {tested}, {len(page) / 1e6:.1f} MB; open it in a browser")

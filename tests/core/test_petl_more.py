@@ -49,7 +49,7 @@ from petl_more import (
     VeRA,
 )
 from support import records
-from support.speed import Machine, prepare
+from support.speed import Machine
 from support.variants import narrowed
 from tools import export
 from tools.merge import merge
@@ -924,7 +924,7 @@ def test_compiled_code_moves_running_statistics_once(monkeypatch):
     results = []
     for machine in (Machine(CPU), Machine(CPU, compile=True)):
         torch.manual_seed(0)
-        model = prepare(apply(tiny_ast(), "conformer_pfeiffer_par"), "float32", machine)
+        model = machine.prepare(apply(tiny_ast(), "conformer_pfeiffer_par"), "float32")
         learner = train.Learner(model, settings_of(batch_size=4), machine)
         train.train_epoch(learner, clips, list(range(12)), 1)
         results.append(statistics(trained_tensors(model)))
@@ -957,6 +957,7 @@ with process_group(cpu):
     steps["mean"] = load_weights.trained_tensors(model)
     labels = torch.tensor([0, 1, 2] * 4)
     split = Split(list(range(8)), [], list(range(8, 12)))
+    settings = settings_of(epochs=2, batch_size=4, keep=0.5)
     learner = train.Learner(model, settings, machine)
     train.train_fold(learner, Clips(clips.flatten(0, 1), labels), split, 1, train.Progress())
     steps["run"] = load_weights.trained_tensors(model)
@@ -966,7 +967,7 @@ with process_group(cpu):
 
 def test_statistics_are_averaged_over_processes(tmp_path):
     """Each process takes its own, from its own clips alone; their mean is what is evaluated and
-    written.
+    written. The processes leave out other patches, and still leave the same tensors.
     """
     root = os.path.dirname(petl.__file__)
     (tmp_path / "two.py").write_text(TWO)
@@ -1023,7 +1024,7 @@ def test_bfloat16(name):
     """
     torch.manual_seed(0)
     plain = apply(load_ast(SMALL_AST, 60, 4), name)
-    model = prepare(copy.deepcopy(plain), "bfloat16", Machine(CPU))
+    model = Machine(CPU).prepare(copy.deepcopy(plain), "bfloat16")
     fbank = torch.randn(2, 60, 128)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model.train()(fbank)
@@ -1041,7 +1042,7 @@ def test_lengths_of_dora_are_those_of_float32():
     """
     torch.manual_seed(0)
     plain = apply(load_ast(SMALL_AST, 60, 4), "dora")
-    rounded = prepare(copy.deepcopy(plain), "bfloat16", Machine(CPU))
+    rounded = Machine(CPU).prepare(copy.deepcopy(plain), "bfloat16")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert (rounded.blocks[0].attn.q.gain() == 1).all()
     for model in (plain, rounded):

@@ -1,0 +1,76 @@
+"""Sounds that are there twice, under other names or in other formats."""
+
+import torch
+import torch.nn.functional as F
+
+from support.command import first_of, warn
+
+CELL = (4, 8)  # frames and bands whose power is averaged
+FLOOR = 1e-5  # cells that are 50 dB below the loudest one, or more, hold no sound
+ALIKE = 0.7  # dB; see `pairs_of`
+NATS = 2 * 4.5689974  # what 1 is in the features: data.to_input divides by twice data.STD
+
+
+def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
+    """Warn of sounds that are in two parts of a fold: the model is tested on what it has learned.
+
+    features: those of `data.load_clips`. folds: the Split of every fold, by its number.
+    """
+    parts = []  # for each fold: what its clips are used for
+    for split in folds.values():
+        parts.append({i: part for part, clips in vars(split).items() for i in clips})
+    used = sorted(set().union(*parts))
+    apart = []
+    for a, b in pairs_of(*levels_of(features, used)):
+        i, j = sorted((used[a], used[b]))
+        if any(i in part_of and j in part_of and part_of[i] != part_of[j] for part_of in parts):
+            apart.append((i, j))
+    if apart:
+        names = [f"{dataset.names[i]} = {dataset.names[j]}" for i, j in sorted(apart)]
+        warn(
+            f"{dataset.root}: {len(names)} pairs of clips in different parts are the same sound "
+            f"({first_of(names)}): the model is tested on what it has learned; remove one of each "
+            "pair, or keep both in one part, by your split or by --group"
+        )
+
+
+def levels_of(features: torch.Tensor, clips: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels (clips, cells) of some clips, and how many of their cells hold sound, (clips,).
+
+    A level is in dB of the loudest cell of the clip, because a copy may be louder.
+    """
+    levels = []
+    counts = []
+    for some in torch.tensor(clips).split(32):
+        x = features[some.to(features.device)].cpu().float()  # (some, frames, bands)
+        is_silent = x.amax(2) == x.amin(2)  # frames of padding, or of zeros
+        power = x.mul_(NATS).exp_()
+        power[is_silent] = 0
+        cells = F.avg_pool2d(power[:, None], CELL).flatten(1)  # (some, cells)
+        cells /= cells.amax(1, keepdim=True).clamp_min(2**-23)
+        counts.append((cells > FLOOR).sum(1))
+        levels.append(10 * cells.clamp_min(FLOOR).log10())
+    return torch.cat(levels), torch.cat(counts)
+
+
+def pairs_of(levels: torch.Tensor, counts: torch.Tensor) -> list[tuple[int, int]]:
+    """The pairs of clips whose levels differ by less than ALIKE.
+
+    The difference is the root of the mean square over the cells that hold sound. It is zero for
+    copies in WAV and FLAC, and small for MP3, Ogg Vorbis and Opus of a good quality. Copies of a
+    low quality are not found. Two pieces of one steady noise differ by about twice ALIKE.
+
+    The clips are sorted by their mean level, because that of copies differs by less than ALIKE.
+    """
+    means, order = levels.mean(1).sort()
+    levels = levels[order]
+    limits = ALIKE * counts[order].sqrt()
+    pairs = []
+    for first in range(0, len(order), 64):
+        block = slice(first, first + 64)
+        end = int(torch.searchsorted(means, means[block][-1] + ALIKE))
+        distances = torch.cdist(levels[block], levels[first:end])  # (64, clips)
+        for a, b in (distances < limits[block, None]).nonzero().tolist():
+            if a < b:
+                pairs.append((int(order[first + a]), int(order[first + b])))
+    return pairs

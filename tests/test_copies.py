@@ -1,0 +1,158 @@
+"""Sounds that are there twice: which are found, and when that matters."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers import build_features, make_clips, make_folder, train_on, write_csv
+
+import data
+from data import Dataset, Split
+from support import copies
+
+RATE = 44_100
+
+
+def sounds() -> dict[str, np.ndarray]:
+    """One second each: noise of one colour twice, a hum in noise twice, clicks, a short sound."""
+    rng = np.random.default_rng(0)
+    time = np.arange(RATE) / RATE
+    hum = 0.3 * np.sin(2 * np.pi * 440 * time)
+    clicks = np.zeros(RATE)
+    clicks[rng.integers(0, RATE, 9)] = 0.5
+    return {
+        "noise": 0.1 * rng.standard_normal(RATE),
+        "more noise": 0.1 * rng.standard_normal(RATE),
+        "hum": hum + 0.01 * rng.standard_normal(RATE),
+        "more hum": hum + 0.01 * rng.standard_normal(RATE),
+        "clicks": clicks + 0.001 * rng.standard_normal(RATE),
+        "short": 0.2 * rng.standard_normal(RATE // 4),
+        "silence": np.zeros(RATE),
+        "more silence": np.zeros(RATE),
+    }
+
+
+def features_of(folder: Path, paths: list[Path]) -> torch.Tensor:
+    dataset = Dataset("my", folder, ["a"], paths, [0] * len(paths), {})
+    return torch.from_numpy(build_features(dataset, 150, folder / "cache")[0])
+
+
+COPIES = {
+    "twice as loud.wav": {"subtype": "FLOAT"},
+    "24 bits.flac": {"subtype": "PCM_24"},
+    "48 kHz.wav": {},
+    "good.mp3": {"compression_level": 0.0},
+    "good.ogg": {"compression_level": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_in_another_format_is_found_and_nothing_else(tmp_path, name):
+    """Sounds of the same kind are none, nor is silence. The features are padded to 1.5 s."""
+    import soxr
+
+    paths = []
+    for number, wave in enumerate(sounds().values()):
+        soundfile.write(tmp_path / f"{number}.wav", wave, RATE)
+        paths.append(tmp_path / f"{number}.wav")
+    count = len(paths)
+    for number, wave in enumerate(sounds().values()):
+        rate = RATE
+        if name.startswith("twice"):
+            wave = 2 * wave
+        if name.startswith("48"):
+            rate = 48_000
+            wave = soxr.resample(wave, RATE, rate)
+        soundfile.write(tmp_path / f"{number}, {name}", wave, rate, **COPIES[name])
+        paths.append(tmp_path / f"{number}, {name}")
+    levels, counts = copies.levels_of(features_of(tmp_path, paths), list(range(2 * count)))
+    pairs = copies.pairs_of(levels, counts)
+    assert sorted(map(sorted, pairs)) == [[i, count + i] for i in range(count - 2)]
+
+
+def test_levels_are_in_decibels():
+    """0.7 dB is what two clips may differ by, and 1 in the features is what data.STD says."""
+    assert copies.NATS == 2 * data.STD
+    rng = np.random.default_rng(1)
+    power = np.exp(rng.normal(size=(3, 40, 128)))  # 10 x 16 cells
+    features = torch.from_numpy((np.log(power) - data.MEAN) / (2 * data.STD)).float()
+    levels, counts = copies.levels_of(features, [0, 2])
+    cells = power[[0, 2]].reshape(2, 10, 4, 16, 8).mean((2, 4)).reshape(2, 160)
+    expected = 10 * np.log10(cells / cells.max(1, keepdims=True))
+    torch.testing.assert_close(levels.double(), torch.from_numpy(expected), atol=1e-3, rtol=0)
+    assert counts.tolist() == [160, 160]
+    quiet = features.clone()
+    quiet[:, :16] -= 8 / (2 * data.STD) * np.log(10)  # four rows of cells fall by 80 dB
+    assert copies.levels_of(quiet, [0])[1].tolist() == [96]
+    for change, alike in ((0.69, True), (0.71, False)):
+        other = levels[0] + change * torch.tensor([1.0, -1.0]).repeat(80)
+        assert bool(copies.pairs_of(torch.stack([levels[0], other]), counts)) == alike
+
+
+def test_pairs_are_those_of_a_comparison_one_by_one():
+    """However many clips there are, and in whatever order."""
+    rng = torch.Generator().manual_seed(0)
+    levels = torch.randn(150, 1, generator=rng) + 0.5 * torch.randn(150, 12, generator=rng)
+    counts = torch.randint(1, 13, (150,), generator=rng)
+    counts[:75] = counts[75:] = 12
+    levels[75:] = levels[torch.randperm(75, generator=rng)] + 0.3 * torch.randn(
+        75, 12, generator=rng
+    )
+    expected = []
+    for a in range(150):
+        for b in range(a + 1, 150):
+            if (levels[a] - levels[b]).square().mean().sqrt() < 0.7:
+                expected.append([a, b])
+    assert 40 < len(expected) < 1000
+    assert sorted(map(sorted, copies.pairs_of(levels, counts))) == expected
+
+
+def test_a_copy_matters_in_another_part_only(tmp_path, capsys):
+    dataset = make_clips(tmp_path, "a.wav", "b.wav", "c.wav", "d.wav", "e.wav")
+    features = torch.from_numpy(build_features(dataset, 30, tmp_path / "cache")[0]).clone()
+    features[3] = features[1]
+    features[4] = features[1]
+
+    def said(*folds: Split) -> str:
+        copies.warn_of_copies(dataset, features, dict(enumerate(folds, 1)))
+        return capsys.readouterr().err
+
+    assert said(Split([0, 1, 3, 4], [], [2])) == ""
+    assert said(Split([0, 1], [], [2]), Split([0], [], [3])) == ""  # never both in one fold
+    apart = said(Split([0, 1, 4], [2], [3]))
+    assert apart.startswith(
+        f"warning: {tmp_path}: 2 pairs of clips in different parts are the same"
+    )
+    assert "(b.wav = d.wav, d.wav = e.wav): the model is tested on" in apart
+    assert "1 pairs" in said(Split([1], [3], [0]))  # that chooses the epoch
+    assert said(Split([0, 1, 3, 4], [], [2]), Split([0, 1, 4], [2], [3])) == apart
+    spans = {0: (0.0, 1.0), 1: (0.0, 1.0)}
+    dataset = replace(dataset, spans=spans)
+    assert "(b.wav#0-1 = d.wav)" in said(Split([1], [], [3]))
+
+
+def test_a_run_warns_of_copies(tmp_path, capsys):
+    """Of other formats too. Copies in one group stay together. Bad files are no copies."""
+    root = make_folder(tmp_path / "my", count=4)
+    wave, rate = soundfile.read(root / "bell" / "0.wav")
+    soundfile.write(root / "drum" / "of a bell.flac", wave, rate)
+    for name in ("x", "y"):
+        (root / "flute" / f"{name}.wav").write_bytes(b"no sound")
+    files = sorted(path.relative_to(root) for path in root.rglob("*.*"))
+    rows = []
+    for file in files:
+        part = "test" if file.stem in ("3", "of a bell", "x") else "train"
+        rows.append([file, file.parent.name, part])
+    table = write_csv(root / "t.csv", "path,label,split", *rows)
+    assert train_on("csv", table, tmp_path, "--skip-bad") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1
+    assert "1 pairs" in lines[0] and "(bell/0.wav = drum/of a bell.flac)" in lines[0]
+
+    rows = [[*row[:2], "one" if row[0].stem in ("0", "of a bell") else row[0]] for row in rows]
+    write_csv(table, "path,label,group", *rows)
+    assert train_on("csv", table, tmp_path, "--skip-bad", "--out", tmp_path / "b") == 0
+    assert "pairs of clips" not in capsys.readouterr().err
