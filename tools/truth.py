@@ -10,6 +10,7 @@ from statistics import median
 
 import numpy as np
 
+from sounds.clip import spelling
 from sounds.own import labels_in
 from support.command import UserError, needed
 from tools.answers import printable
@@ -24,8 +25,12 @@ def labels_of(sound: Path, folder: Path, left_out: list[str]) -> list[Event]:
     track = folder / f"{sound.stem}.txt"
     if not track.is_file():
         raise UserError(f"--truth: {track} is not there: every sound needs a label track there")
-    labels = [clip for clip in labels_in(track, sound) if clip.label not in left_out]
-    return [(printable(sound), *clip.span, printable(clip.label)) for clip in labels]
+    labels = [(*clip.span, spelling(clip.label)) for clip in labels_in(track, sound)]
+    return [
+        (printable(sound), start, end, printable(label))
+        for start, end, label in labels
+        if label not in left_out
+    ]
 
 
 def pairs_of(found: list[Event], labels: list[Event], least: float) -> list[tuple[Event, Event]]:
