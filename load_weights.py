@@ -20,10 +20,11 @@ from torch import nn
 import petl
 import petl_more  # noqa: F401, adds the later methods to petl.METHODS
 from ast_model import AST, ASTConfig, UserError, make_head
-from data import FRONT_END
+from data import FRONT_END, MEAN, STD
 from support.checkpoints import (
     fetch,
     read_hf_config,
+    read_mean_and_std,
     read_metadata,
     read_tensors,
     write_tensors,
@@ -159,7 +160,8 @@ def read_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]:
         return random_checkpoint(weights)
     path, config_path = find_checkpoint(weights)
     state = to_our_names(read_tensors(path))
-    return state, read_config(state, config_path, path)
+    config = read_config(state, config_path, path)
+    return for_our_features(state, *read_mean_and_std(path)), config
 
 
 def find_checkpoint(weights: str) -> tuple[Path, Path]:
@@ -170,10 +172,9 @@ def find_checkpoint(weights: str) -> tuple[Path, Path]:
         return fetch(weights.removeprefix("hf:"))
     path = DEMO if weights == "demo" else Path(weights).expanduser()
     if path.is_dir():
-        folder = path
-        path = folder / "model.safetensors"
-        if not path.is_file() and (folder / "pytorch_model.bin").is_file():
-            path = folder / "pytorch_model.bin"
+        safe = path / "model.safetensors"
+        pickled = path / "pytorch_model.bin"
+        path = pickled if pickled.is_file() and not safe.is_file() else safe
     if not path.is_file():
         raise UserError(
             f"no weights at {weights}: "
@@ -186,8 +187,7 @@ def random_checkpoint(weights: str) -> tuple[dict[str, torch.Tensor], ASTConfig]
     """Weights as an untrained AST has them, drawn with the seed 0."""
     size = weights.removeprefix("random:")
     if size not in RANDOM:
-        sizes = ", ".join(RANDOM)
-        raise UserError(f"unknown weights {weights!r}: the random sizes are {sizes}")
+        raise UserError(f"unknown weights {weights!r}: the random sizes are {', '.join(RANDOM)}")
     dim, depth, heads = RANDOM[size]
     config = ASTConfig(dim=dim, depth=depth, heads=heads, pool="cls_dist")
     with torch.random.fork_rng(devices=[]):
@@ -218,6 +218,22 @@ def to_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             translated[name.strip(".")] = tensor.float()
     return translated
+
+
+def for_our_features(state: dict, mean: float, std: float) -> dict:
+    """The tensors of a model that reads other features, changed so that it reads ours.
+
+    It was trained on (fb - mean) / (2 std). This is a x + b, where x are the features of
+    `data.to_input`. The patch embedding is linear. So a becomes a factor of its weights, and b
+    times the sum of the weights is added to its bias.
+    """
+    if (mean, std) == (MEAN, STD):
+        return state
+    a = STD / std
+    b = (MEAN - mean) / (2 * std)
+    weight = state["embed.patches.weight"]
+    bias = state["embed.patches.bias"] + b * weight.flatten(1).sum(1)
+    return {**state, "embed.patches.weight": a * weight, "embed.patches.bias": bias}
 
 
 def to_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -370,17 +386,16 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
             kinds[type(part).__name__] = type(part)
     parts = []
     for part in entry["parts"]:
-        kind = kinds.get(part["part"])
-        if kind is None:
+        options = dict(part)
+        name = options.pop("part")
+        if name not in kinds:
             raise UserError(
-                f"{origin}: {entry['name']!r} has the part {part['part']!r}, "
-                "which no row of METHODS has"
+                f"{origin}: {entry['name']!r} has the part {name!r}, which no row of METHODS has"
             )
-        options = {name: value for name, value in part.items() if name != "part"}
         try:
-            parts.append(kind(**options))
+            parts.append(kinds[name](**options))
         except (TypeError, UserError) as error:  # a field is missing, unknown or of no known kind
-            raise UserError(f"{origin}: the part {part['part']!r}: {error}") from None
+            raise UserError(f"{origin}: the part {name!r}: {error}") from None
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
     return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)
 

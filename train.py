@@ -33,6 +33,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import command  # isort: skip, before torch, because of Ctrl-C
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,7 +61,6 @@ from load_weights import (
     trained_tensors,
 )
 from petl_more import Patchout
-from support import command
 from support.files import default_cache_dir
 from support.recorder import Recorder, protected
 from support.speed import Machine
@@ -452,8 +453,9 @@ def run(args: argparse.Namespace) -> dict:
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
                 best, logits, labels = train_fold(learner, inputs, folds[fold], fold, progress)
+                middles = recorder.middles(model, clips, folds[fold].val)
                 if machine.is_first:
-                    header = recorder.header(best, logits, labels)
+                    header = recorder.header(best, middles, logits, labels)
                     header["parameters"] = petl.count(model)
                     save_trained(model, recorder.file(fold), header)
             recorder.finish_fold(fold)

@@ -3,23 +3,34 @@
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from sounds.containers import as_file, parts_of
 from support.command import UserError
 
 RATE = 16_000  # Hz
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
 
-# In libsndfile's log of a WAV or AIFF file that is too short: "data : 88200 (should be 44078)".
-TOO_SHORT = re.compile(r"^ ?(?:data|SSND) *: (\d+) \(should be ([1-9]\d*)\)", re.MULTILINE)
+# In libsndfile's log of a file that is too short: "data : 88200 (should be 44078)" in a WAV file.
+# It is SSND in an AIFF, Data Size in an AU, riff in a W64 and Riff size in a RF64 file.
+TOO_SHORT = re.compile(
+    r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be ([1-9]\d*)\)", re.MULTILINE
+)
 UNKNOWN_LENGTH = 0x7FFF_F000  # bytes: such a header, or a larger one, was written into a pipe
 NO_LENGTH = 2**63 - 1  # samples: what libsndfile reports for a FLAC file written into a pipe
 MAY_BE_MISSING = 0.1  # seconds, because some encoders round the length
+SHORTEST = 0.001  # seconds of a sound
+LOWEST_RATE = 100  # Hz
+LOUDEST = 100.0  # a peak 40 dB above full scale: mixed sounds may well be above it, but not so far
+AUDIBLE = 1e-3  # a peak
+CANCELLED = 1e-3  # of the power of the channels, in their mean
 
 
 def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -58,55 +69,124 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     """Yield what `read_audio` returns, in blocks of ten seconds, so that little memory is needed.
 
     Reads what libsndfile reads: WAV of any kind, FLAC, OGG and MP3, with any rate and channels.
-    Raises ValueError with the reason if the file is no audio, holds no samples, holds values that
-    are not finite, ends before `start`, or ends before its header says within what is asked for.
+    Sounds that were joined in one file are read one after the other. Raises ValueError with the
+    reason if the file is no audio, holds less than SHORTEST or what `mono` refuses, ends before
+    `start`, or ends before its header says within what is asked for.
     """
     import soxr
 
-    with open_sound(path) as file:
-        rate = file.samplerate
-        first = round(start * rate)
-        if 0 < file.frames <= first:
-            length = file.frames / rate
-            raise ValueError(f"ends after {length:.2f} s, and its clip starts at {start:g} s")
-        wanted = min(length_in_header(file) - first, seconds * rate)  # samples per channel
-        there = math.ceil(min(wanted, file.frames - first))
-        resampler = soxr.ResampleStream(rate, RATE, num_channels=1)
-        read = 0
-        while True:
-            samples = read_samples(file, first + read, min(10 * rate, there - read))
-            if len(samples) == 0:
+    passed = 0.0  # seconds of the sounds that came before this one in the file
+    heard = 0.0  # seconds
+    end = 0.0  # seconds: where the last sound ends
+    with readable(path) as opened:
+        for file, promised in sounds_in(opened):
+            rate = file.samplerate
+            first = max(0, round((start - passed) * rate))
+            end = passed + file.frames / rate
+            wanted = min(promised - first, (seconds - heard) * rate)  # samples per channel
+            if wanted > 0 and not first >= file.frames > 0:
+                resampler = soxr.ResampleStream(rate, RATE, num_channels=1)
+                read = 0
+                for samples in blocks_of(file, first, math.ceil(min(wanted, file.frames - first))):
+                    read += len(samples)
+                    yield resampler.resample_chunk(mono(samples))
+                if read < wanted - MAY_BE_MISSING * rate:
+                    end = passed + (first + read) / rate
+                    raise ValueError(f"is truncated: it ends after {end:.2f} s, before it should")
+                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # the rest
+                heard += read / rate
+            passed += promised / rate
+            if heard > seconds - 1 / RATE:
                 break
-            read += len(samples)
-            wave = samples.mean(axis=1)  # (samples,)
-            if not np.isfinite(wave).all():
-                raise ValueError("holds samples that are not finite")
-            yield resampler.resample_chunk(wave)
-    if not read:
-        raise ValueError("holds no samples")
-    if read < wanted - MAY_BE_MISSING * rate:
-        end = (first + read) / rate
-        raise ValueError(f"is truncated: it ends after {end:.2f} s, before its header says")
-    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)  # the rest in the filter
+    if heard == 0 and end > 0:
+        raise ValueError(f"ends after {end:.2f} s, and its clip starts at {start:g} s")
+    check_length(heard)
+
+
+def check_length(seconds: float) -> None:
+    """ValueError if a sound is too short to be one."""
+    if seconds < SHORTEST:
+        found = f"holds {seconds:g} s" if seconds else "holds no samples"
+        raise ValueError(f"{found}: a sound must last {SHORTEST} s")
+
+
+def mono(samples: np.ndarray) -> np.ndarray:
+    """The mean over the channels, (samples,), of samples (samples, channels).
+
+    Raises ValueError if they are not finite, can be no sound in [-1, 1], or cancel each other.
+    """
+    peak = max(samples.max(), -samples.min())
+    if not np.isfinite(peak):
+        raise ValueError("holds samples that are not finite")
+    if peak > LOUDEST or (peak > 1 and (samples == np.rint(samples)).all()):
+        raise ValueError(
+            f"has a peak of {peak:,.0f}, but samples are numbers from -1 to 1: divide them by the "
+            "largest number that they can be, by 32768 if they had 16 bits"
+        )
+    wave = samples.mean(axis=1)
+    is_audible = peak > AUDIBLE and samples.shape[1] > 1
+    if is_audible and np.square(wave).mean() < CANCELLED * np.square(samples).mean():
+        raise ValueError(
+            "has channels that cancel each other, because one is the other upside down: keep one "
+            "(ffmpeg -i IN -af 'pan=mono|c0=c0' OUT.flac)"
+        )
+    return wave
 
 
 @contextmanager
-def open_sound(path: Path):
-    """Yield an open soundfile.SoundFile. ValueError with the reason if it cannot be read."""
+def readable(path: Path):
+    """Yield an open sound file. Whatever it is that cannot be read becomes a ValueError."""
     import soundfile
 
-    if path.exists() and not path.is_file():
-        raise ValueError("is no file")  # to open a pipe may take forever
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("is no file")  # to open a pipe may take forever
         # Opened by Python, because soundfile cannot open a name that is not UTF-8.
-        with open(path, "rb") as opened, soundfile.SoundFile(opened) as file:
-            yield file
+        with open(path, "rb", buffering=0) as opened:
+            yield opened
     # TypeError: a name in .raw, of unknown rate. MemoryError: a damaged header promises too much.
     except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as error:
         if isinstance(error, OSError):
             raise ValueError(error.strerror or str(error)) from None
         reason = getattr(error, "error_string", str(error)).removeprefix("Error : ").rstrip(".")
-        raise ValueError(f"cannot be read ({reason})") from None
+        if reason.startswith("Internal error"):
+            reason = "its header has no sample rate, or several chunks of samples"
+        raise ValueError(
+            f"cannot be read ({reason}); if it is a sound, convert it: ffmpeg -i IN OUT.flac"
+        ) from None
+
+
+def sounds_in(opened: BinaryIO) -> Iterator[tuple]:
+    """Yield each sound in an open file: a soundfile.SoundFile, and the samples that it promises.
+
+    The samples are those of one channel. A file that was cut promises at most a second more than
+    it holds, because a damaged header may promise years. ValueError if the header cannot be right.
+    """
+    import soundfile
+
+    for part in parts_of(opened):
+        with soundfile.SoundFile(as_file(opened, part), closefd=False) as file:
+            if file.samplerate < LOWEST_RATE:
+                raise ValueError(f"has a header that says {file.samplerate} samples a second")
+            promised = length_in_header(file) + part.missing
+            yield file, min(promised, file.frames + file.samplerate)
+
+
+def blocks_of(file, start: int, count: int) -> Iterator[np.ndarray]:
+    """Yield `count` samples of a soundfile.SoundFile from `start` on, (samples, channels).
+
+    A block has ten seconds. Some kinds of WAV file cannot seek: what comes before is read as well.
+    """
+    position = start if file.seekable() else 0
+    end = start + count
+    while position < end:
+        size = min(10 * file.samplerate, (start if position < start else end) - position)
+        samples = read_samples(file, position, size)
+        if len(samples) == 0:
+            break
+        position += len(samples)
+        if position > start:
+            yield samples
 
 
 def read_samples(file, start: int, count: int) -> np.ndarray:
@@ -116,7 +196,7 @@ def read_samples(file, start: int, count: int) -> np.ndarray:
     earlier ones. So half a second before `start` is read as well, and left out.
     """
     lead = min(start, file.samplerate // 2) if file.format == "MP3" else 0
-    if file.tell() != start - lead:
+    if file.seekable() and file.tell() != start - lead:
         file.seek(start - lead)
     return file.read(lead + count, dtype="float32", always_2d=True)[lead:]
 
@@ -124,26 +204,25 @@ def read_samples(file, start: int, count: int) -> np.ndarray:
 def length_in_header(file) -> float:
     """Samples per channel that the header of an open soundfile.SoundFile promises.
 
-    For WAV and AIFF `file.frames` is the number of samples that are there.
+    For WAV, AIFF and AU `file.frames` is the number of samples that are there.
     """
-    claim = TOO_SHORT.search(file.extra_info)
-    if claim and int(claim[1]) < UNKNOWN_LENGTH:
+    log = "" if file.format in ("FLAC", "OGG", "MP3") else file.extra_info
+    claim = TOO_SHORT.search(log)
+    if claim and 0 < int(claim[1]) < UNKNOWN_LENGTH:
         return file.frames * int(claim[1]) / int(claim[2])
-    if "Ogg: Junk after the last page" in file.extra_info:  # cut inside a page; nobody knows where
-        return math.inf
     if file.frames == NO_LENGTH:
         raise ValueError("does not say how long it is: write it to a file again, not into a pipe")
     return file.frames
 
 
 def length_of(path: Path) -> float:
-    """Seconds of sound in a file, by its header. nan if there is no readable one."""
+    """Seconds of sound in a file, as it promises. nan if it cannot be read."""
     try:
-        with open_sound(path) as file:
-            length = length_in_header(file) / file.samplerate
+        with readable(path) as opened:
+            sounds = sounds_in(opened)
+            return sum(promised / file.samplerate for file, promised in sounds)
     except ValueError:
         return math.nan
-    return length if length < math.inf else math.nan
 
 
 def lengths_of(paths: list[Path], spans: dict[int, tuple[float, float]]) -> np.ndarray:

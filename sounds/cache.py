@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.command import UserError
-from support.files import locked
+from support.command import UserError, printable
+from support.files import locked, to_bytes
 from support.progress import Bar
 from support.rows import open_rows, row_type, writable_rows
 
@@ -54,9 +54,14 @@ def cached(
                 os.replace(partial, path)
                 found = open_rows(path, kind, len(keys)), bad
     rows, bad = found
+    if rows is None:
+        raise UserError(
+            f"{path} was deleted as soon as it was written: give a --cache-dir that is left alone"
+        )
 
     for i, reason in bad.items():
-        print(f"  {dataset.root / dataset.names[i]}: {reason}", file=sys.stderr)
+        name = printable(dataset.root / dataset.names[i])
+        print(f"  {name}: {printable(reason)}", file=sys.stderr)
     if bad and not skip_bad:
         raise UserError(
             f"{len(bad)} of {len(rows)} sound files cannot be used (listed above): "
@@ -71,7 +76,7 @@ def key_of(path: Path, name: str, front_end: str) -> int:
     """A number that changes with `front_end`, the file, and the name of the clip with its span."""
     info = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
     source = f"{front_end}, {name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
-    return int.from_bytes(hashlib.sha256(os.fsencode(source)).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(to_bytes(source)).digest()[:8], "little")
 
 
 def complete(
@@ -130,5 +135,6 @@ def fill(
                 pass
     finally:
         torch.set_num_threads(threads)
-    print(f"features of {name}: built {len(missing)} of {len(keys)} clips, kept in {path}")
+    kept = printable(f"of {len(keys)} clips, kept in {path}")
+    print(f"features of {printable(name)}: built {len(missing)} {kept}")
     return dict(sorted(bad.items()))

@@ -3,6 +3,7 @@
 import math
 import os
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +35,13 @@ class Listing:
 
 
 def name_of(path: Path, root: Path) -> str:
-    """A path relative to `root`, with forward slashes. The whole path if there is no way to it."""
-    try:
-        return Path(os.path.relpath(path, root)).as_posix()
-    except ValueError:  # on Windows, from one drive to another
-        return path.as_posix()
+    """A path relative to `root`, with forward slashes. The whole path if there is no way to it.
+
+    Its bytes are read as UTF-8 whatever the locale says, so a clip has one name everywhere.
+    """
+    with suppress(ValueError):  # on Windows, from one drive to another
+        path = Path(os.path.relpath(path, root))
+    return os.fsencode(path.as_posix()).decode("utf-8", "surrogateescape")
 
 
 def spelling(text: str) -> str:

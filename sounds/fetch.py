@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.command import UserError
+from support.command import UserError, printable
 from support.files import locked, whole_folder
 from support.progress import Bar
 
@@ -105,7 +105,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Nothing lands outside of the folder, and no device or link to elsewhere in it.
     """
-    print(f"unpacking {archive}", flush=True)
+    print(f"unpacking {printable(archive)}", flush=True)
     try:
         with whole_folder(folder) as temporary:
             if zipfile.is_zipfile(archive):

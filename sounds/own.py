@@ -23,6 +23,7 @@ from sounds.groups import (
 from sounds.tables import folders_in, plain_column, read_table, require_files, require_whole
 from sounds.windows import BACKGROUND, cut, cut_labels
 from support.command import UserError, first_of, warn
+from support.files import path_in, require_file
 from support.processes import say
 
 # The columns of a table, and names of other programs for the same, without what is no letter.
@@ -82,7 +83,8 @@ def folder(
                     f"{class_folder} holds no sounds ({', '.join(SUFFIXES)}): fill it or remove it"
                 )
             ignored += others
-            clips += [Clip(sound, class_folder.name, part) for sound in sounds]
+            label = name_of(class_folder, place)
+            clips += [Clip(sound, label, part) for sound in sounds]
     if ignored:
         names = first_of([name_of(file, data_dir) for file in ignored])
         warn(
@@ -186,7 +188,7 @@ def clip_of(row: dict[str, str], root: Path) -> Clip:
     if "fold" in cells:
         require_whole(cells["fold"], "fold", row["where"])
         part = int(cells["fold"])
-    path = root / os.fsdecode(cells["path"].encode())  # the locale may have another encoding
+    path = root / path_in(cells["path"])
     return Clip(path, cells["label"], part, span, cells.get("group", ""))
 
 
@@ -263,6 +265,7 @@ def labels_in(track: Path, sound: Path) -> list[Clip]:
     What tools.predict writes is read as well, without its probabilities.
     """
     clips = []
+    require_file(track)
     try:
         lines = track.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

@@ -8,6 +8,7 @@ from sounds.clip import PARTS, Clip, Listing
 from sounds.fetch import Source, locate
 from sounds.tables import folders_in, read_table, require_files
 from support.command import UserError, first_of
+from support.files import require_file
 
 ESC50 = Source(
     folder="ESC-50",
@@ -96,6 +97,7 @@ def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
     root = locate(GSC, data_dir, cache_dir)
     part_of = {}
     for part, file in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
+        require_file(root / file)
         for name in (root / file).read_text(encoding="utf-8-sig", errors="replace").split():
             name = posixpath.normpath(name.replace("\\", "/"))  # of `find .`, or of Windows
             if part_of.setdefault(name, part) != part:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sounds.clip import name_of
 from support.command import UserError, first_of, is_number
+from support.files import require_file
 
 
 def read_table(
@@ -17,6 +18,7 @@ def read_table(
     UserError if one of the `columns` is missing, if a column is there twice, or if one of the
     `integers` is no whole number.
     """
+    require_file(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)

@@ -1,91 +1,225 @@
-"""How sure an answer is. The logits of a fold's validation clips tell it.
+"""How sure an answer is. A fold's validation clips tell it.
 
-What they tell is kept as `calibration` in the header of the fold file. One temperature makes the
-probabilities right on average (Guo et al., 2017). Probabilities say which of the classes a sound
-is, if it is one of them: noise gets a class, too. So the confidence in an answer is its
-probability times a factor. The factor is small where the logits lie farther from those of every
-class than is usual, by their Mahalanobis distance (Lee et al., 2018).
+There are two questions. *Which class is it?* One temperature makes the probabilities right on
+average (Guo et al., 2017). *Is it anything known?* Probabilities do not answer that: they say which
+of the classes a sound is, if it is one of them, so noise gets a class, too.
+
+So the confidence in an answer is its probability times a factor. The factor is 1 for sounds like
+nine of ten validation clips, and near 0 for sounds unlike all of them. It is computed from ViM's
+score (Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, eq. (4) to
+(7)). ViM reads the vector of the head. Here it reads the middle of the network, because the head's
+vector keeps what tells the classes apart, and loses much of what else a sound is.
+`python -m tools.confidence` compares this score with others.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 ENOUGH = 10  # right answers, of which nine stay
 PARTS = 5  # of the validation clips: each is measured by what the others tell
+RANK = 16  # principal directions
+
+
+# ----------------------------------------------------------------------- the middle of the network
+
+
+def half_of(model):
+    """The number of blocks before the middle."""
+    return (len(model.blocks) + 1) // 2
+
+
+def middle_of(model, spectrogram):
+    """The mean and the standard deviation over the tokens after half of the blocks, (clips, 2 dim).
+
+    A model without blocks has the vector that the head reads.
+    """
+    if not model.blocks:
+        return model.vector(spectrogram).float()
+    tokens = model.embed(spectrogram)
+    for block in model.blocks[: half_of(model)]:
+        tokens = block(tokens)
+    return statistics(tokens)
+
+
+def statistics(tokens):  # (clips, tokens, dim)
+    tokens = tokens.float()
+    return torch.cat([tokens.mean(1), tokens.std(1)], dim=1)  # (clips, 2 dim)
+
+
+def middle_and_vector(model, spectrogram):
+    """`middle_of` and the vector that the head reads, (clips, dim), at the price of the vector."""
+    if not model.blocks:
+        vector = model.vector(spectrogram)
+        return vector.float(), vector
+    middles = []
+
+    def keep(block, arguments, tokens):
+        middles.append(statistics(tokens))
+
+    with model.blocks[half_of(model) - 1].register_forward_hook(keep):
+        vector = model.vector(spectrogram)
+    return middles[0], vector
+
+
+def width_of_middle(model):
+    """2 dim; without blocks, the length of the vector."""
+    if model.blocks:
+        return 2 * model.config.dim
+    linear = [module for module in model.head.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].in_features
+
+
+@torch.inference_mode()
+def middles_of(model, clips, indices, settings, machine):
+    """The middle of the network for the clips `indices`, (clips, 2 dim), on the CPU."""
+    model.eval()
+
+    def compute(some):
+        x, _ = clips.batch(some, machine.device)
+        with machine.autocast(settings.dtype):
+            return middle_of(model, x)
+
+    index = torch.tensor(indices, dtype=torch.long, device=clips.features.device)
+    return machine.in_batches(compute, index, settings.batch_size).cpu()
+
+
+# ------------------------------------------------------------------------------------- what is kept
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The defaults change nothing: for runs without validation clips.
+    """What a fold file keeps. The defaults change nothing: for runs without validation clips.
 
     `min_confidence` is what nine of ten right answers of the validation clips have, or more.
-    `whitening` (classes, classes) makes distances of logits Mahalanobis', 1 being usual.
-    `centres` (classes with validation clips, classes) are the whitened mean logits of each class.
+    `mean` and `std` (2 dim,) standardise the middle of the network. `directions` (rank, 2 dim) are
+    its principal directions, of length 1, in thousandths. `alpha` weighs what lies outside of them
+    against the logits. `limit` is the 90th percentile of the score, and `slope` how far above the
+    limit the factor is 1/e.
     """
 
     temperature: float = 1.0
     min_confidence: float = 0.0
-    whitening: list[list[float]] = ()
-    centres: list[list[float]] = ()
+    mean: list[float] = ()
+    std: list[float] = ()
+    directions: list[list[int]] = ()
+    alpha: float = 0.0
+    limit: float = 0.0
+    slope: float = 1.0
 
-    def known(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (clips, classes) to factors (clips,).
+    def known(self, logits: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        """Logits (clips, classes) and middles (clips, 2 dim) to factors (clips,).
 
-        The factor is 1 for half of the known sounds, and near 0 for sounds of no class.
+        The factor is 1 for nine of ten known sounds, and near 0 for sounds unlike them.
         """
-        if not self.centres:
+        if not self.mean:
             return torch.ones(len(logits), device=logits.device)
-        whitening = torch.tensor(self.whitening, dtype=torch.double)
-        centres = torch.tensor(self.centres, dtype=torch.double)
-        return factor(distances(finite(logits), whitening, centres)).to(logits)
+        return factor(self.score(logits, middle), self.limit, self.slope).to(logits)
+
+    def score(self, logits: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        """Logits and middles to ViM's scores (clips,), float64 on the CPU: higher is less known."""
+        mean = torch.tensor(self.mean, dtype=torch.double)
+        std = torch.tensor(self.std, dtype=torch.double)
+        directions = torch.tensor(self.directions, dtype=torch.double) / 1000
+        outside = distances((finite(middle) - mean) / std, directions)
+        return score(finite(logits), outside, self.alpha)
 
 
-def finite(logits):
-    """The logits in float64 on the CPU. float16 may have overflowed."""
-    return logits.cpu().double().nan_to_num(0, 65_504, -65_504)
+def finite(numbers):
+    """The numbers in float64 on the CPU. float16 may have overflowed."""
+    return numbers.cpu().double().nan_to_num(0, 65_504, -65_504)
 
 
-def distances(logits, whitening, centres):
-    """The squared distance of each clip to the nearest centre, (clips,)."""
-    return torch.cdist(logits @ whitening, centres).amin(1).square()
+def distances(z, directions):
+    """How far standardised middles (clips, 2 dim) lie outside of the principal directions."""
+    return (z - z @ directions.T @ directions).norm(dim=1)
 
 
-def factor(distances):
-    return (1 - distances).clamp_max(0).exp()
+def score(logits, outside, alpha):
+    """ViM's score, eq. (7) before the softmax: higher is less known."""
+    return alpha * outside - logits.logsumexp(1)
 
 
-def fit(logits, labels):
+def factor(scores, limit, slope):
+    return ((limit - scores) / slope).clamp_max(0).exp()
+
+
+# ------------------------------------------------------------------------------- how it is computed
+
+
+def fit(logits, labels, middle):
     """The Calibration of validation clips as plain JSON types.
 
-    logits: (clips, classes). labels: (clips,). None if fewer than ENOUGH clips are answered right.
+    logits: (clips, classes). labels: (clips,). middle: (clips, 2 dim). None if fewer than ENOUGH
+    clips are answered right.
     """
     logits = finite(logits)
+    middle = finite(middle)
     right = logits.argmax(1) == labels
     if right.sum() < ENOUGH:
         return None
     temperature = temperature_of(logits, labels)
-    # Measured by Gaussians that know them, these clips would lie nearer than new ones do.
-    part = torch.arange(len(logits)) % PARTS
-    squares = torch.empty(len(logits), dtype=torch.double)
-    for k in range(PARTS):
-        others = part != k
-        whitening, centres = gaussians(logits[others], labels[others])
-        squares[part == k] = distances(logits[part == k], whitening, centres)
-    usual = squares.median().clamp_min(1e-12)  # where all are alike
-    whitening, centres = gaussians(logits, labels)
-    confidence = (logits / temperature).softmax(1).amax(1) * factor(squares / usual)
-    least = confidence[right].sort().values[right.sum() // 10].item()
+    scores = scores_of_parts(logits, middle)
+    limit = scores.quantile(0.9)
+    slope = 2 * (limit - scores.quantile(0.5)).clamp_min(1e-6)  # where all are alike
+    confidence = (logits / temperature).softmax(1).amax(1) * factor(scores, limit, slope)
+    least = tenth(confidence[right])
+    mean, std, directions, alpha = principal(logits, middle, rank_for(logits))
     return {
         "temperature": round(temperature, 6),
         "min_confidence": int(1e6 * least) / 1e6,
-        "whitening": rounded(whitening / usual.sqrt()),
-        "centres": rounded(centres / usual.sqrt()),
+        "mean": rounded(mean),
+        "std": rounded(std),
+        "directions": (1000 * directions).round().int().tolist(),
+        "alpha": alpha.item(),
+        "limit": limit.item(),
+        "slope": slope.item(),
     }
 
 
-def rounded(matrix):
-    return [[float(f"{x:.6g}") for x in row] for row in matrix.tolist()]
+def rank_for(logits):
+    """The number of principal directions: fewer if there are few clips."""
+    return min(RANK, len(logits) // PARTS)
+
+
+def scores_of_parts(logits, middle):
+    """The scores of clips, (clips,). Each fifth of the clips is measured by the other four.
+
+    Clips lie nearer to directions that were computed from them than new clips do.
+    """
+    part = torch.arange(len(logits)) % PARTS
+    scores = torch.empty(len(logits), dtype=torch.double)
+    rank = rank_for(logits)
+    for k in range(PARTS):
+        others = part != k
+        mean, std, directions, alpha = principal(logits[others], middle[others], rank)
+        outside = distances((middle[part == k] - mean) / std, directions)
+        scores[part == k] = score(logits[part == k], outside, alpha)
+    return scores
+
+
+def tenth(confidence):
+    """The number that nine of ten of these confidences (clips,) reach."""
+    return confidence.sort().values[len(confidence) // 10].item()
+
+
+def principal(logits, middle, rank):
+    """Mean and deviation of the middles, their principal directions, and ViM's alpha, eq. (6).
+
+    Alpha makes the distances of these clips as large as their greatest logits, on average.
+    """
+    mean = middle.mean(0)
+    std = (middle - mean).square().mean(0).sqrt()
+    std = std.clamp_min(1e-3 * std.mean() + 1e-6)  # what hardly differs is not blown up
+    z = (middle - mean) / std
+    directions = torch.linalg.svd(z, full_matrices=False).Vh[:rank]
+    alpha = logits.amax(1).sum().abs() / distances(z, directions).sum().clamp_min(1e-6)
+    return mean, std, directions, alpha
+
+
+def rounded(vector):
+    return [float(f"{x:.4g}") for x in vector.tolist()]
 
 
 def temperature_of(logits, labels):
@@ -100,30 +234,13 @@ def temperature_of(logits, labels):
     low = -2.0  # log10 of 1 / temperature, in which the slope grows
     high = 2.0
     for _ in range(50):
-        middle = (low + high) / 2
-        slope = (((logits * 10**middle).softmax(1) - targets) * logits).sum()
+        halfway = (low + high) / 2
+        slope = (((logits * 10**halfway).softmax(1) - targets) * logits).sum()
         if slope > 0:
-            high = middle
+            high = halfway
         else:
-            low = middle
-    return 10**-middle
-
-
-def gaussians(logits, labels):
-    """One Gaussian for each class, with the covariance of all: whitening and whitened means.
-
-    The whitening is (classes, classes), the means are (classes that are there, classes). Few clips
-    leave directions without any spread. So there is, besides, one clip in every direction that is
-    as far out as the average clip.
-    """
-    seen, number = labels.unique(return_inverse=True)
-    means = torch.stack([logits[labels == label].mean(0) for label in seen])
-    rest = logits - means[number]
-    spread = (logits - logits.mean(0)).square().mean().clamp_min(1e-12)
-    identity = torch.eye(logits.shape[1], dtype=torch.double)
-    covariance = (rest.T @ rest + spread * identity) / len(logits)
-    whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))
-    return whitening, means @ whitening
+            low = halfway
+    return 10**-halfway
 
 
 def error(probabilities, right, bins=15):
@@ -141,7 +258,8 @@ def error(probabilities, right, bins=15):
 def calibrated(header, validated, tested):
     """The header of a fold file with its calibration, if there is one.
 
-    `validated` and `tested` are pairs of logits (clips, classes) and labels (clips,).
+    `validated` are logits (clips, classes), labels (clips,) and middles (clips, 2 dim). `tested`
+    are logits and labels.
     """
     found = fit(*validated)
     if found is None:

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ast_model import UserError
-from support.files import whole_file
-from support.headers import HuggingFace, Names, check_header, checked
+from support.command import warn
+from support.files import require_file, whole_file
+from support.headers import Extractor, HuggingFace, Names, check_header, checked
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
@@ -24,14 +25,23 @@ KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int6
 def fetch(repository: str) -> tuple[Path, Path]:
     """The weights and config.json of a model on the Hugging Face hub, through the user's cache.
 
+    Beside them lies preprocessor_config.json, if the model has one.
+
     The hub is asked once. Without a network it takes half a minute until it gives up.
     """
     import huggingface_hub.utils  # here: it takes long, and few commands fetch anything
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     huggingface_hub.utils.logging.set_verbosity_error()  # no line for each of its five retries
     try:
         config = huggingface_hub.hf_hub_download(repository, "config.json")
+        try:
+            huggingface_hub.hf_hub_download(repository, "preprocessor_config.json")
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # no network to ask whether there is one
+                warn(
+                    f"{repository} lies here without preprocessor_config.json: taken as AudioSet's"
+                )
         try:
             weights = huggingface_hub.hf_hub_download(repository, "model.safetensors")
         except EntryNotFoundError:
@@ -40,8 +50,8 @@ def fetch(repository: str) -> tuple[Path, Path]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"cannot fetch {repository} from the Hugging Face hub ({reason}): download its "
-            "config.json and model.safetensors by hand, and give their folder as --weights; "
-            "train.py --weights demo takes the small backbone that is here"
+            "config.json, preprocessor_config.json and model.safetensors by hand, and give their "
+            "folder as --weights; train.py --weights demo takes the small backbone that is here"
         ) from None
     return Path(weights), Path(config)
 
@@ -49,6 +59,7 @@ def fetch(repository: str) -> tuple[Path, Path]:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, all of them finite numbers in main memory. Else a UserError."""
     try:
+        require_file(path)
         content = load_file(path) if path.suffix == ".safetensors" else unpickled(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
@@ -74,6 +85,7 @@ def unpickled(path: Path):
     Nothing is executed.
     """
     try:
+        require_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):  # files of old versions of PyTorch are none
             with zipfile.ZipFile(path) as zipped:
@@ -125,6 +137,7 @@ def unusual(tensor):
 def read_json(path: Path, kind: type, mend: str = "download it again"):
     """A JSON file that holds a table, as `kind`, a class of support/headers.py."""
     try:
+        require_file(path)
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}): {mend}") from None
@@ -145,9 +158,53 @@ def read_names(path: Path) -> Names:
 
 
 def read_hf_config(path: Path) -> HuggingFace:
-    """The config.json of a Hugging Face AST. The defaults if another program wrote it."""
+    """The config.json of a Hugging Face AST. The defaults if another program wrote it.
+
+    A UserError if the AST reads another number of Mel bands than the features here have.
+    """
     names = read_names(path)
-    return names if isinstance(names, HuggingFace) else HuggingFace()
+    config = names if isinstance(names, HuggingFace) else HuggingFace()
+    if config.num_mel_bins != HuggingFace().num_mel_bins:
+        raise UserError(
+            f"{path}: it reads {config.num_mel_bins} Mel bands, the features here have "
+            f"{HuggingFace().num_mel_bins}: give another checkpoint"
+        )
+    return config
+
+
+def read_mean_and_std(path: Path) -> tuple[float, float]:
+    """By what the features are normalised that the checkpoint `path` was trained on.
+
+    transformers writes it beside the checkpoint, into preprocessor_config.json. Without that file,
+    and for a file of ours, these are the numbers of AudioSet. A UserError if that file describes
+    features that cannot be made here.
+    """
+    file = path.with_name("preprocessor_config.json")
+    if not file.is_file() or is_ours(path):
+        return Extractor().mean, Extractor().std
+    extractor = read_json(file, Extractor)
+    config = read_hf_config(path.with_name("config.json"))
+    wanted = {
+        "feature_extractor_type": "ASTFeatureExtractor",
+        "sampling_rate": 16_000,
+        "num_mel_bins": config.num_mel_bins,
+        "max_length": config.max_length,  # in transformers, too, the model would refuse another one
+    }
+    for name, value in wanted.items():
+        found = getattr(extractor, name)
+        if found != value and None not in (found, value):
+            raise UserError(f"{file}: {name}: Expected {value}, got {found}")
+    if not extractor.do_normalize:
+        return 0.0, 0.5  # (fb - 0) / (2 * 0.5) is fb
+    return extractor.mean, extractor.std
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `write_tensors` wrote a file of tensors."""
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, "pt") as file:
+        return "ast_petl" in (file.metadata() or {})
 
 
 # -------------------------------------------------------------------------------- files of our own

@@ -5,6 +5,7 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ast_model import UserError
+from support import stop
 
 # ------------------------------------------------------------------------------------------ options
 
@@ -116,11 +118,23 @@ def choose_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-# ------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------- what is printed, errors
+
+
+def printable(text: object, kept: str = "") -> str:
+    """A text that a terminal can print. A control character in a name would command the terminal.
+
+    A control character becomes its escape, such as \\x1b, unless it is one of `kept`. A byte NN of
+    a file's name that is no text becomes \\xNN. Python reads such a byte as the character \\udcNN.
+    """
+    shown = (c if c.isprintable() or c in kept else repr(c)[1:-1] for c in str(text))
+    return "".join(shown).replace("\\udc", "\\x")
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2."""
+    if signal.getsignal(signal.SIGINT) is stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # names of files that the locale cannot show
         with suppress(AttributeError):  # a test's output is no file
             stream.reconfigure(errors="backslashreplace")
@@ -129,13 +143,13 @@ def exit_code(command: Callable[[], int | None]) -> int:
         sys.stdout.flush()  # an error of what is still to be written shows now
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except OSError as error:  # the machine's state, not a mistake of the program
         forget_output()
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             return 1
-        print(f"error: {reason_of(error)}", file=sys.stderr)
+        print(f"error: {printable(reason_of(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
@@ -192,7 +206,7 @@ def needed(by: str, packages: str = "-r requirements-figures.txt"):
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def nearest(name: str, known: Iterable[str], what: str) -> None:

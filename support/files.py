@@ -16,6 +16,8 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
+from support.command import printable
+
 
 def default_cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("ast-petl", appauthor=False))
@@ -28,12 +30,19 @@ def locked(path: Path):
     try:
         lock.acquire(timeout=2)
     except Timeout:
-        print(f"waiting for another run, which makes {path}", file=sys.stderr, flush=True)
+        name = printable(path)
+        print(f"waiting for another run, which makes {name}", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
+
+
+def require_file(path: Path) -> None:
+    """An OSError if `path` is a pipe, a device or a folder: to open a pipe may take forever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(path))
 
 
 @contextmanager
@@ -72,25 +81,44 @@ def remove_left_behind(folder):
 def whole_folder(path: Path):
     """Yield an empty folder, which takes the place of `path` at the end.
 
-    The caller holds a lock, so that there is one such folder.
+    The caller holds a lock, so that there is one such folder. An earlier folder lies aside between
+    two renames. If the program is killed there, the next call puts it back.
     """
     temporary = path.with_name(f".{path.name}.unfinished")
+    earlier = path.with_name(f".{path.name}.earlier")
+    put_back(earlier, path)
     shutil.rmtree(temporary, ignore_errors=True)  # a run that was killed may have left it
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            os.replace(path, earlier)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
     finally:
+        put_back(earlier, path)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def put_back(earlier: Path, path: Path) -> None:
+    """Rename `earlier` to `path` unless that is there. Then `earlier` is removed."""
+    if earlier.exists() and not path.exists():
+        os.replace(earlier, path)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 def csv_of(rows: Iterable[Iterable]) -> str:
+    """Rows as CSV, each on a line that ends with \\n."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        row = list(row)
+        # Without quotes, a \r in a name would be read as the end of a line.
+        writer = quoted if any("\r" in str(cell) for cell in row) else plain
+        writer.writerow(row)
     return text.getvalue()
 
 
@@ -102,6 +130,11 @@ def table_of(columns: Iterable[str], rows: Iterable[dict]) -> str:
 def to_bytes(text: str) -> bytes:
     """UTF-8. Bytes of a file's name that are no UTF-8 stay as they were."""
     return text.encode("utf-8", "surrogateescape")
+
+
+def path_in(text: str) -> Path:
+    """The path that a text of a file names: in UTF-8, even if the locale has another encoding."""
+    return Path(os.fsdecode(to_bytes(text)))
 
 
 def write_json(path: Path, content: dict) -> None:

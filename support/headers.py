@@ -18,7 +18,9 @@ Count = Annotated[int, Meta(ge=0, le=10**12)]
 Size = Annotated[int, Meta(ge=1, le=65_536)]
 Frames = Annotated[int, Meta(ge=16, le=6_000)]  # a patch, a minute
 Number = Annotated[float, Meta(ge=-1e30, le=1e30)]  # neither infinite nor NaN
+Positive = Annotated[float, Meta(ge=1e-9, le=1e30)]
 Scale = Annotated[float, Meta(gt=0, le=65_536)]
+Thousandths = Annotated[int, Meta(ge=-1000, le=1000)]
 Pool = Literal["mean", "cls", "cls_dist"]  # the keys of ast_model.POOL
 
 
@@ -137,8 +139,12 @@ class Calibration(Struct, forbid_unknown_fields=True):
 
     temperature: Scale
     min_confidence: Number
-    whitening: list[list[Number]]
-    centres: list[list[Number]]
+    mean: list[Number]
+    std: list[Positive]
+    directions: Annotated[list[list[Thousandths]], Meta(min_length=1, max_length=16)]
+    alpha: Number
+    limit: Number
+    slope: Positive
 
 
 class Header(Struct, kw_only=True):
@@ -178,10 +184,10 @@ def check_header(content: dict, origin: Path | str) -> None:
     if header.record and max(header.record.predictions, default=0) >= n_classes:
         raise UserError(f"{origin}: record.predictions: Expected numbers below {n_classes}")
     if header.calibration:
-        whitening = header.calibration.whitening
-        rows = whitening + header.calibration.centres
-        if len(whitening) != n_classes or any(len(row) != n_classes for row in rows):
-            raise UserError(f"{origin}: calibration: Expected rows of {n_classes} numbers")
+        size = len(header.calibration.mean)
+        rows = [header.calibration.std, *header.calibration.directions]
+        if any(len(row) != size for row in rows):
+            raise UserError(f"{origin}: calibration: Expected rows of {size} numbers")
 
 
 # ------------------------------------------------------------------------ files of other programs
@@ -191,6 +197,7 @@ class Names(Struct, kw_only=True):
     """The names of the classes by their numbers, from the config.json of any program."""
 
     model_type: Text = ""
+    problem_type: Text | None = None
     id2label: dict[str, Text] = {}
 
     def __post_init__(self):
@@ -212,6 +219,18 @@ class HuggingFace(Names, kw_only=True):
     hidden_act: Text = "gelu"
     qkv_bias: bool = True
     layer_norm_eps: Scale = 1e-12
+
+
+class Extractor(Struct):
+    """preprocessor_config.json of transformers' AST. None: as the model has it."""
+
+    feature_extractor_type: Text | None = None
+    sampling_rate: Count | None = None
+    num_mel_bins: Count | None = None
+    max_length: Count | None = None
+    do_normalize: bool = True
+    mean: Number = -4.2677393
+    std: Positive = 4.5689974
 
 
 class LoRA(Struct, kw_only=True):

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.command import UserError
+from support.command import UserError, printable
 
 # How long a process waits for another. If that one dies on the same machine, it shows at once.
 PATIENCE = timedelta(minutes=10)
@@ -27,9 +27,9 @@ def is_first() -> bool:
 
 
 def say(*words) -> None:
-    """Print in the first process only."""
+    """Print in the first process only. Control characters in names become escapes."""
     if is_first():
-        print(*words, flush=True)
+        print(*(printable(word, kept="\n") for word in words), flush=True)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

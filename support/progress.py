@@ -4,6 +4,7 @@ import sys
 
 from tqdm import tqdm
 
+from support.command import printable
 from support.processes import is_first
 
 EVERY = 60  # seconds from one line to the next
@@ -25,7 +26,7 @@ class Bar(tqdm):
         if not self.is_terminal:
             options |= {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "ncols": 0}
             options["leave"] = False
-        super().__init__(iterable, desc, unit=unit, disable=not is_first(), **options)
+        super().__init__(iterable, printable(desc), unit=unit, disable=not is_first(), **options)
 
     def display(self, msg=None, pos=None):
         """Called by tqdm when it is time, but also around any other output."""

@@ -14,7 +14,7 @@ import torch
 
 from ast_model import UserError
 from support import command, console, records
-from support.calibration import calibrated
+from support.calibration import calibrated, middles_of
 from support.copies import warn_of_copies
 from support.processes import process_group, say, wait_for_all
 from support.progress import Bar, in_words
@@ -89,8 +89,12 @@ class Recorder:
         self.current = FoldLog(self, fold)
         return self.current
 
-    def header(self, best, logits, labels):
-        """What the fold file says of itself."""
+    def middles(self, model, clips, indices):
+        """What the network makes of validation clips half-way: it tells how sure answers are."""
+        return middles_of(model, clips, indices, self.settings, self.machine)
+
+    def header(self, best, middles, logits, labels):
+        """What the fold file says of itself. `middles` are those of the validation clips."""
         progress = self.current.progress
         self.rows += progress.history
         peak = records.peak_memory()
@@ -115,7 +119,7 @@ class Recorder:
             "settings": asdict(self.settings),
             "versions": records.versions(),
         }
-        return calibrated(header, validation, (logits, labels))
+        return calibrated(header, (*validation, middles), (logits, labels))
 
     def finish_fold(self, fold):
         """The fold file is there. Print its result, and delete the state to resume from."""

@@ -148,6 +148,13 @@ def fold_files(folder: Path) -> dict[int, Path]:
     return dict(sorted(files.items()))
 
 
+def check_not_of_run(out: Path) -> None:
+    """UserError if `out`, which another command writes, would be a file of the run there."""
+    names = ("fold*.safetensors", "config.json", "result.json")
+    if (out.parent / "config.json").is_file() and any(out.match(name) for name in names):
+        raise UserError(f"{out} would be a file of the run there: give another name")
+
+
 def difference(old, new):
     """The first of the `new` settings that is another in the `old` ones, in words."""
     for name, value in new.items():

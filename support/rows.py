@@ -24,9 +24,12 @@ def open_rows(path: Path, kind: np.dtype, count: int) -> np.memmap | None:
 
     The file is only read. Changes of the array stay in memory.
     """
-    if not path.exists() or not path.stat().st_size == count * kind.itemsize > 0:
-        return None
-    return np.memmap(path, kind, mode="c")
+    try:
+        if not path.stat().st_size == count * kind.itemsize > 0:
+            return None
+        return np.memmap(path, kind, mode="c", shape=count)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None  # it is not there, or has just been deleted or shortened
 
 
 def writable_rows(path: Path, kind: np.dtype, count: int) -> np.memmap:

@@ -234,16 +234,28 @@ def make_bad_files(folder: Path) -> dict[str, str]:
     pipe = bytearray(write_sound(folder / "pipe.flac").read_bytes())
     pipe[21:26] = bytes([pipe[21] & 0xF0, 0, 0, 0, 0])  # the number of samples: unknown
     (folder / "pipe.flac").write_bytes(pipe)
+    tone = 0.3 * np.sin(np.arange(16_000) / 5)
+    for name, samples in (
+        ("integers.wav", np.rint(32_767 * tone)),
+        ("scaled.wav", 32_767 * tone),
+        ("opposite.wav", np.stack([tone, -tone], axis=1)),
+        ("one.wav", tone[:1]),
+    ):
+        soundfile.write(folder / name, samples, 16_000, subtype="FLOAT")
     return reasons | {
         "header.wav": "no samples",
         "empty.wav": "not recognised",
         "text.wav": "not recognised",
         "noise.mp3": "not recognised",
-        "data.raw": "samplerate",
+        "data.raw": "not recognised",
         "silent.wav": "no samples",
         "nan.wav": "not finite",
         "infinite.wav": "not finite",
         "pipe.flac": "how long",
+        "integers.wav": "peak of 9,830",
+        "scaled.wav": "peak of 9,830",
+        "opposite.wav": "cancel each other",
+        "one.wav": "must last",
         "absent.wav": "No such file",
     }
 

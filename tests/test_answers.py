@@ -13,17 +13,22 @@ import torch
 from helpers import constant, of_run, save_random, write_sound
 
 import data
+from load_weights import load_trained
 from sounds.audio import read_audio
 from support.command import UserError
 from tools import predict
 from tools.answers import Answer, events_of
 from tools.predict import load
 
-FACTS = {
+FACTS = {  # the factor is 1
     "temperature": 2.0,
     "min_confidence": 0.6,
-    "whitening": [[0.0] * 2] * 2,
-    "centres": [[0.0] * 2],
+    "mean": [0.0] * 128,
+    "std": [1.0] * 128,
+    "directions": [[0] * 128],
+    "alpha": 0.0,
+    "limit": 1.0,
+    "slope": 1.0,
 }
 
 
@@ -55,35 +60,69 @@ def error(capsys):
 # ------------------------------------------------------------------------------------------- unsure
 
 
-def test_unsure_is_the_first_answer_in_every_form(tmp_path, answer):
-    """A temperature of 2 makes 2/3 and 1/3 of 0.8 and 0.2."""
+def test_unsure_is_said_in_every_form(tmp_path, answer):
+    """A temperature of 2 makes 2/3 and 1/3 of 0.8 and 0.2. For programs it is no class."""
     fold = constant(tmp_path / "fold1.safetensors", 0.8, 0.2, classes=["a", "b"], calibration=FACTS)
     file = write_sound(tmp_path / "x.wav")
     words = [fold, file, "--min-confidence", 0.7]
     assert answer(fold, file)[0].endswith("0.30 s  a 0.667  b 0.333")  # 0.6 by the header
     assert answer(*words)[0].endswith("0.30 s  unsure 0.667  a 0.667  b 0.333")
-    assert [row["class"] for row in json.loads(answer(*words, "--json")[0])["classes"]] == [
-        "unsure",
-        "a",
-        "b",
-    ]
+    found = json.loads(answer(*words, "--json")[0])
+    assert [row["class"] for row in found["classes"]] == ["a", "b"]
+    assert (found["confidence"], found["unsure"]) == (0.666667, True)
+    assert json.loads(answer(fold, file, "--json")[0])["unsure"] is False
     rows = [line.split(",")[3:] for line in answer(*words, "--csv")[1:]]
-    assert rows == [["1", "unsure", "0.666667"], ["2", "a", "0.666667"], ["3", "b", "0.333333"]]
-    assert answer(*words, "--csv", "--events") == ["file,start,end,rank,class,probability"]
-    assert answer(fold, file, "--csv", "--events")[1:] == [f"{file},0.000,0.300,1,a,0.666667"]
+    assert rows == [
+        ["1", "a", "0.666667", "0.666667", "yes"],
+        ["2", "b", "0.333333", "0.666667", "yes"],
+    ]
+    header = "file,start,end,rank,class,probability,confidence,unsure"
+    assert answer(*words, "--csv", "--events") == [header]
+    expected = f"{file},0.000,0.300,1,a,0.666667,0.666667,no"
+    assert answer(fold, file, "--csv", "--events") == [header, expected]
 
 
-def test_what_is_far_from_every_class_is_unsure(tmp_path):
-    """The confidence is the probability times exp(1 - d).
+def test_most_files_are_unsure(tmp_path, capsys):
+    """One line at the end says how many, and what to do. Not for one file, nor for half of them."""
+    fold = constant(tmp_path / "fold1.safetensors", 0.8, 0.2, classes=["a", "b"])
+    files = [str(write_sound(tmp_path / f"{i}.wav")) for i in range(3)]
 
-    d is the squared distance of the logits, log 0.8 and log 0.2, from the only centre.
+    def last_line(files, least):
+        assert predict.main([str(fold), *files, "--min-confidence", least]) == 0
+        return capsys.readouterr().err.splitlines()[-1:]
+
+    (line,) = last_line(files, "0.9")
+    assert line.startswith("warning: 3 of 3 files are unsure: they are unlike the sounds")
+    assert last_line(files[:1], "0.9") == last_line(files, "0.7") == []
+
+
+def test_what_is_unlike_the_validation_clips_is_unsure(tmp_path):
+    """The confidence is the probability times exp((limit - score) / slope).
+
+    The score is alpha times the length of the standardised middle without its first number, which
+    is the only direction here, less log(0.8 + 0.2). The middle is that of the first of two blocks.
     """
-    far = {**FACTS, "whitening": [[1.0, 0.0], [0.0, 1.0]]}
+    first = [[1000] + [0] * 127]
+    far = {**FACTS, "std": [2.0] * 128, "directions": first, "alpha": 0.5, "slope": 3.0}
     fold = constant(tmp_path / "fold1.safetensors", 0.8, 0.2, calibration=far)
-    found = load(fold)(np.zeros(8000), 16_000)
-    d = np.log(0.8) ** 2 + np.log(0.2) ** 2
-    assert found.confidence == pytest.approx(2 / 3 * np.exp(1 - d), rel=1e-5)
+    wave = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    found = load(fold)(wave, 16_000)
+    model = load_trained(fold)
+    with torch.no_grad():
+        x = data.to_input(data.fbank(torch.from_numpy(wave)[None]), 60)
+        tokens = model.blocks[0](model.embed(x))[0].double().numpy()
+    middle = np.concatenate([tokens.mean(0), tokens.std(0, ddof=1)])
+    score = 0.5 * np.linalg.norm(middle[1:] / 2)
+    assert score > 1
+    assert found.confidence == pytest.approx(2 / 3 * np.exp((1 - score) / 3), rel=1e-4)
     assert found.best == "unsure" and found.classes[0][0] == "class 0"
+
+
+def test_a_calibration_of_another_width_is_refused(tmp_path):
+    narrow = {**FACTS, "mean": [0.0] * 3, "std": [1.0] * 3, "directions": [[0] * 3]}
+    fold = constant(tmp_path / "fold1.safetensors", 0.8, 0.2, calibration=narrow)
+    with pytest.raises(UserError, match=r"calibration\.mean: Expected 128 numbers, got 3"):
+        load(fold)
 
 
 def test_folds_have_their_own_temperatures(tmp_path):
@@ -143,6 +182,15 @@ def test_sounds_that_are_none(tmp_path):
     for rate in (0, 1e-9, np.nan):
         with pytest.raises(ValueError, match="no sound"):
             classify(np.ones(9), rate)
+    tone = 0.3 * np.sin(np.arange(16_000) / 5)
+    for samples, reason in (
+        (32_767 * tone, "has a peak of 9,830, but"),
+        (np.rint(50 * tone), "has a peak of 15, but"),
+        (tone[:15], r"holds 0\.0009375 s: a sound must last 0\.001 s"),
+    ):
+        with pytest.raises(ValueError, match=f"no sound: the array {reason}"):
+            classify(samples, 16_000)
+    assert classify(13 * tone, 16_000).classes == classify(tone[:16], 16_000).classes
     with pytest.raises(UserError, match="it is no file"):
         load(tmp_path / "absent")
 
@@ -306,6 +354,7 @@ def test_embeddings(tmp_path, answer):
 
     answer(*words, "--min-confidence", 1, code=1)
     found = np.load(tmp_path / "new" / "vectors.npz")
-    assert found["classes"].tolist() == ["unsure"] * 2
+    assert found["unsure"].tolist() == [True, True]
+    assert set(found["classes"]) <= {"rain", "sea, waves", "dog", "wind"}
     answer(tmp_path / "run", tmp_path / "bad.wav", *words[4:], code=1)
     assert len(np.load(tmp_path / "new" / "vectors.npz")["vectors"]) == 0

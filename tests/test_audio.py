@@ -243,12 +243,54 @@ def test_a_tenth_of_a_second_may_be_missing(tmp_path, missing, whole):
         assert len(read_audio(path)) == 16_000 - round(missing * 16_000)
     else:
         with pytest.raises(
-            ValueError, match=r"is truncated: it ends after 0\.89 s, before its header says"
+            ValueError, match=r"is truncated: it ends after 0\.89 s, before it should"
         ):
             read_audio(path)
     assert len(read_audio(path, 0.95)) == min(
         15_200, 16_000 - round(missing * 16_000)
     )  # 0.06 s of these are missing
+
+
+# --------------------------------------------------------------------------- what the numbers mean
+
+
+@pytest.mark.parametrize("peak", [1e-4, 1, 1.5, 4, 60.5])
+def test_floats_may_exceed_1(tmp_path, peak):
+    """As the sum of several sounds does."""
+    wave = peak * sound(16_000) / np.abs(sound(16_000)).max()
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    assert np.abs(read_audio(tmp_path / "a.wav")).max() == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("samples", [[0, 1, 2, -3], [0.5, 100.5], [-1000.25, 0]])
+def test_numbers_that_are_no_samples(tmp_path, samples):
+    """Whole numbers of a quiet sound, or any far above 1. They may come late in the file."""
+    late = np.concatenate([np.zeros(11 * 8000), np.tile(samples, 100)])
+    soundfile.write(tmp_path / "a.wav", late, 8000, subtype="FLOAT")
+    assert not read_audio(tmp_path / "a.wav", 5).any()
+    with pytest.raises(ValueError, match=rf"peak of {max(map(abs, samples)):,.0f}, but"):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_channels_that_cancel_each_other(tmp_path):
+    """One is the other upside down. A weaker one, or noise of its own, leaves sound enough."""
+    wave = sound(16_000)
+    noise = np.random.default_rng(0).standard_normal((2, len(wave)))
+    for channels, is_refused in (
+        ((wave, -wave), True),
+        ((wave, -0.99 * wave), True),
+        ((wave, -0.9 * wave), False),
+        ((wave, -wave, 0.5 * wave), False),
+        (0.1 * noise, False),
+        (1e-4 * np.stack([wave, -wave]), False),  # as good as silent
+    ):
+        soundfile.write(tmp_path / "a.wav", np.stack(channels, axis=1), 16_000, subtype="FLOAT")
+        if is_refused:
+            with pytest.raises(ValueError, match="cancel each other"):
+                read_audio(tmp_path / "a.wav")
+        else:
+            mean = np.mean(channels, axis=0)
+            assert np.abs(read_audio(tmp_path / "a.wav") - mean).max() < 1e-6
 
 
 # ------------------------------------------------------------------------------ what cannot be read

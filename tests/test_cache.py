@@ -253,6 +253,32 @@ def test_a_complete_file_is_only_read(tmp_path, monkeypatch, capsys):
     assert np.array_equal(features, whole)
 
 
+@pytest.mark.parametrize("length", [None, 0, 100])
+def test_a_file_that_changes_while_it_is_opened_is_built_again(
+    tmp_path, monkeypatch, capsys, length
+):
+    """Deleted or shortened by another program, after it was asked for its size."""
+    dataset, cache = make_clips(tmp_path / "clips", *numbered(3)), tmp_path / "cache"
+    whole = np.array(build_features(dataset, 30, cache)[0])
+    file = cache_of(dataset, cache)
+    memmap = np.memmap
+
+    def change_and_map(path, *args, **options):
+        if path == file and length is None:
+            file.unlink(missing_ok=True)
+        elif path == file:
+            os.truncate(file, length)
+        return memmap(path, *args, **options)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", change_and_map)
+        with pytest.raises(UserError, match="was deleted as soon as it was written"):
+            build_features(dataset, 30, cache)
+    assert "built 3 of 3" in capsys.readouterr().out
+    assert np.array_equal(build_features(dataset, 30, cache)[0], whole)
+
+
 def test_a_disk_that_is_full_leaves_no_file_of_rows(tmp_path):
     """It would be gone on with, and have no place for its rows; and the error says which disk."""
 

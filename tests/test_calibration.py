@@ -1,24 +1,41 @@
 """support/calibration.py beside other ways to the same numbers, and far from the known."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 from helpers import make_folder, train_on
 from scipy.optimize import minimize_scalar
-from scipy.spatial.distance import mahalanobis
+from scipy.special import logsumexp
+from sklearn.decomposition import PCA
 
-from support.calibration import Calibration, calibrated, error, fit, temperature_of
+import petl
+from ast_model import AST, ASTConfig
+from support import headers
+from support.calibration import (
+    Calibration,
+    calibrated,
+    error,
+    fit,
+    middle_and_vector,
+    middle_of,
+    temperature_of,
+    width_of_middle,
+)
 from support.checkpoints import read_header
+from support.headers import checked
 from tools import export
 from tools.predict import load
 
 
 def clips(
     count: int, classes: int = 4, far: float = 3.0, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (count, classes), of each class around a point of its own, and labels.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (count, classes), of each class around a point of its own, labels, and middles.
 
-    One label in ten is that of another class.
+    One label in ten is that of another class. The middles (count, 64) vary less and less from the
+    first number to the last.
     """
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
@@ -27,14 +44,16 @@ def clips(
         + rng.standard_normal((count, classes)) * [2, 1, 0.5, 1][:classes]
     )
     wrong = rng.random(count) < 0.1
-    return torch.from_numpy(logits).float(), torch.from_numpy(
-        np.where(wrong, (labels + 1) % classes, labels)
-    )
+    labels = np.where(wrong, (labels + 1) % classes, labels)
+    hidden = rng.standard_normal((count, 64)) * np.geomspace(8, 0.5, 64)
+    mixing = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0]
+    middle = torch.from_numpy(hidden @ mixing).float()
+    return torch.from_numpy(logits).float(), torch.from_numpy(labels), middle
 
 
 @pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
 def test_the_temperature_is_that_of_the_least_cross_entropy(scale):
-    logits, labels = clips(200)
+    logits, labels, _ = clips(200)
     logits = scale * logits.double()
     smooth = 1 / (len(labels) + 2)
     best = minimize_scalar(
@@ -69,26 +88,46 @@ def test_the_calibration_error_by_hand():
     assert error(torch.ones(8), torch.tensor([True] * 6 + [False] * 2)) == 25
 
 
-def test_distances_are_those_of_mahalanobis():
-    """To the nearest mean, by the covariance of all classes.
+def test_the_score_is_that_of_vim():
+    """On standardised middles: scikit-learn's principal directions, and ViM's formula by numpy."""
+    logits, labels, middle = clips(400)
+    found = fit(logits, labels, middle)
+    x = middle.double().numpy()
+    z = (x - x.mean(0)) / x.std(0)
+    pca = PCA(16).fit(z)
+    rest = np.linalg.norm(z - pca.inverse_transform(pca.transform(z)), axis=1)
+    alpha = logits.double().numpy().max(1).sum() / rest.sum()
+    assert found["alpha"] == pytest.approx(alpha, rel=1e-6)
 
-    Half of the clips that fitted it have 1 or less.
-    """
-    logits, labels = clips(400)
-    x, y = logits.double().numpy(), labels.numpy()
-    means = np.stack([x[y == k].mean(0) for k in range(4)])
-    rest = x - means[y]
-    inverse = np.linalg.inv((rest.T @ rest + np.square(x - x.mean(0)).mean() * np.eye(4)) / 400)
-    found = Calibration(**fit(logits, labels))
-    new = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)) * 3
-    squares = np.array(
-        [min(mahalanobis(row, m, inverse) ** 2 for m in means) for row in new.double().numpy()]
-    )
-    known = found.known(new).double().numpy()
-    usual = (squares / (1 - np.log(known)))[known < 0.999]
-    assert len(usual) > 20 and usual.std() / usual.mean() < 1e-4  # one number explains all
-    assert (known[squares < usual.mean()] == 1).all()
-    assert (found.known(logits) == 1).double().mean() == pytest.approx(0.5, abs=0.05)
+    _, _, new = clips(50, seed=1)
+    far = torch.linspace(1, 9, 50)[:, None] * new
+    z = (far.double().numpy() - x.mean(0)) / x.std(0)
+    rest = np.linalg.norm(z - pca.inverse_transform(pca.transform(z)), axis=1)
+    scores = alpha * rest - logsumexp(logits[:50].double().numpy(), axis=1)
+    expected = np.minimum(1, np.exp((found["limit"] - scores) / found["slope"]))
+    assert (expected == 1).any() and (expected < 0.1).any()
+    known = Calibration(**found).known(logits[:50], far)
+    np.testing.assert_allclose(known, expected, rtol=0.05)  # directions in thousandths
+
+
+def test_limit_and_slope_are_those_of_clips_that_were_not_used():
+    """Five parts of the clips, each measured by the other four: by hand, clip by clip."""
+    logits, labels, middle = clips(60)
+    found = fit(logits, labels, middle)
+    scores = []
+    for i in range(60):
+        others = [j for j in range(60) if j % 5 != i % 5]
+        x = middle[others].double().numpy()
+        mean, std = x.mean(0), x.std(0)
+        z = (x - mean) / std
+        pca = PCA(12).fit(z)  # a fifth of the clips
+        rest = np.linalg.norm(z - pca.inverse_transform(pca.transform(z)), axis=1)
+        alpha = logits[others].double().numpy().max(1).sum() / rest.sum()
+        mine = (middle[i].double().numpy()[None] - mean) / std
+        outside = np.linalg.norm(mine - pca.inverse_transform(pca.transform(mine)))
+        scores.append(alpha * outside - logsumexp(logits[i].double().numpy()))
+    assert found["limit"] == pytest.approx(np.quantile(scores, 0.9), rel=1e-6)
+    assert found["slope"] == pytest.approx(2 * (found["limit"] - np.median(scores)), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [40, 400])
@@ -97,33 +136,66 @@ def test_nine_of_ten_right_answers_stay_and_what_is_far_goes(count):
     kept, gone = [], []
     for seed in range(10):
         found = Calibration(**fit(*clips(count, seed=seed)))
-        logits, labels = clips(1000, seed=100 + seed)
-        confidence = (logits / found.temperature).softmax(1).amax(1) * found.known(logits)
-        kept.append(
-            (confidence >= found.min_confidence)[logits.argmax(1) == labels].double().mean()
-        )
-        away = logits + torch.tensor([8.0, 8, 8, -8])  # as probable, by softmax
-        confidence = (away / found.temperature).softmax(1).amax(1) * found.known(away)
-        gone.append((confidence < found.min_confidence).double().mean())
+        logits, labels, middle = clips(1000, seed=100 + seed)
+        probability = (logits / found.temperature).softmax(1).amax(1)
+        right = logits.argmax(1) == labels
+        sure = probability * found.known(logits, middle) >= found.min_confidence
+        kept.append(sure[right].double().mean())
+        sure = probability * found.known(logits, 3 * middle) >= found.min_confidence
+        gone.append(1 - sure.double().mean())
     assert np.mean(kept) == pytest.approx(0.9, abs=0.04) and np.mean(gone) > 0.95
 
 
+def test_a_familiar_sound_keeps_its_probability():
+    """The factor is 1 for nine of ten clips, so it does not reorder them."""
+    found = Calibration(**fit(*clips(400)))
+    logits, _, middle = clips(1000, seed=1)
+    assert (found.known(logits, middle) == 1).double().mean() == pytest.approx(0.9, abs=0.05)
+
+
+def test_the_middle_is_that_of_half_the_blocks():
+    """Whatever a method wraps around blocks. It takes no part of the vector away."""
+    spectrogram = torch.randn(3, 60, 128, generator=torch.Generator().manual_seed(0))
+    for depth, half in ((1, 0), (2, 0), (4, 1), (5, 2)):
+        model = petl.apply(AST(ASTConfig(60, dim=32, depth=depth, heads=2, n_classes=3)), "dpt")
+        model.eval()
+        with torch.no_grad():
+            middle, vector = middle_and_vector(model, spectrogram)
+            tokens = model.embed(spectrogram)
+            for block in model.blocks[: half + 1]:
+                tokens = block(tokens)
+            expected = torch.cat([tokens.mean(1), tokens.std(1)], dim=1)
+            torch.testing.assert_close(middle, expected, rtol=0, atol=0)
+            torch.testing.assert_close(middle_of(model, spectrogram), expected, rtol=0, atol=0)
+            torch.testing.assert_close(vector, model.vector(spectrogram), rtol=0, atol=0)
+        assert middle.shape[1] == width_of_middle(model)
+        assert not any(block._forward_hooks for block in model.blocks)
+    model = AST(ASTConfig(60, dim=32, depth=0, heads=2, n_classes=3))  # as a method may leave it
+    middle, vector = middle_and_vector(model, spectrogram)
+    assert torch.equal(middle, vector) and middle.shape[1] == width_of_middle(model) == 32
+    assert torch.equal(middle, middle_of(model, spectrogram))
+
+
 def test_too_few_clips_and_odd_ones():
-    logits, labels = clips(400)
+    logits, labels, middle = clips(400)
     right = (logits.argmax(1) == labels).nonzero()[:, 0]
-    assert [fit(logits[right[:n]], labels[right[:n]]) is None for n in (0, 9, 10)] == [
-        True,
-        True,
-        False,
-    ]
+    found = [fit(logits[right[:n]], labels[right[:n]], middle[right[:n]]) for n in (0, 9, 10)]
+    assert [one is None for one in found] == [True, True, False]
     outcome = {"result": {"accuracy": 50.0}}
-    assert calibrated(outcome, (logits[:9], labels[:9]), (logits, labels)) == outcome
-    assert Calibration().known(logits).tolist() == [1.0] * 400
-    odd = logits.clone()
+    few = (logits[:9], labels[:9], middle[:9])
+    assert calibrated(outcome, few, (logits, labels)) == outcome
+    assert Calibration().known(logits, middle).tolist() == [1.0] * 400
+    odd, odd_middle = logits.clone(), middle.clone()
     odd[0], odd[1] = torch.nan, torch.inf  # of float16
-    for some in (odd, torch.ones(400, 4), torch.eye(4)[labels] * 1e4):
-        found = Calibration(**fit(some, labels))
-        assert found.known(some).isfinite().all() and 0 <= found.min_confidence <= 1
+    odd_middle[0], odd_middle[1] = torch.inf, torch.nan
+    for some, other in (
+        (odd, odd_middle),
+        (torch.ones(400, 4), torch.ones(400, 64)),
+        (torch.eye(4)[labels] * 1e4, middle),
+    ):
+        found = Calibration(**fit(some, labels, other))
+        assert found.known(some, other).isfinite().all() and 0 <= found.min_confidence <= 1
+        checked({**asdict(found)}, headers.Calibration, "a file")
 
 
 def test_a_run_fits_its_validation_clips(tmp_path, capsys):
@@ -136,7 +208,7 @@ def test_a_run_fits_its_validation_clips(tmp_path, capsys):
     file = tmp_path / "runs/folder/linear/seed0/fold1.safetensors"
     header, out = read_header(file), capsys.readouterr().out
     calibration, result = header["calibration"], header["result"]
-    assert len(calibration["centres"]) == len(header["classes"]) == 3
+    assert len(calibration["mean"]) == len(calibration["directions"][0]) == 2 * 64
     before = f"{result['calibration_error']:.1f} % off (expected calibration error)"
     line = f"{before}, {result['calibrated_error']:.1f} %"
     assert line in out

@@ -62,7 +62,7 @@ def save_ast_of_transformers(folder: Path, names: dict[int, str] = AUDIOSET, **c
     model.save_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one Mel filter is empty
-        transformers.ASTFeatureExtractor().save_pretrained(folder)
+        transformers.ASTFeatureExtractor(max_length=config.max_length).save_pretrained(folder)
     return str(folder)
 
 
@@ -165,7 +165,7 @@ def test_no_network_and_no_data_is_not_wrong(quick, tmp_path, monkeypatch, capsy
     absent = {name for name, status in statuses.items() if status == "not there"}
     assert absent == {"checkpoint", "labels of ESC-50"} and len(statuses) == 9
     assert (
-        "download its config.json and model.safetensors by hand" in out
+        "download its config.json, preprocessor_config.json and model.safetensors by hand" in out
         and "train.py fetches it" in out
     )
     assert quick == ["random:base"]  # what trains needs no checkpoint

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import SMALL_AST, SMALL_CONFIG, SMALL_STATE, write_ast
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from load_weights import fill, load_ast, load_trained
@@ -125,10 +125,11 @@ def test_hub_weights_come_through_the_users_cache(monkeypatch):
     )  # not a line for each of its five retries
     assert asked == [
         ("somebody/some-ast", "config.json"),
+        ("somebody/some-ast", "preprocessor_config.json"),
         ("somebody/some-ast", "model.safetensors"),
     ]
     load_ast("hf:somebody/some-ast", pool="cls_dist")
-    assert len(asked) == 2  # the hub is asked once: without a network each time takes half a minute
+    assert len(asked) == 3  # the hub is asked once: without a network each time takes half a minute
     expected = load_ast(SMALL_AST, pool="cls_dist").state_dict()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
 
@@ -155,11 +156,39 @@ def test_the_hub_is_asked_for_safetensors_first(weights, repository, tmp_path, m
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
     model = load_ast(weights, n_classes=3)
     assert asked == [
-        (repository, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")
+        (repository, name)
+        for name in (
+            "config.json",
+            "preprocessor_config.json",  # this model has none
+            "model.safetensors",
+            "pytorch_model.bin",
+        )
     ]
     assert (
         model.backbone.name == weights and model.config.heads == 2
     )  # which only the config.json knows
+
+
+def test_a_mean_that_nobody_can_ask_for_is_not_assumed_in_silence(tmp_path, monkeypatch, capsys):
+    """Without a network the hub's client has a model that another program fetched in part."""
+    folder = write_ast(tmp_path / "hub", SMALL_STATE, SMALL_CONFIG)
+
+    def deliver(repository, name):
+        if not (folder / name).exists():
+            raise LocalEntryNotFoundError("offline")
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
+    load_ast("hf:somebody/some-ast")
+    assert capsys.readouterr().err == (
+        "warning: somebody/some-ast lies here without preprocessor_config.json: "
+        "taken as AudioSet's\n"
+    )
+    (folder / "preprocessor_config.json").write_text('{"mean": -6.0}')
+    model = load_ast("hf:somebody/some-ast")
+    assert not capsys.readouterr().err
+    assert model.backbone.sha256 == load_ast(folder).backbone.sha256
+    assert model.backbone.sha256 != load_ast(SMALL_AST).backbone.sha256
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import SMALL_AST, save_random
+from helpers import SMALL_AST, make_folder, save_random, train_on, write_sound
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -29,16 +30,17 @@ from safetensors.torch import load_file, save_file
 import petl
 import train
 from ast_model import POOL
+from data import load_dataset
 from load_weights import from_dict, load_ast, load_trained, save_ast, to_dict
 from sounds.audio import read_audio
 from sounds.fetch import unpack
 from support import headers
-from support.checkpoints import read_header, read_json, sha256_of, write_tensors
+from support.checkpoints import read_header, read_json, read_tensors, sha256_of, write_tensors
 from support.command import UserError, positive
 from support.processes import join
 from support.recorder import protected
 from support.records import Progress, read_progress, read_run, save_progress
-from tools import export, predict
+from tools import export, predict, report
 from tools.merge import merge
 from tools.predict import class_names, load
 
@@ -143,8 +145,12 @@ def folder(tmp_path_factory):
         "calibration": {
             "temperature": 0.9,
             "min_confidence": 0.3,
-            "whitening": [[1.0] * 4] * 4,
-            "centres": [[0.5] * 4] * 2,
+            "mean": [0.5] * 128,
+            "std": [1.0] * 128,
+            "directions": [[125] * 128],
+            "alpha": 1.0,
+            "limit": 2.0,
+            "slope": 1.0,
         },
     }
     for method in ("lora", "houlsby_par", "dpt"):
@@ -209,17 +215,20 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
         ),
         (
             "lora",
-            ("calibration", "whitening", 1),
-            [1.0] * 3,
-            "calibration: Expected rows of 4 numbers",
+            ("calibration", "directions", 0),
+            [1] * 127,
+            "calibration: Expected rows of 128 numbers",
         ),
         (
             "lora",
-            ("calibration", "whitening"),
-            [[1.0] * 4],
-            "calibration: Expected rows of 4 numbers",
+            ("calibration", "std"),
+            [1.0],
+            "calibration: Expected rows of 128 numbers",
         ),
-        ("lora", ("calibration", "centres"), [[float("inf")] * 4], "calibration.centres[0][0]"),
+        ("lora", ("calibration", "mean", 3), float("inf"), "calibration.mean[3]"),
+        ("lora", ("calibration", "std", 3), 0.0, "calibration.std[3]"),
+        ("lora", ("calibration", "directions", 0, 7), 1001, "calibration.directions[0][7]"),
+        ("lora", ("calibration", "slope"), 0, "calibration.slope: Expected float >= 1e-09"),
         ("dpt", ("method", "parts", 0, "prompts"), 10**9, "prompts: Expected int <= 65536"),
         ("houlsby_par", ("method", "parts", 0, "how"), "none", "no adapter 'attn', 'none'"),
         ("houlsby_par", ("method", "parts", 0, "how"), [], "the part 'Adapter'"),
@@ -676,6 +685,61 @@ def test_a_pipe_is_no_sound_and_no_checkpoint(folder, tmp_path, capsys):
         lambda: predict.main([str(folder / "lora.safetensors"), str(tmp_path / "y.wav")]),
         "holds no sounds",
     )(capsys)
+
+
+def test_no_pipe_is_waited_for(tmp_path):
+    """In the place of a file of a run, of weights, of a table or of a label track."""
+
+    def too_long(*_):
+        raise TimeoutError("it waits for the pipe")
+
+    pipe = tmp_path / "a.txt"
+    os.mkfifo(pipe)
+    write_sound(tmp_path / "a.wav")
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        assert says(lambda: read_json(pipe, headers.RunConfig), pipe, "is no file")
+        assert says(lambda: read_progress(pipe, 1, SETTINGS, resume=True), pipe, "is damaged")
+        for name in ("x.safetensors", "x.bin"):
+            os.mkfifo(tmp_path / name)
+            assert says(lambda name=name: read_tensors(tmp_path / name), name, "is no file")
+        for dataset, place in (("csv", pipe), ("csv", tmp_path), ("gsc", tmp_path / "gsc")):
+            for name in ("validation_list.txt", "testing_list.txt"):
+                (tmp_path / "gsc").mkdir(exist_ok=True)
+                if not (tmp_path / "gsc" / name).exists():
+                    os.mkfifo(tmp_path / "gsc" / name)
+            with pytest.raises(OSError, match="is no file"):
+                load_dataset(dataset, place, tmp_path)
+    finally:
+        signal.alarm(0)
+
+
+def test_no_name_commands_the_terminal(tmp_path, capsys):
+    """Folders, classes and files whose names would set the title, move the cursor, turn the line.
+
+    Whether they were heard, refused, reported or shown.
+    """
+    evil = "\x1b]0;title\x07\x9b2A\u202e\r"
+    sounds = make_folder(tmp_path / evil, 5, (evil, "low"))
+    (sounds / "low" / f"{evil}.wav").write_text("no sound")
+    (sounds / "low" / f"{evil}.doc").write_text("no sound")
+    out = tmp_path / "out" / evil
+    assert train_on("folder", sounds, tmp_path, "--out", out) == 2
+    assert train_on("folder", sounds, tmp_path, "--out", out, "--skip-bad") == 0
+    run = out / "folder" / "linear" / "seed0"
+    fold = str(run / "fold1.safetensors")
+    assert report.main([str(run)]) == 0
+    assert report.main([str(out)]) == 2  # no run: the error names it
+    assert predict.main([fold, str(sounds)]) == 1  # one cannot be read
+    assert predict.main([fold, str(sounds), "--events"]) == 1
+    assert export.main(["show", fold]) == 0
+    merged = str(tmp_path / f"{evil}.safetensors")
+    assert export.main(["export", fold, "--to", "merged", "--out", merged]) == 0
+    assert export.main(["export", fold, "--to", "hf", "--out", str(out / "hf")]) == 2
+    printed = "".join(capsys.readouterr())
+    assert "\\x1b]0;title\\x07\\x9b2A\\u202e\\r" in printed
+    assert printed.isascii() and printed.replace("\n", "").isprintable()
 
 
 def run_in_shell(command):

@@ -313,6 +313,46 @@ def test_what_cannot_be_read_from_peft(config, message, tmp_path, command):
     assert not out.exists()
 
 
+def test_an_adapter_that_was_trained_on_other_features(tmp_path, command):
+    """Its mean and std are those of its base, or it is refused: the frozen embedding has them."""
+    out = tmp_path / "fold.safetensors"
+    base = write_ast(tmp_path / "base", load_file(SMALL_AST / "model.safetensors"), SMALL_CONFIG)
+    theirs = peft_lora(tmp_path / "peft", base)
+    own = transformers.ASTFeatureExtractor(max_length=100, mean=-10.0, std=2.0)
+    own.save_pretrained(tmp_path / "peft")
+    said = command("import", tmp_path / "peft", "--out", out, code=2)
+    assert "preprocessor_config.json: mean and std are (-10.0, 2.0), those of its backbone" in said
+    own.save_pretrained(base)
+    command("import", tmp_path / "peft", "--out", out)
+    fb = torch.randn(2, 100, 128) - 5
+    with torch.no_grad():
+        expected = theirs(input_values=(fb + 10) / 4).logits
+        assert (load_trained(out)(data.to_input(fb, 100)) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("to", ["hf", "peft"])
+def test_exports_of_a_backbone_with_its_own_features(to, tmp_path, export_to):
+    """The folder describes what its tensors read: the embedding has the mean and std inside."""
+    base = write_ast(tmp_path / "base", load_file(SMALL_AST / "model.safetensors"), SMALL_CONFIG)
+    transformers.ASTFeatureExtractor(max_length=100, mean=-10.0, std=2.0).save_pretrained(base)
+    model = trained(base, "lora", tmp_path / "fold1.safetensors", n_frames=100)
+    export_to(to, "out")
+    out = tmp_path / "out"
+    theirs = transformers.AutoModelForAudioClassification.from_pretrained(
+        out if to == "hf" else base,
+        config=transformers.AutoConfig.from_pretrained(out),
+        ignore_mismatched_sizes=True,
+    )
+    if to == "peft":
+        theirs = peft.PeftModel.from_pretrained(theirs, out)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(out)
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 16_240).astype("f4")
+    x = data.to_input(data.fbank(torch.from_numpy(wave)[None]), 100)
+    with torch.no_grad():
+        expected = theirs.eval()(**extractor(wave, 16_000, return_tensors="pt")).logits
+        assert (model(x) - expected).abs().max() <= 1e-4
+
+
 def test_other_adapters_of_peft(tmp_path, command):
     for kind in ("LOHA", "IA3", "VERA"):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
@@ -495,8 +535,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(("to", "out", "message"), [
     ("merged", "fold1.safetensors", "is, or holds, what is read here"),
     ("merged", "link.safetensors", "is, or holds, what is read here"),
-    ("merged", "fold2.safetensors", "would be a fold of the run there"),
-    ("merged", "fold3.safetensors", "would be a fold of the run there"),  # which is not trained yet
+    ("merged", "fold2.safetensors", "would be a file of the run there"),
+    ("merged", "fold3.safetensors", "would be a file of the run there"),  # which is not trained yet
     ("hf", ".", "is a folder with other files: give the name of a new folder"),
     ("peft", ".", "is a folder with other files: give the name of a new folder"),
     ("merged", "odd/model.safetensors", "is, or holds, what is read here"),
@@ -539,7 +579,7 @@ def test_an_import_writes_over_no_fold_and_nothing_that_it_reads(tmp_path, odd_b
     for out, message in (
         ("peft/adapter_model.safetensors", "is, or holds, what is read here"),
         ("odd/model.safetensors", "is, or holds, what is read here"),
-        ("run/fold1.safetensors", "would be a fold of the run there"),
+        ("run/fold1.safetensors", "would be a file of the run there"),
     ):
         assert message in command("import", tmp_path / "peft", "--out", tmp_path / out, code=2)
     assert contents(tmp_path) == before
@@ -690,6 +730,7 @@ CONFIG = {
     "time_stride": 10,
     "max_length": 67,
     "num_mel_bins": 128,
+    "problem_type": "single_label_classification",
     "id2label": {0: "rain", 1: "dog"},
     "label2id": {"rain": 0, "dog": 1},
 }

@@ -1,7 +1,10 @@
 """Files that are whole or not there, and where they are kept."""
 
+import csv
 import errno
+import io
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -9,7 +12,7 @@ from threading import Event
 import pytest
 from filelock import FileLock, Timeout
 
-from support.files import default_cache_dir, locked, table_of, whole_file
+from support.files import csv_of, default_cache_dir, locked, table_of, whole_file, whole_folder
 
 
 def test_where_downloads_and_features_are_kept():
@@ -36,6 +39,35 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert path.read_text() == "one"
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_folder_outlives_a_kill_at_any_moment(tmp_path, renames):
+    """The earlier folder or the new one is there at the latest when the next one is begun."""
+    path = tmp_path / "export"
+    path.mkdir()
+    (path / "first").touch()
+    process = os.fork()
+    if process == 0:
+        replace = os.replace
+        done = []
+
+        def replace_or_die(*names):
+            if len(done) == renames:
+                os._exit(9)
+            done.append(names)
+            replace(*names)
+
+        os.replace = replace_or_die
+        shutil.rmtree = lambda *_, **options: len(done) < 2 or os._exit(9)
+        with whole_folder(path) as folder:
+            (folder / "second").touch()
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] >> 8 == 9
+    with pytest.raises(KeyboardInterrupt), whole_folder(path):
+        assert [file.name for file in path.iterdir()] == ["second" if renames == 2 else "first"]
+        raise KeyboardInterrupt
+    assert [folder.name for folder in tmp_path.iterdir()] == ["export"]
 
 
 def test_who_waits_for_another_run_says_so(tmp_path, capsys):
@@ -74,6 +106,13 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError) as error, whole_file(tmp_path / "b"):
         (tmp_path / "c").read_bytes()
     assert str(error.value.filename) == str(tmp_path / "c")
+
+
+def test_any_name_comes_back_from_a_table():
+    names = ["a, b", 'a "b"', "a\nb", "a\rb", "a\r", "\r\n", "", "a"]
+    text = csv_of([["left", "right"], *([name, "b"] for name in names)])
+    rows = csv.reader(io.StringIO(text, newline=""))
+    assert list(rows) == [["left", "right"], *([name, "b"] for name in names)]
 
 
 def test_a_table_is_plain_lines():

@@ -16,16 +16,25 @@ import pytest
 import soundfile
 import soxr
 import torch
-from helpers import SMALL_AST, SMALL_STATE, Terminal, constant, of_run, save_random, write_ast
+import transformers
+from helpers import (
+    SMALL_AST,
+    SMALL_CONFIG,
+    SMALL_STATE,
+    Terminal,
+    constant,
+    of_run,
+    save_random,
+    write_ast,
+)
 
 import data
 import petl
 from load_weights import load_ast, save_trained
 from sounds.audio import read_audio
 from support.checkpoints import read_header
-from support.command import UserError
+from support.command import UserError, printable
 from tools import export, predict
-from tools.answers import printable
 
 CLASSES = ["rain", "sea, waves", "dog", "wind"]
 WINDOW = 59 * 160 + 400  # samples under 60 frames
@@ -333,8 +342,12 @@ def test_a_merged_model_answers_alike(tmp_path, rows):
     facts = {
         "temperature": 0.5,
         "min_confidence": 0.9,
-        "whitening": [[0.5] * 4] * 4,
-        "centres": [[1.0] * 4],
+        "mean": [0.5] * 128,
+        "std": [2.0] * 128,
+        "directions": [[1000] + [0] * 127],
+        "alpha": 10.0,
+        "limit": 0.0,
+        "slope": 100.0,
     }
     save_random(tmp_path / "fold1.safetensors", "lora", "cls", calibration=facts)
     words = [
@@ -354,8 +367,10 @@ def test_a_merged_model_answers_alike(tmp_path, rows):
     torch.testing.assert_close(as_tensor(one), as_tensor(other), atol=1e-5, rtol=0)
     assert (
         read_header(tmp_path / "m.safetensors")["calibration"] == facts
-        and one["classes"][0]["class"] == "unsure"
+        and one["unsure"] is other["unsure"] is True
     )
+    assert 0 < one["confidence"] < 0.9
+    assert other["confidence"] == pytest.approx(one["confidence"], abs=1e-5)
 
 
 @pytest.mark.parametrize(("pool", "method"), [("mean", "linear"), ("cls_dist", "dpt")])
@@ -476,14 +491,16 @@ def test_answers_are_sorted_and_three_unless_told(tmp_path, answer):
         {"class": name, "probability": p}
         for name, p in (("sea, waves", 0.5), ("wind", 0.25), ("rain", 0.125))
     ]
-    assert json.loads(line) == {"file": str(file), "start": 0.0, "end": 0.5, "classes": classes}
+    sure = {"confidence": 0.5, "unsure": False}
+    span = {"start": 0.0, "end": 0.5}
+    assert json.loads(line) == {"file": str(file), **span, **sure, "classes": classes}
     lines = answer(fold, file, "--csv", "--top", 9)
     assert lines == [
-        "file,start,end,rank,class,probability",
-        f'{file},0.000,0.500,1,"sea, waves",0.500000',
-        f"{file},0.000,0.500,2,wind,0.250000",
-        f"{file},0.000,0.500,3,rain,0.125000",
-        f"{file},0.000,0.500,4,dog,0.125000",
+        "file,start,end,rank,class,probability,confidence,unsure",
+        f'{file},0.000,0.500,1,"sea, waves",0.500000,0.500000,no',
+        f"{file},0.000,0.500,2,wind,0.250000,0.500000,no",
+        f"{file},0.000,0.500,3,rain,0.125000,0.500000,no",
+        f"{file},0.000,0.500,4,dog,0.125000,0.500000,no",
     ]
 
 
@@ -616,6 +633,43 @@ def test_tags_come_from_the_audioset_checkpoint_unless_told(tmp_path, answer, mo
     assert answer("--tags", "--weights", SMALL_AST, file, "--json", "--top", 5) == [line]
     assert predict.main(["--tags", "--weights", "random:tiny", str(file)]) == 2
     assert "no weights at random:tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
+def test_a_checkpoint_of_transformers_is_answered_as_there(tmp_path, rows, problem):
+    """Its own mean and std, and one label a clip or several, from the waveform to probabilities."""
+    folder = write_ast(tmp_path / "ast", SMALL_STATE, {**SMALL_CONFIG, "problem_type": problem})
+    extractor = transformers.ASTFeatureExtractor(max_length=100, mean=-10.0, std=2.0)
+    extractor.save_pretrained(folder)
+    model = transformers.ASTForAudioClassification.from_pretrained(folder).eval()
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 16_240).astype("f4")  # 100 frames
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    with torch.no_grad():
+        logits = model(**extractor(wave, sampling_rate=16_000, return_tensors="pt")).logits[0]
+    expected = logits.softmax(0) if problem.startswith("single") else logits.sigmoid()
+    expected = {f"LABEL_{i}": pytest.approx(p, abs=1e-4) for i, p in enumerate(expected.tolist())}
+    (row,) = rows("--tags", "--weights", folder, tmp_path / "a.wav", "--top", 5)
+    found = {entry["class"]: entry["probability"] for entry in row["classes"]}
+    assert found == expected
+
+
+def test_a_checkpoint_without_tags(tmp_path, main):
+    folder = write_ast(tmp_path, SMALL_STATE, {**SMALL_CONFIG, "problem_type": "regression"})
+    code, _, said = main("--tags", "--weights", folder, glide(tmp_path / "a.wav", 4000))
+    assert code == 2 and "its config.json says problem_type 'regression'" in said
+
+
+def test_an_exported_model_answers_as_before(tmp_path, rows):
+    """Whoever reads the folder for transformers learns that it has one label a clip."""
+    save_random(tmp_path / "fold1.safetensors", "lora", pool="cls_dist")
+    words = ["export", tmp_path / "fold1.safetensors", "--to", "hf", "--out", tmp_path / "hf"]
+    assert export.main([str(word) for word in words]) == 0
+    sound = glide(tmp_path / "a.wav", 9000)
+    (before,) = rows(tmp_path / "fold1.safetensors", sound, "--top", 4)
+    (after,) = rows("--tags", "--weights", tmp_path / "hf", sound, "--top", 4)
+    for old, new in zip(before["classes"], after["classes"], strict=True):
+        assert old["class"] == new["class"]
+        assert old["probability"] == pytest.approx(new["probability"], abs=1e-5)
 
 
 def test_names_of_classes_come_in_their_order(tmp_path):

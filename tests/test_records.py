@@ -29,8 +29,8 @@ from load_weights import load_trained
 from support import console, records
 from support.checkpoints import read_header, sha256_of, write_tensors
 from support.command import UserError
-from support.records import METRICS, Progress, read_run, write_metrics
-from tools import export, predict
+from support.records import METRICS, Progress, check_not_of_run, read_run, write_metrics
+from tools import bench, export, predict, pretrain
 from train import Settings
 
 MADE_AGAIN = ("metrics.csv", "predictions.csv", "confusion.csv", "result.json")
@@ -225,11 +225,9 @@ def test_names_that_the_locale_cannot_show(tmp_path):
     done = subprocess.run(
         command, env={**os.environ, **locale}, capture_output=True, encoding="ascii", check=True
     )
-    assert "\\udcf0\\udc9f\\udc90\\udcb1.wav: cannot be read (Format not recognised)" in done.stderr
-    assert (
-        "tools.predict" in done.stdout
-        and "\\udcf0\\udc9f\\udc90\\udcb6/csv/linear/seed0" in done.stdout
-    )
+    assert "\\U0001f431.wav: cannot be read (Format not recognised)" in done.stderr
+    assert "tools.predict" in done.stdout
+    assert "\\xf0\\x9f\\x90\\xb6/csv/linear/seed0" in done.stdout  # a byte after the other
     run = out / "csv" / "linear" / "seed0"
     split, rows = table(run / "split.csv"), table(run / "predictions.csv")
     assert sorted(row["path"] for row in split) == names and {row["label"] for row in split} == {
@@ -244,6 +242,47 @@ def test_names_that_the_locale_cannot_show(tmp_path):
     assert {(row["path"], row["label"]) for row in rows} <= {
         (row["path"], row["label"]) for row in split
     }
+
+
+def test_a_clip_has_one_name_in_every_locale(tmp_path):
+    """Else the clips of a run are denied where another locale reads the folder. So for a class."""
+    make_folder(tmp_path / "dé", 2, classes=("lów", "mid"))
+    code = (
+        "import json, sys, torch, data\n"
+        "from support.files import path_in\n"
+        "sounds, cache = map(path_in, json.loads(sys.argv[1]))\n"
+        "dataset = data.load_dataset('folder', sounds, None)\n"
+        "data.load_clips(dataset, 16, torch.device('cpu'), cache, False)\n"
+        "print(json.dumps([dataset.classes, dataset.names]))"
+    )
+    for utf8 in "01":
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps([str(tmp_path / "dé"), str(tmp_path / utf8)])],
+            env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"},
+            cwd=Path(train.__file__).parent,
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        classes, names = json.loads(done.stdout.splitlines()[-1])
+        assert classes == ["lów", "mid"]
+        assert names == ["lów/0.wav", "lów/1.wav", "mid/0.wav", "mid/1.wav"]
+
+
+@pytest.mark.parametrize("name", ["fold2.safetensors", "config.json", "result.json"])
+def test_other_commands_write_over_no_file_of_a_run(tmp_path, name, capsys):
+    """Also not where a file is not there yet. Elsewhere any name will do."""
+    check_not_of_run(tmp_path / name)
+    (tmp_path / "config.json").write_text("{}")
+    check_not_of_run(tmp_path / "mine.json")
+    out = str(tmp_path / name)
+    commands = {"config.json": (bench, ["--json", out]), "result.json": (bench, ["--json", out])}
+    command, words = commands.get(name, (pretrain, [str(tmp_path), "--out", out]))
+    assert command.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out} would be a file of the run there: give another name\n"
+    )
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 # --------------------------------------------------------------------------------- files for people

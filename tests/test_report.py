@@ -93,6 +93,24 @@ def run(tmp_path_factory):
     return tmp_path / "my runs" / "folder" / "linear" / "seed0"
 
 
+def test_a_run_does_not_say_where_files_are_written(run, tmp_path, monkeypatch, capsys):
+    """Its config.json comes from anyone: what a dataset has to fetch goes to the user's cache."""
+    received = shutil.copytree(run, tmp_path / "received")
+    config = json.loads((received / "config.json").read_text())
+    config["cache_dir"] = str(tmp_path / "somewhere")
+    (received / "config.json").write_text(json.dumps(config))
+    folders = []
+
+    def load(name, data_dir, cache_dir, *_):
+        folders.append(cache_dir)
+        raise report.UserError("that is all")
+
+    monkeypatch.setattr(report, "load_dataset", load)
+    assert report.main([str(received)]) == 2
+    assert report.main([str(received), "--cache-dir", str(tmp_path / "mine")]) == 2
+    assert folders == [report.default_cache_dir(), tmp_path / "mine"]
+
+
 def test_what_stands_on_the_page(run, capsys):
     assert report.main([str(run)]) == 0
     printed = capsys.readouterr().out

@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL_AST, build_features, make_bad_files, make_esc50, make_folder
+from helpers import (
+    SMALL_AST,
+    SMALL_CONFIG,
+    SMALL_STATE,
+    build_features,
+    make_bad_files,
+    make_esc50,
+    make_folder,
+    write_ast,
+)
 from safetensors.torch import load_file
 
 import petl
@@ -409,6 +418,10 @@ def test_bad_weights(fails, tmp_path):
     torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.pth")
     assert "no AST checkpoint" in fails("--weights", tmp_path / "resnet.pth")
     assert "no weights at" in fails("--weights", "absent.pth")
+    folder = write_ast(tmp_path / "mel", SMALL_STATE, {**SMALL_CONFIG, "num_mel_bins": 64})
+    said = fails("--weights", folder, "--cache-dir", tmp_path / "cache")
+    assert "mel/config.json: it reads 64 Mel bands, the features here have 128" in said
+    assert not (tmp_path / "cache").exists()  # before the features are computed
     assert nothing_written(tmp_path)
 
 
@@ -502,6 +515,29 @@ def test_interruption_by_the_user(train_main, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_fold", interrupted)
     assert train_main() == 130
     assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["train.py"], 130),
+        (["-m", "tools.predict"], 130),
+        (["-c", "import support, torch"], -signal.SIGINT),  # a program of one's own
+    ],
+)
+def test_interruption_while_torch_is_imported(words, code, tmp_path):
+    """A torch that is interrupted, in the place of the real one."""
+    interrupted = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError"
+    (tmp_path / "torch.py").write_text(interrupted)
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr == "interrupted\n" or code < 0
 
 
 # ------------------------------------------------------------------------- the list, the repository

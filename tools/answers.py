@@ -5,13 +5,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
 from sounds.windows import BACKGROUND
+from support.command import printable
 from support.files import csv_of, whole_file, write_text
 
-COLUMNS = ("file", "start", "end", "rank", "class", "probability")  # of --csv
+# Of --csv. The last two are the same in all rows of a file.
+COLUMNS = ("file", "start", "end", "rank", "class", "probability", "confidence", "unsure")
 UNSURE = "unsure"  # the answer where the confidence is too low
 
 
@@ -37,31 +40,25 @@ class Answer:
 # ---------------------------------------------------------------------------- answers to the user
 
 
-def printable(name: Path | str) -> str:
-    """A name that a terminal can print. A control character in it would command the terminal.
-
-    A control character becomes its escape, such as \\x1b. A byte NN of a file's name that is no
-    text becomes \\xNN. Python reads such a byte as the character \\udcNN.
-    """
-    shown = (c if c.isprintable() else repr(c)[1:-1] for c in str(name))
-    return "".join(shown).replace("\\udc", "\\x")
-
-
 def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
     """Print an answer in the form "json", "csv" or "text". The text has `width` columns for the
     file."""
     classes = answer.classes
-    if answer.unsure:
-        classes = ((UNSURE, answer.confidence), *classes)
     if form == "json":
         found = [{"class": name, "probability": round(p, 6)} for name, p in classes]
         span = {"start": round(answer.start, 3), "end": round(answer.end, 3)}
-        print(json.dumps({"file": file, **span, "classes": found}))
+        sure = {"confidence": round(answer.confidence, 6), "unsure": answer.unsure}
+        print(json.dumps({"file": file, **span, **sure, "classes": found}))
     elif form == "csv":
         first = (file, f"{answer.start:.3f}", f"{answer.end:.3f}")
-        rows = [(*first, rank, name, f"{p:.6f}") for rank, (name, p) in enumerate(classes, 1)]
+        last = (f"{answer.confidence:.6f}", "yes" if answer.unsure else "no")
+        rows = [
+            (*first, rank, name, f"{p:.6f}", *last) for rank, (name, p) in enumerate(classes, 1)
+        ]
         print(csv_of(rows), end="")
     else:
+        if answer.unsure:
+            classes = ((UNSURE, answer.confidence), *classes)
         names = "  ".join(f"{name} {p:.3f}" for name, p in classes)
         print(f"{file:<{width}}{answer.end:20.2f} s  {names}")
 
@@ -110,7 +107,7 @@ def events_of(
         if best is None or not is_long or 2 * unsure > len(row):
             continue
         answer = (printable(classes[best]), float(means[row, best].mean()))
-        confidence = float(np.mean([windows[i].confidence for i in row]))
+        confidence = mean(windows[i].confidence for i in row)
         yield Answer(start, end, (answer,), confidence, unsure=False)
 
 
@@ -137,19 +134,20 @@ def write_track(path: Path, events: list[Answer]) -> None:
         name, probability = event.classes[0]
         lines.append(f"{event.start:.6f}\t{event.end:.6f}\t{name} ({probability:.2f})\n")
     write_text(path, "".join(lines))
-    print(f"{printable(path)}: {len(lines)} events")
+    print(printable(f"{path}: {len(lines)} events"))
 
 
 # ------------------------------------------------------------------------------------- embeddings
 
 
 def save_embeddings(path: Path, names: list[str], answers: list[Answer]) -> None:
-    """As .npz: vectors float32 (n, dim); names, classes and confidence, (n,) each."""
+    """As .npz: vectors float32 (n, dim); names, classes, confidence and unsure, (n,) each."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             vectors=np.array([answer.vector for answer in answers]),
             names=names,
-            classes=[answer.best for answer in answers],
+            classes=[answer.classes[0][0] for answer in answers],
             confidence=[answer.confidence for answer in answers],
+            unsure=[answer.unsure for answer in answers],
         )

@@ -26,7 +26,7 @@ import train
 from load_weights import load_ast
 from support.command import Parser, choose_device, choose_dtype, exit_code, needed
 from support.files import write_json
-from support.records import forget_peak, peak_memory
+from support.records import check_not_of_run, forget_peak, peak_memory
 from support.speed import Machine
 from support.vectors import skip_frozen
 from tools.export import write_hf
@@ -240,6 +240,8 @@ def run(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--weights", default="random:base", help="the backbone")
     args = parser.parse_args(argv)
+    if args.json:
+        check_not_of_run(args.json)
     device = choose_device(args.device)
     sizes = {"batch": 32, "repeats": 20} if device.type == "cuda" else {}
     bench = Bench(

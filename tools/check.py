@@ -25,6 +25,7 @@ from load_weights import find_checkpoint, load_ast
 from sounds.paper import ESC50
 from support.command import Parser, choose_device, choose_dtype, exit_code, first_of
 from support.files import default_cache_dir
+from support.processes import say
 from support.progress import Bar, in_words
 from tools.bench import N_CLASSES, Bench, in_turn, pass_of, random_clips
 from tools.predict import load_tagger, probabilities
@@ -256,7 +257,7 @@ def report(name, check, *arguments):
         status = "not there" if isinstance(error, NotThere) else "wrong"
         is_known = isinstance(error, ValueError | AssertionError)
         text = str(error) if is_known else repr(error)
-    print(f"{status:<11}{name:<26}{' '.join(text.split())}", flush=True)
+    say(f"{status:<11}{name:<26}{' '.join(text.split())}")
     return status
 
 

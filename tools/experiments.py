@@ -19,7 +19,15 @@ from pathlib import Path
 import petl
 import train
 from data import DATASETS
-from support.command import Parser, UserError, exit_code, nearest, numbers, positive
+from support.command import (
+    Parser,
+    UserError,
+    exit_code,
+    nearest,
+    numbers,
+    positive,
+    printable,
+)
 from support.files import default_cache_dir, table_of, write_text
 from tools import cells, evidence, figures, tune
 from tools.campaign import options, train_cells
@@ -164,7 +172,7 @@ def start(argv):
             else:
                 write_table(target, done, plan)
     for cell, why in failed.items():
-        print(f"missing: {cell.name}: {why}", file=sys.stderr)
+        print(f"missing: {cell.name}: {printable(why)}", file=sys.stderr)
     return 1 if failed else 0
 
 

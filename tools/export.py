@@ -32,11 +32,14 @@ from support.checkpoints import (
     read_header,
     read_hf_config,
     read_json,
+    read_mean_and_std,
     read_tensors,
     write_tensors,
 )
 from support.command import Parser, exit_code, needed
 from support.files import whole_file, whole_folder, write_json
+from support.processes import say
+from support.records import check_not_of_run
 from tools.merge import merge
 from tools.predict import class_names
 
@@ -46,10 +49,10 @@ from tools.predict import class_names
 def show(path: Path) -> None:
     """Print what the header of a file says, as JSON. The backbone is not needed."""
     header = read_header(path)
-    print(f"file        {path}")
+    say(f"file        {path}")
     for name, value in header.items():
         if name not in ("record", "calibration"):  # long lists of numbers
-            print(f"{name:<12}{json.dumps(value, ensure_ascii=False)}")
+            say(f"{name:<12}{json.dumps(value, ensure_ascii=False)}")
     if "calibration" in header:
         temperature = header["calibration"]["temperature"]
         limit = header["calibration"]["min_confidence"]
@@ -113,6 +116,7 @@ def write_configs(config: ASTConfig, header: dict, folder: Path) -> None:
         "time_stride": config.stride,
         "max_length": config.n_frames,
         "num_mel_bins": config.n_mels,
+        "problem_type": "single_label_classification",
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
@@ -230,6 +234,7 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     described = read_hf_config(folder / "config.json")
     model = load_base(base, described.max_length, tensors)
     check_out(out, folder, Path(model.backbone.name))
+    check_features(file, base, tensors)
     petl.apply(model, method_of(config, tensors, model.config.dim))
 
     state = load_weights.trained_tensors(model)  # what peft did not train stays as it is there
@@ -253,6 +258,24 @@ def import_peft(folder: Path, out: Path, weights: str | None = None) -> None:
     if names:
         metadata["classes"] = names
     load_weights.save_trained(model, out, metadata)
+
+
+def check_features(file: Path, base: str, tensors: dict) -> None:
+    """Raise a UserError if an adapter was trained on features with another mean and std.
+
+    The embedding of `load_ast` fits the features of the base alone. An adapter that brings its own
+    embedding is compared with it tensor by tensor, later.
+    """
+    extractor = file.with_name("preprocessor_config.json")
+    if "embed.patches.weight" in tensors or not extractor.is_file():
+        return
+    ours = read_mean_and_std(file)
+    theirs = read_mean_and_std(load_weights.find_checkpoint(base)[0])
+    if ours != theirs:
+        raise UserError(
+            f"{extractor}: mean and std are {ours}, those of its backbone {base} are {theirs}: "
+            "give the backbone with the right file beside it as --weights"
+        )
 
 
 def read_adapter(folder: Path) -> headers.LoRA:
@@ -418,11 +441,11 @@ def export(args) -> None:
         message = export_peft(model, header, args.out)
     else:
         message = export_onnx(model, header, args.out)
-    print(f"{args.out}: {message}")
+    say(f"{args.out}: {message}")
 
 
 def check_out(out: Path, *sources: Path) -> None:
-    """Raise a UserError if `out` is a fold of a run, or if it is or holds a file of `sources`.
+    """Raise a UserError if `out` is a file of a run, or if it is or holds a file of `sources`.
 
     `sources` are files and folders that the command reads.
     """
@@ -430,8 +453,7 @@ def check_out(out: Path, *sources: Path) -> None:
         for file in (source, *source.glob("*")):
             if file.exists() and file.resolve().is_relative_to(out.resolve()):
                 raise UserError(f"--out {out} is, or holds, what is read here: give another name")
-    if out.match("fold*.safetensors") and (out.parent / "config.json").is_file():
-        raise UserError(f"--out {out} would be a fold of the run there: give another name")
+    check_not_of_run(out)
 
 
 def check_folder(out: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from support.command import needed
 from support.files import whole_file
+from support.processes import say
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "os^DvPX"
@@ -36,7 +37,7 @@ def save(figure, path: Path) -> None:
     for kind in ("png", "svg"):
         with whole_file(path.with_name(f"{path.name}.{kind}")) as temporary:
             figure.savefig(temporary, format=kind, dpi=200, metadata={"Date": None})
-    print(f"written to {path}.png and .svg", flush=True)
+    say(f"written to {path}.png and .svg")
 
 
 def draw_curves(

@@ -27,9 +27,17 @@ import torch
 from ast_model import AST
 from data import FRONT_END, HOP, WINDOW, fbank, to_input
 from load_weights import find_checkpoint, load_ast, load_trained
-from sounds.audio import RATE, SUFFIXES, files_in, stream_audio
+from sounds.audio import (
+    LOWEST_RATE,
+    RATE,
+    SUFFIXES,
+    check_length,
+    files_in,
+    mono,
+    stream_audio,
+)
 from sounds.windows import BACKGROUND
-from support.calibration import Calibration
+from support.calibration import Calibration, middle_and_vector, width_of_middle
 from support.checkpoints import read_header, read_names
 from support.command import (
     Parser,
@@ -40,6 +48,7 @@ from support.command import (
     first_of,
     nearest,
     positive,
+    printable,
     warn,
 )
 from support.files import csv_of
@@ -51,13 +60,13 @@ from tools.answers import (
     Answer,
     events_of,
     print_answer,
-    printable,
     save_embeddings,
     write_track,
 )
 from tools.truth import labels_of, print_scores
 
 BATCH = 16  # windows at once
+SOFTMAX = partial(torch.softmax, dim=-1)
 
 
 class Unreadable(ValueError):
@@ -137,10 +146,11 @@ class Classifier:
         vectors = []
         for model, calibration in zip(self.models, self.calibrations, strict=True):
             with self.machine.autocast(dtype_on(self.machine)):
-                vector = model.vector(x)
+                middle, vector = middle_and_vector(model, x)
                 logits = model.head(vector).float()
             probabilities = self.activation(logits / calibration.temperature)
-            total = total + torch.cat([probabilities, calibration.known(logits)[:, None]], dim=1)
+            known = calibration.known(logits, middle)
+            total = total + torch.cat([probabilities, known[:, None]], dim=1)
             vectors.append(vector.float())
         return torch.cat([total / len(vectors), *vectors], dim=1).cpu().numpy()
 
@@ -193,22 +203,40 @@ def load(
     if classes is None:
         classes = [f"class {i}" for i in range(models[0].config.n_classes)]
     calibrations = [Calibration(**header.get("calibration", {})) for header in headers]
+    for file, model, calibration in zip(files, models, calibrations, strict=True):
+        width = width_of_middle(model)
+        numbers = len(calibration.mean)
+        if numbers not in (0, width):
+            raise UserError(f"{file}: calibration.mean: Expected {width} numbers, got {numbers}")
     if min_confidence is None:
         min_confidence = float(np.mean([each.min_confidence for each in calibrations]))
-    softmax = partial(torch.softmax, dim=-1)
     machine = place(models, device)
-    return Classifier(models, classes, softmax, calibrations, min_confidence, machine)
+    return Classifier(models, classes, SOFTMAX, calibrations, min_confidence, machine)
 
 
 def load_tagger(
     weights: str = "audioset", min_confidence: float | None = None, device: str = "auto"
 ) -> Classifier:
-    """The pretrained AST with its own head. Several tags may be true at once: a sigmoid."""
+    """The pretrained AST with its own head."""
     model = load_ast(weights, pool="cls_dist").eval()
     classes = class_names(weights, model.config.n_classes)
     machine = place([model], device)
     floor = min_confidence or 0.0
-    return Classifier([model], classes, torch.sigmoid, [Calibration()], floor, machine)
+    return Classifier([model], classes, activation_of(weights), [Calibration()], floor, machine)
+
+
+def activation_of(weights: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes probabilities of the logits of a checkpoint's own head.
+
+    The config.json of transformers calls it problem_type. If it says nothing, as that of AudioSet's
+    checkpoint, several tags may be true at once: a sigmoid. UserError for a head of no classes.
+    """
+    problem = read_names(find_checkpoint(weights)[1]).problem_type
+    if problem == "single_label_classification":
+        return SOFTMAX
+    if problem not in (None, "multi_label_classification"):
+        raise UserError(f"{weights}: its config.json says problem_type {problem!r}: it has no tags")
+    return torch.sigmoid
 
 
 def place(models: list[AST], device: str) -> Machine:
@@ -245,7 +273,7 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
         # Tracks of events were written here.
         names = [file.name for file in others if not file.name.endswith(".events.txt")]
         if names:
-            some = printable(first_of(names))
+            some = first_of(names)
             warn(f"{path}: {len(names)} files are no {', '.join(SUFFIXES)}, ignored ({some})")
         found += files
     return found
@@ -260,10 +288,15 @@ def at_16_khz(samples: np.ndarray, rate: int | None) -> np.ndarray:
 
     wave = np.asarray(samples)
     is_sound = wave.dtype.kind == "f" and wave.ndim == 1 and wave.size and np.isfinite(wave).all()
-    if not is_sound or rate is None or not rate >= 1:
+    if not is_sound or rate is None or not rate >= LOWEST_RATE:
         found = f"{wave.dtype} {wave.shape} at {rate} Hz"
         wanted = "give finite floats in [-1, 1], (samples,), and their rate"
         raise Unreadable(f"no sound: {found}; {wanted}")
+    try:
+        check_length(len(wave) / rate)
+        wave = mono(wave[:, None])
+    except ValueError as error:
+        raise Unreadable(f"no sound: the array {error}") from None
     return soxr.resample(wave.astype(np.float32), rate, RATE)
 
 
@@ -361,6 +394,8 @@ def run(args: argparse.Namespace) -> int:
     labels = []  # of the same sounds, from --truth
     names = []
     wholes = []
+    answered = 0
+    unsure = 0
     failed = 0
     for file in files:
         name = printable(file)
@@ -373,6 +408,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: {printable(error)}", file=sys.stderr)
             failed = 1
             continue
+        answered += 1
+        unsure += answer.unsure
         if args.embeddings:
             names.append(name)
             wholes.append(answer)  # the last answer is on the whole
@@ -393,6 +430,11 @@ def run(args: argparse.Namespace) -> int:
         print_scores(found, labels)
     if args.embeddings:
         save_embeddings(args.embeddings, names, wholes)
+    if answered > 1 and unsure > answered / 2:
+        warn(
+            f"{unsure} of {answered} files are unsure: they are unlike the sounds that the model "
+            "was validated on. Check some answers by ear, and train with such sounds"
+        )
     return failed
 
 

@@ -27,7 +27,9 @@ from sounds.audio import files_in, read_audio
 from support.checkpoints import check_suffix, sha256_of, unpickled
 from support.command import Parser, UserError, exit_code, positive, warn
 from support.files import whole_file
+from support.processes import say
 from support.progress import Bar
+from support.records import check_not_of_run
 
 N_FRAMES = data.DATASETS["demo"].n_frames
 LENGTH = (N_FRAMES - 1) * data.HOP + data.WINDOW  # samples of a crop
@@ -182,7 +184,7 @@ def pretrain(waves, weights, steps, out, size=64, save_every=250):
     made = f"{len(waves)} recordings, {steps} steps, from {Path(weights).name}"
     save_ast(model, out, {"pretrained": made}, torch.float16)
     file.unlink(missing_ok=True)
-    print(f"written to {out}, made from {made}")
+    say(f"written to {out}, made from {made}")
 
 
 def start(argv):
@@ -194,6 +196,7 @@ def start(argv):
     add("--out", type=Path, required=True, help="the file of weights; a state lies beside it")
     args = parser.parse_args(argv)
     check_suffix(args.out)
+    check_not_of_run(args.out)
     pretrain(read_all(args.sounds), args.weights, args.steps, args.out)
 
 

@@ -34,7 +34,8 @@ from support.command import (
     warn,
 )
 from support.console import balanced_accuracy, findings, is_balanced
-from support.files import to_bytes, write_text
+from support.files import default_cache_dir, path_in, to_bytes, write_text
+from support.processes import say
 from support.progress import Bar
 from support.records import Run, read_run
 from tools.evidence import interval, stats
@@ -109,12 +110,14 @@ def sound_of(wave: np.ndarray) -> str:
     return data_uri(buffer.getvalue(), "audio/mpeg")
 
 
-def dataset_of(run: Run, data_dir: Path | None, cache_dir: Path | None) -> Dataset:
-    """The dataset of a run, from where the run found it unless other folders are given."""
+def dataset_of(run: Run, data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """The dataset of a run, from where the run found it unless another folder is given.
+
+    What has to be made or downloaded for it goes to `cache_dir`.
+    """
     config = run.config
     if data_dir is None and config["data_dir"]:
-        data_dir = Path(config["data_dir"])
-    cache_dir = cache_dir or Path(config["cache_dir"])
+        data_dir = path_in(config["data_dir"])
     source = config["group"], config["windows"], config["background"]
     return load_dataset(config["dataset"], data_dir, cache_dir, *source)
 
@@ -253,7 +256,9 @@ def write_report(argv: list[str] | None) -> None:
     add("--clips", type=positive, default=200, help="it shows at most so many (%(default)s)")
     add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
     add("--weights", help="where its backbone is now, if not where the run says")
-    add("--cache-dir", type=Path, help="for downloads; default: that of the run")
+    # Not that of the run: a run of somebody else must not choose where files are written.
+    cache_dir = default_cache_dir()
+    add("--cache-dir", type=Path, default=cache_dir, help="for downloads; default: %(default)s")
     args = parser.parse_args(argv)
     template()  # missing? now, not after the work
     pyplot()
@@ -268,7 +273,7 @@ def write_report(argv: list[str] | None) -> None:
     page = page_of(run, dataset, cards)
     write_text(out, page)
     tested = f"{len(cards)} of {len(run.tested()):,} test clips"
-    print(f"{out}: {tested}, {len(page) / 1e6:.1f} MB; open it in a browser")
+    say(f"{out}: {tested}, {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,10 +94,9 @@ def test_a_config_is_honoured(tmp_path):
         "time_stride": 7,
         "frequency_stride": 7,
         "max_length": 50,
-        "num_mel_bins": 64,
     }
-    # (64 - 16) // 7 + 1, (50 - 16) // 7 + 1
-    folder = write_ast(tmp_path, make_state(depth=2, grid=(7, 5)), config)
+    # (128 - 16) // 7 + 1, (50 - 16) // 7 + 1
+    folder = write_ast(tmp_path, make_state(depth=2, grid=(17, 5)), config)
     for options in ({"pool": "cls_dist"}, {"pool": "cls_dist", "n_classes": 3}, {"n_classes": 3}):
         model = load_ast(folder, **options)
         assert (
@@ -107,15 +106,15 @@ def test_a_config_is_honoured(tmp_path):
             model.config.grid,
         ) == (
             50,
-            64,
+            128,
             7,
-            (7, 5),
+            (17, 5),
         )
         norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
         assert [norm.eps for norm in norms] == [0.25] * (6 if "pool" in options else 5)
         assert [block.attn.heads for block in model.blocks] == [4, 4]
         assert model.embed.patches.stride == (7, 7)
-        assert model(torch.randn(1, 50, 64)).shape == (1, options.get("n_classes", 5))
+        assert model(torch.randn(1, 50, 128)).shape == (1, options.get("n_classes", 5))
 
 
 def test_eps_reaches_the_numbers(tmp_path):
@@ -183,7 +182,7 @@ def test_the_patch_size_is_read_off_the_tensors(tmp_path):
             {"time_stride": 5, "frequency_stride": 5},
             "do not make an AST: .* does not have 110 positions",
         ),
-        ({"num_mel_bins": 64}, "do not make an AST: .* does not have 110 positions"),
+        ({"num_mel_bins": 64}, "it reads 64 Mel bands, the features here have 128: give another"),
         ({"max_length": 300}, "do not make an AST: .* does not have 110 positions"),
         ({"num_attention_heads": "x"}, "num_attention_heads: Expected int"),
         ({"time_stride": 0, "frequency_stride": 0}, "_stride: Expected int >= 1"),
@@ -194,6 +193,82 @@ def test_a_config_that_cannot_be_honoured_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         small(tmp_path, **change)
     assert str(tmp_path) in str(error.value)
+
+
+# --------------------------------------------------------------- features with another mean and std
+
+
+def write_extractor(folder: Path, **extractor) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps(extractor))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("extractor", "mean", "std"),
+    [
+        ({"mean": -10.0, "std": 2.0}, -10, 2),
+        ({"mean": 3}, 3, 4.5689974),
+        ({"do_normalize": False, "mean": -10.0}, 0, 0.5),  # (fb - 0) / (2 * 0.5) is fb
+    ],
+)
+@pytest.mark.parametrize("options", [{"pool": "cls_dist"}, {"n_classes": 3, "n_frames": 60}])
+def test_a_checkpoint_hears_through_its_own_mean_and_std(tmp_path, extractor, mean, std, options):
+    """The same log-Mel values, normalised by its numbers for it and by ours for load_ast."""
+    folder = write_extractor(write_ast(tmp_path, SMALL_STATE, SMALL_CONFIG), **extractor)
+    model = load_ast(folder, **options)
+    reference = load_ast(SMALL_AST, **options)
+    reference.head.load_state_dict(model.head.state_dict())
+    fb = 3 * torch.randn(2, options.get("n_frames", 100), 128) - 5
+    with torch.no_grad():
+        expected = reference((fb - mean) / (2 * std))
+        found = model((fb + 4.2677393) / (2 * 4.5689974))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    assert model.backbone.sha256 != reference.backbone.sha256  # what is trained on it needs it
+
+
+def test_the_numbers_of_audioset_change_nothing(tmp_path):
+    folder = write_extractor(
+        write_ast(tmp_path, SMALL_STATE, SMALL_CONFIG),
+        feature_extractor_type="ASTFeatureExtractor",
+        sampling_rate=16_000,
+        num_mel_bins=128,
+        max_length=100,
+        mean=-4.2677393,
+        std=4.5689974,
+        do_normalize=True,
+    )
+    assert load_ast(folder).backbone.sha256 == load_ast(SMALL_AST).backbone.sha256
+
+
+def test_a_file_of_ours_reads_our_features_whatever_lies_beside_it(tmp_path):
+    """For example a merged model in the folder of its backbone."""
+    folder = write_extractor(write_ast(tmp_path, SMALL_STATE, SMALL_CONFIG), mean=-10, std=2)
+    model = load_ast(folder)
+    save_ast(model, folder / "merged.safetensors", {})
+    again = load_ast(folder / "merged.safetensors").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("extractor", "message"),
+    [
+        ({"sampling_rate": 8000}, "sampling_rate: Expected 16000, got 8000"),
+        ({"num_mel_bins": 64}, "num_mel_bins: Expected 128, got 64"),
+        ({"max_length": 512}, "max_length: Expected 100, got 512"),
+        (
+            {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
+            "feature_extractor_type: Expected ASTFeatureExtractor, got Wav2Vec2FeatureExtractor",
+        ),
+        ({"std": 0}, "std: Expected float > 0.0"),
+        ({"mean": None}, "mean: Expected float, got null"),
+    ],
+)
+def test_features_that_cannot_be_made_here_are_refused(tmp_path, extractor, message):
+    folder = write_extractor(write_ast(tmp_path, SMALL_STATE, SMALL_CONFIG), **extractor)
+    for options in ({}, {"n_classes": 3}):
+        with pytest.raises(UserError, match=rf"preprocessor_config\.json: {message}$"):
+            load_ast(folder, **options)
 
 
 # -------------------------------------------------------------------------------------- the tensors
