@@ -192,7 +192,7 @@ def test_a_backbone_that_cannot_be_fetched_is_said_before_sounds_are_read(
         asked.append(name)
         raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr(audio, "open_sound", opened.append)
+    monkeypatch.setattr(audio, "readable", opened.append)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
     words = ["--dataset", "folder", "--data-dir", str(root), "--cache-dir", str(tmp_path)]
     assert train.main([*words, "--out", str(tmp_path / "runs")]) == 2
