@@ -152,7 +152,7 @@ def readable(path: Path):
         if reason.startswith("Internal error"):
             reason = "its header has no sample rate, or several chunks of samples"
         raise ValueError(
-            f"cannot be read ({reason}); if it is a sound, convert it: ffmpeg -i IN OUT.flac"
+            f"cannot be read ({reason}; perhaps ffmpeg -i IN OUT.flac can read it)"
         ) from None
 
 

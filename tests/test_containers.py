@@ -234,7 +234,7 @@ def test_a_recorder_that_was_switched_off(tmp_path):
         (wav((b"data", bytes(4000)), (b"data", bytes(4000))), "several chunks of samples"),
         (wav((b"data", bytes(4000)), rate=1), "says 1 samples a second"),
         (wav((b"data", bytes(2))), r"holds 6\.25e-05 s: a sound must last 0\.001 s"),
-        (b"\0\0\0\x20ftypM4A ", r"convert it: ffmpeg -i IN OUT\.flac"),
+        (b"\0\0\0\x20ftypM4A ", r"perhaps ffmpeg -i IN OUT\.flac can read it"),
         (b".snd" + bytes(60), "cannot be read"),
         (b"RIFF" + bytes(4) + b"WAVE" + bytes(10**7), "cannot be read"),
         (b"fLaC" + bytes(60), "cannot be read"),

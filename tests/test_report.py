@@ -376,8 +376,8 @@ def test_sounds_that_changed_are_told(run, tmp_path, capsys):
     (root / tested[0]).write_text("no sound")
     assert report.main(options) == 2
     assert (
-        f"{root / tested[0]} cannot be read (Format not recognised): mend it, or say"
-        in capsys.readouterr().err
+        f"{root / tested[0]} cannot be read (Format not recognised; perhaps ffmpeg -i IN OUT.flac can "
+        "read it): mend it, or say" in capsys.readouterr().err
     )
 
 
