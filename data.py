@@ -175,7 +175,7 @@ class Recipe:
     Where the paper does not give a value for its four datasets, it is that of the authors' code.
     """
 
-    load: Callable  # (data_dir, cache_dir), own sounds (name, data_dir, group, windows): a Listing
+    load: Callable  # (data_dir, cache_dir), own sounds see sounds/own.py: returns a Listing
     n_frames: int | None  # one every 10 ms; None: by the lengths of the clips, see frames_for
     batch_size: int
     epochs: int
@@ -200,13 +200,13 @@ class Recipe:
 
 
 def load_dataset(
-    name: str, data_dir: Path | None, cache_dir: Path, group=None, windows=None
+    name: str, data_dir: Path | None, cache_dir: Path, group=None, windows=None, background=False
 ) -> Dataset:
     """A dataset of DATASETS, from `data_dir` or `cache_dir`, or else downloaded.
 
-    Two options are for own sounds (see sounds/own.py). `group` is a regular expression that finds
+    Three options are for own sounds (see sounds/own.py). `group` is a regular expression that finds
     in a path what must stay together. `windows` are the seconds of the pieces that recordings are
-    cut into.
+    cut into. With `background`, what is not labelled in recordings is a class.
 
     The loader of the dataset returns a Listing: root folder, clips, spans, and perhaps class names
     and a name of its own. A clip has a path, a label, and perhaps a group. Its `part` says what it
@@ -216,7 +216,7 @@ def load_dataset(
         raise UserError(f"unknown dataset {name!r}: there are {', '.join(DATASETS)}")
     recipe = DATASETS[name]
     if recipe.own:
-        found = recipe.load(name, data_dir, group, windows)
+        found = recipe.load(name, data_dir, group, windows, background)
     else:
         found = recipe.load(data_dir, cache_dir)
     classes = found.classes or sorted({clip.label for clip in found.clips})
@@ -269,10 +269,14 @@ def random_split(dataset: Dataset, seed: int) -> Split:
     """A fifth of each class tests, a fifth validates, and the rest trains, drawn with the seed.
 
     At least one clip of each class tests, so a class of one clip does not train. In classes of
-    three or more, at least one validates. Groups stay whole.
+    three or more, at least one validates. Groups stay whole. If then nothing validates, as with two
+    recordings, a quarter of the pieces that train does.
     """
     if dataset.groups:
-        return split_of_parts(own.parts_of(dataset.labels, dataset.groups, seed))
+        parts = own.parts_of(dataset.labels, dataset.groups, seed)
+        if dataset.spans and "val" not in parts:
+            parts = own.with_stretches(parts, dataset.labels, dataset.paths, dataset.spans, seed)
+        return split_of_parts(parts)
     rng = np.random.default_rng(seed)
     labels = np.array(dataset.labels)
     parts = np.full(len(labels), "train")

@@ -412,7 +412,8 @@ def run(args: argparse.Namespace) -> dict:
     """Train and test all folds that are not finished. Returns what result.json holds."""
     recipe = DATASETS[args.dataset]
     machine = Machine(args.device, args.micro_batch, args.compile)
-    dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir, args.group, args.windows)
+    own_options = args.group, args.windows, args.background
+    dataset = load_dataset(args.dataset, args.data_dir, args.cache_dir, *own_options)
     recorder = Recorder(args, dataset, machine)
     weights = args.weights or recipe.weights
     row = petl.find(args.method)
@@ -539,6 +540,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="own sounds with the same text in its parentheses stay together",
     )
     add("--windows", **switch, help="own sounds: cut recordings into windows of --seconds")
+    add(
+        "--no-background",
+        dest="background",
+        action="store_false",
+        help="own sounds: what is not labelled in recordings is no class",
+    )
     add("--shots", **number, metavar="K", help="train on K clips per class only")
     add("--skip-bad", **switch, help="go on without sound files that cannot be read")
 
@@ -574,7 +581,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset")
     command.check_options(args, DATASETS[args.dataset].own)
-    args.windows = args.seconds if args.windows else None  # from here on a length, or None
+    is_cut = args.windows or args.dataset == "csv"  # labels of recordings are cut in any case
+    args.windows = args.seconds if is_cut else None  # from here on a length, or None
     check_method(petl.find(args.method), args)
     args.device = command.choose_device(args.device)
     args.dtype = command.choose_dtype(args.dtype, args.device)

@@ -17,6 +17,8 @@ from support.command import UserError, first_of, warn
 
 PIECE = r"([-_. ]([Pp]art)?\d{1,4})?(\.\w+)?$"  # the end of rec1_03.wav, a-001.wav, talk.part2.wav
 
+STRETCHES = 8  # of time, where a recording trains and validates: every fourth validates
+
 
 def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     """The clips with their groups.
@@ -149,3 +151,42 @@ def parts_of(labels: list[int], groups: list[str], seed: int) -> list[str]:
                 smaller = by_size[: (len(left) + 1) // 2]
                 take(min(smaller, key=order.index), part)
     return [part_of[group] for group in groups]
+
+
+def with_stretches(
+    parts: list[str],
+    labels: list[int],
+    paths: list[Path],
+    spans: dict[int, tuple[float, float]],
+    seed: int,
+) -> list[str]:
+    """The parts, with about a quarter of the training pieces in "val", drawn with the seed.
+
+    The training pieces are divided into eight stretches of time, of which two validate. The pieces
+    of one label are in one stretch. A stretch without which a class could not train stays.
+    """
+    parts = list(parts)
+    train = [i for i in range(len(parts)) if parts[i] == "train" and i in spans]
+    train.sort(key=lambda i: (paths[i], spans[i]))
+    rows = []  # each has pieces of one class that follow each other without a gap
+    for i in train:
+        if rows:
+            last = rows[-1][-1]
+            is_next = (paths[i], labels[i]) == (paths[last], labels[last])
+            if is_next and spans[i][0] <= spans[last][1]:
+                rows[-1].append(i)
+                continue
+        rows.append([i])
+    count = Counter(labels[i] for i in train)
+    taken = 0
+    for k in np.random.default_rng(seed).permutation(STRETCHES).tolist():
+        first = k * len(rows) // STRETCHES
+        after = (k + 1) * len(rows) // STRETCHES
+        stretch = [i for row in rows[first:after] for i in row]
+        here = Counter(labels[i] for i in stretch)
+        if taken < STRETCHES // 4 and stretch and all(count[k] > n for k, n in here.items()):
+            for i in stretch:
+                parts[i] = "val"
+            count.subtract(here)
+            taken += 1
+    return parts

@@ -3,7 +3,6 @@
 Both loaders take `group`, the regular expression of --group: see sounds/groups.py.
 """
 
-import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -12,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from sounds.audio import SUFFIXES, files_in, lengths_of, typical_seconds
+from sounds.audio import SUFFIXES, files_in, length_of, lengths_of, typical_seconds
 from sounds.clip import PARTS, WHOLE, Clip, Listing, fragment, name_of, spelling
 from sounds.groups import (
     group_hint,
     parts_of,  # noqa: F401 (for data.py)
     warn_of_spellings,
     with_groups,
+    with_stretches,  # noqa: F401 (for data.py)
 )
 from sounds.tables import folders_in, plain_column, read_table, require_files, require_whole
+from sounds.windows import BACKGROUND, cut, cut_labels
 from support.command import UserError, first_of, warn
 from support.files import path_in, require_file
 from support.processes import say
@@ -37,16 +38,23 @@ COLUMNS = {
     "onset tmin",
     "end": "ends endsec endseconds endms endtime endtimes stop stoptime offset tmax",
 }
+PROBABILITY = re.compile(r" \([01]\.\d\d\)$")  # of an event, `dog (0.93)`
 LIKE_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 # ----------------------------------------------------------------------------- a folder of classes
 
 
-def load(kind: str, data_dir, group: str | None = None, windows: float | None = None) -> Listing:
+def load(
+    kind: str,
+    data_dir,
+    group: str | None = None,
+    windows: float | None = None,
+    background: bool = False,
+) -> Listing:
     """The user's own sounds: those of a `folder`, or of a `csv` table or label tracks."""
     if kind == "folder":
         return folder(data_dir, None, group, windows)
-    return table(data_dir, None, group, windows)
+    return table(data_dir, None, group, windows, background)
 
 
 def folder(
@@ -102,42 +110,25 @@ def parts_in(data_dir: Path) -> list[str]:
     return [""]
 
 
-def cut(data_dir: Path, clips: list[Clip], seconds: float) -> list[Clip]:
-    """The windows of recordings, one after the other. The last one ends with the recording.
-
-    Those of one recording are a group.
-    """
-    lengths = lengths_of([clip.path for clip in clips], {}).tolist()
-    windows = []
-    for clip, length in zip(clips, lengths, strict=True):
-        recording = clip._replace(group=name_of(clip.path, data_dir))
-        if math.isnan(length) or length <= seconds:
-            windows.append(recording)
-            continue
-        for i in range(math.ceil(length / seconds - 1e-9)):
-            start = min(i * seconds, length - seconds)
-            span = (round(start, 6), round(start + seconds, 6))
-            windows.append(recording._replace(span=span))
-    return windows
-
-
 # ------------------------------------------------------------------------ a table, or label tracks
 
 
 def table(
-    data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None
+    data_dir: Path | None,
+    cache_dir: Path,
+    group: str | None = None,
+    windows: float | None = None,
+    background: bool = False,
 ) -> Listing:
     """A CSV file with the columns path and label, or a folder with label tracks.
 
     More columns may say to which part a clip belongs: split (train, val, test) or fold (a number).
     group keeps clips together. start and end, in seconds, make a clip a piece of a recording. Paths
     are relative to the CSV file.
+
+    Pieces longer than `windows`, in seconds, are cut. With `background`, what they leave of their
+    recordings is a class. See sounds/windows.py.
     """
-    if windows:
-        raise UserError(
-            "--windows cuts the recordings of --dataset folder; for csv the columns start and end "
-            "do"
-        )
     if data_dir is None or not data_dir.exists():
         raise UserError(
             "--dataset csv needs --data-dir, a CSV file with the columns path and label: "
@@ -146,7 +137,7 @@ def table(
     if data_dir.is_dir():
         root = data_dir
         name = data_dir.resolve().name
-        clips = label_tracks(root)
+        clips = label_tracks(root, background)
     else:
         root = data_dir.parent
         name = data_dir.stem
@@ -155,7 +146,7 @@ def table(
         clips = [clip_of(row, root) for row in rows]
     require_each_once(data_dir, clips)
     require_files(root, list(dict.fromkeys(clip.path for clip in clips)))
-    return own_sounds(root, name, clips, group)
+    return own_sounds(root, name, clips, group, windows, background)
 
 
 def check_columns(file: Path, header: list[str], group: str | None) -> None:
@@ -237,8 +228,10 @@ def span_of(start: str | None, end: str | None, where: str) -> tuple[float, floa
     )
 
 
-def label_tracks(root: Path) -> list[Clip]:
+def label_tracks(root: Path, background: bool) -> list[Clip]:
     """What Audacity's label tracks beneath `root` say of the sounds beside them.
+
+    An empty track says that nothing is to be heard: with `background` its sound is of that class.
 
     rain.txt is the track of rain.wav. rain.wav.events.txt is none: tools.predict writes such files.
     """
@@ -256,7 +249,10 @@ def label_tracks(root: Path) -> list[Clip]:
                 f"{track}: a label track with {len(found)} sounds beside it; there must be one, "
                 f"{track.stem}.wav or another of its name"
             )
-        clips += labels_in(track, found[0])
+        labels = labels_in(track, found[0])
+        if background and not labels:
+            labels = [Clip(found[0], BACKGROUND, span=(0.0, length_of(found[0])))]
+        clips += labels
     if beside:
         names = [name_of(sound, root) for sounds in beside.values() for sound in sounds]
         warn(f"{root}: {len(names)} sounds have no label track, ignored ({first_of(names)})")
@@ -264,7 +260,10 @@ def label_tracks(root: Path) -> list[Clip]:
 
 
 def labels_in(track: Path, sound: Path) -> list[Clip]:
-    """The clips of a label track: lines of a start and an end, in seconds, and a label."""
+    """The clips of a label track: lines of a start and an end, in seconds, and a label.
+
+    What tools.predict writes is read as well, without its probabilities.
+    """
     clips = []
     require_file(track)
     try:
@@ -280,17 +279,26 @@ def labels_in(track: Path, sound: Path) -> list[Clip]:
             raise UserError(
                 f"{where}: it must be a start, an end and a label, with tabs between them"
             )
-        clips.append(Clip(sound, fields[2].strip(), span=span_of(*fields[:2], where)))
+        label = PROBABILITY.sub("", fields[2].strip())
+        clips.append(Clip(sound, label, span=span_of(*fields[:2], where)))
     return clips
 
 
 # ---------------------------------------------------------- what cannot be used, and what looks odd
 
 
-def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> Listing:
+def own_sounds(
+    root: Path,
+    name: str,
+    clips: list[Clip],
+    group: str | None,
+    windows: float | None = None,
+    background: bool = False,
+) -> Listing:
     """A Listing of the clips. UserError for what cannot be trained or tested."""
     clips = [clip._replace(label=spelling(clip.label)) for clip in clips]
     clips = with_groups(root, clips, group)
+    clips = cut_labels(clips, windows, background)
     labels = {clip.label for clip in clips}
     warn_of_spellings(root, labels, "classes")
     if "unsure" in labels:
@@ -301,6 +309,8 @@ def own_sounds(root: Path, name: str, clips: list[Clip], group: str | None) -> L
         raise UserError(f"{root}: {len(labels)} classes; there must be two or more to tell apart")
     groups = {(clip.label, clip.group or clip.path) for clip in clips}
     count = Counter(label for label, _ in groups)
+    if background:  # of one recording: it trains, and is not tested
+        count.pop(BACKGROUND, None)
     if min(count.values()) == 1 and all(clip.part == "" for clip in clips):
         label = min(sorted(count), key=count.get)
         raise UserError(
@@ -317,6 +327,12 @@ def seconds_of(dataset, seconds: float | None) -> float:
     if seconds is None:
         may_train = set().union(*(split.train for split in dataset.folds.values()))
         seconds = typical_seconds(lengths[sorted(may_train) or slice(None)])
+    if BACKGROUND in dataset.classes:
+        quiet = dataset.labels.count(dataset.classes.index(BACKGROUND))
+        say(
+            f"{quiet} of {len(lengths)} clips are {BACKGROUND!r}, which is never an event: by "
+            "default, what no label of a recording covers (--no-background leaves it out)"
+        )
     over = np.nan_to_num(lengths - seconds).clip(0)
     count = int((over > 0.02).sum())  # less is the end of the last frame
     if count:

@@ -62,11 +62,20 @@ def check_options(args, own):
         raise UserError(f"--keep is {args.keep}; it must be a share between 0 and 1")
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:
         raise UserError(f"--seconds is {args.seconds}; a clip must last 0.16 s (one patch) to 60 s")
-    for name in ("group", "windows"):
-        if getattr(args, name) not in (None, False) and not own:
+    for name, given in (
+        ("group", args.group is not None),
+        ("windows", args.windows),
+        ("no-background", not args.background),
+    ):
+        if given and not own:
             raise UserError(
                 f"--{name} is for your own sounds, --dataset folder or csv, not for {args.dataset}"
             )
+    if args.windows and args.dataset == "csv":
+        raise UserError(
+            "--windows cuts the recordings of --dataset folder; --dataset csv cuts what its labels "
+            "or its columns start and end name"
+        )
     if args.windows and args.seconds is None:
         raise UserError("--windows: say by --seconds how long the windows are")
 

@@ -81,6 +81,7 @@ class RunConfig(Settings):
     data_dir: Text | None
     group: Text | None
     windows: Number | None
+    background: bool
 
 
 class Backbone(Struct, forbid_unknown_fields=True):

@@ -41,7 +41,8 @@ from support.headers import RunConfig, checked
 from support.processes import is_first, say
 from support.scores import confusion, confusion_table, scores
 
-SOURCE = ("data_dir", "cache_dir", "group", "windows")  # options of train.py that find the clips
+# Options of train.py that find the clips.
+SOURCE = ("data_dir", "cache_dir", "group", "windows", "background")
 METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # columns of metrics.csv
 AGAIN = "the same command of train.py writes it again"
 LOCK = ".run.lock"  # who writes the text files of a run holds it: several machines may train it

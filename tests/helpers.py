@@ -388,7 +388,13 @@ def make_run(run: Path, words: list[str], *folds: str, validation: float | None 
         dtype=args.dtype,
         choose_by="balanced" if recipe.own else "accuracy",
     )
-    source = {"cache_dir": "cache", "data_dir": None, "group": None, "windows": None}
+    source = {
+        "cache_dir": "cache",
+        "data_dir": None,
+        "group": None,
+        "windows": None,
+        "background": True,
+    }
     write_json(run / "config.json", {**asdict(settings), **source})
     write_text(run / "split.csv", csv_of(rows))
     for fold, letters in enumerate(folds, 1):

@@ -198,12 +198,21 @@ def test_sounds_that_are_none(tmp_path):
 # ------------------------------------------------------------------------------------------- events
 
 
-def windows(text: str) -> list[Answer]:
-    """A letter for each window: its class, with 0.9; small, with 0.4; ? for one that is unsure."""
-    return [
-        Answer(i * 0.5, i * 0.5 + 1, ((c.upper(), 0.9 if c.isupper() else 0.4),), 1.0, c == "?")
-        for i, c in enumerate(text)
-    ]
+CLASSES = ["A", "B", "background"]
+
+
+def windows(text: str, hop: float = 0.5) -> list[Answer]:
+    """A letter for each window of a second: its class is certain. - is the background.
+
+    A small letter is an answer that is unsure.
+    """
+    found = []
+    for i, letter in enumerate(text):
+        p = np.array([letter.upper() == "A", letter.upper() == "B", letter == "-"], float)
+        answer = ((letter.upper(), 1.0),)
+        unsure = letter.islower()
+        found.append(Answer(i * hop, i * hop + 1, answer, 1.0, unsure, probabilities=p))
+    return found
 
 
 def told(answers) -> list[tuple]:
@@ -211,24 +220,50 @@ def told(answers) -> list[tuple]:
 
 
 def test_events_by_hand():
-    """Windows of a second, one every half second.
+    """Windows of a second, one every half second: the mean is over five of them.
 
     Each speaks for the half second in its middle, the first and last for more.
     """
-    assert told(events_of(windows("AABbB?CCa"), 0.5)) == [
-        ("A", 0.0, 1.25, 0.9),
-        ("B", 1.25, 1.75, 0.9),
-        ("B", 2.25, 2.75, 0.9),
-        ("C", 3.25, 4.25, 0.9),
+    assert told(events_of(windows("---AAA-----BBBB---"), CLASSES)) == [
+        ("A", 1.75, 3.25, 0.6),
+        ("B", 5.75, 7.75, 0.7),  # 3/5, 4/5, 4/5, 3/5
     ]
-    assert told(events_of(windows("AABbB?CCa"), 0.4)) == [
-        ("A", 0.0, 1.25, 0.9),
-        ("B", 1.25, 2.75, pytest.approx(2.2 / 3, abs=1e-6)),
-        ("C", 3.25, 4.25, 0.9),
-        ("A", 4.25, 5.0, 0.4),
+    assert told(events_of(windows("---A----B--"), CLASSES)) == []
+    mean = (1 + 3 / 4 + 4 / 5 + 4 / 5 + 4 / 5 + 3 / 4 + 1) / 7
+    assert told(events_of(windows("AAABAAA"), CLASSES)) == [("A", 0.0, 4.0, round(mean, 6))]
+    mean = (1 + 3 / 4 + 3 / 5) / 3
+    assert told(events_of(windows("AAABBB"), CLASSES)) == [
+        ("A", 0.0, 1.75, round(mean, 6)),
+        ("B", 1.75, 3.5, round(mean, 6)),
     ]
-    assert told(events_of(windows("A"), 0.5)) == [("A", 0.0, 1.0, 0.9)]
-    assert told(events_of(windows("?a?"), 0.5)) == []
+    assert told(events_of(windows("A"), CLASSES)) == [("A", 0.0, 1.0, 1.0)]  # all of the sound
+    assert told(events_of(windows("-"), CLASSES)) == []
+
+
+def test_what_is_no_event():
+    rows = windows("---AAA---BBBBB---")
+    assert [e.best for e in events_of(rows, CLASSES)] == ["A", "B"]
+    assert [e.best for e in events_of(rows, CLASSES, threshold=0.7)] == ["B"]  # the middle of it
+    assert [e.best for e in events_of(rows, CLASSES, left_out=["background", "A"])] == ["B"]
+    assert [e.best for e in events_of(rows, CLASSES, min_length=1.6)] == ["B"]
+    # One of the three windows of A is unsure, and three of the five of B.
+    assert [e.best for e in events_of(windows("---AAa---BBbbb---"), CLASSES)] == ["A"]
+
+
+def test_events_of_other_hops():
+    """An event lasts as long as a window: four windows a quarter of a second apart, or else two.
+
+    The mean is over nine windows then, or over three.
+    """
+    five = windows("-------AAAAA-------", hop=0.25)
+    assert told(events_of(five, CLASSES)) == [("A", 2.125, 3.375, round(5 / 9, 6))]
+    seven = windows("-------AAAAAAA-------", hop=0.25)  # three of them have all seven around them
+    assert told(events_of(seven, CLASSES, threshold=0.75)) == []
+    assert [e.best for e in events_of(seven, CLASSES, threshold=0.75, min_length=0.75)] == ["A"]
+    beside = windows("AA---", hop=1)
+    assert told(events_of(beside, CLASSES)) == [("A", 0.0, 2.0, round((1 + 2 / 3) / 2, 6))]
+    assert told(events_of(beside, CLASSES, threshold=0.7)) == []
+    assert [e.end for e in events_of(beside, CLASSES, threshold=0.7, min_length=0)] == [1.0]
 
 
 def test_label_tracks(tmp_path, answer, capsys):
@@ -244,13 +279,30 @@ def test_label_tracks(tmp_path, answer, capsys):
     for _ in range(2):
         lines = answer(fold, tmp_path / "sounds", "--events", code=1)
         assert lines == [f"{file}.events.txt: 1 events"]
-    assert Path(f"{file}.events.txt").read_text() == "0.000000\t2.000000\tone\\tthing\n"
+    assert Path(f"{file}.events.txt").read_text() == "0.000000\t2.000000\tone\\tthing (0.90)\n"
     found = sorted(path.name for path in (tmp_path / "sounds").iterdir())
     assert found == ["a.txt", "a.wav", "a.wav.events.txt", "b.wav"]
     rows = [json.loads(line) for line in answer(fold, file, "--events", "--json")]
     assert [(row["start"], row["end"]) for row in rows] == [(0.0, 2.0)]
     assert answer(fold, file, "--events", "--threshold", 0.95) == [f"{file}.events.txt: 0 events"]
     assert Path(f"{file}.events.txt").read_text() == ""
+
+
+def test_what_is_unsure_is_an_event_where_there_is_background(tmp_path, answer):
+    """Nothing else takes what is no event, unless the user says how sure an event must be."""
+    file = write_sound(tmp_path / "a.wav", seconds=2.0)
+    facts = {**FACTS, "min_confidence": 0.95}
+    for name, count in (("background", 1), ("cat", 0)):
+        classes = ["dog", name]
+        fold = tmp_path / f"{name}.safetensors"
+        constant(fold, 0.8, 0.2, classes=classes, calibration=facts)
+        assert answer(fold, file, "--events") == [f"{file}.events.txt: {count} events"]
+        assert answer(fold, file, "--events", "--min-confidence", 0.95) == [
+            f"{file}.events.txt: 0 events"
+        ]
+        assert answer(fold, file, "--events", "--min-confidence", 0.5) == [
+            f"{file}.events.txt: 1 events"
+        ]
 
 
 def test_embeddings_over_what_is_there(tmp_path, error, capsys):

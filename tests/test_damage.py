@@ -361,6 +361,7 @@ CONFIG = {
     "cache_dir": "/c",
     "group": None,
     "windows": None,
+    "background": True,
 }
 
 

@@ -3,6 +3,7 @@ the user's own."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from helpers import make_folder, split_of, train_on, write_csv, write_sound
 
 from data import Dataset, folds_of, load_dataset, random_split
 from sounds.clip import Clip
-from sounds.groups import group_hint, parts_of, with_groups
+from sounds.groups import group_hint, parts_of, with_groups, with_stretches
 from support.command import UserError
 
 
@@ -68,6 +69,41 @@ def test_a_group_without_which_a_class_could_not_train_is_not_taken():
             zip("a" * 20 + "bcdef", parts_of([0] * 25, list("a" * 20 + "bcdef"), seed), strict=True)
         )
         assert parts["a"] == "train" and Counter(parts.values()) == {"train": 1, "test": 5}
+
+
+def test_stretches_of_a_recording_validate():
+    """Two of eight: about a quarter of the labels, in whole stretches, others by another seed.
+
+    The two windows of a label stay together. What tests is not touched.
+    """
+    spans = {}
+    for i in range(60):  # labels of two seconds, a second apart
+        spans[2 * i] = (3.0 * i, 3.0 * i + 1)
+        spans[2 * i + 1] = (3.0 * i + 1, 3.0 * i + 2)
+    spans |= {120: (0.0, 1.0), 121: (5.0, 6.0)}  # of another recording
+    labels = [i // 2 % 4 for i in range(122)]
+    paths = [Path("a.wav")] * 120 + [Path("b.wav")] * 2
+    parts = ["train"] * 120 + ["test"] * 2
+    drawn = [with_stretches(parts, labels, paths, spans, seed) for seed in range(6)]
+    assert len({tuple(found) for found in drawn}) > 1
+    for found in drawn:
+        assert 28 <= found.count("val") <= 32 and found[120:] == ["test"] * 2
+        assert found[0:120:2] == found[1:120:2]
+        changes = sum(one != other for one, other in pairwise(found[:120]))
+        assert changes <= 4  # two stretches have four ends
+    assert with_stretches(parts, labels, paths, spans, 0) == drawn[0]
+
+
+def test_a_class_keeps_training_pieces():
+    """Class 2 has one piece, which never validates, and class 1 two, in two stretches."""
+    spans = {i: (2.0 * i, 2.0 * i + 1) for i in range(16)}
+    labels = [1] + [0] * 11 + [1, 0, 0, 2]
+    paths = [Path("a.wav")] * 16
+    for seed in range(100):
+        found = with_stretches(["train"] * 16, labels, paths, spans, seed)
+        assert Counter(found) == {"train": 12, "val": 4}
+        trains = {label for label, part in zip(labels, found, strict=True) if part == "train"}
+        assert trains == {0, 1, 2}
 
 
 def test_few_shots_are_drawn_from_the_groups_that_train():

@@ -24,7 +24,7 @@ from helpers import (
 
 import train
 from data import Dataset, Split, folds_of, load_dataset, random_split
-from sounds import audio
+from sounds import audio, windows
 from sounds.audio import length_of, lengths_of, read_audio
 from sounds.clip import PARTS, WHOLE
 from support.command import UserError
@@ -630,12 +630,123 @@ def test_label_tracks(tmp_path, capsys):
         capsys.readouterr().err
         == f"warning: {tmp_path}/my: 1 sounds have no label track, ignored (two.wav)\n"
     )
-    assert train_on("csv", tmp_path / "my", tmp_path) == 0
+    assert train_on("csv", tmp_path / "my", tmp_path, "--no-background") == 0
     split = split_of("csv", tmp_path)
     assert {frozenset(split["train"]), frozenset(split["test"])} == {
         frozenset(names[:2]),
         frozenset(names[2:]),
     }
+
+
+def tracks(root: Path, **labels: str) -> Path:
+    """Recordings of ten seconds. The text of each has its labels, such as `0-2 dog,3-4 cat`."""
+    for name, text in labels.items():
+        staircase(root / f"{name}.wav", 10)
+        lines = [label.replace("-", "\t").replace(" ", "\t") for label in text.split(",") if label]
+        (root / f"{name}.txt").write_text("\n".join(lines))
+    return root
+
+
+def test_what_is_not_labelled_is_background(tmp_path):
+    """A gap that is shorter than a window is left out. Labels may overlap and may end too late."""
+    root = tracks(tmp_path, a="1.5-4 dog,2-3 cat,4.9-5.5 dog,9-11 cat", b="0-9 dog,9-10 cat", c="")
+
+    def names(label, **options):
+        dataset = load_dataset("csv", root, tmp_path, **options)
+        number = dataset.classes.index(label)
+        named = zip(dataset.names, dataset.labels, strict=True)
+        return [name for name, label in named if label == number]
+
+    options = {"windows": 1.0, "background": True}
+    quiet = ["a.wav#0-1", "a.wav#0.5-1.5", "a.wav#5.5-6.5", "a.wav#6.5-7.5", "a.wav#7.5-8.5"]
+    whole = [f"c.wav#{i}-{i + 1}" for i in range(10)]  # nothing is labelled there
+    assert sorted(names("background", **options)) == sorted([*quiet, "a.wav#8-9", *whole])
+    dogs = ["a.wav#1.5-2.5", "a.wav#2.5-3.5", "a.wav#3-4", "a.wav#4.9-5.5"]
+    assert names("dog", **options) == [*dogs, *(f"b.wav#{i}-{i + 1}" for i in range(9))]
+    assert names("cat", **options) == ["a.wav#2-3", "a.wav#9-10", "b.wav#9-10"]
+    assert names("dog", windows=1.0) == names("dog", **options)  # cut, and nothing between
+    assert load_dataset("csv", root, tmp_path, windows=1.0).classes == ["cat", "dog"]
+    assert names("dog") == ["a.wav#1.5-4", "a.wav#4.9-5.5", "b.wav#0-9"]
+
+
+def test_background_ends_with_the_recording(tmp_path):
+    """A label after the end is a bad clip, not more background."""
+    root = tracks(tmp_path, a="1-2 dog,3-4 cat,12-13 dog", b="0-1 dog,1-10 cat")
+    dataset = load_dataset("csv", root, tmp_path, windows=1.0, background=True)
+    quiet = dataset.classes.index("background")
+    ends = [dataset.spans[i][1] for i, label in enumerate(dataset.labels) if label == quiet]
+    assert sorted(ends) == [1, 3, 5, 6, 7, 8, 9, 10]
+    assert "a.wav#12-13" in dataset.names
+
+
+def test_windows_of_labels_suit_the_short_ones(tmp_path):
+    labels = ",".join(f"{i * 0.9:g}-{i * 0.9 + 0.8:g} dog" for i in range(9))
+    root = tracks(tmp_path, a=f"{labels},8.2-9.9 cat", b="0-8 dog,8-10 cat")
+    dataset = load_dataset("csv", root, tmp_path, background=True)
+    spans = {round(end - start, 6) for start, end in dataset.spans.values()}
+    assert spans == {0.8}  # the tenth of twelve lengths from above
+
+
+def test_background_of_a_few_labels(tmp_path, monkeypatch):
+    """Not all of it: evenly, so many windows for each window of a label."""
+    monkeypatch.setattr(windows, "PER_LABEL", 2)
+    root = tracks(tmp_path, a="0-1 dog,4-5 cat", b="5-6 dog,9-10 cat")
+    dataset = load_dataset("csv", root, tmp_path, windows=1.0, background=True)
+    quiet = dataset.classes.index("background")
+    found = [
+        name for name, label in zip(dataset.names, dataset.labels, strict=True) if label == quiet
+    ]
+    assert found == [f"a.wav#{i}-{i + 1}" for i in (1, 3, 6, 8)] + [
+        f"b.wav#{i}-{i + 1}" for i in (0, 2, 4, 7)
+    ]
+
+
+def test_background_has_the_part_and_the_group_of_the_label_before(tmp_path):
+    staircase(tmp_path / "a.wav", 10)
+    rows = [
+        "a.wav,x,2,3,train,p",
+        "a.wav,y,3,4,train,p",
+        "a.wav,x,6,7,test,q",
+        "a.wav,y,7,8,test,q",
+    ]
+    table = write_csv(tmp_path / "t.csv", "path,label,start,end,split,group", *rows)
+    dataset = load_dataset("csv", table, tmp_path, windows=1.0, background=True)
+    group = dict(zip(dataset.names, dataset.groups, strict=True))
+    test = {dataset.names[i] for i in dataset.folds[1].test}
+    assert test == {f"a.wav#{i}-{i + 1}" for i in (6, 7, 8, 9)}
+    assert [group[f"a.wav#{i}-{i + 1}"] for i in range(10)] == ["p"] * 6 + ["q"] * 4
+
+
+def test_two_labelled_recordings(tmp_path, capsys):
+    """One tests. Stretches of the other validate. No label is divided."""
+    labels = "0-2 dog,3-4 cat,5-5.5 dog,6-8 cat,8.2-8.4 dog,8.5-8.9 cat,9-9.4 dog,9.5-9.9 cat"
+    root = tracks(tmp_path / "my", a=labels, b=labels)
+    assert train_on("csv", root, tmp_path, "--seconds", 0.5) == 0
+    out = capsys.readouterr().out
+    assert "10 of 40 clips are 'background', which is never an event" in out
+    split = split_of("csv", tmp_path)
+    recording = {part: {name[0] for name in names} for part, names in split.items()}
+    assert recording["train"] == recording["val"] != recording["test"]
+    (which,) = recording["train"]
+    for first, last in ((0, 2), (3, 4), (6, 8)):  # each label has several windows
+        count = (last - first) * 2
+        names = {f"{which}.wav#{first + i / 2:g}-{first + (i + 1) / 2:g}" for i in range(count)}
+        assert names <= split["train"] or names <= split["val"]
+    run = read_run(tmp_path / "runs/csv/linear/seed0")
+    assert dataset_of(run, None, None).classes == ["background", "cat", "dog"]
+    assert train_on("demo", None, tmp_path, "--no-background") == 2
+    assert "--no-background is for your own sounds" in capsys.readouterr().err
+
+
+def test_labels_that_a_model_has_written(tmp_path):
+    """An event that was corrected in Audacity is a label, without its probability."""
+    root = tracks(tmp_path, a="", b="")
+    (root / "a.txt").write_text("1\t2\tdog (0.93)\n3\t4\tcat (1.00)\n")
+    (root / "b.txt").write_text("1\t2\tdog\n3\t4\tcat\n5\t6\tdog (2)\n7\t8\tdog (0.5)\n")
+    with pytest.raises(UserError, match=r"class 'dog \(0\.5\)' has one clip"):
+        load_dataset("csv", root, tmp_path)
+    (root / "b.txt").write_text("1\t2\tdog\n3\t4\tcat\n")
+    assert load_dataset("csv", root, tmp_path).classes == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_a_name_commands_no_terminal(tmp_path, main, form):
     assert out.count("\n") == (3 if form == ("--csv",) else 1) and err.count("\n") == 2
     assert all(c.isprintable() or c in "\t\n" for c in out + err)
     for track in folder.glob("*.events.txt"):
-        line = "0.000000\t0.300000\t\\x1b]0;mine\\x07\\x9b2J\\u202ex\\n\n"
+        line = "0.000000\t0.300000\t\\x1b]0;mine\\x07\\x9b2J\\u202ex\\n (0.90)\n"
         assert form == ("--events",) and track.read_text() == line
 
 

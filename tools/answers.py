@@ -1,14 +1,15 @@
 """What tools/predict.py says about sounds: lines of text, events, label tracks, embeddings."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 
+from sounds.windows import BACKGROUND
 from support.command import printable
 from support.files import csv_of, whole_file, write_text
 
@@ -27,6 +28,8 @@ class Answer:
     confidence: float  # the best probability, less where the sound is unlike those of training
     unsure: bool  # whether the confidence is less than the classifier's `min_confidence`
     vector: np.ndarray | None = field(default=None, repr=False)  # what the head reads, (dim,)
+    # Of a window: those of all classes, in their order, (classes,).
+    probabilities: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def best(self) -> str:
@@ -63,36 +66,73 @@ def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
 # ----------------------------------------------------------------------------------------- events
 
 
-def events_of(windows: list[Answer], threshold: float) -> Iterator[Answer]:
-    """Yield the events in the windows of one sound.
+def events_of(
+    windows: list[Answer],
+    classes: list[str],
+    threshold: float = 0.4,
+    left_out: Iterable[str] = (BACKGROUND,),
+    min_length: float | None = None,
+) -> Iterator[Answer]:
+    """Yield the events in the windows of one sound. `classes` are the names of all classes.
 
     A window speaks for the time that is nearer to its middle than to the middles of its neighbours.
-    An event is a row of windows that are sure of one class, each with a probability of `threshold`
-    or more. Probability and confidence of the event are the means of theirs.
+    Its probabilities become the means over the windows that overlap or touch it, so that a single
+    window that takes a dog for a rooster cuts no event. An event is a row of windows with the same
+    best class, each with a probability of `threshold` or more. A class in `left_out` is no event.
+
+    An event lasts as long as a window, which takes two windows or more, or else `min_length`
+    seconds. If most of its windows are unsure, it is none.
     """
+    overlapping = overlaps(windows)
+    rows = np.stack([window.probabilities for window in windows])  # (windows, classes)
+    means = [rows[max(0, i - overlapping) : i + overlapping + 1].mean(0) for i in range(len(rows))]
+    means = np.stack(means)
+
+    def event_in(i):
+        """The class of the event in window i. None: there is no event."""
+        best = int(means[i].argmax())
+        is_event = means[i, best] >= threshold and classes[best] not in left_out
+        return best if is_event else None
+
+    edges = edges_of(windows)
+    for best, row in groupby(range(len(windows)), event_in):
+        row = list(row)
+        start = edges[row[0]]
+        end = edges[row[-1] + 1]
+        if min_length is None:
+            is_long = len(row) >= min(max(2, overlapping), len(windows))
+        else:
+            is_long = end - start >= min_length
+        unsure = sum(windows[i].unsure for i in row)
+        if best is None or not is_long or 2 * unsure > len(row):
+            continue
+        answer = (printable(classes[best]), float(means[row, best].mean()))
+        confidence = mean(windows[i].confidence for i in row)
+        yield Answer(start, end, (answer,), confidence, unsure=False)
+
+
+def overlaps(windows: list[Answer]) -> int:
+    """How many windows lie in the length of one: 2 if a window begins every half window."""
+    if len(windows) < 2:
+        return 1
+    first, second = windows[:2]
+    return max(1, round((first.end - first.start) / (second.start - first.start)))
+
+
+def edges_of(windows: list[Answer]) -> list[float]:
+    """Where the time begins and ends that each window speaks for, (windows + 1)."""
     edges = [0.0]
     for one, other in pairwise(windows):
         edges.append((one.start + one.end + other.start + other.end) / 4)
-    edges.append(windows[-1].end)
-    pieces = [
-        replace(window, start=start, end=end)
-        for window, (start, end) in zip(windows, pairwise(edges), strict=True)
-    ]
-    for name, row in groupby(pieces, lambda piece: sure_class(piece, threshold)):
-        row = list(row)
-        if name != UNSURE:
-            classes = ((name, mean(piece.classes[0][1] for piece in row)),)
-            confidence = mean(piece.confidence for piece in row)
-            yield replace(row[0], end=row[-1].end, classes=classes, confidence=confidence)
-
-
-def sure_class(window: Answer, threshold: float) -> str:
-    return window.best if window.classes[0][1] >= threshold else UNSURE
+    return [*edges, windows[-1].end]
 
 
 def write_track(path: Path, events: list[Answer]) -> None:
-    """Write events as a label track for Audacity, and say so."""
-    lines = [f"{event.start:.6f}\t{event.end:.6f}\t{event.best}\n" for event in events]
+    """Write events as a label track for Audacity, and say so. A label is `dog (0.93)`."""
+    lines = []
+    for event in events:
+        name, probability = event.classes[0]
+        lines.append(f"{event.start:.6f}\t{event.end:.6f}\t{name} ({probability:.2f})\n")
     write_text(path, "".join(lines))
     print(printable(f"{path}: {len(lines)} events"))
 

@@ -13,6 +13,7 @@ recording is read as it comes: never more than one batch of its windows is in me
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from sounds.audio import (
     mono,
     stream_audio,
 )
+from sounds.windows import BACKGROUND
 from support.calibration import Calibration, middle_and_vector, width_of_middle
 from support.checkpoints import read_header, read_names
 from support.command import (
@@ -44,6 +46,7 @@ from support.command import (
     choose_dtype,
     exit_code,
     first_of,
+    nearest,
     positive,
     printable,
     warn,
@@ -60,6 +63,7 @@ from tools.answers import (
     save_embeddings,
     write_track,
 )
+from tools.truth import labels_of, print_scores
 
 BATCH = 16  # windows at once
 SOFTMAX = partial(torch.softmax, dim=-1)
@@ -157,7 +161,9 @@ class Classifier:
         best = tuple((printable(self.classes[i]), float(row[i])) for i in order)
         confidence = best[0][1] * float(row[count])
         unsure = confidence < self.min_confidence
-        return Answer(start, end, best, confidence, unsure, row[count + 1 :].astype(np.float32))
+        vector = row[count + 1 :].astype(np.float32)
+        probabilities = row[:count].copy()  # of the row alone, because a recording has many
+        return Answer(start, end, best, confidence, unsure, vector, probabilities)
 
 
 def probabilities(classifier: Classifier, waves: list[np.ndarray]) -> np.ndarray:
@@ -336,9 +342,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--hop", type=float, metavar="S", help="seconds between windows; default: half a window")
     add("--events", action="store_true", help="what is heard when: an Audacity label track beside "
         "each file, FILE.events.txt; with --json or --csv it is printed")
-    add("--threshold", type=float, default=0.5, help="least probability in an event (%(default)s)")
+    add("--threshold", type=float, default=0.4, help="least probability in an event (%(default)s)")
+    add("--min-length", type=float, metavar="S", help="least seconds of an event; default: two "
+        "windows")
+    add("--without", action="append", default=[BACKGROUND], metavar="CLASS", help="a class that is "
+        "never an event, as 'background' is; may be given several times")
+    add("--truth", type=Path, metavar="FOLDER", help="with --events: label tracks, NAME.txt of "
+        "NAME.wav; prints how well the events fit them")
     add("--min-confidence", type=float, metavar="P", help="what is less sure is 'unsure'; default: "
-        "nine of ten right answers on the validation clips stay")
+        "nine of ten right answers on the validation clips stay; 0 for --events with 'background'")
     add("--embeddings", type=Path, metavar="FILE.npz", help="write what the head reads of files")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text",
@@ -355,16 +367,31 @@ def run(args: argparse.Namespace) -> int:
     sounds = args.paths if args.tags else args.paths[1:]
     if not sounds:
         raise UserError("no sounds to classify: give files or folders after the run")
+    if args.truth and not (args.events and args.form == "text"):
+        raise UserError("--truth is for --events, and neither for --json nor for --csv")
+    if args.min_length is not None and not 0 <= args.min_length < math.inf:
+        raise UserError(f"--min-length {args.min_length}: give a number of seconds")
     if args.embeddings and args.embeddings.suffix != ".npz":  # a sound, which would be lost
         raise UserError("--embeddings: give the name of a file that ends in .npz")
     files = find_sounds(sounds)
+    if args.truth:
+        truth = {file: labels_of(file, args.truth, args.without) for file in files}
     if args.tags:
         classifier = load_tagger(args.weights or "audioset", args.min_confidence, args.device)
     else:
         classifier = load(args.paths[0], args.weights, args.min_confidence, args.device)
+    if args.events and args.min_confidence is None and BACKGROUND in classifier.classes:
+        # What is no event is background. The validation clips, most of which are background, make
+        # a threshold that refuses most events of another recording.
+        classifier = replace(classifier, min_confidence=0.0)
+    for name in args.without:
+        if args.events and name != BACKGROUND:
+            nearest(name, classifier.classes, "class")
     width = 2 + max(len(printable(file)) for file in files)
     if args.form == "csv":
         print(csv_of([COLUMNS]), end="")
+    found = []  # events
+    labels = []  # of the same sounds, from --truth
     names = []
     wholes = []
     answered = 0
@@ -386,14 +413,21 @@ def run(args: argparse.Namespace) -> int:
         if args.embeddings:
             names.append(name)
             wholes.append(answer)  # the last answer is on the whole
-        events = events_of(windows[:-1], args.threshold)
         if not args.events:
             print_answer(name, answer, args.form, width)
-        elif args.form == "text":
-            write_track(Path(f"{file}.events.txt"), list(events))
+            continue
+        options = args.threshold, args.without, args.min_length
+        events = list(events_of(windows[:-1], classifier.classes, *options))
+        if args.form == "text":
+            write_track(Path(f"{file}.events.txt"), events)
         else:
             for event in events:
                 print_answer(name, event, args.form, width)
+        if args.truth:
+            found += [(name, event.start, event.end, event.best) for event in events]
+            labels += truth[file]
+    if args.truth:
+        print_scores(found, labels)
     if args.embeddings:
         save_embeddings(args.embeddings, names, wholes)
     if answered > 1 and unsure > answered / 2:

@@ -118,7 +118,7 @@ def dataset_of(run: Run, data_dir: Path | None, cache_dir: Path) -> Dataset:
     config = run.config
     if data_dir is None and config["data_dir"]:
         data_dir = path_in(config["data_dir"])
-    source = config["group"], config["windows"]
+    source = config["group"], config["windows"], config["background"]
     return load_dataset(config["dataset"], data_dir, cache_dir, *source)
 
 
