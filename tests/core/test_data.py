@@ -470,7 +470,7 @@ def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
 
 def test_a_clip_on_another_drive_has_its_whole_path_as_name(monkeypatch):
     """On Windows there is no way from one to another."""
-    monkeypatch.setattr(clip, "os", SimpleNamespace(path=ntpath))
+    monkeypatch.setattr(clip, "os", SimpleNamespace(path=ntpath, fsencode=os.fsencode))
     assert (
         name_of(PureWindowsPath("D:/my sounds/a.wav"), PureWindowsPath("C:/data"))
         == "D:/my sounds/a.wav"
