@@ -31,7 +31,7 @@ def test_a_recording_is_read_once_and_only_if_something_is_heard(tmp_path, capsy
     assert [len(wave) for wave in found] == [8000, 8000] and all(
         np.abs(wave).max() == 1 for wave in found
     )
-    assert "text.wav cannot be read (Format not recognised), left out" in capsys.readouterr().err
+    assert "text.wav cannot be read (Format not recognised" in capsys.readouterr().err
     assert pretrain.main([str(tmp_path / "a"), "--out", str(tmp_path / "x.safetensors")]) == 2
     assert "has 1 recordings of at least 0.1 s" in capsys.readouterr().err
     for out in (tmp_path, tmp_path / "x.bin"):  # said before the training, not after it
