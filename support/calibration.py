@@ -148,11 +148,11 @@ def factor(scores, limit, slope):
 # ------------------------------------------------------------------------------- how it is computed
 
 
-def fit(logits, labels, middle):
+def fit(logits, labels, middle, groups=()):
     """The Calibration of validation clips as plain JSON types.
 
-    logits: (clips, classes). labels: (clips,). middle: (clips, 2 dim). None if fewer than ENOUGH
-    clips are answered right.
+    logits: (clips, classes). labels: (clips,). middle: (clips, 2 dim). groups: of every clip, or
+    none. None if fewer than ENOUGH clips are answered right.
     """
     logits = finite(logits)
     middle = finite(middle)
@@ -160,7 +160,7 @@ def fit(logits, labels, middle):
     if right.sum() < ENOUGH:
         return None
     temperature = temperature_of(logits, labels)
-    scores = scores_of_parts(logits, middle)
+    scores = scores_of_parts(logits, middle, groups)
     limit = scores.quantile(0.9)
     slope = 2 * (limit - scores.quantile(0.5)).clamp_min(1e-6)  # where all are alike
     confidence = (logits / temperature).softmax(1).amax(1) * factor(scores, limit, slope)
@@ -183,15 +183,29 @@ def rank_for(logits):
     return min(RANK, len(logits) // PARTS)
 
 
-def scores_of_parts(logits, middle):
-    """The scores of clips, (clips,). Each fifth of the clips is measured by the other four.
+def parts_of(groups, count):
+    """The part of each of `count` clips, (clips,). A group, such as a speaker, is in one part.
 
-    Clips lie nearer to directions that were computed from them than new clips do.
+    There are PARTS parts, or as many as there are groups. Without two groups, or if one of them has
+    nearly all clips, clips are dealt out one by one.
     """
-    part = torch.arange(len(logits)) % PARTS
+    names = list(dict.fromkeys(groups))
+    part = torch.tensor([names.index(group) % PARTS for group in groups])
+    if len(names) < 2 or part.bincount().max() > (1 - 1 / PARTS) * count:
+        return torch.arange(count) % PARTS
+    return part
+
+
+def scores_of_parts(logits, middle, groups=()):
+    """The scores of clips, (clips,). Each part of the clips is measured by the other parts.
+
+    Clips lie nearer to directions that were computed from them than new clips do. Clips of a new
+    speaker lie farther still.
+    """
+    part = parts_of(groups, len(logits))
     scores = torch.empty(len(logits), dtype=torch.double)
     rank = rank_for(logits)
-    for k in range(PARTS):
+    for k in part.unique():
         others = part != k
         mean, std, directions, alpha = principal(logits[others], middle[others], rank)
         outside = distances((middle[part == k] - mean) / std, directions)
@@ -258,8 +272,8 @@ def error(probabilities, right, bins=15):
 def calibrated(header, validated, tested):
     """The header of a fold file with its calibration, if there is one.
 
-    `validated` are logits (clips, classes), labels (clips,) and middles (clips, 2 dim). `tested`
-    are logits and labels.
+    `validated` are logits (clips, classes), labels (clips,), middles (clips, 2 dim) and groups, of
+    every clip or none. `tested` are logits and labels.
     """
     found = fit(*validated)
     if found is None:

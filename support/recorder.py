@@ -124,7 +124,10 @@ class Recorder:
             "settings": asdict(self.settings),
             "versions": records.versions(),
         }
-        return calibrated(header, (*validation, middles), (logits, labels))
+        groups = []
+        if self.dataset.groups:
+            groups = [self.dataset.groups[i] for i in self.current.split.val]
+        return calibrated(header, (*validation, middles, groups), (logits, labels))
 
     def finish_fold(self, fold):
         """The fold file is there. Print its result, and delete the state to resume from."""

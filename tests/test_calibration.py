@@ -20,6 +20,8 @@ from support.calibration import (
     fit,
     middle_and_vector,
     middle_of,
+    parts_of,
+    scores_of_parts,
     temperature_of,
     width_of_middle,
 )
@@ -49,6 +51,23 @@ def clips(
     mixing = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0]
     middle = torch.from_numpy(hidden @ mixing).float()
     return torch.from_numpy(logits).float(), torch.from_numpy(labels), middle
+
+
+def test_a_group_is_measured_by_the_others():
+    """Two speakers, whose middles lie apart: to either of them the other one is strange."""
+    logits, _, middle = clips(80)
+    speakers = ["a", "b"] * 40
+    part = parts_of(speakers, 80)
+    assert part.tolist() == [0, 1] * 40
+    middle[1::2] += 20 * torch.sign(middle[0])
+    apart = scores_of_parts(logits.double(), middle.double(), speakers)
+    mixed = scores_of_parts(logits.double(), middle.double())
+    assert (apart > 2 * mixed.abs().max()).all()
+    for groups in ([], ["a"] * 80, ["a"] * 70 + ["b"] * 10):  # too little beside the one
+        assert parts_of(groups, 80).tolist() == list(range(5)) * 16
+    assert parts_of([f"{i // 10}" for i in range(80)], 80).tolist() == [
+        i // 10 % 5 for i in range(80)
+    ]
 
 
 @pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
