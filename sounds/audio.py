@@ -69,7 +69,7 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     """Yield what `read_audio` returns, in blocks of ten seconds, so that little memory is needed.
 
     Reads what libsndfile reads: WAV of any kind, FLAC, OGG and MP3, with any rate and channels.
-    Sounds that were joined in one file are read one after the other. Raises ValueError with the
+    Joined MP3 or Ogg files are read one after the other. Raises ValueError with the
     reason if the file is no audio, holds less than SHORTEST or what `mono` refuses, ends before
     `start`, or ends before its header says within what is asked for.
     """
