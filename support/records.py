@@ -16,7 +16,6 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,21 +50,16 @@ LOCK = ".run.lock"  # who writes the text files of a run holds it: several machi
 
 
 def check_folds(dataset):
-    """UserError for a fold without clips to train or test. Warnings for classes that have few."""
+    """UserError for a fold without clips to train or test, or a class without clips to train."""
     for fold, split in dataset.folds.items():
         if not split.train or not split.test:
             missing = "test" if split.train else "train"
             raise UserError(f"{dataset.root}: no clips to {missing}: say which in the data")
-        training = Counter(dataset.labels[i] for i in split.train)
-        testing = Counter(dataset.labels[i] for i in split.test)
+        training = {dataset.labels[i] for i in split.train}
         for label, name in enumerate(dataset.classes):
-            where = f"{dataset.root}: class {name!r} has"
-            if not training[label]:
-                raise UserError(f"{where} no training clips in fold {fold}: add some")
-            if training[label] == 1:
-                warn(f"{where} one training clip in fold {fold}")
-            if not testing[label]:
-                warn(f"{where} no test clips in fold {fold}")
+            if label not in training:
+                where = f"{dataset.root}: class {name!r}"
+                raise UserError(f"{where} has no training clips in fold {fold}: add some")
 
 
 def tell_of_gaps(dataset, folds):
