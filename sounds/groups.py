@@ -176,12 +176,13 @@ def with_stretches(
             rows.append([])
         rows[-1].append(i)
         before = (paths[i], labels[i], end)
+    stretches = [[] for _ in range(STRETCHES)]
+    for number, row in enumerate(rows):
+        stretches[number * STRETCHES // len(rows)] += row
     count = Counter(labels[i] for i in train)
     taken = 0
-    for k in np.random.default_rng(seed).permutation(STRETCHES).tolist():
-        first = k * len(rows) // STRETCHES
-        after = (k + 1) * len(rows) // STRETCHES
-        stretch = [i for row in rows[first:after] for i in row]
+    for k in np.random.default_rng(seed).permutation(STRETCHES):
+        stretch = stretches[k]
         here = Counter(labels[i] for i in stretch)
         if taken < STRETCHES // 4 and stretch and all(count[k] > n for k, n in here.items()):
             for i in stretch:

@@ -86,7 +86,7 @@ def folder(data_dir: Path | None, group: str | None, windows: float | None) -> L
             f"class, ignored ({names})"
         )
     if windows:
-        clips = cut(data_dir, clips, windows)
+        clips = cut(clips, windows)
     return own_sounds(data_dir, data_dir.resolve().name, clips, group)
 
 

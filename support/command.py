@@ -5,7 +5,6 @@ import difflib
 import errno
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 
 from ast_model import UserError
-from support import stop
 
 # ------------------------------------------------------------------------------------------ options
 
@@ -133,8 +131,6 @@ def printable(text: object, kept: str = "") -> str:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2."""
-    if signal.getsignal(signal.SIGINT) is stop:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # names of files that the locale cannot show
         with suppress(AttributeError):  # a test's output is no file
             stream.reconfigure(errors="backslashreplace")
@@ -164,17 +160,15 @@ def forget_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def reason_of(
-    error: OSError, where: Path | str = "the output", mend: str = "", what: str = ""
-) -> str:
+def reason_of(error: OSError, where: Path | str = "the output", mend: str = "") -> str:
     """One line about what went wrong, and where: `where`, unless the error itself says it.
 
-    `mend` follows a full disk. `what` precedes any other error.
+    `mend` follows a full disk.
     """
     where = error.filename or where
     if error.errno == errno.ENOSPC:
         return f"the disk is full ({where}): free some space{mend}"
-    return f"{what}{where}: {error.strerror or error}"
+    return f"{where}: {error.strerror or error}"
 
 
 def no_place(error: OSError, places: dict[str, Path]) -> str:
