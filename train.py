@@ -34,6 +34,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from support import command  # isort: skip, before torch, because of Ctrl-C
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,7 +62,6 @@ from load_weights import (
     trained_tensors,
 )
 from petl_more import PENALTIES, Patchout, fit
-from support import command
 from support.files import default_cache_dir
 from support.recorder import Recorder, protected
 from support.speed import Machine

@@ -133,14 +133,14 @@ def wav_parts(opened: BinaryIO, end: int, size: int) -> list[Part]:
 
 
 def ogg_parts(content: mmap.mmap) -> list[Part]:
-    """The parts of an Ogg file, Vorbis or Opus. RFC 3533, section 6, has the header of a page.
+    """The parts of an Ogg file, each one stream of Vorbis or Opus. A page: RFC 3533, section 6.
 
     ValueError if a page of sound is missing between two others. Between the headers and the first
     page of sound, pages are missing wherever a stream was recorded.
     """
     parts = []
-    last = {}  # the last page of each stream: its number, and whether sound has begun
-    begins = False  # whether the last page was the first one of its stream
+    before = 0  # the number of the last page
+    is_sound = False  # whether the last page had sound
     at = content.find(b"OggS")
     while at >= 0:
         page = content[at : at + 27]
@@ -150,16 +150,14 @@ def ogg_parts(content: mmap.mmap) -> list[Part]:
             if parts:
                 parts[-1].missing = math.inf
             break
-        if page[5] & 2 and not begins:
+        if page[5] & 2:  # the first page
             parts.append(Part([], missing=math.inf))
-            last = {}
-        begins = page[5] & 2
-        stream = page[14:18]
+            is_sound = False
         number = int.from_bytes(page[18:22], "little")
-        before, is_sound = last.get(stream, (number - 1, False))
         if is_sound and number != before + 1:
             raise ValueError("is damaged: pages in its middle are missing")
-        last[stream] = number, page[6:14] != bytes(8)
+        before = number
+        is_sound = page[6:14] != bytes(8)
         if parts:
             add(parts[-1].spans, at, end)
             if page[5] & 4:  # the last page

@@ -5,6 +5,7 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ast_model import UserError
+from support import stop
 
 # ------------------------------------------------------------------------------------------ options
 
@@ -131,6 +133,8 @@ def printable(text: object, kept: str = "") -> str:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2."""
+    if signal.getsignal(signal.SIGINT) is stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # names of files that the locale cannot show
         with suppress(AttributeError):  # a test's output is no file
             stream.reconfigure(errors="backslashreplace")

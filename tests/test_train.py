@@ -517,6 +517,29 @@ def test_interruption_by_the_user(train_main, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["train.py"], 130),
+        (["-m", "tools.predict"], 130),
+        (["-c", "import support, torch"], -signal.SIGINT),  # a program of one's own
+    ],
+)
+def test_interruption_while_torch_is_imported(words, code, tmp_path):
+    """A torch that is interrupted, in the place of the real one."""
+    interrupted = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError"
+    (tmp_path / "torch.py").write_text(interrupted)
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr == "interrupted\n" or code < 0
+
+
 # ------------------------------------------------------------------------- the list, the repository
 
 
