@@ -183,10 +183,13 @@ def clip_of(row: dict[str, str], root: Path) -> Clip:
 
 
 def require_each_once(origin: Path, clips: list[Clip]) -> None:
-    """UserError for a clip that is listed twice, perhaps by another way to its file."""
+    """UserError for a clip that is listed twice, perhaps by another way to its file.
+
+    A file may have the name of a piece of another file. The two count as one clip.
+    """
     seen = set()
     for clip in clips:
-        key = (os.path.realpath(clip.path), clip.span)
+        key = os.path.realpath(clip.path) + fragment(clip.span)
         if key in seen:
             raise UserError(
                 f"{origin}: {clip.path}{fragment(clip.span)} is listed twice: every clip must be "
