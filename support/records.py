@@ -25,14 +25,13 @@ import torch
 from filelock import FileLock
 
 from ast_model import UserError
-from support.checkpoints import read_header, read_json, sha256_of, unpickled
+from support.checkpoints import read_header, read_json, sha256_of, unpickled, write_state
 from support.command import first_of, warn
 from support.files import (
     csv_of,
     remove_left_behind,
     table_of,
     to_bytes,
-    whole_file,
     write_json,
     write_text,
 )
@@ -225,10 +224,7 @@ def save_progress(file, progress, settings, state):
         "history": progress.history,
         "seconds": progress.seconds,
     }
-    buffer = io.BytesIO()  # torch would call a full disk something else
-    torch.save({**state, "digest": sha256_of(state)}, buffer)
-    with whole_file(file) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_state(file, {**state, "digest": sha256_of(state)})
 
 
 def read_progress(file, fold, settings, resume):
