@@ -50,9 +50,12 @@ class Spliced(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}
-        self.position = origin[whence] + offset
-        return self.position
+        if whence == os.SEEK_CUR:
+            offset += self.position
+        elif whence == os.SEEK_END:
+            offset += self.size
+        self.position = offset
+        return offset
 
     def readinto(self, buffer) -> int:
         """Fill the buffer, but not beyond the end of a span. Returns the number of bytes."""

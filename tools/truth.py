@@ -12,8 +12,7 @@ import numpy as np
 
 from sounds.clip import spelling
 from sounds.own import labels_in
-from support.command import UserError, needed
-from tools.answers import printable
+from support.command import UserError, needed, printable
 
 LEAST = (0.3, 0.5)  # IoU
 
@@ -25,12 +24,12 @@ def labels_of(sound: Path, folder: Path, left_out: list[str]) -> list[Event]:
     track = folder / f"{sound.stem}.txt"
     if not track.is_file():
         raise UserError(f"--truth: {track} is not there: every sound needs a label track there")
-    labels = [(*clip.span, spelling(clip.label)) for clip in labels_in(track, sound)]
-    return [
-        (printable(sound), start, end, printable(label))
-        for start, end, label in labels
-        if label not in left_out
-    ]
+    events = []
+    for clip in labels_in(track, sound):
+        label = spelling(clip.label)
+        if label not in left_out:
+            events.append((printable(sound), *clip.span, printable(label)))
+    return events
 
 
 def pairs_of(found: list[Event], labels: list[Event], least: float) -> list[tuple[Event, Event]]:
