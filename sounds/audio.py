@@ -84,7 +84,8 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
             first = max(0, round((start - passed) * rate))
             end = passed + file.frames / rate
             wanted = min(promised - first, (seconds - heard) * rate)  # samples per channel
-            if wanted > 0 and not first >= file.frames > 0:
+            starts_later = 0 < file.frames <= first
+            if wanted > 0 and not starts_later:
                 resampler = soxr.ResampleStream(rate, RATE, num_channels=1)
                 read = 0
                 for samples in blocks_of(file, first, math.ceil(min(wanted, file.frames - first))):
@@ -180,8 +181,8 @@ def blocks_of(file, start: int, count: int) -> Iterator[np.ndarray]:
     position = start if file.seekable() else 0
     end = start + count
     while position < end:
-        size = min(10 * file.samplerate, (start if position < start else end) - position)
-        samples = read_samples(file, position, size)
+        goal = start if position < start else end
+        samples = read_samples(file, position, min(10 * file.samplerate, goal - position))
         if len(samples) == 0:
             break
         position += len(samples)

@@ -228,8 +228,10 @@ def mp3_frame(header: bytes) -> tuple[int, bytes]:
     rate = RATES[header[2] >> 2 & 3]
     if header[1] & 0x08:  # MPEG 1
         size = 144_000 * BIT_RATES[index] // rate
+    elif header[1] & 0x10:  # MPEG 2
+        size = 72_000 * BIT_RATES_2[index] // (rate // 2)
     else:
-        size = 72_000 * BIT_RATES_2[index] // (rate // (2 if header[1] & 0x10 else 4))
+        size = 72_000 * BIT_RATES_2[index] // (rate // 4)
     padding = header[2] >> 1 & 1
     return size + padding, bytes([header[1] & 0xFE, header[2] & 0x0C, header[3] >> 6 == 3])
 
