@@ -69,7 +69,7 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
     """Yield what `read_audio` returns, in blocks of ten seconds, so that little memory is needed.
 
     Reads what libsndfile reads: WAV of any kind, FLAC, OGG and MP3, with any rate and channels.
-    Sounds that were joined in one file are read one after the other. Raises ValueError with the
+    Joined MP3 or Ogg files are read one after the other. Raises ValueError with the
     reason if the file is no audio, holds less than SHORTEST or what `mono` refuses, ends before
     `start`, or ends before its header says within what is asked for.
     """
@@ -84,7 +84,8 @@ def stream_audio(path: Path, seconds: float = math.inf, start: float = 0) -> Ite
             first = max(0, round((start - passed) * rate))
             end = passed + file.frames / rate
             wanted = min(promised - first, (seconds - heard) * rate)  # samples per channel
-            if wanted > 0 and not first >= file.frames > 0:
+            starts_later = 0 < file.frames <= first
+            if wanted > 0 and not starts_later:
                 resampler = soxr.ResampleStream(rate, RATE, num_channels=1)
                 read = 0
                 for samples in blocks_of(file, first, math.ceil(min(wanted, file.frames - first))):
@@ -180,8 +181,8 @@ def blocks_of(file, start: int, count: int) -> Iterator[np.ndarray]:
     position = start if file.seekable() else 0
     end = start + count
     while position < end:
-        size = min(10 * file.samplerate, (start if position < start else end) - position)
-        samples = read_samples(file, position, size)
+        goal = start if position < start else end
+        samples = read_samples(file, position, min(10 * file.samplerate, goal - position))
         if len(samples) == 0:
             break
         position += len(samples)

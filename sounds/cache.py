@@ -24,7 +24,7 @@ def cached(
     front_end: str,
     compute: Compute,
     cache_dir: Path,
-    skip_bad: bool = False,
+    skip_bad: bool,
 ) -> tuple[np.memmap, dict[int, str]]:
     """Features of all clips of a `data.Dataset`, float16 (clips, *shape), mapped into memory.
 

@@ -63,9 +63,6 @@ def fragment(span: tuple[float, float]) -> str:
     return f"#{seconds(span[0])}-{seconds(span[1])}"
 
 
-def names_of(
-    paths: list[Path], root: Path, spans: dict[int, tuple[float, float]] | None = None
-) -> list[str]:
+def names_of(paths: list[Path], root: Path, spans: dict[int, tuple[float, float]]) -> list[str]:
     """`name_of` each path, with its `fragment`."""
-    spans = spans or {}
     return [name_of(path, root) + fragment(spans.get(i, WHOLE)) for i, path in enumerate(paths)]

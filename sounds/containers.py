@@ -1,8 +1,8 @@
 """Where the sounds in a file begin and end. libsndfile believes headers, and this looks.
 
-A header promises too much if the file was cut. It promises too little if files were joined, or if a
-recorder never came to write the length. An MP3 file need not promise anything: libsndfile then
-takes every frame for as large as the first one.
+A header promises too much if the file was cut. It promises too little if a recorder never came to
+write the length. Joined MP3 or Ogg files are several sounds. An MP3 file need not promise anything:
+libsndfile then takes every frame for as large as the first one.
 """
 
 import io
@@ -12,15 +12,16 @@ import os
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 
-class Part(NamedTuple):
+@dataclass
+class Part:
     """One sound in a file: `head`, and then the bytes of `spans`. libsndfile reads it as a file."""
 
     spans: list[tuple[int, int]]
     head: bytes = b""
-    missing: float = 0  # samples that were promised and are not there. inf: nobody knows how many
+    missing: float = 0.0  # samples that were promised and are not there. inf: nobody knows how many
 
 
 def as_file(opened: BinaryIO, part: Part):
@@ -49,9 +50,12 @@ class Spliced(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}
-        self.position = origin[whence] + offset
-        return self.position
+        if whence == os.SEEK_CUR:
+            offset += self.position
+        elif whence == os.SEEK_END:
+            offset += self.size
+        self.position = offset
+        return offset
 
     def readinto(self, buffer) -> int:
         """Fill the buffer, but not beyond the end of a span. Returns the number of bytes."""
@@ -71,12 +75,18 @@ class Spliced(io.RawIOBase):
 def parts_of(opened: BinaryIO) -> list[Part]:
     """The sounds that an open file holds, one after the other. FLAC and others are taken as one.
 
-    Raises ValueError if pages are missing in an Ogg file.
+    Raises ValueError if pages are missing in an Ogg file, or if WAV or AIFF files were joined.
     """
     size = os.fstat(opened.fileno()).st_size
     head = opened.read(12)
-    if head[:4] in (b"RIFF", b"FORM", b".snd"):
-        return parts_by_size(opened, size)
+    if head[:4] in (b"RIFF", b"FORM"):
+        order = "little" if head[:4] == b"RIFF" else "big"
+        end = 8 + int.from_bytes(head[4:8], order)
+        opened.seek(end)
+        if opened.read(4) == head[:4]:
+            raise ValueError("is several files in one: make a file of each")
+        if head[:4] == b"RIFF":
+            return wav_parts(opened, end, size)
     is_mp3 = head[:3] == b"ID3" or MP3_SYNC.match(head) or opened.name.lower().endswith(".mp3")
     if head[:4] == b"OggS" or (is_mp3 and size):
         return walked(opened, 0, size)
@@ -96,36 +106,12 @@ def walk(name: str, changed: int, start: int, end: int) -> list[Part]:
     return parts or [Part([(0, end)])]
 
 
-# --------------------------------------------------------------------------------- WAV, AIFF and AU
+# ---------------------------------------------------------------------------------------------- WAV
 
 
-def parts_by_size(opened: BinaryIO, size: int) -> list[Part]:
-    """The parts of a WAV, AIFF or AU file of `size` bytes. Its header says how many it has."""
-    parts = []
-    start = 0
-    while True:
-        opened.seek(start)
-        head = opened.read(12)
-        if head[:4] == b".snd":
-            end = start + int.from_bytes(head[4:8], "big") + int.from_bytes(head[8:12], "big")
-        else:
-            order = "little" if head[:4] == b"RIFF" else "big"
-            end = start + 8 + int.from_bytes(head[4:8], order)
-        if not start < end < size:
-            break
-        opened.seek(end)
-        if opened.read(4) != head[:4]:  # what follows is no other file
-            break
-        parts.append(Part([(start, end)]))
-        start = end
-    if head[:4] == b"RIFF":
-        return parts + wav_parts(opened, start, end, size)
-    return [*parts, Part([(start, size)])]
-
-
-def wav_parts(opened: BinaryIO, start: int, end: int, size: int) -> list[Part]:
-    """The Part of a WAV file from `start` on, whose header says that it ends at `end`."""
-    at = start + 12
+def wav_parts(opened: BinaryIO, end: int, size: int) -> list[Part]:
+    """The Part of a WAV file of `size` bytes, whose header says that it ends at `end`."""
+    at = 12
     kind = b""
     while True:
         opened.seek(at)
@@ -139,47 +125,46 @@ def wav_parts(opened: BinaryIO, start: int, end: int, size: int) -> list[Part]:
     samples = at + 8
     if kind == b"\x55\x00":  # an MP3
         return walked(opened, samples, min(samples + length, size))
-    if abs(end - size) > 1 and samples + length - start < (size - start) / 2:
+    if abs(end - size) > 1 and samples + length < size / 2:
         # The lengths are those of the recording's begin, because it was never ended.
-        opened.seek(start)
-        return [Part([(samples, size)], opened.read(samples - 4 - start) + b"\xff\xff\xff\xff")]
-    return [Part([(start, size)])]
+        opened.seek(0)
+        return [Part([(samples, size)], opened.read(samples - 4) + b"\xff\xff\xff\xff")]
+    return [Part([(0, size)])]
 
 
 # ---------------------------------------------------------------------------------------------- Ogg
 
 
 def ogg_parts(content: mmap.mmap) -> list[Part]:
-    """The parts of an Ogg file, Vorbis or Opus. RFC 3533, section 6, has the header of a page.
+    """The parts of an Ogg file, each one stream of Vorbis or Opus. A page: RFC 3533, section 6.
 
     ValueError if a page of sound is missing between two others. Between the headers and the first
     page of sound, pages are missing wherever a stream was recorded.
     """
     parts = []
-    last = {}  # the last page of each stream: its number, and whether sound has begun
-    begins = False  # whether the last page was the first one of its stream
+    before = 0  # the number of the last page
+    is_sound = False  # whether the last page had sound
     at = content.find(b"OggS")
     while at >= 0:
         page = content[at : at + 27]
         sizes = content[at + 27 : at + 27 + page[-1]]
         end = at + 27 + len(sizes) + sum(sizes)
         if len(page) < 27 or len(sizes) < page[26] or end > len(content):
-            parts[-1:] = [part._replace(missing=math.inf) for part in parts[-1:]]
+            if parts:
+                parts[-1].missing = math.inf
             break
-        if page[5] & 2 and not begins:
+        if page[5] & 2:  # the first page
             parts.append(Part([], missing=math.inf))
-            last = {}
-        begins = page[5] & 2
-        stream = page[14:18]
+            is_sound = False
         number = int.from_bytes(page[18:22], "little")
-        before, is_sound = last.get(stream, (number - 1, False))
         if is_sound and number != before + 1:
             raise ValueError("is damaged: pages in its middle are missing")
-        last[stream] = number, page[6:14] != bytes(8)
+        before = number
+        is_sound = page[6:14] != bytes(8)
         if parts:
             add(parts[-1].spans, at, end)
             if page[5] & 4:  # the last page
-                parts[-1] = parts[-1]._replace(missing=0)
+                parts[-1].missing = 0
         at = content.find(b"OggS", end)
     return parts
 
@@ -205,8 +190,7 @@ class Frames:
     """Frames of one kind that follow one another in an MP3 file."""
 
     kind: bytes
-    first: tuple[int, int]  # the bytes of the first one
-    promised: int | None  # how many follow it, if it says so
+    promised: int | None  # how many follow the first one, if it says so
     count: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)
 
@@ -216,13 +200,13 @@ def mp3_parts(content: mmap.mmap, start: int, end: int) -> list[Part]:
     sounds = []
     at = next_frame(content, start, end)
     while at < end:
-        size, kind = mp3_frame(content[at : at + 4].ljust(4, b"\0"))
+        size, kind = mp3_frame(content[at : at + 4])
         if size == 0 or at + size > end:
             at = next_frame(content, at + 1, end)
             continue
         promised = frames_promised(content, at, kind)
         if not sounds or promised is not None or kind != sounds[-1].kind:
-            sounds.append(Frames(kind, (at, at + size), promised))
+            sounds.append(Frames(kind, promised))
         sounds[-1].count += 1
         add(sounds[-1].spans, at, at + size)
         at += size
@@ -236,14 +220,18 @@ def mp3_frame(header: bytes) -> tuple[int, bytes]:
     ISO 11172-3, section 2.4.1.3. Frames of another kind have another version of MPEG, another rate,
     or another number of channels.
     """
+    if len(header) < 4 or not MP3_SYNC.match(header):
+        return 0, b""
     index = header[2] >> 4
-    if not MP3_SYNC.match(header) or index in (0, 15) or header[2] & 0x0C == 0x0C:
+    if index in (0, 15) or header[2] & 0x0C == 0x0C:
         return 0, b""
     rate = RATES[header[2] >> 2 & 3]
     if header[1] & 0x08:  # MPEG 1
         size = 144_000 * BIT_RATES[index] // rate
+    elif header[1] & 0x10:  # MPEG 2
+        size = 72_000 * BIT_RATES_2[index] // (rate // 2)
     else:
-        size = 72_000 * BIT_RATES_2[index] // (rate // (2 if header[1] & 0x10 else 4))
+        size = 72_000 * BIT_RATES_2[index] // (rate // 4)
     padding = header[2] >> 1 & 1
     return size + padding, bytes([header[1] & 0xFE, header[2] & 0x0C, header[3] >> 6 == 3])
 
@@ -254,7 +242,7 @@ def next_frame(content: mmap.mmap, start: int, end: int) -> int:
         at = sync.start()
         kinds = []
         for _ in range(3):
-            size, kind = mp3_frame(content[at : at + 4].ljust(4, b"\0"))
+            size, kind = mp3_frame(content[at : at + 4])
             kinds.append(kind)
             at += size
         if kinds[0] and kinds == 3 * kinds[:1]:
@@ -275,26 +263,24 @@ def frames_promised(content: mmap.mmap, at: int, kind: bytes) -> int | None:
     tag = at + tag_at(kind)
     if content[tag : tag + 4] in (b"Xing", b"Info"):
         return int.from_bytes(content[tag + 8 : tag + 12], "big") if content[tag + 7] & 1 else 0
-    if content[at + 36 : at + 40] == b"VBRI":
-        return int.from_bytes(content[at + 50 : at + 54], "big")
     return None
 
 
 def mp3_part(content: mmap.mmap, frames: Frames) -> Part:
     """The Part of these frames. It gets a new tag, unless it has one with their number."""
-    start, end = frames.first
+    (start, end), *others = frames.spans
     header = content[start : start + 4]
-    spans = frames.spans
     count = frames.count
     if frames.promised is not None:
         count -= 1
         if abs(frames.promised - count) <= MAY_DIFFER:
-            return Part(spans)
-        spans = [(end, spans[0][1]), *spans[1:]]
+            return Part(frames.spans)
+        start += mp3_frame(header)[0]
     tag = b"Xing" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
     # Without a checksum, of 128 or 80 kbit/s, and without padding.
     header = bytes([header[0], header[1] | 1, header[2] & 0x0C | 0x90, header[3]])
     size, kind = mp3_frame(header)
     head = (header + bytes(tag_at(kind) - 4) + tag).ljust(size, b"\0")
     samples = 1152 if kind[0] & 0x08 else 576  # of a frame
-    return Part(spans, head, samples * max(0, (frames.promised or 0) - count))
+    missing = samples * max(0, (frames.promised or 0) - count)
+    return Part([(start, end), *others], head, missing)

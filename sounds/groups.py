@@ -169,20 +169,20 @@ def with_stretches(
     train = [i for i in range(len(parts)) if parts[i] == "train" and i in spans]
     train.sort(key=lambda i: (paths[i], spans[i]))
     rows = []  # each has pieces of one class that follow each other without a gap
+    before = None  # path, label and end of the last piece
     for i in train:
-        if rows:
-            last = rows[-1][-1]
-            is_next = (paths[i], labels[i]) == (paths[last], labels[last])
-            if is_next and spans[i][0] <= spans[last][1]:
-                rows[-1].append(i)
-                continue
-        rows.append([i])
+        start, end = spans[i]
+        if before is None or before[:2] != (paths[i], labels[i]) or before[2] < start:
+            rows.append([])
+        rows[-1].append(i)
+        before = (paths[i], labels[i], end)
+    stretches = [[] for _ in range(STRETCHES)]
+    for number, row in enumerate(rows):
+        stretches[number * STRETCHES // len(rows)] += row
     count = Counter(labels[i] for i in train)
     taken = 0
-    for k in np.random.default_rng(seed).permutation(STRETCHES).tolist():
-        first = k * len(rows) // STRETCHES
-        after = (k + 1) * len(rows) // STRETCHES
-        stretch = [i for row in rows[first:after] for i in row]
+    for k in np.random.default_rng(seed).permutation(STRETCHES):
+        stretch = stretches[k]
         here = Counter(labels[i] for i in stretch)
         if taken < STRETCHES // 4 and stretch and all(count[k] > n for k, n in here.items()):
             for i in stretch:

@@ -45,21 +45,15 @@ LIKE_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", 
 
 
 def load(
-    kind: str,
-    data_dir,
-    group: str | None = None,
-    windows: float | None = None,
-    background: bool = False,
+    kind: str, data_dir: Path | None, group: str | None, windows: float | None, background: bool
 ) -> Listing:
     """The user's own sounds: those of a `folder`, or of a `csv` table or label tracks."""
     if kind == "folder":
-        return folder(data_dir, None, group, windows)
-    return table(data_dir, None, group, windows, background)
+        return folder(data_dir, group, windows)
+    return table(data_dir, group, windows, background)
 
 
-def folder(
-    data_dir: Path | None, cache_dir: Path, group: str | None = None, windows: float | None = None
-) -> Listing:
+def folder(data_dir: Path | None, group: str | None, windows: float | None) -> Listing:
     """One folder in `data_dir` for each class, with the sounds anywhere beneath it.
 
     Above the classes there may be train/, test/ and perhaps val/. Otherwise the seed draws the
@@ -92,7 +86,7 @@ def folder(
             f"class, ignored ({names})"
         )
     if windows:
-        clips = cut(data_dir, clips, windows)
+        clips = cut(clips, windows)
     return own_sounds(data_dir, data_dir.resolve().name, clips, group)
 
 
@@ -114,11 +108,7 @@ def parts_in(data_dir: Path) -> list[str]:
 
 
 def table(
-    data_dir: Path | None,
-    cache_dir: Path,
-    group: str | None = None,
-    windows: float | None = None,
-    background: bool = False,
+    data_dir: Path | None, group: str | None, windows: float | None, background: bool
 ) -> Listing:
     """A CSV file with the columns path and label, or a folder with label tracks.
 
@@ -195,25 +185,17 @@ def clip_of(row: dict[str, str], root: Path) -> Clip:
 def require_each_once(origin: Path, clips: list[Clip]) -> None:
     """UserError for a clip that is listed twice, perhaps by another way to its file.
 
-    Another file may have the name of a piece.
+    A file may have the name of a piece of another file. The two count as one clip.
     """
     seen = set()
-    names = set()
     for clip in clips:
-        key = (os.path.realpath(clip.path), clip.span)
-        name = name_of(clip.path, origin) + fragment(clip.span)
+        key = os.path.realpath(clip.path) + fragment(clip.span)
         if key in seen:
             raise UserError(
                 f"{origin}: {clip.path}{fragment(clip.span)} is listed twice: every clip must be "
                 "listed once"
             )
-        if name in names:
-            raise UserError(
-                f"{origin}: two clips are called {clip.path}{fragment(clip.span)}: rename the file "
-                "whose name looks like that of a piece"
-            )
         seen.add(key)
-        names.add(name)
 
 
 def span_of(start: str | None, end: str | None, where: str) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sounds.audio import lengths_of
-from sounds.clip import WHOLE, Clip, name_of
+from sounds.clip import WHOLE, Clip
 
 BACKGROUND = "background"  # the class of what no label of a recording covers
 PER_LABEL = 10  # windows of background for each window of a label, at most
@@ -31,16 +31,15 @@ def windows_in(span: Span, seconds: float) -> list[Span]:
     return windows
 
 
-def cut(data_dir: Path, clips: list[Clip], seconds: float) -> list[Clip]:
-    """The windows of recordings. The windows of one recording are a group."""
+def cut(clips: list[Clip], seconds: float) -> list[Clip]:
+    """The windows of recordings. A recording that is no longer than a window stays as it is."""
     lengths = lengths_of([clip.path for clip in clips], {}).tolist()
     windows = []
     for clip, length in zip(clips, lengths, strict=True):
-        recording = clip._replace(group=name_of(clip.path, data_dir))
-        if math.isnan(length) or length <= seconds:
-            windows.append(recording)
-            continue
-        windows += [recording._replace(span=span) for span in windows_in((0.0, length), seconds)]
+        if length > seconds:
+            windows += [clip._replace(span=span) for span in windows_in((0.0, length), seconds)]
+        else:  # or it is unreadable
+            windows.append(clip)
     return windows
 
 

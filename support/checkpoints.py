@@ -1,6 +1,7 @@
 """Files of tensors from anywhere: fetched, read without executing anything, refused in one line."""
 
 import hashlib
+import io
 import json
 import re
 import zipfile
@@ -99,6 +100,14 @@ def unpickled(path: Path):
         # PyTorch's own text may recommend to load the file unsafely.
         raise ValueError("it is no whole file of tensors") from None
     return content
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Write what `unpickled` reads, whole or not at all."""
+    buffer = io.BytesIO()  # torch would call a full disk something else
+    torch.save(state, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def sha256_of(content) -> str:

@@ -164,17 +164,15 @@ def forget_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def reason_of(
-    error: OSError, where: Path | str = "the output", mend: str = "", what: str = ""
-) -> str:
+def reason_of(error: OSError, where: Path | str = "the output", mend: str = "") -> str:
     """One line about what went wrong, and where: `where`, unless the error itself says it.
 
-    `mend` follows a full disk. `what` precedes any other error.
+    `mend` follows a full disk.
     """
     where = error.filename or where
     if error.errno == errno.ENOSPC:
         return f"the disk is full ({where}): free some space{mend}"
-    return f"{what}{where}: {error.strerror or error}"
+    return f"{where}: {error.strerror or error}"
 
 
 def no_place(error: OSError, places: dict[str, Path]) -> str:

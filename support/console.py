@@ -32,8 +32,6 @@ def describe(settings, device):
         str(device),
     ]
     line = f"{settings.method['name']} on {settings.dataset}: {', '.join(filter(None, words))}"
-    if is_fitted(settings):
-        return line
     if settings.keep or settings.method["parts"]:
         return line
     if settings.mask_frames:

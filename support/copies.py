@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support.command import first_of, warn
 
 CELL = (4, 8)  # frames and bands whose power is averaged
-FLOOR = 1e-5  # cells that are 50 dB below the loudest one, or more, hold no sound
+FLOOR = -50.0  # dB: cells that are so far below the loudest one hold no sound
 ALIKE = 0.7  # dB; see `pairs_of`
 NATS = 2 * 4.5689974  # what 1 is in the features: data.to_input divides by twice data.STD
 
@@ -21,7 +21,7 @@ def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
         parts.append({i: part for part, clips in vars(split).items() for i in clips})
     used = sorted(set().union(*parts))
     apart = []
-    for a, b in pairs_of(*levels_of(features, used)):
+    for a, b in pairs_of(levels_of(features, used)):
         i, j = sorted((used[a], used[b]))
         if any(i in part_of and j in part_of and part_of[i] != part_of[j] for part_of in parts):
             apart.append((i, j))
@@ -34,13 +34,12 @@ def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
         )
 
 
-def levels_of(features: torch.Tensor, clips: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The levels (clips, cells) of some clips, and how many of their cells hold sound, (clips,).
+def levels_of(features: torch.Tensor, clips: list[int]) -> torch.Tensor:
+    """The levels (clips, cells) of some clips, in dB of the loudest cell of each, FLOOR or more.
 
-    A level is in dB of the loudest cell of the clip, because a copy may be louder.
+    They are relative to that cell because a copy may be louder.
     """
     levels = []
-    counts = []
     for some in torch.tensor(clips).split(32):
         x = features[some.to(features.device)].cpu().float()  # (some, frames, bands)
         is_silent = x.amax(2) == x.amin(2)  # frames of padding, or of zeros
@@ -48,12 +47,11 @@ def levels_of(features: torch.Tensor, clips: list[int]) -> tuple[torch.Tensor, t
         power[is_silent] = 0
         cells = F.avg_pool2d(power[:, None], CELL).flatten(1)  # (some, cells)
         cells /= cells.amax(1, keepdim=True).clamp_min(2**-23)
-        counts.append((cells > FLOOR).sum(1))
-        levels.append(10 * cells.clamp_min(FLOOR).log10())
-    return torch.cat(levels), torch.cat(counts)
+        levels.append((10 * cells.log10()).clamp_min(FLOOR))
+    return torch.cat(levels)
 
 
-def pairs_of(levels: torch.Tensor, counts: torch.Tensor) -> list[tuple[int, int]]:
+def pairs_of(levels: torch.Tensor) -> list[tuple[int, int]]:
     """The pairs of clips whose levels differ by less than ALIKE.
 
     The difference is the root of the mean square over the cells that hold sound. It is zero for
@@ -64,7 +62,7 @@ def pairs_of(levels: torch.Tensor, counts: torch.Tensor) -> list[tuple[int, int]
     """
     means, order = levels.mean(1).sort()
     levels = levels[order]
-    limits = ALIKE * counts[order].sqrt()
+    limits = ALIKE * (levels > FLOOR).sum(1).sqrt()
     pairs = []
     for first in range(0, len(order), 64):
         block = slice(first, first + 64)

@@ -111,15 +111,13 @@ def put_back(earlier: Path, path: Path) -> None:
 
 def csv_of(rows: Iterable[Iterable]) -> str:
     """Rows as CSV, each on a line that ends with \\n."""
-    text = io.StringIO()
-    plain = csv.writer(text, lineterminator="\n")
-    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    lines = []
     for row in rows:
-        row = list(row)
-        # Without quotes, a \r in a name would be read as the end of a line.
-        writer = quoted if any("\r" in str(cell) for cell in row) else plain
-        writer.writerow(row)
-    return text.getvalue()
+        text = io.StringIO()
+        # A line ends with \r\n at first, so that a name with \r or \n in it gets quotes.
+        csv.writer(text, lineterminator="\r\n").writerow(row)
+        lines.append(text.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 def table_of(columns: Iterable[str], rows: Iterable[dict]) -> str:

@@ -16,7 +16,6 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,13 @@ import torch
 from filelock import FileLock
 
 from ast_model import UserError
-from support.checkpoints import read_header, read_json, sha256_of, unpickled
+from support.checkpoints import read_header, read_json, sha256_of, unpickled, write_state
 from support.command import first_of, warn
 from support.files import (
     csv_of,
     remove_left_behind,
     table_of,
     to_bytes,
-    whole_file,
     write_json,
     write_text,
 )
@@ -51,21 +49,16 @@ LOCK = ".run.lock"  # who writes the text files of a run holds it: several machi
 
 
 def check_folds(dataset):
-    """UserError for a fold without clips to train or test. Warnings for classes that have few."""
+    """UserError for a fold without clips to train or test, or a class without clips to train."""
     for fold, split in dataset.folds.items():
         if not split.train or not split.test:
             missing = "test" if split.train else "train"
             raise UserError(f"{dataset.root}: no clips to {missing}: say which in the data")
-        training = Counter(dataset.labels[i] for i in split.train)
-        testing = Counter(dataset.labels[i] for i in split.test)
+        training = {dataset.labels[i] for i in split.train}
         for label, name in enumerate(dataset.classes):
-            where = f"{dataset.root}: class {name!r} has"
-            if not training[label]:
-                raise UserError(f"{where} no training clips in fold {fold}: add some")
-            if training[label] == 1:
-                warn(f"{where} one training clip in fold {fold}")
-            if not testing[label]:
-                warn(f"{where} no test clips in fold {fold}")
+            if label not in training:
+                where = f"{dataset.root}: class {name!r}"
+                raise UserError(f"{where} has no training clips in fold {fold}: add some")
 
 
 def tell_of_gaps(dataset, folds):
@@ -231,10 +224,7 @@ def save_progress(file, progress, settings, state):
         "history": progress.history,
         "seconds": progress.seconds,
     }
-    buffer = io.BytesIO()  # torch would call a full disk something else
-    torch.save({**state, "digest": sha256_of(state)}, buffer)
-    with whole_file(file) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_state(file, {**state, "digest": sha256_of(state)})
 
 
 def read_progress(file, fold, settings, resume):

@@ -14,9 +14,9 @@ import numpy as np
 from support.files import whole_file
 
 
-def row_type(shape: tuple[int, ...], dtype: str = "<f2") -> np.dtype:
+def row_type(shape: tuple[int, ...]) -> np.dtype:
     """One clip."""
-    return np.dtype([("key", "<u8"), ("features", dtype, shape)])
+    return np.dtype([("key", "<u8"), ("features", "<f2", shape)])
 
 
 def open_rows(path: Path, kind: np.dtype, count: int) -> np.memmap | None:

@@ -47,17 +47,15 @@ def scores(counts: np.ndarray, classes: list[str]) -> dict:
         "macro_f1": f1[true + answered > 0].mean(),
         "majority": 100 * true.max() / true.sum(),
     }
-    total = {name: round(float(value), 4) for name, value in total.items()}
-    total["classes"] = {
-        name: {
-            "support": int(true[i]),
-            "precision": round(float(precision[i]), 4),
-            "recall": round(float(recall[i]), 4),
-            "f1": round(float(f1[i]), 4),
-        }
-        for i, name in enumerate(classes)
-    }
-    return total
+    of_class = {}
+    for i, name in enumerate(classes):
+        rates = {"precision": precision[i], "recall": recall[i], "f1": f1[i]}
+        of_class[name] = {"support": int(true[i]), **rounded(rates)}
+    return {**rounded(total), "classes": of_class}
+
+
+def rounded(numbers: dict) -> dict[str, float]:
+    return {name: round(float(number), 4) for name, number in numbers.items()}
 
 
 def balanced_interval(

@@ -195,19 +195,20 @@ def load(
         files = [path]
     if not files:
         raise UserError(f"{path} holds no fold*.safetensors: give a run with a finished fold")
-    for file, header in zip(files, headers, strict=True):
-        if header.get("front_end", FRONT_END) != FRONT_END:
-            raise UserError(f"{file} was trained with another front end than {FRONT_END}")
     models = [load_trained(file, weights) for file in files]
     classes = headers[0].get("classes")
     if classes is None:
         classes = [f"class {i}" for i in range(models[0].config.n_classes)]
-    calibrations = [Calibration(**header.get("calibration", {})) for header in headers]
-    for file, model, calibration in zip(files, models, calibrations, strict=True):
+    calibrations = []
+    for file, header, model in zip(files, headers, models, strict=True):
+        if header.get("front_end", FRONT_END) != FRONT_END:
+            raise UserError(f"{file} was trained with another front end than {FRONT_END}")
+        calibration = Calibration(**header.get("calibration", {}))
         width = width_of_middle(model)
         numbers = len(calibration.mean)
         if numbers not in (0, width):
             raise UserError(f"{file}: calibration.mean: Expected {width} numbers, got {numbers}")
+        calibrations.append(calibration)
     if min_confidence is None:
         min_confidence = float(np.mean([each.min_confidence for each in calibrations]))
     machine = place(models, device)

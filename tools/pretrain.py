@@ -9,7 +9,6 @@ in it. So the same command continues an interrupted run where its state was last
 with the bits of an unbroken one.
 """
 
-import io
 import math
 import sys
 from dataclasses import replace
@@ -24,9 +23,8 @@ import data
 from load_weights import load_ast, save_ast
 from petl_more import Patchout
 from sounds.audio import files_in, read_audio
-from support.checkpoints import check_suffix, sha256_of, unpickled
+from support.checkpoints import check_suffix, sha256_of, unpickled, write_state
 from support.command import Parser, UserError, exit_code, positive, warn
-from support.files import whole_file
 from support.processes import say
 from support.progress import Bar
 from support.records import check_not_of_run
@@ -174,10 +172,7 @@ def pretrain(waves, weights, steps, out, size=64, save_every=250):
             state = {"which": which, "step": step + 1}
             state["model"] = model.state_dict()
             state["optimizer"] = optimizer.state_dict()
-            buffer = io.BytesIO()  # torch would call a full disk something else
-            torch.save(state, buffer)
-            with whole_file(file) as temporary:
-                temporary.write_bytes(buffer.getbuffer())
+            write_state(file, state)
 
     model.head = nn.Identity()
     model.config = replace(model.config, n_classes=1)

@@ -12,8 +12,7 @@ import numpy as np
 
 from sounds.clip import spelling
 from sounds.own import labels_in
-from support.command import UserError, needed
-from tools.answers import printable
+from support.command import UserError, needed, printable
 
 LEAST = (0.3, 0.5)  # IoU
 
@@ -25,12 +24,12 @@ def labels_of(sound: Path, folder: Path, left_out: list[str]) -> list[Event]:
     track = folder / f"{sound.stem}.txt"
     if not track.is_file():
         raise UserError(f"--truth: {track} is not there: every sound needs a label track there")
-    labels = [(*clip.span, spelling(clip.label)) for clip in labels_in(track, sound)]
-    return [
-        (printable(sound), start, end, printable(label))
-        for start, end, label in labels
-        if label not in left_out
-    ]
+    events = []
+    for clip in labels_in(track, sound):
+        label = spelling(clip.label)
+        if label not in left_out:
+            events.append((printable(sound), *clip.span, printable(label)))
+    return events
 
 
 def pairs_of(found: list[Event], labels: list[Event], least: float) -> list[tuple[Event, Event]]:
@@ -43,17 +42,19 @@ def pairs_of(found: list[Event], labels: list[Event], least: float) -> list[tupl
             of_kind[event[0], event[3]][which].append(event)
     pairs = []
     for events, truth in of_kind.values():
-        fits = iou(events, truth) >= least
+        if not events or not truth:
+            continue
+        fits = np.array([[iou(event, label) >= least for label in truth] for event in events])
         rows, columns = linear_sum_assignment(fits, maximize=True)
         pairs += [(events[i], truth[j]) for i, j in zip(rows, columns, strict=True) if fits[i, j]]
     return pairs
 
 
-def iou(events: list[Event], labels: list[Event]) -> np.ndarray:
-    """The IoU of each event with each label, (events, labels)."""
-    start, end = np.array([event[1:3] for event in events]).reshape(-1, 2).T[:, :, None]
-    first, last = np.array([label[1:3] for label in labels]).reshape(-1, 2).T[:, None, :]
-    both = (np.minimum(end, last) - np.maximum(start, first)).clip(0)
+def iou(event: Event, label: Event) -> float:
+    """The seconds that both have, over the seconds that one of them has."""
+    _, start, end, _ = event
+    _, first, last, _ = label
+    both = max(0, min(end, last) - max(start, first))
     return both / (end - start + last - first - both)
 
 

@@ -465,7 +465,7 @@ def test_of_two_folds_none_validates(tmp_path):
     ],
 )
 def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
-    assert names_of([Path(path)], Path(root)) == [os.path.relpath(path, root)]
+    assert names_of([Path(path)], Path(root), {}) == [os.path.relpath(path, root)]
 
 
 def test_a_clip_on_another_drive_has_its_whole_path_as_name(monkeypatch):
