@@ -142,6 +142,8 @@ def readable(path: Path):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("is no file")  # to open a pipe may take forever
+        if os.stat(path).st_size == 0:
+            raise ValueError("is empty: it has 0 bytes")
         # Opened by Python, because soundfile cannot open a name that is not UTF-8.
         with open(path, "rb", buffering=0) as opened:
             yield opened

@@ -9,9 +9,10 @@ from support.command import first_of
 from support.files import write_json
 from support.processes import say
 from support.records import mean_and_std
-from support.scores import balanced_interval
+from support.scores import ENOUGH, balanced_interval
 
 ROWS = 10  # of the table of classes
+GROUPS = 12  # so many are named
 FEW = 5  # test clips; with fewer the recall of a class is in steps of 25 % or more
 FITTED = ("Statistics", "LogMel")  # parts of petl_more.py that are fitted
 
@@ -43,6 +44,17 @@ def describe(settings, device):
         f"{line}\nlinear probe: each clip goes through the backbone once, the epochs train on what "
         "is kept of it"
     )
+
+
+def describe_groups(dataset, split):
+    """Which groups of own sounds train, validate and test, in one line. "" if there are many."""
+    if not 0 < len(set(dataset.groups)) <= GROUPS:
+        return ""
+    parts = []
+    for part, clips in (("train", split.train), ("validate", split.val), ("test", split.test)):
+        names = sorted({dataset.groups[i] for i in clips})
+        parts.append(f"{part}: {', '.join(names) or 'none'}")
+    return "groups that " + "; ".join(parts)
 
 
 def describe_training(settings):
@@ -127,7 +139,7 @@ def describe_baseline(result, name):
         "classifier of the features alone"
     ]
     if logmel_is_better(result):
-        lines.append(f"  note            logmel is better than {name}: no backbone is needed here")
+        lines.append(f"  note            logmel, without a backbone, is better than {name} here")
     return lines
 
 
@@ -166,6 +178,9 @@ def balanced_accuracy(run, dataset):
         return text
     groups = dict(zip(dataset.names, dataset.groups, strict=False))  # perhaps there are none
     interval = balanced_interval(run.tested(), run.classes, groups)
+    tested = {groups[row["path"]] for row in run.tested()} if groups else ()
+    if 0 < len(tested) < ENOUGH:
+        return f"{text} (groups that test: {len(tested)}, too few for an interval)"
     if interval is None:
         return text
     drawn = "groups" if groups else "clips"

@@ -7,6 +7,7 @@ import numpy as np
 from support.files import csv_of
 
 DRAWS = 2000  # of the bootstrap
+ENOUGH = 5  # recordings; the draws of fewer say too little
 
 
 def confusion(rows: Iterable[dict], classes: list[str]) -> np.ndarray:
@@ -64,11 +65,13 @@ def balanced_interval(
     """The 95 % interval of balanced accuracy in percent: a percentile bootstrap (Efron, 1979).
 
     rows: test clips with path, label and prediction. groups: {path: recording}, empty if every clip
-    is one. A draw takes as many recordings as there are, some of them several times. None if all
-    draws are alike: then there is one recording, or nothing is wrong, and it says nothing.
+    is one. A draw takes as many recordings as there are, some of them several times. None if there
+    are fewer than ENOUGH recordings, or if all draws are alike, because nothing is wrong.
     """
     recordings = [groups.get(row["path"], row["path"]) for row in rows]
     place = {recording: i for i, recording in enumerate(dict.fromkeys(recordings))}
+    if len(place) < ENOUGH:
+        return None
     number = {name: i for i, name in enumerate(classes)}
     clips = np.zeros((len(place), len(classes)))
     right = np.zeros_like(clips)

@@ -244,7 +244,7 @@ def make_bad_files(folder: Path) -> dict[str, str]:
         soundfile.write(folder / name, samples, 16_000, subtype="FLOAT")
     return reasons | {
         "header.wav": "no samples",
-        "empty.wav": "not recognised",
+        "empty.wav": "is empty",
         "text.wav": "not recognised",
         "noise.mp3": "not recognised",
         "data.raw": "not recognised",

@@ -169,6 +169,6 @@ def test_what_to_try_next(name, weights, device, result, step):
 def test_the_summary_says_where_the_features_alone_are_better():
     lines = console.describe_baseline(BETTER, "lora")
     assert "60.00 % (balanced 51.00 %) for logmel" in lines[0]
-    assert "logmel is better than lora" in lines[1]
+    assert "logmel, without a backbone, is better than lora" in lines[1]
     assert len(console.describe_baseline(WORSE, "lora")) == 1
     assert console.describe_baseline(OTHERS, "lora") == []

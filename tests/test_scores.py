@@ -18,7 +18,7 @@ from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight
 
 import train
-from data import Dataset
+from data import Dataset, Split
 from support import console
 from support.records import Run
 from support.scores import balanced_interval, confusion, scores
@@ -114,11 +114,26 @@ def test_copies_of_a_recording_tell_no_more_than_one():
 
 
 def test_no_interval_where_draws_are_alike():
-    right = with_paths(rows_of([0, 0, 1], [0, 0, 1]))
-    wrong = with_paths(rows_of([0, 0, 1], [0, 1, 1]))
+    right = with_paths(rows_of([0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]))
+    wrong = with_paths(rows_of([0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]))
     assert balanced_interval(right, CLASSES, {}) is None
-    assert balanced_interval(wrong, CLASSES, {row["path"]: "one" for row in wrong}) is None
     assert balanced_interval(wrong, CLASSES, {}) is not None
+
+
+def test_no_interval_by_few_recordings():
+    rows = with_paths(rows_of([0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]))
+    assert balanced_interval(rows, CLASSES, {f"{i}.wav": str(i % 4) for i in range(6)}) is None
+    assert balanced_interval(rows, CLASSES, {f"{i}.wav": str(i % 5) for i in range(6)}) is not None
+
+
+def test_few_groups_are_named():
+    groups = ["b", "a", "b", "c"]
+    dataset = Dataset("my", Path("my"), [], [], [], {}, groups=groups)
+    expected = "groups that train: a, b; validate: none; test: c"
+    assert console.describe_groups(dataset, Split([0, 1, 2], [], [3])) == expected
+    many = Dataset("my", Path("my"), [], [], [], {}, groups=[str(i) for i in range(13)])
+    assert console.describe_groups(many, Split([0], [1], [2])) == ""
+    assert console.describe_groups(NO_HINT, Split([0], [1], [2])) == ""
 
 
 def test_weights_of_classes_are_balanced():
@@ -224,7 +239,10 @@ def test_what_accuracy_hides():
     )
     paths = [Path("my") / row["path"] for row in run.split]
     whole = Dataset("my", Path("my"), [], paths, [], {}, groups=["one"] * 20)
-    assert console.balanced_accuracy(run, whole) == "balanced accuracy 66.67 %"
+    assert (
+        console.balanced_accuracy(run, whole)
+        == "balanced accuracy 66.67 % (groups that test: 1, too few for an interval)"
+    )
     plain = made_up({**answers, "c/0.wav": "a"}, "accuracy")
     assert console.balanced_accuracy(plain, NO_HINT) == "balanced accuracy 66.67 %"
 
@@ -280,7 +298,8 @@ def test_the_pattern_that_is_printed_keeps_recordings_together(tmp_path, capsys)
     (tmp_path / "runs").rename(tmp_path / "old")
     assert train_on("folder", root, tmp_path, *shlex.split(hint)) == 0
     out = capsys.readouterr().out
-    assert shared() == [] and "named like pieces" not in out and ", over groups)" in out
+    assert shared() == [] and "named like pieces" not in out
+    assert "groups that train: " in out
 
 
 def test_parts_of_the_users_own_are_not_drawn_anew():
