@@ -729,7 +729,7 @@ def test_no_name_commands_the_terminal(tmp_path, capsys):
 
     Whether they were heard, refused, reported or shown.
     """
-    evil = "\x1b]0;title\x07\x9b2A\u202e\r"
+    evil = "\x1b]0;title\x07\x9b2A\n\u202e\r"
     sounds = make_folder(tmp_path / evil, 5, (evil, "low"))
     (sounds / "low" / f"{evil}.wav").write_text("no sound")
     (sounds / "low" / f"{evil}.doc").write_text("no sound")
@@ -747,7 +747,8 @@ def test_no_name_commands_the_terminal(tmp_path, capsys):
     assert export.main(["export", fold, "--to", "merged", "--out", merged]) == 0
     assert export.main(["export", fold, "--to", "hf", "--out", str(out / "hf")]) == 2
     printed = "".join(capsys.readouterr())
-    assert "\\x1b]0;title\\x07\\x9b2A\\u202e\\r" in printed
+    assert "\\x1b]0;title\\x07\\x9b2A\\n\\u202e\\r" in printed
+    assert "\n\\u202e" not in printed
     assert printed.isascii() and printed.replace("\n", "").isprintable()
 
 
