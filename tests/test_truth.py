@@ -113,6 +113,9 @@ def test_events_beside_labels(tmp_path, capsys):
     ):
         code, _, error = run(*words)
         assert code == 2 and message in error
+    for words in (["--min-length", "1"], ["--without", "dog"]):
+        assert predict.main([str(fold), str(sounds[0]), *words]) == 2
+        assert "--min-length and --without are for --events" in capsys.readouterr().err
 
 
 def test_labels_without_a_class(tmp_path):

@@ -370,6 +370,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("no sounds to classify: give files or folders after the run")
     if args.truth and not (args.events and args.form == "text"):
         raise UserError("--truth is for --events, and neither for --json nor for --csv")
+    if not args.events and (args.min_length is not None or len(args.without) > 1):
+        raise UserError("--min-length and --without are for --events")
     if args.min_length is not None and not 0 <= args.min_length < math.inf:
         raise UserError(f"--min-length {args.min_length}: give a number of seconds")
     for option, share in (
