@@ -25,6 +25,7 @@ TOO_SHORT = re.compile(
 )
 UNKNOWN_LENGTH = 0x7FFF_F000  # bytes: such a header, or a larger one, was written into a pipe
 NO_LENGTH = 2**63 - 1  # samples: what libsndfile reports for a FLAC file written into a pipe
+DENSE = 20  # samples a byte: in a FLAC file of silence or of a damaged header, which may say years
 MAY_BE_MISSING = 0.1  # seconds, because some encoders round the length
 SHORTEST = 0.001  # seconds of a sound
 LOWEST_RATE = 100  # Hz
@@ -172,7 +173,21 @@ def sounds_in(opened: BinaryIO) -> Iterator[tuple]:
             if file.samplerate < LOWEST_RATE:
                 raise ValueError(f"has a header that says {file.samplerate} samples a second")
             promised = length_in_header(file) + part.missing
+            size = os.fstat(opened.fileno()).st_size
+            if file.format == "FLAC" and promised > DENSE * size and not has_end(file):
+                raise ValueError(f"is damaged: its header says {promised / file.samplerate:,.0f} s")
             yield file, min(promised, file.frames + file.samplerate)
+
+
+def has_end(file) -> bool:
+    """Whether an open soundfile.SoundFile has its last sample, to which it seeks."""
+    import soundfile
+
+    try:
+        file.seek(file.frames - 1)
+    except soundfile.LibsndfileError:
+        return False
+    return True
 
 
 def blocks_of(file, start: int, count: int) -> Iterator[np.ndarray]:

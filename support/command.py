@@ -121,13 +121,13 @@ def choose_dtype(name: str, device: torch.device) -> str:
 # ------------------------------------------------------------------------- what is printed, errors
 
 
-def printable(text: object, kept: str = "") -> str:
+def printable(text: object) -> str:
     """A text that a terminal can print. A control character in a name would command the terminal.
 
-    A control character becomes its escape, such as \\x1b, unless it is one of `kept`. A byte NN of
-    a file's name that is no text becomes \\xNN. Python reads such a byte as the character \\udcNN.
+    A control character becomes its escape, such as \\x1b. A byte NN of a file's name that is no
+    text becomes \\xNN. Python reads such a byte as the character \\udcNN.
     """
-    shown = (c if c.isprintable() or c in kept else repr(c)[1:-1] for c in str(text))
+    shown = (c if c.isprintable() else repr(c)[1:-1] for c in str(text))
     return "".join(shown).replace("\\udc", "\\x")
 
 

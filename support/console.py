@@ -5,7 +5,7 @@ import shlex
 from collections import Counter
 from statistics import mean
 
-from support.command import first_of
+from support.command import first_of, printable
 from support.files import write_json
 from support.processes import say
 from support.records import mean_and_std
@@ -32,7 +32,8 @@ def describe(settings, device):
         settings.dtype,
         str(device),
     ]
-    line = f"{settings.method['name']} on {settings.dataset}: {', '.join(filter(None, words))}"
+    what = ", ".join(filter(None, words))
+    line = printable(f"{settings.method['name']} on {settings.dataset}: {what}")
     if settings.keep or settings.method["parts"]:
         return line
     if settings.mask_frames:
@@ -125,7 +126,7 @@ def summary(run, dataset, device="cpu"):
         *describe_classes(scores["classes"]),
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def describe_baseline(result, name):

@@ -77,10 +77,15 @@ class Settings(Struct):
 class RunConfig(Settings):
     """config.json of a run: its settings, and where its sounds and features were."""
 
+    seed: Count
+    epochs: Count
+    mask_frames: Count
+    choose_by: Text
+    balance: bool
     cache_dir: Text
     data_dir: Text | None
     group: Text | None
-    windows: Number | None
+    windows: Annotated[float, Meta(ge=0.16, le=60)] | None  # as --seconds
     background: bool
 
 
@@ -122,12 +127,21 @@ class Result(Struct):
     logmel_balanced_accuracy: Number | UnsetType = UNSET
 
 
+class Epoch(Struct):
+    """What programs read of a row of metrics.csv."""
+
+    fold: Count
+    epoch: Count
+    loss: Number
+    accuracy: Number | Literal[""]  # "": there are no validation clips
+
+
 class Record(Struct):
     """How a fold was trained, and its answers for the clips of split.csv: validation, then test."""
 
-    history: list[dict[str, int | float | str]]  # rows of metrics.csv
+    history: list[Epoch]
     predictions: list[Count]  # numbers of classes
-    millionths: list[Count]  # the probabilities of these classes
+    millionths: list[Annotated[int, Meta(ge=0, le=10**6)]]  # the probabilities of these classes
 
 
 class Parameters(Struct):
@@ -181,8 +195,9 @@ def check_header(content: dict, origin: Path | str) -> None:
     """UserError unless this is the header of a file of ours."""
     header = checked(content, Whole if "config" in content else Trained, origin)
     n_classes = header.config.n_classes if "config" in content else header.n_classes
-    if header.classes is not UNSET and len(header.classes) != n_classes:
-        raise UserError(f"{origin}: classes: Expected {n_classes} names")
+    names = header.classes or []
+    if header.classes is not UNSET and not len(names) == len(set(names)) == n_classes:
+        raise UserError(f"{origin}: classes: Expected {n_classes} names, each of them once")
     if header.record and max(header.record.predictions, default=0) >= n_classes:
         raise UserError(f"{origin}: record.predictions: Expected numbers below {n_classes}")
     if header.calibration:

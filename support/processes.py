@@ -29,7 +29,13 @@ def is_first() -> bool:
 def say(*words) -> None:
     """Print in the first process only. Control characters in names become escapes."""
     if is_first():
-        print(*(printable(word, kept="\n") for word in words), flush=True)
+        print(*map(printable, words), flush=True)
+
+
+def say_lines(text: str) -> None:
+    """Say each line of a text in which a name has none: they are escaped already."""
+    for line in text.split("\n"):
+        say(line)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ast_model import UserError
 from support import command, console, records
 from support.calibration import calibrated, middles_of
 from support.copies import warn_of_copies
-from support.processes import process_group, say, wait_for_all
+from support.processes import process_group, say, say_lines, wait_for_all
 from support.progress import Bar, in_words
 from support.variants import has
 
@@ -85,7 +85,7 @@ class Recorder:
         names = self.dataset.names
         options = vars(self.args)
         self.rows = records.start_run(self.folder, settings, self.table, names, self.bad, options)
-        say(console.describe(settings, self.args.device))
+        say_lines(console.describe(settings, self.args.device))
 
     def file(self, fold):
         return self.folder / f"fold{fold}.safetensors"
@@ -145,7 +145,7 @@ class Recorder:
         wait_for_all()
         if self.machine.is_first:
             run = records.write_results(self.folder)
-            say(console.summary(run, self.dataset, self.machine.device.type))
+            say_lines(console.summary(run, self.dataset, self.machine.device.type))
             self.summaries[self.settings.seed] = run.result()
 
     def results(self):

@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from support.scores import confusion, confusion_table, scores
 
 # Options of train.py that find the clips.
 SOURCE = ("data_dir", "cache_dir", "group", "windows", "background")
+SPLIT = ("fold", "split", "label", "path")  # columns of split.csv
 METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # columns of metrics.csv
 AGAIN = "the same command of train.py writes it again"
 LOCK = ".run.lock"  # who writes the text files of a run holds it: several machines may train it
@@ -79,7 +81,7 @@ def split_table(dataset, folds, bad):
 
     Training clips that --shots has not drawn are left out.
     """
-    rows = [["fold", "split", "label", "path"]]
+    rows = [SPLIT]
     names = dataset.names
     for fold, split in folds.items():
         for part, clips in {**vars(split), "skipped": sorted(bad)}.items():
@@ -177,6 +179,8 @@ def read_folds(folder: Path) -> dict[int, dict]:
     for fold, file in fold_files(folder).items():
         headers[fold] = read_fold(file, fold, settings)
         settings = headers[fold]["settings"]
+        if headers[fold]["classes"] != next(iter(headers.values()))["classes"]:
+            raise UserError(f"{file} has other classes than the first fold: delete it, and {AGAIN}")
     return headers
 
 
@@ -363,8 +367,29 @@ def read_run(folder: Path) -> Run:
     table = (folder / "split.csv").read_bytes().decode("utf-8", "surrogateescape")
     if hash_of(table) != config["clips"]:
         raise UserError(f"{folder / 'split.csv'} is not that of the run: delete it, and {AGAIN}")
-    rows = csv.DictReader(io.StringIO(table, newline=""))
-    return Run(folder, config, list(rows), folds)
+    try:
+        rows = list(csv.DictReader(io.StringIO(table, newline="")))
+    except csv.Error:  # a cell is too long
+        rows = []
+    is_whole = all(row.keys() == set(SPLIT) and None not in row.values() for row in rows)
+    if not is_whole or not all(answers_fit(header, rows) for header in folds.values()):
+        raise UserError(
+            f"{folder}: split.csv and the fold files do not fit: delete it, and {AGAIN}"
+        )
+    return Run(folder, config, rows, folds)
+
+
+def answers_fit(header: dict, rows: list[dict]) -> bool:
+    """Whether a fold file answers its clips in split.csv, some of which test. See `Record`."""
+    fold = str(header["result"]["fold"])
+    labels = defaultdict(list)
+    for row in rows:
+        if row["fold"] == fold:
+            labels[row["split"]].append(row["label"])
+    answered = labels["val"] + labels["test"]
+    record = header["record"]
+    is_complete = len(answered) == len(record["predictions"]) == len(record["millionths"])
+    return is_complete and bool(labels["test"]) and set(answered) <= set(header["classes"])
 
 
 def write_results(folder):

@@ -71,7 +71,7 @@ NAMES = {
     "sorted": "list",
 }
 FIXED = {"annotation", "returns", "decorator_list"}
-SAYING = {"print", "say", "warn", "set_postfix"}  # what no result depends on
+SAYING = {"print", "say", "say_lines", "warn", "set_postfix"}  # what no result depends on
 
 # -------------------------------------------------------------------------------------- the mutants
 

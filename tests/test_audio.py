@@ -15,7 +15,15 @@ import torch
 from helpers import build_features, make_bad_files, save_random, write_sound
 
 from data import Dataset, fbank
-from sounds.audio import files_in, lengths_of, read_audio, stream_audio, typical_seconds
+from sounds.audio import (
+    DENSE,
+    files_in,
+    length_of,
+    lengths_of,
+    read_audio,
+    stream_audio,
+    typical_seconds,
+)
 from tools import predict
 
 SECONDS = 1.5
@@ -323,3 +331,21 @@ def test_the_typical_length(tmp_path):
     ]
     assert typical_seconds(lengths_of(paths, {})) == pytest.approx(0.195)
     assert typical_seconds(lengths_of([tmp_path / "absent.wav"], {})) == 10.24
+
+
+def test_a_header_of_years(tmp_path):
+    """A damaged FLAC header may say years, which would be millions of windows. Silence is as dense.
+
+    The number of samples is the last 36 bits of the first 26 bytes.
+    """
+    file = tmp_path / "a.flac"
+    soundfile.write(file, np.zeros(160_000), 16_000)
+    assert DENSE * file.stat().st_size < 160_000
+    assert length_of(file) == 10
+    assert len(read_audio(file)) == 160_000
+    content = bytearray(file.read_bytes())
+    content[21] |= 15
+    file.write_bytes(content)
+    assert math.isnan(length_of(file))
+    with pytest.raises(ValueError, match=r"is damaged: its header says 4,026,542 s"):
+        read_audio(file)

@@ -133,7 +133,7 @@ def says(action, *words) -> bool:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     record = {
-        "history": [{"fold": 1, "epoch": 1, "loss": 0.5}],
+        "history": [{"fold": 1, "epoch": 1, "loss": 0.5, "accuracy": ""}],
         "predictions": [0, 3],
         "millionths": [10**6, 300_000],
     }
@@ -206,6 +206,15 @@ def test_a_header_of_other_kinds(folder, tmp_path, name, data):
         ("lora", ("method", "parts", 0, "rr"), 0, "rr: Expected float >= 0.5"),
         ("lora", ("method", "parts", 0, "targets"), "qx", "targets"),
         ("lora", ("result", "accuracy"), float("nan"), "result.accuracy: Expected float >= -1e+30"),
+        (
+            "lora",
+            ("classes",),
+            ["a", "b", "c", "a"],
+            "classes: Expected 4 names, each of them once",
+        ),
+        ("lora", ("record", "millionths", 0), 10**6 + 1, "record.millionths[0]: Expected int <="),
+        ("lora", ("record", "history", 0), {}, "record.history[0]: Object missing required field"),
+        ("lora", ("record", "history", 0, "loss"), "x", "record.history[0].loss: Expected float"),
         ("lora", ("record", "predictions", 0), 4, "record.predictions: Expected numbers below 4"),
         (
             "lora",
@@ -720,7 +729,7 @@ def test_no_name_commands_the_terminal(tmp_path, capsys):
 
     Whether they were heard, refused, reported or shown.
     """
-    evil = "\x1b]0;title\x07\x9b2A\u202e\r"
+    evil = "\x1b]0;title\x07\x9b2A\n\u202e\r"
     sounds = make_folder(tmp_path / evil, 5, (evil, "low"))
     (sounds / "low" / f"{evil}.wav").write_text("no sound")
     (sounds / "low" / f"{evil}.doc").write_text("no sound")
@@ -738,7 +747,8 @@ def test_no_name_commands_the_terminal(tmp_path, capsys):
     assert export.main(["export", fold, "--to", "merged", "--out", merged]) == 0
     assert export.main(["export", fold, "--to", "hf", "--out", str(out / "hf")]) == 2
     printed = "".join(capsys.readouterr())
-    assert "\\x1b]0;title\\x07\\x9b2A\\u202e\\r" in printed
+    assert "\\x1b]0;title\\x07\\x9b2A\\n\\u202e\\r" in printed
+    assert "\n\\u202e" not in printed
     assert printed.isascii() and printed.replace("\n", "").isprintable()
 
 

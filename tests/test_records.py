@@ -165,7 +165,7 @@ def test_a_fold_file_holds_what_is_needed(finished, capsys):
 
 def test_a_model_in_another_format_leaves_the_record_behind(tmp_path):
     record = {
-        "history": [{"fold": 1, "epoch": 1}],
+        "history": [{"fold": 1, "epoch": 1, "loss": 0.5, "accuracy": ""}],
         "predictions": [3, 0],
         "millionths": [500_000, 10**6],
     }
@@ -483,6 +483,80 @@ def test_a_fold_under_another_name_is_refused(again):
     for read in (read_run, predict.load):
         with pytest.raises(UserError, match=r"fold1\.safetensors is of a run with fold 3"):
             read(folder)
+
+
+def with_split(folder: Path, text: str) -> None:
+    """Another split.csv, as somebody else may write it: the settings have its hash."""
+    (folder / "split.csv").write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    config["clips"] = records.hash_of(text)
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in folder.glob("fold*.safetensors"):
+        changed(file, file, clips=config["clips"])
+
+
+STRANGE_SPLITS = {
+    "as it is": lambda text: text,
+    "a clip less": lambda text: re.sub("3,test,.*\n", "", text, count=1),
+    "nothing": lambda text: "",
+    "another header": lambda text: text.replace("label", "class", 1),
+    "a cell less": lambda text: text + "2,train,dog\n",
+    "a cell more": lambda text: text + "2,train,dog,a.wav,1\n",
+    "a long cell": lambda text: text + f"2,train,dog,{'a' * 200_000}\n",
+    "another class": lambda text: re.sub("3,test,[^,]+,", "3,test,unheard,", text, count=1),
+    "nothing to test": lambda text: text.replace("3,test,", "3,val,"),
+}
+
+
+@pytest.mark.parametrize("how", STRANGE_SPLITS)
+def test_a_split_that_the_answers_do_not_fit(again, how):
+    folder, _ = again
+    with_split(folder, STRANGE_SPLITS[how]((folder / "split.csv").read_text()))
+    if how == "as it is":
+        assert read_run(folder).tested()
+        return
+    with pytest.raises(UserError, match=r"split\.csv and the fold files do not fit: delete it"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("name", ["predictions", "millionths"])
+def test_a_record_that_does_not_fit_the_split(again, name):
+    folder, _ = again
+    file = folder / "fold2.safetensors"
+    header = read_header(file)
+    header["record"][name].pop()
+    write_tensors(file, load_file(file), header)
+    with pytest.raises(UserError, match=r"split\.csv and the fold files do not fit: delete it"):
+        read_run(folder)
+
+
+def test_folds_of_other_classes_are_refused(again):
+    folder, _ = again
+    file = folder / "fold3.safetensors"
+    header = read_header(file)
+    header["classes"].reverse()
+    write_tensors(file, load_file(file), header)
+    with pytest.raises(
+        UserError, match=r"fold3\.safetensors has other classes than the first fold"
+    ):
+        read_run(folder)
+    with pytest.raises(
+        UserError, match=r"fold3\.safetensors has other classes than the first fold"
+    ):
+        predict.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("windows", 1e-9), ("epochs", None), ("choose_by", 3), ("seed", "0"), ("mask_frames", "a")],
+)
+def test_what_is_read_of_a_config_has_bounds(again, name, value):
+    """Windows of a nanosecond would fill the memory."""
+    folder, _ = again
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(UserError, match=rf"config\.json: {name}: Expected"):
+        read_run(folder)
 
 
 def test_names_of_folds_are_matched_exactly(again, tmp_path):

@@ -321,7 +321,11 @@ def test_learning_curves(monkeypatch):
     plt = pyplot()
     monkeypatch.setattr(plt, "close", figures.append)
     table = [(1, 4.0, 50), (1, 2.0, 75), (1, 3.0, 100), (2, 2.0, 50), (2, 1.0, 50)]
-    history = [{"fold": k, "loss": loss, "accuracy": share} for k, loss, share in table]
+    epochs = (1, 2, 3, 1, 2)
+    history = [
+        {"fold": k, "epoch": epoch, "loss": loss, "accuracy": share}
+        for epoch, (k, loss, share) in zip(epochs, table, strict=True)
+    ]
     chosen = {1: 3, 2: 1}
     loss, accuracy = report.charts_of(history, chosen)
     assert (loss["title"], loss["last"]) == ("training loss (nats)", "3, 1")
@@ -339,6 +343,10 @@ def test_learning_curves(monkeypatch):
         assert all(tick == int(tick) for tick in ticks)
     (alone,) = report.charts_of([{**row, "accuracy": ""} for row in history], chosen)
     assert alone == loss
+    for strange in ({1: 9}, {}):  # a run of somebody else may have tested what no epoch is
+        figures.clear()
+        report.charts_of(history, strange)
+        assert [len(figure.axes[0].lines) for figure in figures] == [2, 2]
 
 
 def test_shades_of_the_matrix(run, monkeypatch):

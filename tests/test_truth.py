@@ -92,6 +92,8 @@ def test_events_beside_labels(tmp_path, capsys):
     assert lines[-2] == ["together", "1", "2", "50.0", "100.0", "66.7"]
     _, lines, _ = run("--truth", truth, "--without", "dog")
     assert lines[-1] == ["together", "1", "0", "0.0", "0.0", "0.0"]
+    (truth / "b.txt").write_text("0\t1\tDog\n")
+    assert "classes that may be one and the same ('Dog' = 'dog')" in run("--truth", truth)[2]
     run("--min-length", 2.5)
     assert Path(f"{sounds[0]}.events.txt").read_text() == ""
 
@@ -99,10 +101,21 @@ def test_events_beside_labels(tmp_path, capsys):
         (["--without", "dgo"], "unknown class 'dgo': did you mean 'dog'?"),
         (["--min-length", "nan"], "--min-length nan: give a number of seconds"),
         (["--truth", truth, "--csv"], "--truth is for --events, and neither for --json nor for"),
+        (["--threshold", "nan"], "--threshold nan: give a number from 0 to 1"),
+        (["--threshold", 1.5], "--threshold 1.5: give a number from 0 to 1"),
+        (["--min-confidence", "nan"], "--min-confidence nan: give a number from 0 to 1"),
+        (["--min-confidence", -1], "--min-confidence -1.0: give a number from 0 to 1"),
+        (
+            ["--truth", truth, write_sound(tmp_path / "his" / "a.wav")],
+            "--truth: 2 sounds would have one label track, a.txt: rename",
+        ),
         (["--truth", tmp_path], "a.txt is not there: every sound needs a label track there"),
     ):
         code, _, error = run(*words)
         assert code == 2 and message in error
+    for words in (["--min-length", "1"], ["--without", "dog"]):
+        assert predict.main([str(fold), str(sounds[0]), *words]) == 2
+        assert "--min-length and --without are for --events" in capsys.readouterr().err
 
 
 def test_labels_without_a_class(tmp_path):

@@ -36,6 +36,7 @@ from sounds.audio import (
     mono,
     stream_audio,
 )
+from sounds.groups import warn_of_spellings
 from sounds.windows import BACKGROUND
 from support.calibration import Calibration, middle_and_vector, width_of_middle
 from support.checkpoints import read_header, read_names
@@ -63,7 +64,7 @@ from tools.answers import (
     save_embeddings,
     write_track,
 )
-from tools.truth import labels_of, print_scores
+from tools.truth import labels_of, print_scores, require_own_tracks
 
 BATCH = 16  # windows at once
 SOFTMAX = partial(torch.softmax, dim=-1)
@@ -370,17 +371,29 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("no sounds to classify: give files or folders after the run")
     if args.truth and not (args.events and args.form == "text"):
         raise UserError("--truth is for --events, and neither for --json nor for --csv")
+    if not args.events and (args.min_length is not None or len(args.without) > 1):
+        raise UserError("--min-length and --without are for --events")
     if args.min_length is not None and not 0 <= args.min_length < math.inf:
         raise UserError(f"--min-length {args.min_length}: give a number of seconds")
+    for option, share in (
+        ("--threshold", args.threshold),
+        ("--min-confidence", args.min_confidence),
+    ):
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(f"{option} {share}: give a number from 0 to 1")
     if args.embeddings and args.embeddings.suffix != ".npz":  # a sound, which would be lost
         raise UserError("--embeddings: give the name of a file that ends in .npz")
     files = find_sounds(sounds)
     if args.truth:
+        require_own_tracks(files)
         truth = {file: labels_of(file, args.truth, args.without) for file in files}
     if args.tags:
         classifier = load_tagger(args.weights or "audioset", args.min_confidence, args.device)
     else:
         classifier = load(args.paths[0], args.weights, args.min_confidence, args.device)
+    if args.truth:
+        labelled = {event[3] for events in truth.values() for event in events}
+        warn_of_spellings(args.truth, labelled | set(map(printable, classifier.classes)), "classes")
     if args.events and args.min_confidence is None and BACKGROUND in classifier.classes:
         # What is no event is background. The validation clips, most of which are background, make
         # a threshold that refuses most events of another recording.

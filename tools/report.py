@@ -195,20 +195,21 @@ def charts_of(history: list[dict], chosen: dict[int, int]) -> list[dict]:
         folds = {}
         for row in history:
             if row[column] != "":
-                folds.setdefault(row["fold"], []).append(row[column])
+                folds.setdefault(row["fold"], {})[row["epoch"]] = row[column]
         if not folds:
             continue
         figure, axis = plt.subplots(figsize=(4.5, 2.5))
         for fold, line in folds.items():
-            (curve,) = axis.plot(range(1, 1 + len(line)), line)
+            (curve,) = axis.plot(line.keys(), line.values())
             star = {"marker": "*", "markersize": 15, "color": curve.get_color()}
-            axis.plot(chosen[fold], line[chosen[fold] - 1], **star)
+            if chosen.get(fold) in line:
+                axis.plot(chosen[fold], line[chosen[fold]], **star)
         axis.locator_params(axis="x", integer=True)
         axis.set(xlabel="epoch", ylabel=title)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
-        last = ", ".join(f"{line[-1]:.4g}" for line in folds.values())
+        last = ", ".join(f"{list(line.values())[-1]:.4g}" for line in folds.values())
         picture = data_uri(buffer.getvalue(), "image/svg+xml")
         charts.append({"title": title, "last": last, "picture": picture})
     return charts

@@ -12,7 +12,7 @@ from pathlib import Path
 import petl
 from data import DATASETS
 from support.files import table_of, write_text
-from support.processes import say
+from support.processes import say_lines
 from tools import cells, claims, evidence, tune
 from tools.campaign import method_of
 from tools.cells import (
@@ -270,7 +270,7 @@ def write_table(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     columns = max(records, key=len)  # the record of a missing cell is shorter
     write_text(Path(f"{path}.md"), content)
     write_text(Path(f"{path}.csv"), table_of(columns, records))
-    say(f"\n{content}\nwritten to {path}.md and .csv")
+    say_lines(f"\n{content}\nwritten to {path}.md and .csv")
 
 
 def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[dict]]:

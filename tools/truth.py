@@ -4,7 +4,7 @@ An event is found if it overlaps a label of its class by a given IoU: the second
 over the seconds that one of them has. An event finds one label, and a label is found once.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +30,13 @@ def labels_of(sound: Path, folder: Path, left_out: list[str]) -> list[Event]:
         if label not in left_out:
             events.append((printable(sound), *clip.span, printable(label)))
     return events
+
+
+def require_own_tracks(sounds: list[Path]) -> None:
+    """UserError if two sounds would be compared with one label track."""
+    stem, count = Counter(sound.stem for sound in set(sounds)).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--truth: {count} sounds would have one label track, {stem}.txt: rename")
 
 
 def pairs_of(found: list[Event], labels: list[Event], least: float) -> list[tuple[Event, Event]]:
