@@ -38,7 +38,7 @@ from support.checkpoints import (
 )
 from support.command import Parser, exit_code, needed
 from support.files import whole_file, whole_folder, write_json
-from support.processes import say
+from support.processes import say, say_lines
 from support.records import check_not_of_run
 from tools.merge import merge
 from tools.predict import class_names
@@ -441,7 +441,7 @@ def export(args) -> None:
         message = export_peft(model, header, args.out)
     else:
         message = export_onnx(model, header, args.out)
-    say(f"{args.out}: {message}")
+    say_lines(f"{args.out}: {message}")
 
 
 def check_out(out: Path, *sources: Path) -> None:
