@@ -302,8 +302,9 @@ def test_a_row_is_cut_where_the_class_changes_for_long():
         ("A", 0.75, 2.25, 1.0),
         ("B", 2.25, 3.75, 1.0),
     ]
-    for short in ("-AAABB-", "-BBAAA-", "-AAABAA-"):
-        assert [e.best for e in events_of(windows(short), CLASSES)] == ["A"]
+    for short, end in (("-AAABB-", 3.25), ("-BBAAA-", 3.25), ("-AAABAA-", 3.75)):
+        (event,) = events_of(windows(short), CLASSES)
+        assert (event.best, event.start, event.end) == ("A", 0.75, end)
     # What is short joins the side before it, and the next long change cuts.
     ends = [(e.best, e.end) for e in events_of(windows("-AAAAABBAAAAABBBBBB-"), CLASSES)]
     assert ends == [("A", 6.75), ("B", 9.75)]

@@ -110,12 +110,13 @@ def events_of(
 def named_sounds(
     rows: np.ndarray, threshold: float, overlapping: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield events as a class and its windows. `rows` (windows, classes) has 0 for what is none.
+    """Yield events as a class and its windows. `rows` are probabilities, (windows, classes).
 
-    In a row of windows something is heard: the probabilities of the classes add up to `threshold`
-    or more in each. Its class is the one with the largest mean. The row is cut where the best class
-    of the means changes and both sides last half as long again as a window. A shorter side joins
-    the one before it.
+    The classes that are no event have 0. An event is a row of windows in which the probabilities
+    of the other classes add up to `threshold` or more. Its class has the largest mean over the row.
+
+    The row is cut where the best class of the means around the windows changes, if both sides last
+    one and a half windows or more. A shorter side joins the side before it.
     """
     least = round(1.5 * overlapping)
     is_heard = rows.sum(1) >= threshold
