@@ -116,7 +116,7 @@ def named_sounds(
     of the other classes add up to `threshold` or more. Its class has the largest mean over the row.
 
     The row is cut where the best class of the means around the windows changes, if both sides last
-    one and a half windows or more. A shorter side joins the side before it.
+    as long as one and a half windows. A shorter side joins the side before it.
     """
     least = round(1.5 * overlapping)
     is_heard = rows.sum(1) >= threshold
