@@ -199,10 +199,11 @@ def test_sounds_that_are_none(tmp_path):
 
 
 CLASSES = ["A", "B", "background"]
+NO_BACKGROUND = ["A", "B", "quiet"]
 
 
 def windows(text: str, hop: float = 0.5) -> list[Answer]:
-    """A letter for each window of a second: its class is certain. - is the background.
+    """A letter for each window of a second: its class is certain. - is the third class.
 
     A small letter is an answer that is unsure.
     """
@@ -219,35 +220,40 @@ def told(answers) -> list[tuple]:
     return [(e.best, e.start, e.end, round(e.classes[0][1], 6)) for e in answers]
 
 
+def agreeing(rows, left_out=("quiet",), **options):
+    """The events without a class `background`."""
+    return events_of(rows, NO_BACKGROUND, left_out=left_out, **options)
+
+
 def test_events_by_hand():
     """Windows of a second, one every half second: the mean is over five of them.
 
     Each speaks for the half second in its middle, the first and last for more.
     """
-    assert told(events_of(windows("---AAA-----BBBB---"), CLASSES)) == [
+    assert told(agreeing(windows("---AAA-----BBBB---"))) == [
         ("A", 1.75, 3.25, 0.6),
         ("B", 5.75, 7.75, 0.7),  # 3/5, 4/5, 4/5, 3/5
     ]
-    assert told(events_of(windows("---A----B--"), CLASSES)) == []
+    assert told(agreeing(windows("---A----B--"))) == []
     mean = (1 + 3 / 4 + 4 / 5 + 4 / 5 + 4 / 5 + 3 / 4 + 1) / 7
-    assert told(events_of(windows("AAABAAA"), CLASSES)) == [("A", 0.0, 4.0, round(mean, 6))]
+    assert told(agreeing(windows("AAABAAA"))) == [("A", 0.0, 4.0, round(mean, 6))]
     mean = (1 + 3 / 4 + 3 / 5) / 3
-    assert told(events_of(windows("AAABBB"), CLASSES)) == [
+    assert told(agreeing(windows("AAABBB"))) == [
         ("A", 0.0, 1.75, round(mean, 6)),
         ("B", 1.75, 3.5, round(mean, 6)),
     ]
-    assert told(events_of(windows("A"), CLASSES)) == [("A", 0.0, 1.0, 1.0)]  # all of the sound
-    assert told(events_of(windows("-"), CLASSES)) == []
+    assert told(agreeing(windows("A"))) == [("A", 0.0, 1.0, 1.0)]  # all of the sound
+    assert told(agreeing(windows("-"))) == []
 
 
 def test_what_is_no_event():
     rows = windows("---AAA---BBBBB---")
-    assert [e.best for e in events_of(rows, CLASSES)] == ["A", "B"]
-    assert [e.best for e in events_of(rows, CLASSES, threshold=0.7)] == ["B"]  # the middle of it
-    assert [e.best for e in events_of(rows, CLASSES, left_out=["background", "A"])] == ["B"]
-    assert [e.best for e in events_of(rows, CLASSES, min_length=1.6)] == ["B"]
+    assert [e.best for e in agreeing(rows)] == ["A", "B"]
+    assert [e.best for e in agreeing(rows, threshold=0.7)] == ["B"]  # the middle of it
+    assert [e.best for e in agreeing(rows, left_out=["quiet", "A"])] == ["B"]
+    assert [e.best for e in agreeing(rows, min_length=1.6)] == ["B"]
     # One of the three windows of A is unsure, and three of the five of B.
-    assert [e.best for e in events_of(windows("---AAa---BBbbb---"), CLASSES)] == ["A"]
+    assert [e.best for e in agreeing(windows("---AAa---BBbbb---"))] == ["A"]
 
 
 def test_events_of_other_hops():
@@ -256,14 +262,55 @@ def test_events_of_other_hops():
     The mean is over nine windows then, or over three.
     """
     five = windows("-------AAAAA-------", hop=0.25)
-    assert told(events_of(five, CLASSES)) == [("A", 2.125, 3.375, round(5 / 9, 6))]
+    assert told(agreeing(five)) == [("A", 2.125, 3.375, round(5 / 9, 6))]
     seven = windows("-------AAAAAAA-------", hop=0.25)  # three of them have all seven around them
-    assert told(events_of(seven, CLASSES, threshold=0.75)) == []
-    assert [e.best for e in events_of(seven, CLASSES, threshold=0.75, min_length=0.75)] == ["A"]
+    assert told(agreeing(seven, threshold=0.75)) == []
+    assert [e.best for e in agreeing(seven, threshold=0.75, min_length=0.75)] == ["A"]
     beside = windows("AA---", hop=1)
-    assert told(events_of(beside, CLASSES)) == [("A", 0.0, 2.0, round((1 + 2 / 3) / 2, 6))]
-    assert told(events_of(beside, CLASSES, threshold=0.7)) == []
-    assert [e.end for e in events_of(beside, CLASSES, threshold=0.7, min_length=0)] == [1.0]
+    assert told(agreeing(beside)) == [("A", 0.0, 2.0, round((1 + 2 / 3) / 2, 6))]
+    assert told(agreeing(beside, threshold=0.7)) == []
+    assert [e.end for e in agreeing(beside, threshold=0.7, min_length=0)] == [1.0]
+
+
+def mixed(*rows: tuple[float, float], hop: float = 0.5) -> list[Answer]:
+    """Windows of a second with the probabilities of A and B. The rest is the background."""
+    found = []
+    for i, (a, b) in enumerate(rows):
+        p = np.array([a, b, 1 - a - b])
+        found.append(Answer(i * hop, i * hop + 1, (("A", a),), 1.0, False, probabilities=p))
+    return found
+
+
+def test_with_background_events_are_found_and_then_named():
+    """Neither class has 0.4 in the row, but both together have more. Nothing is blurred."""
+    quiet = (0.0, 0.0)
+    rows = mixed(quiet, quiet, (0.25, 0.35), (0.35, 0.25), (0.2, 0.3), quiet, (0.9, 0.1), quiet)
+    assert told(events_of(rows, CLASSES)) == [("B", 1.25, 2.75, 0.3)]
+    assert told(events_of(rows, CLASSES, threshold=0.55)) == [("A", 1.25, 2.25, 0.3)]
+    found = [("B", 1.25, 2.75, 0.3), ("A", 3.25, 3.75, 0.9)]
+    assert told(events_of(rows, CLASSES, min_length=0)) == found
+    without = {"left_out": ["background", "A"]}
+    assert told(events_of(rows, CLASSES, **without)) == []
+    assert told(events_of(rows, CLASSES, threshold=0.25, **without)) == [("B", 1.25, 2.75, 0.3)]
+    assert told(events_of(mixed((0.0, 0.4), (0.0, 0.4)), CLASSES)) == [("B", 0.0, 1.5, 0.4)]
+    assert told(events_of(windows("--AAAa--BBbbb--"), CLASSES)) == [("A", 1.25, 3.25, 1.0)]
+
+
+def test_a_row_is_cut_where_the_class_changes_for_long():
+    """A side needs three windows, half a window apart, or fifteen a tenth of a window apart."""
+    assert told(events_of(windows("-AAABBB-"), CLASSES)) == [
+        ("A", 0.75, 2.25, 1.0),
+        ("B", 2.25, 3.75, 1.0),
+    ]
+    for short, end in (("-AAABB-", 3.25), ("-BBAAA-", 3.25), ("-AAABAA-", 3.75)):
+        (event,) = events_of(windows(short), CLASSES)
+        assert (event.best, event.start, event.end) == ("A", 0.75, end)
+    # What is short joins the side before it, and the next long change cuts.
+    ends = [(e.best, e.end) for e in events_of(windows("-AAAAABBAAAAABBBBBB-"), CLASSES)]
+    assert ends == [("A", 6.75), ("B", 9.75)]
+    for count, classes in ((14, "A"), (15, "AB")):
+        text = "-" + "A" * 20 + "B" * count + "-"
+        assert "".join(e.best for e in events_of(windows(text, 0.1), CLASSES)) == classes
 
 
 def test_label_tracks(tmp_path, answer, capsys):

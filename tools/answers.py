@@ -76,27 +76,23 @@ def events_of(
     """Yield the events in the windows of one sound. `classes` are the names of all classes.
 
     A window speaks for the time that is nearer to its middle than to the middles of its neighbours.
-    Its probabilities become the means over the windows that overlap or touch it, so that a single
-    window that takes a dog for a rooster cuts no event. An event is a row of windows with the same
-    best class, each with a probability of `threshold` or more. A class in `left_out` is no event.
+    With a class BACKGROUND the events are found first and then named, see `named_sounds`. Without
+    it, they are windows that agree, see `same_best`. A class in `left_out` is no event.
 
     An event lasts as long as a window, which takes two windows or more, or else `min_length`
-    seconds. If most of its windows are unsure, it is none.
+    seconds. If most of its windows are unsure, it is none. Its probability is the mean over them.
     """
     overlapping = overlaps(windows)
     rows = np.stack([window.probabilities for window in windows])  # (windows, classes)
-    means = [rows[max(0, i - overlapping) : i + overlapping + 1].mean(0) for i in range(len(rows))]
-    means = np.stack(means)
-
-    def event_in(i):
-        """The class of the event in window i. None: there is no event."""
-        best = int(means[i].argmax())
-        is_event = means[i, best] >= threshold and classes[best] not in left_out
-        return best if is_event else None
-
+    is_left_out = np.array([name in left_out for name in classes])
+    if BACKGROUND in classes:
+        rows = np.where(is_left_out, 0, rows)
+        found = named_sounds(rows, threshold, overlapping)
+    else:
+        rows = means_around(rows, overlapping)
+        found = same_best(rows, threshold, is_left_out)
     edges = edges_of(windows)
-    for best, row in groupby(range(len(windows)), event_in):
-        row = list(row)
+    for best, row in found:
         start = edges[row[0]]
         end = edges[row[-1] + 1]
         if min_length is None:
@@ -104,11 +100,64 @@ def events_of(
         else:
             is_long = end - start >= min_length
         unsure = sum(windows[i].unsure for i in row)
-        if best is None or not is_long or 2 * unsure > len(row):
+        if not is_long or 2 * unsure > len(row):
             continue
-        answer = (printable(classes[best]), float(means[row, best].mean()))
+        answer = (printable(classes[best]), float(rows[row, best].mean()))
         confidence = mean(windows[i].confidence for i in row)
         yield Answer(start, end, (answer,), confidence, unsure=False)
+
+
+def named_sounds(
+    rows: np.ndarray, threshold: float, overlapping: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield events as a class and its windows. `rows` are probabilities, (windows, classes).
+
+    The classes that are no event have 0. An event is a row of windows in which the probabilities
+    of the other classes add up to `threshold` or more. Its class has the largest mean over the row.
+
+    The row is cut where the best class of the means around the windows changes, if both sides last
+    as long as one and a half windows. A shorter side joins the side before it.
+    """
+    least = round(1.5 * overlapping)
+    is_heard = rows.sum(1) >= threshold
+    for heard, row in groupby(range(len(rows)), lambda i: is_heard[i]):
+        if not heard:
+            continue
+        row = list(row)
+        best = means_around(rows[row], overlapping).argmax(1)
+        pieces = []
+        for _, pairs in groupby(zip(best, row, strict=True), lambda pair: pair[0]):
+            piece = [i for _, i in pairs]
+            if pieces and min(len(pieces[-1]), len(piece)) < least:
+                pieces[-1] += piece
+            else:
+                pieces.append(piece)
+        for piece in pieces:
+            yield int(rows[piece].mean(0).argmax()), piece
+
+
+def same_best(
+    means: np.ndarray, threshold: float, is_left_out: np.ndarray
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield events as a class and its windows. `means` are those around them, (windows, classes).
+
+    An event is a row of windows with the same best class, each with a probability of `threshold`
+    or more.
+    """
+    best = means.argmax(1)
+    is_event = (means.max(1) >= threshold) & ~is_left_out[best]
+    for (heard, name), row in groupby(range(len(means)), lambda i: (is_event[i], best[i])):
+        if heard:
+            yield int(name), list(row)
+
+
+def means_around(rows: np.ndarray, overlapping: int) -> np.ndarray:
+    """Means over the windows that overlap or touch each window, (windows, classes).
+
+    A single window that takes a dog for a rooster cuts no event.
+    """
+    means = [rows[max(0, i - overlapping) : i + overlapping + 1].mean(0) for i in range(len(rows))]
+    return np.stack(means)
 
 
 def overlaps(windows: list[Answer]) -> int:

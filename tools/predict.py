@@ -344,7 +344,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--hop", type=float, metavar="S", help="seconds between windows; default: half a window")
     add("--events", action="store_true", help="what is heard when: an Audacity label track beside "
         "each file, FILE.events.txt; with --json or --csv it is printed")
-    add("--threshold", type=float, default=0.4, help="least probability in an event (%(default)s)")
+    add("--threshold", type=float, default=0.4, help="least probability in an event (%(default)s): "
+        "of its class, or with 'background' of all other classes together")
     add("--min-length", type=float, metavar="S", help="least seconds of an event; default: two "
         "windows")
     add("--without", action="append", default=[BACKGROUND], metavar="CLASS", help="a class that is "
