@@ -75,15 +75,17 @@ class Spliced(io.RawIOBase):
 def parts_of(opened: BinaryIO) -> list[Part]:
     """The sounds that an open file holds, one after the other. FLAC and others are taken as one.
 
-    Raises ValueError if pages are missing in an Ogg file, or if WAV or AIFF files were joined.
+    Raises ValueError if pages are missing in an Ogg file, or if WAV, AIFF or AU files were joined.
     """
     size = os.fstat(opened.fileno()).st_size
     head = opened.read(12)
-    if head[:4] in (b"RIFF", b"FORM"):
-        order = "little" if head[:4] == b"RIFF" else "big"
-        end = 8 + int.from_bytes(head[4:8], order)
+    if head[:4] in (b"RIFF", b"FORM", b".snd"):
+        if head[:4] == b".snd":  # AU: the length of its header, and that of its samples
+            end = int.from_bytes(head[4:8], "big") + int.from_bytes(head[8:12], "big")
+        else:
+            end = 8 + int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
         opened.seek(end)
-        if opened.read(4) == head[:4]:
+        if end > len(head) and opened.read(4) == head[:4]:
             raise ValueError("is several files in one: make a file of each")
         if head[:4] == b"RIFF":
             return wav_parts(opened, end, size)
