@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,6 +17,9 @@ from helpers import SMALL_AST, campaign_words, make_esc50
 import train
 from support import checkpoints
 from tools import campaign, experiments
+
+# A shell that starts the tests in the background lets them and their processes ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ from support.checkpoints import (
     read_tensors,
     write_tensors,
 )
-from support.command import Parser, exit_code, needed
+from support.command import Parser, exit_code, needed, printable
 from support.files import whole_file, whole_folder, write_json
 from support.processes import say, say_lines
 from support.records import check_not_of_run
@@ -441,7 +441,7 @@ def export(args) -> None:
         message = export_peft(model, header, args.out)
     else:
         message = export_onnx(model, header, args.out)
-    say_lines(f"{args.out}: {message}")
+    say_lines(f"{printable(args.out)}: {message}")
 
 
 def check_out(out: Path, *sources: Path) -> None:
