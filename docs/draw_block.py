@@ -100,7 +100,7 @@ def draw() -> str:
         # From below: the embedding, and the block's frame.
         line((x, 690), (x, 668)),
         box(x, 655, 190, 26, "Embedding"),
-        '<rect class="frame" x="40"y="58" width="390" height="536" rx="8"/>',
+        '<rect class="frame" x="40" y="58" width="390" height="536" rx="8"/>',
         '<text class="small" x="50" y="76">Block, one of 12</text>',
         # Self-attention.
         line((x, 642), (x, 566)),
