@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import BinaryIO
 
+JOINED = "is several files in one: make a file of each"
+FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")  # the first bytes of a FLAC file
+
 
 @dataclass
 class Part:
@@ -73,9 +76,10 @@ class Spliced(io.RawIOBase):
 
 
 def parts_of(opened: BinaryIO) -> list[Part]:
-    """The sounds that an open file holds, one after the other. FLAC and others are taken as one.
+    """The sounds that an open file holds, one after the other.
 
-    Raises ValueError if pages are missing in an Ogg file, or if WAV, AIFF or AU files were joined.
+    Raises ValueError if pages are missing in an Ogg file, or if other files than Ogg and MP3 were
+    joined.
     """
     size = os.fstat(opened.fileno()).st_size
     head = opened.read(12)
@@ -86,23 +90,27 @@ def parts_of(opened: BinaryIO) -> list[Part]:
             end = 8 + int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
         opened.seek(end)
         if end > len(head) and opened.read(4) == head[:4]:
-            raise ValueError("is several files in one: make a file of each")
+            raise ValueError(JOINED)
         if head[:4] == b"RIFF":
             return wav_parts(opened, end, size)
     is_mp3 = head[:3] == b"ID3" or MP3_SYNC.match(head) or opened.name.lower().endswith(".mp3")
-    if head[:4] == b"OggS" or (is_mp3 and size):
+    if head[:4] in (b"OggS", b"fLaC") or (is_mp3 and size):
         return walked(opened, 0, size)
     return [Part([(0, size)])]
 
 
 def walked(opened: BinaryIO, start: int, end: int) -> list[Part]:
-    """The parts of an Ogg or an MP3 file, or of the MP3 between two bytes of a WAV file."""
+    """The parts of an Ogg, FLAC or MP3 file, or of the MP3 between two bytes of a WAV file."""
     return walk(opened.name, os.fstat(opened.fileno()).st_mtime_ns, start, end)
 
 
 @lru_cache(maxsize=64)  # clips that are pieces of one recording ask again
 def walk(name: str, changed: int, start: int, end: int) -> list[Part]:
     with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:4] == b"fLaC":
+            if FLAC_START.search(content, 4):
+                raise ValueError(JOINED)
+            return [Part([(0, end)])]
         is_ogg = content[:4] == b"OggS"
         parts = ogg_parts(content) if is_ogg else mp3_parts(content, start, end)
     return parts or [Part([(0, end)])]

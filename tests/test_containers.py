@@ -159,7 +159,7 @@ def test_joined_files_are_read_one_after_the_other(tmp_path, name):
         read_audio(path, 1, 7)
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.au"])
+@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.au", "a.flac"])
 @pytest.mark.parametrize("count", [2, 5])
 def test_joined_files_of_samples_are_refused(tmp_path, name, count):
     """libsndfile would hear the first one alone, or headers as samples."""
