@@ -60,9 +60,10 @@ def folder(data_dir: Path | None, group: str | None, windows: float | None) -> L
     parts. `windows` are the seconds of the pieces that the recordings are cut into.
     """
     if data_dir is None or not data_dir.is_dir():
+        found = "it was not given" if data_dir is None else f"{data_dir} is no folder"
         raise UserError(
             "--dataset folder needs --data-dir, a folder that holds one folder of sound files "
-            f"per class: {data_dir} is no folder"
+            f"per class: {found}"
         )
     clips = []
     ignored = []
@@ -120,9 +121,9 @@ def table(
     recordings is a class. See sounds/windows.py.
     """
     if data_dir is None or not data_dir.exists():
+        found = "it was not given" if data_dir is None else f"{data_dir} is not there"
         raise UserError(
-            "--dataset csv needs --data-dir, a CSV file with the columns path and label: "
-            f"{data_dir} is not there"
+            f"--dataset csv needs --data-dir, a CSV file with the columns path and label: {found}"
         )
     if data_dir.is_dir():
         root = data_dir
