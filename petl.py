@@ -252,7 +252,7 @@ class Adapted(nn.Module):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A Bottleneck at the MHSA or at the FFN of every block. A subclass builds another adapter.
+    """A bottleneck at the MHSA or at the FFN of every block. A subclass builds another adapter.
 
     The LayerNorm before the sub-layer is trained, too. Only then a row with one adapter in each
     block has the 249K of Table I: 230,544 + 18,432 parameters.
@@ -285,7 +285,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ConvpassAdapter(Adapter):
-    """A Convpass in place of the Bottleneck."""
+    """A bottleneck with a convolution along the tokens inside (Convpass)."""
 
     def build(self, config):
         return Convpass(config.dim, rank_of(config.dim, self.rr))
@@ -293,7 +293,7 @@ class ConvpassAdapter(Adapter):
 
 @dataclass(frozen=True)
 class Convpass2dAdapter(Adapter):
-    """A Convpass2d in place of the Bottleneck."""
+    """A bottleneck with a convolution over the grid of patches inside (Convpass2d)."""
 
     needs_all_patches = True  # a grid with holes cannot be convolved
 
@@ -323,7 +323,10 @@ class HydraFFN(nn.Module):
 
 @dataclass(frozen=True)
 class Hydra:
-    """Hydra at the FFN of every block. The LayerNorm before the FFN is trained, too."""
+    """Hydra at the FFN of every block: two bottlenecks without activation, P and Q.
+
+    The LayerNorm before the FFN is trained, too.
+    """
 
     rr: float = 64
 
@@ -472,7 +475,9 @@ class PromptedBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompt-tuning (Jia et al., 2022). Shallow: prompts before the first block. Deep: before each.
+    """Learned tokens before the patches: prompt-tuning (Jia et al., 2022).
+
+    Shallow: prompts before the first block. Deep: other prompts before each block.
 
     The mean of all tokens, which the head reads, contains the prompts.
     """

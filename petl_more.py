@@ -11,7 +11,7 @@ VeRA. So what is stored is the factor minus its start. (`scale` of LoRA is no tr
 Of the factors, only the weights of LayerNorm and BatchNorm are stored as they are.
 
 `import petl_more` adds the rows to `petl.METHODS`. This file needs torch, numpy, ast_model.py and
-petl.py.
+petl.py. Where the sources train a method in another way, docs/differences.md says so.
 """
 
 import copy
@@ -69,7 +69,7 @@ class ConformerModule(nn.Module):
 
 @dataclass(frozen=True)
 class Conformer(Adapter):
-    """A ConformerModule in place of the Bottleneck."""
+    """A bottleneck with the convolution module of the Conformer inside (ConformerModule)."""
 
     rr: float = 96
     kernel: int = 31  # tokens; arXiv 2312.03694v4 has 31 for speech, 8 for ESC-50 and UrbanSound8K
@@ -136,7 +136,7 @@ class DenseMoA(Experts):
 
 @dataclass(frozen=True)
 class SoftMixture(Adapter):
-    """A SoftMoA in place of the Bottleneck."""
+    """A soft mixture of bottlenecks in place of one (SoftMoA)."""
 
     rr: float = 128  # of each expert
     experts: int = 7
@@ -148,7 +148,7 @@ class SoftMixture(Adapter):
 
 @dataclass(frozen=True)
 class DenseMixture(Adapter):
-    """A DenseMoA in place of the Bottleneck."""
+    """A dense mixture of bottlenecks in place of one (DenseMoA)."""
 
     rr: float = 128  # of each expert
     experts: int = 7
@@ -210,7 +210,7 @@ class DoRALinear(LoRALinear):
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """DoRA on some projections of every attention."""
+    """DoRA on some projections of every attention: LoRA, and the length of each row apart."""
 
     def build(self, linear):
         rank = rank_of(inner(linear).in_features, self.rr)
@@ -258,7 +258,7 @@ class VeRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class VeRA:
-    """VeRA on some projections of every attention."""
+    """VeRA on some projections of every attention: factors around two frozen random matrices."""
 
     targets: str = "qv"  # any of q, k, v, o
     rr: float = 3
@@ -395,9 +395,10 @@ class AdaptFormerFFN(nn.Module):
 
 @dataclass(frozen=True)
 class AdaptFormer:
-    """AdaptFormer at the FFN of every block. The LayerNorm before the FFN stays frozen.
+    """AdaptFormer: a bottleneck parallel to LayerNorm and FFN of every block.
 
-    It moves into AdaptFormerFFN, which needs x before it. So no other part may adapt this FFN.
+    The LayerNorm before the FFN stays frozen. It moves into AdaptFormerFFN, which needs x before
+    it. So no other part may adapt this FFN.
     """
 
     rr: float = 12
@@ -434,7 +435,7 @@ class AdapterPlusBlock(nn.Module):
 
 @dataclass(frozen=True)
 class AdapterPlus:
-    """Adapter+ behind every block. The LayerNorms of the blocks stay frozen."""
+    """Adapter+: a bottleneck behind every block. The LayerNorms of the blocks stay frozen."""
 
     rr: float = 96
 

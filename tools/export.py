@@ -476,24 +476,34 @@ def check_folder(out: Path) -> None:
 def parse(argv: list[str] | None):
     parser = Parser(
         "python -m tools.export",
-        description="Look at trained parts, and turn them into other formats.",
+        description="Show what a trained model is, or convert it from or to other formats.",
     )
     commands = parser.add_subparsers(required=True, dest="command")
-    show = commands.add_parser("show", help="print what a file is")
+    show = commands.add_parser(
+        "show", help="print method, classes, backbone and accuracy of a file"
+    )
     export = commands.add_parser("export", help="write a trained model in another format")
     for command in (show, export):
         command.add_argument("file", type=Path, help="a foldK.safetensors that train.py wrote")
-    export.add_argument("--to", choices=["merged", "hf", "peft", "onnx"], required=True)
-    export.add_argument("--half", action="store_true", help="merged: store float16, half the size")
-    peft = commands.add_parser(
-        "import", help="make a file as train.py writes it from a LoRA that peft trained"
+    export.add_argument(
+        "--to",
+        choices=["merged", "hf", "peft", "onnx"],
+        required=True,
+        help="merged: one plain AST for load_ast; hf: a folder for transformers; peft: a folder "
+        "for peft; onnx: waveform to probabilities",
     )
-    peft.add_argument("folder", type=Path, help="a folder with adapter_config.json")
+    export.add_argument(
+        "--half", action="store_true", help="with merged: store float16, half the size"
+    )
+    peft = commands.add_parser(
+        "import", help="make a foldK.safetensors of a LoRA that peft trained"
+    )
+    peft.add_argument("folder", type=Path, help="a folder of peft, with adapter_config.json")
     for command in (export, peft):
         command.add_argument(
-            "--out", type=Path, required=True, help="a file, or a folder (hf, peft)"
+            "--out", type=Path, required=True, help="file to write; for hf and peft a new folder"
         )
-        command.add_argument("--weights", help="where the backbone is now")
+        command.add_argument("--weights", help="weights of the backbone, if they have moved")
     return parser.parse_args(argv)
 
 

@@ -249,14 +249,19 @@ def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
 def write_report(argv: list[str] | None) -> None:
     parser = Parser(
         prog="python -m tools.report",
-        description="Write a page to look at a run and listen to it: one file, for any browser.",
+        description="Write a page to look at a run and to listen to it, for any browser.",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
-    add("--out", type=Path, metavar="FILE", help="NAME.html; default: RUN/report.html")
-    add("--clips", type=positive, default=200, help="it shows at most so many (%(default)s)")
-    add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
-    add("--weights", help="where its backbone is now, if not where the run says")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="page to write, NAME.html; default: RUN/report.html",
+    )
+    add("--clips", type=positive, default=200, help="show at most so many clips (%(default)s)")
+    add("--data-dir", type=Path, help="folder of the dataset, if it has moved")
+    add("--weights", help="weights of the backbone, if they have moved")
     # Not that of the run: a run of somebody else must not choose where files are written.
     cache_dir = default_cache_dir()
     add("--cache-dir", type=Path, default=cache_dir, help="for downloads; default: %(default)s")
