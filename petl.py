@@ -252,7 +252,7 @@ class Adapted(nn.Module):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A bottleneck at the MHSA or at the FFN of every block. A subclass builds another adapter.
+    """A Bottleneck at the MHSA or at the FFN of every block. A subclass builds another adapter.
 
     The LayerNorm before the sub-layer is trained, too. Only then a row with one adapter in each
     block has the 249K of Table I: 230,544 + 18,432 parameters.

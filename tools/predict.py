@@ -367,7 +367,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "window long")
     add("--without", action="append", default=[BACKGROUND], metavar="CLASS", help="a class that is "
         "never an event, like 'background'; may be given several times")
-    add("--truth", type=Path, metavar="FOLDER", help="compare with your label tracks in this folder: "
+    add("--truth", type=Path, metavar="FOLDER", help="compare with label tracks in this folder: "
         "NAME.txt for NAME.wav")
     # fmt: on
     return parser.parse_intermixed_args(argv)
