@@ -99,7 +99,8 @@ class Settings:
     n_frames: int
     epochs: int  # of a fitted method the number of penalties
     batch_size: int
-    lr: float
+    lr: float  # of the method
+    head_lr: float
     mask_frames: int  # the widest time mask of SpecAugment; 0: no masks in time or frequency
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
@@ -152,13 +153,17 @@ class Learner:
 
 
 def parameter_groups(network: nn.Module, settings: Settings) -> list[dict]:
-    """The trained parameters with their first learning rate, as groups for AdamW.
+    """The trained parameters as two groups for AdamW, each with its first learning rate.
 
-    There is one group. With several, each is annealed from its own first rate. For a rate of the
-    head, `network.named_parameters()` has names that begin with "head.", also in last layers.
+    The second group is the head. Every group is annealed from its own first rate.
     """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [{"params": trained, "lr": settings.lr}]
+    method = []  # with the final LayerNorm
+    head = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            group = head if name.startswith("head.") else method
+            group.append(parameter)
+    return [{"params": method, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}]
 
 
 def cosine(first_rate: float, step: int, steps: int) -> float:
@@ -428,7 +433,8 @@ def run(args: argparse.Namespace) -> dict:
     # or else with those of METHODS. The latter were chosen for 768 dimensions. On a backbone
     # narrower than 384 each RR and number of prompts of METHODS is divided by round(512 / dim), by
     # 4 in the default run, and rounded down, prompts to an even number. (LoRA's s = alpha / RR
-    # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there.
+    # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there, and
+    # with every method the head has the rate of linear.
     method = method_for(row, pretrained.config, args, lr)
     is_fitted = petl.has_mark(method, "is_fitted")
     # Own sounds: a linear head learns from what the backbone makes of each clip once, unmasked.
@@ -453,6 +459,7 @@ def run(args: argparse.Namespace) -> dict:
             epochs=len(PENALTIES) if is_fitted else args.epochs or recipe.epochs,
             batch_size=args.batch_size or recipe.batch_size,
             lr=method.lr,
+            head_lr=method.head_lr or method.lr,
             mask_frames=0 if unmasked else recipe.widest_mask(n_frames),
             dtype=args.dtype,
             keep=args.keep,
@@ -564,6 +571,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", **number, help="default: the dataset's")
     add("--batch-size", **number, help="over all processes; default: the dataset's")
     add("--lr", type=float, help="first learning rate; default: the dataset's or METHODS'")
+    add("--head-lr", type=float, help="of the head; default: METHODS', or that of the method")
     add("--balance", **switch, help="weigh the loss so that all classes count alike")
     add("--no-mask", **switch, help="no SpecAugment where the dataset's protocol has it")
     add("--keep", type=float, metavar="0.4", help="train on this share of the patches: faster")
