@@ -370,6 +370,8 @@ def to_dict(method: petl.Method) -> dict:
     """The method without `paper` and `where`, in JSON's types if its parts have them."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
     entry = {"name": method.name, "lr": method.lr, "parts": parts}
+    if method.head_lr:
+        entry["head_lr"] = method.head_lr
     if method.blocks:
         entry["blocks"] = list(method.blocks)
     return entry
@@ -397,7 +399,13 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
         except (TypeError, UserError) as error:  # a field is missing, unknown or of no known kind
             raise UserError(f"{origin}: the part {name!r}: {error}") from None
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
-    return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)
+    return petl.Method(
+        entry["name"],
+        tuple(parts),
+        lr=entry["lr"],
+        head_lr=entry.get("head_lr"),
+        blocks=blocks,
+    )
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

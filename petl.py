@@ -385,9 +385,13 @@ class LoRA:
             for name in self.targets:
                 wrap(inner(block.attn), name, self.build)
 
+    @property
+    def scale(self):
+        return self.alpha / self.rr
+
     def build(self, linear):
         rank = rank_of(inner(linear).in_features, self.rr)
-        return LoRALinear(linear, rank, self.alpha / self.rr)
+        return LoRALinear(linear, rank, self.scale)
 
 
 # ----------------------------------------------------------------------------- prompts and prefixes
@@ -547,6 +551,7 @@ class Method:
     paper: str = "-"  # trained parameters as the paper prints or implies them
     where: str = "-"  # table and row of the paper
     lr: float = 5e-3  # section III-A for adapters and LoRA
+    head_lr: float | None = None  # of the head; None: as the method, as in the paper
     blocks: tuple[int, int] | None = None  # first and last block to change, from 1 (not checked)
 
 

@@ -101,7 +101,8 @@ class Settings:
     n_frames: int
     epochs: int  # of a fitted method the number of penalties
     batch_size: int
-    lr: float
+    lr: float  # of the method
+    head_lr: float
     mask_frames: int  # the widest time mask of SpecAugment; 0: no masks in time or frequency
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
@@ -154,13 +155,17 @@ class Learner:
 
 
 def parameter_groups(network: nn.Module, settings: Settings) -> list[dict]:
-    """The trained parameters with their first learning rate, as groups for AdamW.
+    """The trained parameters as two groups for AdamW, each with its first learning rate.
 
-    There is one group. With several, each is annealed from its own first rate. For a rate of the
-    head, `network.named_parameters()` has names that begin with "head.", also in last layers.
+    The second group is the head. Every group is annealed from its own first rate.
     """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [{"params": trained, "lr": settings.lr}]
+    method = []  # with the final LayerNorm
+    head = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            group = head if name.startswith("head.") else method
+            group.append(parameter)
+    return [{"params": method, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}]
 
 
 def cosine(first_rate: float, step: int, steps: int) -> float:
@@ -430,7 +435,8 @@ def run(args: argparse.Namespace) -> dict:
     # or else with those of METHODS. The latter were chosen for 768 dimensions. On a backbone
     # narrower than 384 each RR and number of prompts of METHODS is divided by round(512 / dim), by
     # 4 in the default run, and rounded down, prompts to an even number. (LoRA's s = alpha / RR
-    # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there.
+    # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there, and
+    # with every method the head has the rate of linear.
     method = method_for(row, pretrained.config, args, lr)
     is_fitted = petl.has_mark(method, "is_fitted")
     # Own sounds: a linear head learns from what the backbone makes of each clip once, unmasked.
@@ -455,6 +461,7 @@ def run(args: argparse.Namespace) -> dict:
             epochs=len(PENALTIES) if is_fitted else args.epochs or recipe.epochs,
             batch_size=args.batch_size or recipe.batch_size,
             lr=method.lr,
+            head_lr=method.head_lr or method.lr,
             mask_frames=0 if unmasked else recipe.widest_mask(n_frames),
             dtype=args.dtype,
             keep=args.keep,
@@ -568,7 +575,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "[distillation]",
     )
     add("--rr", **number, help="reduction rate: a bottleneck is dim / RR wide")
-    add("--alpha", type=float, help="LoRA's update has the factor alpha / RR (rslora: / sqrt(r))")
+    add("--alpha", type=float, help="LoRA's update is multiplied by alpha / RR")
     add("--prompts", **number, help="number of prompts; of a prefix: keys and values together")
     add("--kernel", **number, help="width in tokens of the convolution of a conformer adapter")
     add("--blocks", type=command.span, metavar="9-12", help="change only these blocks: faster")
@@ -580,6 +587,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", **number, help="passes over the training clips; default: the dataset's")
     add("--batch-size", **number, help="clips in a step, over all GPUs; default: the dataset's")
     add("--lr", type=float, help="learning rate at the start; default: the method's")
+    add("--head-lr", type=float, help="that of the head; default: the method's")
     add("--balance", **switch, help="weigh the loss so that all classes count alike")
     add("--no-mask", **switch, help="no masks (SpecAugment) where the dataset has them")
     add("--keep", type=float, metavar="0.4", help="train on this share of the patches: faster")
@@ -595,7 +603,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--micro-batch", **number, help="clips at once, for less memory; changes dropout a little")
     add("--compile", **switch, help="compile the model for training (torch.compile)")
     add("--resume", **switch, help="continue an interrupted fold after its last finished epoch")
-    add("--out", type=Path, default=Path("runs"), help="folder of all runs; default: %(default)s")
+    add("--out", type=Path, default=Path("runs"), help="results go to OUT/DATASET/METHOD/seedS")
     add(
         "--cache-dir",
         type=Path,
@@ -619,7 +627,8 @@ METHODS_PAGE = """# All methods
 `--method` takes a name of the first column. The second column says what the parts of the method
 are, and has these parts as METHODS has them: `at` is the sub-layer, `how` a key of
 `petl.INSERTIONS`, and `rr` the reduction rate (a bottleneck is dim / rr wide). `rate` is the
-learning rate. `python train.py --list-methods --markdown` prints this page.
+learning rate of the method; the head may have another, `head_lr` in METHODS.
+`python train.py --list-methods --markdown` prints this page.
 
 | method | what is trained | trained | in the paper | rate | row of the paper |
 |---|---|--:|--:|--:|---|"""

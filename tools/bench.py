@@ -67,6 +67,7 @@ class Bench(Machine):
             epochs=10**9,
             batch_size=self.batch,
             lr=lr,
+            head_lr=lr,
             mask_frames=mask_frames,
             dtype=self.dtype,
         )

@@ -184,14 +184,15 @@ def peft_config(part: petl.LoRA, dim: int) -> dict:
     are frozen, because transformers draws new position embeddings for another length.
     """
     rank = petl.rank_of(dim, part.rr)
-    alpha = part.alpha if isinstance(part, RsLoRA) else part.alpha / part.rr * rank
+    is_rs = isinstance(part, RsLoRA)
+    divisor = rank**0.5 if is_rs else rank
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": alpha,  # peft scales by lora_alpha / r, or by lora_alpha / sqrt(r)
+        "lora_alpha": part.scale * divisor,  # peft divides by r, or by sqrt(r)
         "target_modules": [f"{letter}_proj" for letter in part.targets],
         "use_dora": isinstance(part, DoRA),
-        "use_rslora": isinstance(part, RsLoRA),
+        "use_rslora": is_rs,
         "modules_to_save": [f"{INSIDE}.layernorm", "classifier", f"{INSIDE}.embeddings"],
     }
 
@@ -328,16 +329,16 @@ def method_of(config: headers.LoRA, tensors: dict, dim: int) -> petl.Method:
     """The row of METHODS that an adapter_config.json means, with its numbers."""
     rr = dim / config.r
     divisor = math.sqrt(config.r) if config.use_rslora else config.r
-    alpha = config.lora_alpha / divisor * rr  # our scale is alpha / RR
+    numbers = {"rr": rr, "alpha": config.lora_alpha / divisor * rr}  # our scale is alpha / RR
     name = "lora"
     if config.use_dora:
         name = "dora"
     elif config.use_rslora:
         name = "rslora"
-        alpha = config.lora_alpha
+        numbers["lora_rr"] = rr
     method = petl.METHODS[name]
     targets = [letter for letter in "qkvo" if any(f".attn.{letter}." in key for key in tensors)]
-    part = replace(method.parts[0], targets="".join(targets), rr=rr, alpha=alpha)
+    part = replace(method.parts[0], targets="".join(targets), **numbers)
     return replace(method, parts=(part,))
 
 

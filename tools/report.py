@@ -33,7 +33,7 @@ from support.command import (
     positive,
     warn,
 )
-from support.console import balanced_accuracy, findings, is_balanced
+from support.console import balanced_accuracy, findings, is_balanced, is_fitted
 from support.files import default_cache_dir, path_in, to_bytes, write_text
 from support.processes import say
 from support.progress import Bar
@@ -183,10 +183,10 @@ def wave_of(dataset: Dataset, i: int, samples: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- the page
 
 
-def charts_of(history: list[dict], chosen: dict[int, int]) -> list[dict]:
+def charts_of(history: list[dict], chosen: dict[int, int], step: str = "epoch") -> list[dict]:
     """Learning curves, a line for each fold: the loss, and the validation accuracy, if any.
 
-    chosen: {fold: the epoch that was tested}. A star marks it.
+    chosen: {fold: the epoch that was tested}. A star marks it. `step` is what epochs are called.
     """
     plt = pyplot()
     charts = []
@@ -205,7 +205,7 @@ def charts_of(history: list[dict], chosen: dict[int, int]) -> list[dict]:
             if chosen.get(fold) in line:
                 axis.plot(chosen[fold], line[chosen[fold]], **star)
         axis.locator_params(axis="x", integer=True)
-        axis.set(xlabel="epoch", ylabel=title)
+        axis.set(xlabel=step, ylabel=title)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
@@ -219,6 +219,7 @@ def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
     """The whole page, as text."""
     result = run.result()
     chosen = {fold["fold"]: fold["epoch"] for fold in result["folds"]}
+    step = "penalty" if is_fitted(run.config["method"]) else "epoch"
     tested = len(run.tested())
     inlined = {}
     hashes = {}
@@ -239,7 +240,8 @@ def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
         balanced=balanced_accuracy(run, dataset) if is_balanced(run) else None,
         findings=findings(run, dataset),
         chosen=chosen,
-        charts=charts_of(run.history(), chosen),
+        charts=charts_of(run.history(), chosen, step),
+        step=step,
         inlined=inlined,
         hashes=hashes,
     )
