@@ -1,5 +1,6 @@
 """What makes training fast must not change what it computes."""
 
+import gc
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import petl
 import train
 from data import Clips
-from support import onednn_linear, recorder, speed
+from support import command, onednn_linear, recorder, speed
 from support.onednn_linear import OneDNNLinear, use_onednn
 from support.speed import Machine
 from train import Settings
@@ -263,3 +264,29 @@ def test_logits_that_are_no_numbers_have_no_probability():
     clips = Clips(torch.tensor([[torch.nan, 0], [torch.inf, 0], [0, 1]]), torch.tensor([0, 0, 1]))
     answers = recorder.answers_of(evaluate(nn.Identity(), clips, [0, 1, 2], 3)[0])
     assert answers["millionths"] == [0, 0, round(1e6 * math.e / (1 + math.e))]
+
+
+@pytest.mark.parametrize(
+    "units, dim, helps",
+    [
+        ({"avx512_bf16": True}, 384, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, 384, True),
+        ({"avx512_bf16": False, "amx_bf16": False}, 384, False),
+        ({}, 384, False),  # not of Intel or AMD
+        ({"avx512_bf16": True}, 128, False),
+    ],
+)
+def test_bfloat16_helps_where_the_processor_has_it(units, dim, helps, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert speed.bfloat16_helps(tiny_ast(dim=dim)) is helps
+    assert not speed.bfloat16_helps(nn.Linear(dim, 3))  # last layers: the backbone has no step
+
+
+@pytest.mark.parametrize("is_command", [True, False])
+def test_only_a_command_keeps_its_imports_from_the_search_for_garbage(is_command, monkeypatch):
+    """A program that calls `main` again and again would never be rid of its own garbage."""
+    calls = []
+    monkeypatch.setattr(command, "is_command", is_command)
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
+    assert command.exit_code(lambda: calls.append("command")) == 0
+    assert calls == (["freeze", "command"] if is_command else ["command"])
