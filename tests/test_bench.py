@@ -148,6 +148,8 @@ def test_the_defaults(monkeypatch):
     assert setup == bench.Bench(torch.device("cpu"))
     assert bench.main(["--device", "cpu", "--quick", "--compile"]) == 0
     assert seen[-1] == bench.Bench(torch.device("cpu"), compile=True, n_frames=100)
+    assert bench.main(["--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert seen[-1] == bench.Bench(torch.device("cpu"), dtype="bfloat16")
 
 
 def test_rows_and_batch_sizes_can_be_chosen(monkeypatch, capsys):
@@ -158,3 +160,18 @@ def test_rows_and_batch_sizes_can_be_chosen(monkeypatch, capsys):
     assert seen == [("lora", 2), ("features", 2), ("lora", 5), ("features", 5)]
     assert bench.main(["--batch-size", "0"]) == 2
     assert "--batch-size" in capsys.readouterr().err
+
+
+def test_a_row_that_does_not_fit_into_memory_does_not_end_the_others(monkeypatch, capsys):
+    def measure(row, setup):
+        if setup.batch == 9:
+            raise torch.OutOfMemoryError
+        seen.append((row, setup.batch))
+        return []
+
+    seen = []
+    monkeypatch.setattr(bench, "measure", measure)
+    options = ["--device", "cpu", "--rows", "lora", "--batch-size", "9", "4"]
+    assert bench.main(options) == 0
+    assert seen == [("lora", 4)]
+    assert capsys.readouterr().err == "warning: out of memory: lora, 9 clips at once\n"

@@ -27,10 +27,19 @@ import data
 import petl
 import train
 from load_weights import load_ast
-from support.command import Parser, choose_device, choose_dtype, exit_code, needed, positive
+from support.command import (
+    Parser,
+    choose_device,
+    choose_dtype,
+    exit_code,
+    needed,
+    out_of_memory,
+    positive,
+    warn,
+)
 from support.files import write_json
 from support.records import check_not_of_run, forget_peak, peak_memory
-from support.speed import Machine
+from support.speed import DTYPES, Machine
 from support.vectors import skip_frozen
 from tools.export import write_hf
 
@@ -242,6 +251,7 @@ def run(argv):
     add("--compile", action="store_true", help="torch.compile all contestants for training")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", choices=["auto", *DTYPES])
     add("--weights", default="random:base", help="the backbone")
     args = parser.parse_args(argv)
     if args.json:
@@ -251,7 +261,7 @@ def run(argv):
     bench = Bench(
         device,
         compile=args.compile,
-        dtype=choose_dtype("auto", device),
+        dtype=choose_dtype(args.dtype, device),
         n_frames=100 if args.quick else 500,
         repeats=20 if on_gpu else 3,
         weights=args.weights,
@@ -263,7 +273,12 @@ def run(argv):
     results = []
     for batch in args.batch_size or [32 if on_gpu else 4]:
         for row in args.rows:
-            results += measure(row, replace(bench, batch=batch))
+            try:
+                results += measure(row, replace(bench, batch=batch))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                warn(f"out of memory: {row}, {batch} clips at once")
     if args.json:
         write_json(args.json, {"machine": describe(bench), "results": results})
 
