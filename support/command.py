@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import errno
-import gc
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ast_model import UserError
-from support import is_command, stop
+from support import stop
 
 # ------------------------------------------------------------------------------------------ options
 
@@ -136,8 +135,6 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command. What the user can mend becomes one line and the exit code 2."""
     if signal.getsignal(signal.SIGINT) is stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if is_command:  # Python need not look for garbage in what has been imported
-        gc.freeze()
     for stream in (sys.stdout, sys.stderr):  # names of files that the locale cannot show
         with suppress(AttributeError):  # a test's output is no file
             stream.reconfigure(errors="backslashreplace")

@@ -1,6 +1,5 @@
 """What makes training fast must not change what it computes."""
 
-import gc
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import petl
 import train
 from data import Clips
-from support import command, onednn_linear, recorder, speed
+from support import onednn_linear, recorder, speed
 from support.onednn_linear import OneDNNLinear, use_onednn
 from support.speed import Machine
 from train import Settings
@@ -282,13 +281,3 @@ def test_bfloat16_helps_where_the_processor_has_it(units, dim, helps, monkeypatc
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     assert speed.bfloat16_helps(tiny_ast(dim=dim)) is helps
     assert not speed.bfloat16_helps(nn.Linear(dim, 3))  # last layers: the backbone has no step
-
-
-@pytest.mark.parametrize("is_command", [True, False])
-def test_only_a_command_keeps_its_imports_from_the_search_for_garbage(is_command, monkeypatch):
-    """A program that calls `main` again and again would never be rid of its own garbage."""
-    calls = []
-    monkeypatch.setattr(command, "is_command", is_command)
-    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
-    assert command.exit_code(lambda: calls.append("command")) == 0
-    assert calls == (["freeze", "command"] if is_command else ["command"])

@@ -3,7 +3,7 @@
 #
 #     bash tools/gpu.sh FOLDER
 #
-# FOLDER gets all that is printed (all.txt) and the times as JSON. More words are options of tools.bench.
+# FOLDER, a new one, gets all that is printed (all.txt) and the times as JSON. More words are options of tools.bench.
 set -u
 out=${1:?give a folder for the results}
 shift
