@@ -39,8 +39,8 @@ To add a method:
     layer whose output keeps its shape: `inner`, because the sub-layer may be wrapped already.
     Assign wrappers of sub-layers, blocks or the embedding, and those that change a length: they
     must be outermost. A whole block is wrapped by `model.blocks[i] = MyBlock(model.blocks[i])`,
-    for each i with `inner(model.blocks[i]) in blocks`. A wrapper that reads the weight below it has the
-    attribute `reads_weight = True`.
+    for each i with `inner(model.blocks[i]) in blocks`. A wrapper that reads the weight below it has
+    the attribute `reads_weight = True`.
  3. Write the row into ROWS, or in a file of your own `petl.METHODS["name"] = Method("name", ...)`.
     Import that file wherever the method is trained or loaded.
  4. A file of trained tensors describes a part by the name of its class and by its fields. To be
