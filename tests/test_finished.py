@@ -67,7 +67,7 @@ def test_tables_from_the_file_are_those_of_the_runs(here, trained, tmp_path, cap
     assert experiments.main([*words, "--methods", "lora,dpt", *passed]) == 0
     assert "2 cells, 2 finished, 0 missing" in capsys.readouterr().out
     (table,) = file.parent.glob("*.md")  # that of the paper's rates
-    assert "80.00 [" in table.read_text() and "Linear" not in table.read_text()
+    assert "**80.00** [" in table.read_text() and "Linear" not in table.read_text()
     words[words.index("1")] = "2"
     assert experiments.main([*words, "--methods", "lora", *passed]) == 1
     assert "holds a run with epochs 1, not 2" in capsys.readouterr().err

@@ -20,7 +20,7 @@ are. In Wilson's interval each clip counts.
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from tools.cells import Cell
 from tools.finished import Finished, finished
 
 LEVEL = 0.95
+RESAMPLES = 2_000
 YES = "yes"
 NO = "no"
 UNTOLD = "cannot be told"
@@ -159,35 +160,27 @@ def difference(seeds: list[Scores]) -> Difference:
 
 
 def bootstrap(sums, weights):
-    """Mean in points and its 95 % interval, drawing recordings and seeds.
+    """Mean in points and its 95 % interval, drawing recordings and seeds (Efron, 1979).
 
     Both are (seeds, recordings): weighted scores, and the weights themselves.
     """
+    recordings = draws(sums.shape[1], 0)
+    seeds = draws(len(sums), 1)
+    total = (recordings @ sums.T * seeds).sum(1)  # of each resample
+    weight = (recordings @ weights.T * seeds).sum(1)
+    means = 100 * total / np.maximum(weight, 1e-9)  # a seed may have tested none of those drawn
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(100 * sums.sum() / weights.sum()), float(low), float(high)
 
-    def mean(recordings, seeds=None, axis=-1):
-        """In points, of each draw: (draws, recordings) and (draws, seeds) are what was drawn."""
-        parts = [table[:, recordings].sum(axis) for table in (sums, weights)]  # (seeds, draws)
-        if seeds is not None:
-            parts = [np.take_along_axis(part, seeds.T, 0) for part in parts]
-        return 100 * parts[0].sum(0) / np.maximum(parts[1].sum(0), 1e-9)
 
-    drawn = [np.arange(n) for n in sums.shape[::-1]]
-    if len(sums) == 1:  # a single seed is not drawn
-        drawn.pop()
-    points = float(mean(*drawn))
-    if sums.shape[1] == 1:  # nor is a single recording
-        return points, points, points
-    found = stats().bootstrap(
-        drawn,
-        mean,
-        n_resamples=5_000,
-        batch=100,
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return points, *found.confidence_interval
+@lru_cache(maxsize=4)
+def draws(count: int, stream: int) -> np.ndarray:
+    """How often each of `count` things is drawn if as many are: (RESAMPLES, count)."""
+    rng = np.random.default_rng([count, stream])
+    counts = np.empty((RESAMPLES, count))
+    for row in counts:
+        row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+    return counts
 
 
 # --------------------------------------------------------------------------------- what runs leave
