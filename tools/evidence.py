@@ -54,14 +54,31 @@ def stats():
 # ----------------------------------------------------------------------------- intervals and tests
 
 
+def interval(accuracies: list[float], clips: int) -> tuple[float, float]:
+    """The 95 % interval of a mean accuracy in percent.
+
+    Of several runs it is Student's t over the runs, of one run Wilson's over its `clips`.
+    """
+    mean = np.mean(accuracies)
+    if len(accuracies) == 1:
+        return wilson(round(mean / 100 * clips), clips)
+    half = student(accuracies)
+    return float(max(mean - half, 0)), float(min(mean + half, 100))
+
+
 def accuracy(seeds: list[Scores]) -> tuple[float, float, float]:
     """An accuracy in percent, the mean over folds and seeds, and its 95 % interval."""
-    first = [*seeds[0].values()]
+    sums, clips, weights = by_recording(seeds)
+    mean, low, high = bootstrap(sums * weights, clips * weights)
+    of_seeds = 100 * (sums * weights).sum(1) / (clips * weights).sum(1)
     folds = {fold for scores in seeds for fold, *_ in scores}
     if len(seeds) == len(folds) == 1:
-        return 100 * sum(first) / len(first), *wilson(sum(first), len(first))
-    mean, low, high = estimate(*by_recording(seeds))
-    return mean, max(low, 0.0), min(high, 100.0)
+        return mean, *interval(of_seeds, len(seeds[0]))
+    if len(seeds) > 1:
+        ends = interval(of_seeds, len(seeds[0]))
+        low = min(low, ends[0])
+        high = max(high, ends[1])
+    return mean, low, high
 
 
 def by_recording(seeds: list[Scores]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,16 +100,6 @@ def by_recording(seeds: list[Scores]) -> tuple[np.ndarray, np.ndarray, np.ndarra
             clips[seed, place] += 1
             weights[seed, place] = 1 / sizes[fold]
     return sums, clips, weights
-
-
-def estimate(sums, clips, weights) -> tuple[float, float, float]:
-    """Mean in points and its 95 % interval, from what `by_recording` returns."""
-    points, low, high = bootstrap(sums * weights, clips * weights)
-    if len(sums) > 1:
-        half = student(100 * (sums * weights).sum(1) / (clips * weights).sum(1))
-        low = min(low, points - half)
-        high = max(high, points + half)
-    return points, low, high
 
 
 def student(values: list[float]) -> float:
@@ -152,7 +159,11 @@ def difference(seeds: list[Scores]) -> Difference:
     recordings = sums.shape[1]
     if recordings < 2:
         raise UserError(f"test clips of {recordings} recording: nothing to compare")
-    points, low, high = estimate(sums, clips, weights)
+    points, low, high = bootstrap(sums * weights, clips * weights)
+    if len(seeds) > 1:
+        half = student(100 * (sums * weights).sum(1) / (clips * weights).sum(1))
+        low = min(low, points - half)
+        high = max(high, points + half)
     more = (sums.sum(0) > 0).sum()
     less = (sums.sum(0) < 0).sum()
     p = stats().binomtest(more, more + less).pvalue if more + less else 1.0

@@ -157,9 +157,12 @@ def check(args):
 
 
 def start(argv):
-    commands = {"compare": evidence.compare, "keep": keep_runs, "show": show_runs}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+    if argv[:1] == ["compare"]:
+        return evidence.compare(argv[1:])
+    if argv[:1] == ["keep"]:
+        return keep_runs(argv[1:])
+    if argv[:1] == ["show"]:
+        return show_runs(argv[1:])
     plan = parse(argv)
     if plan.setting != "paper":
         plan = replace(plan, tuned=tune.read_tuned(plan))
