@@ -370,6 +370,8 @@ def to_dict(method: petl.Method) -> dict:
     """The method without `paper` and `where`, in JSON's types if its parts have them."""
     parts = [{"part": type(part).__name__, **asdict(part)} for part in method.parts]
     entry = {"name": method.name, "lr": method.lr, "parts": parts}
+    if method.head_lr:
+        entry["head_lr"] = method.head_lr
     if method.blocks:
         entry["blocks"] = list(method.blocks)
     return entry
@@ -397,7 +399,13 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
         except (TypeError, UserError) as error:  # a field is missing, unknown or of no known kind
             raise UserError(f"{origin}: the part {name!r}: {error}") from None
     blocks = tuple(entry["blocks"]) if entry.get("blocks") else None
-    return petl.Method(entry["name"], tuple(parts), lr=entry["lr"], blocks=blocks)
+    return petl.Method(
+        entry["name"],
+        tuple(parts),
+        lr=entry["lr"],
+        head_lr=entry.get("head_lr"),
+        blocks=blocks,
+    )
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -423,7 +431,7 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in live.items()}
 
 
-def save_trained(model: AST, path: Path, metadata: dict) -> None:
+def save_trained(model: AST, path: Path | str, metadata: dict) -> None:
     """Write what the method trained as safetensors, with a header that describes it.
 
     The header has `metadata` (class names, accuracy, ...) and what the model knows itself: method,
@@ -438,15 +446,16 @@ def save_trained(model: AST, path: Path, metadata: dict) -> None:
         "front_end": FRONT_END,
         "backbone": asdict(model.backbone),
     }
-    write_tensors(path, trained_tensors(model), header)
+    write_tensors(Path(path), trained_tensors(model), header)
 
 
-def load_trained(path: Path, weights: str | None = None) -> AST:
+def load_trained(path: Path | str, weights: str | None = None) -> AST:
     """The model of a file of `save_trained` or `save_ast`, in evaluation mode.
 
     `weights` says where the backbone is, if it is not where the header says. A file of `save_ast`
     needs none. If the backbone found is not the one trained on, a UserError names both.
     """
+    path = Path(path)
     header = read_metadata(path)
     if "config" in header:  # a whole model, which needs no backbone
         return load_ast(path).eval()
@@ -489,7 +498,9 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], origin="the
 # ------------------------------------------------------------------------------- a whole model out
 
 
-def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.float32) -> None:
+def save_ast(
+    model: AST, path: Path | str, metadata: dict, dtype: torch.dtype = torch.float32
+) -> None:
     """Write a plain AST as safetensors under Hugging Face names. Its header has its shape.
 
     float16 halves the file. `load_ast` computes in float32 either way.
@@ -498,4 +509,4 @@ def save_ast(model: AST, path: Path, metadata: dict, dtype: torch.dtype = torch.
     for name, tensor in model.state_dict().items():
         state[name] = tensor.detach().cpu().to(dtype).contiguous()
     header = {**metadata, "config": asdict(model.config)}
-    write_tensors(path, to_hugging_face(state), header, format="pt")  # transformers asks for "pt"
+    write_tensors(Path(path), to_hugging_face(state), header, format="pt")  # for transformers

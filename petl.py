@@ -285,7 +285,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ConvpassAdapter(Adapter):
-    """A Convpass in place of the Bottleneck."""
+    """A bottleneck with a convolution along the tokens inside (Convpass)."""
 
     def build(self, config):
         return Convpass(config.dim, rank_of(config.dim, self.rr))
@@ -293,7 +293,7 @@ class ConvpassAdapter(Adapter):
 
 @dataclass(frozen=True)
 class Convpass2dAdapter(Adapter):
-    """A Convpass2d in place of the Bottleneck."""
+    """A bottleneck with a convolution over the grid of patches inside (Convpass2d)."""
 
     needs_all_patches = True  # a grid with holes cannot be convolved
 
@@ -323,7 +323,10 @@ class HydraFFN(nn.Module):
 
 @dataclass(frozen=True)
 class Hydra:
-    """Hydra at the FFN of every block. The LayerNorm before the FFN is trained, too."""
+    """Hydra at the FFN of every block: two bottlenecks without activation, P and Q.
+
+    The LayerNorm before the FFN is trained, too.
+    """
 
     rr: float = 64
 
@@ -382,9 +385,13 @@ class LoRA:
             for name in self.targets:
                 wrap(inner(block.attn), name, self.build)
 
+    @property
+    def scale(self):
+        return self.alpha / self.rr
+
     def build(self, linear):
         rank = rank_of(inner(linear).in_features, self.rr)
-        return LoRALinear(linear, rank, self.alpha / self.rr)
+        return LoRALinear(linear, rank, self.scale)
 
 
 # ----------------------------------------------------------------------------- prompts and prefixes
@@ -472,7 +479,9 @@ class PromptedBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompt-tuning (Jia et al., 2022). Shallow: prompts before the first block. Deep: before each.
+    """Learned tokens before the patches: prompt-tuning (Jia et al., 2022).
+
+    Shallow: prompts before the first block. Deep: other prompts before each block.
 
     The mean of all tokens, which the head reads, contains the prompts.
     """
@@ -542,6 +551,7 @@ class Method:
     paper: str = "-"  # trained parameters as the paper prints or implies them
     where: str = "-"  # table and row of the paper
     lr: float = 5e-3  # section III-A for adapters and LoRA
+    head_lr: float | None = None  # of the head; None: as the method, as in the paper
     blocks: tuple[int, int] | None = None  # first and last block to change, from 1 (not checked)
 
 

@@ -11,7 +11,7 @@ VeRA. So what is stored is the factor minus its start. (`scale` of LoRA is no tr
 Of the factors, only the weights of LayerNorm and BatchNorm are stored as they are.
 
 `import petl_more` adds the rows to `petl.METHODS`. This file needs torch, numpy, ast_model.py and
-petl.py.
+petl.py. Where the sources train a method in another way, docs/differences.md says so.
 """
 
 import copy
@@ -69,7 +69,7 @@ class ConformerModule(nn.Module):
 
 @dataclass(frozen=True)
 class Conformer(Adapter):
-    """A ConformerModule in place of the Bottleneck."""
+    """A bottleneck with the convolution module of the Conformer inside (ConformerModule)."""
 
     rr: float = 96
     kernel: int = 31  # tokens; arXiv 2312.03694v4 has 31 for speech, 8 for ESC-50 and UrbanSound8K
@@ -136,7 +136,7 @@ class DenseMoA(Experts):
 
 @dataclass(frozen=True)
 class SoftMixture(Adapter):
-    """A SoftMoA in place of the Bottleneck."""
+    """A soft mixture of bottlenecks in place of one (SoftMoA)."""
 
     rr: float = 128  # of each expert
     experts: int = 7
@@ -148,7 +148,7 @@ class SoftMixture(Adapter):
 
 @dataclass(frozen=True)
 class DenseMixture(Adapter):
-    """A DenseMoA in place of the Bottleneck."""
+    """A dense mixture of bottlenecks in place of one (DenseMoA)."""
 
     rr: float = 128  # of each expert
     experts: int = 7
@@ -210,23 +210,27 @@ class DoRALinear(LoRALinear):
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """DoRA on some projections of every attention."""
+    """DoRA on some projections of every attention: LoRA, and the length of each row apart."""
 
     def build(self, linear):
         rank = rank_of(inner(linear).in_features, self.rr)
-        return DoRALinear(linear, rank, self.alpha / self.rr)
+        return DoRALinear(linear, rank, self.scale)
 
 
 @dataclass(frozen=True)
 class RsLoRA(LoRA):
-    """LoRA with s = alpha / sqrt(r) (Kalajdzievski, 2023), so that ranks can be compared.
+    """LoRA whose scale changes with the rank as 1 / sqrt(r) (Kalajdzievski, 2023).
 
-    alpha stays 8, so at rank 6 s is 3.27, where the row `lora` has 0.0625.
+    That paper has s = alpha / sqrt(r). Here s is that of LoRA, alpha / RR, where RR is `lora_rr`.
+    So the row `rslora` is the row `lora`, and other reduction rates make the difference: LoRA's s
+    grows with r, and this one becomes smaller.
     """
 
-    def build(self, linear):
-        rank = rank_of(inner(linear).in_features, self.rr)
-        return LoRALinear(linear, rank, self.alpha / rank**0.5)
+    lora_rr: float = 128
+
+    @property
+    def scale(self):  # r = dim / RR, so 1 / sqrt(r) changes as sqrt(RR)
+        return self.alpha / self.lora_rr * (self.rr / self.lora_rr) ** 0.5
 
 
 class VeRALinear(nn.Module):
@@ -258,7 +262,7 @@ class VeRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class VeRA:
-    """VeRA on some projections of every attention."""
+    """VeRA on some projections of every attention: factors around two frozen random matrices."""
 
     targets: str = "qv"  # any of q, k, v, o
     rr: float = 3
@@ -395,9 +399,10 @@ class AdaptFormerFFN(nn.Module):
 
 @dataclass(frozen=True)
 class AdaptFormer:
-    """AdaptFormer at the FFN of every block. The LayerNorm before the FFN stays frozen.
+    """AdaptFormer: a bottleneck parallel to LayerNorm and FFN of every block.
 
-    It moves into AdaptFormerFFN, which needs x before it. So no other part may adapt this FFN.
+    The LayerNorm before the FFN stays frozen. It moves into AdaptFormerFFN, which needs x before
+    it. So no other part may adapt this FFN.
     """
 
     rr: float = 12
@@ -434,7 +439,7 @@ class AdapterPlusBlock(nn.Module):
 
 @dataclass(frozen=True)
 class AdapterPlus:
-    """Adapter+ behind every block. The LayerNorms of the blocks stay frozen."""
+    """Adapter+: a bottleneck behind every block. The LayerNorms of the blocks stay frozen."""
 
     rr: float = 96
 
@@ -657,23 +662,29 @@ class Patchout(nn.Module):
 
 # ----------------------------------------------------------------------------- the table of methods
 
-# Behind each row: where its learning rate is from. 5e-3 is the default of Method. Where the demo
-# does better with another rate, it is named, but one small task is no reason to change the row.
-# The numbers of parameters of the conformers are those of their paper.
+# A row of a later method: the head learns with the rate of `linear`, so that no method is worse
+# because its head learns slowly.
+later = partial(Method, head_lr=petl.find("linear").lr)
+
+# Behind each row: where its learning rate is from. 5e-3 is the default of Method. All are trained
+# with AdamW and a weight decay of 0.1, as the paper's methods are. That is not what the authors of
+# these methods have: SSF has AdamW with a decay of 5e-5 to 0.05, Adapter+ AdamW with 1e-4, (IA)3
+# Adafactor without decay, and AdaptFormer SGD without decay, at a rate that says nothing about
+# AdamW. The numbers of parameters of the conformers are those of their paper.
 # fmt: off
 ROWS = [
-    Method("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),  # its paper
-    Method("conformer_houlsby_par",
-           (Conformer("attn", "par_before"), Conformer("ffn", "par_before")), "542K"),  # its paper
-    Method("soft_moa", (SoftMixture("attn", "par_before"),)),  # its paper
-    Method("dense_moa", (DenseMixture("attn", "par_before"),)),  # its paper
-    Method("dora", (DoRA(),)),  # our choice
-    Method("ia3", (IA3(),), lr=3e-3),  # its paper, with Adafactor
-    Method("vera", (VeRA(),)),  # our choice
-    Method("rslora", (RsLoRA(),), lr=1e-4),  # our choice; demo: 1e-3
-    Method("ssf", (SSF(),)),  # its code
-    Method("adaptformer", (AdaptFormer(),), lr=1e-3),  # our choice; demo: 1e-2
-    Method("adapter_plus", (AdapterPlus(),), lr=1e-3),  # its code; demo: 1e-2
+    later("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),  # its paper
+    later("conformer_houlsby_par",
+          (Conformer("attn", "par_before"), Conformer("ffn", "par_before")), "542K"),  # its paper
+    later("soft_moa", (SoftMixture("attn", "par_before"),)),  # its paper
+    later("dense_moa", (DenseMixture("attn", "par_before"),)),  # its paper
+    later("dora", (DoRA(),)),  # as `lora`; its code has 1e-4 to 2e-4 with s = 2, for LLaMA
+    later("ia3", (IA3(),), lr=3e-3),  # its paper, with Adafactor
+    later("vera", (VeRA(),)),  # our choice
+    later("rslora", (RsLoRA(),)),  # as `lora`
+    later("ssf", (SSF(),)),  # its code, for most tasks; 2e-4 to 5e-2 for some
+    later("adaptformer", (AdaptFormer(),)),  # our choice, as other adapters
+    later("adapter_plus", (AdapterPlus(),), lr=1e-3),  # its code
     Method("probe", (Statistics(),), lr=1),  # fitted: L-BFGS has no other
     Method("logmel", (LogMel(),), lr=1),  # likewise
 ]

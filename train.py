@@ -29,7 +29,9 @@ torchrun. This is what it does in one process, without options, on a CPU:
 
 import argparse
 import copy
+import inspect
 import math
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +101,8 @@ class Settings:
     n_frames: int
     epochs: int  # of a fitted method the number of penalties
     batch_size: int
-    lr: float
+    lr: float  # of the method
+    head_lr: float
     mask_frames: int  # the widest time mask of SpecAugment; 0: no masks in time or frequency
     dtype: str
     keep: float | None = None  # the share of the patches in training; None: all
@@ -152,13 +155,17 @@ class Learner:
 
 
 def parameter_groups(network: nn.Module, settings: Settings) -> list[dict]:
-    """The trained parameters with their first learning rate, as groups for AdamW.
+    """The trained parameters as two groups for AdamW, each with its first learning rate.
 
-    There is one group. With several, each is annealed from its own first rate. For a rate of the
-    head, `network.named_parameters()` has names that begin with "head.", also in last layers.
+    The second group is the head. Every group is annealed from its own first rate.
     """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [{"params": trained, "lr": settings.lr}]
+    method = []  # with the final LayerNorm
+    head = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            group = head if name.startswith("head.") else method
+            group.append(parameter)
+    return [{"params": method, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}]
 
 
 def cosine(first_rate: float, step: int, steps: int) -> float:
@@ -428,7 +435,8 @@ def run(args: argparse.Namespace) -> dict:
     # or else with those of METHODS. The latter were chosen for 768 dimensions. On a backbone
     # narrower than 384 each RR and number of prompts of METHODS is divided by round(512 / dim), by
     # 4 in the default run, and rounded down, prompts to an even number. (LoRA's s = alpha / RR
-    # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there.
+    # grows by that.) The rates of METHODS for full_ft and linear are multiplied by 10 there, and
+    # with every method the head has the rate of linear.
     method = method_for(row, pretrained.config, args, lr)
     is_fitted = petl.has_mark(method, "is_fitted")
     # Own sounds: a linear head learns from what the backbone makes of each clip once, unmasked.
@@ -453,6 +461,7 @@ def run(args: argparse.Namespace) -> dict:
             epochs=len(PENALTIES) if is_fitted else args.epochs or recipe.epochs,
             batch_size=args.batch_size or recipe.batch_size,
             lr=method.lr,
+            head_lr=method.head_lr or method.lr,
             mask_frames=0 if unmasked else recipe.widest_mask(n_frames),
             dtype=args.dtype,
             keep=args.keep,
@@ -529,54 +538,78 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     number = {"type": command.positive}
     switch = {"action": "store_true"}
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="demo", help=", ".join(DATASETS))
-    add("--data-dir", type=Path, help="the dataset or its archive, or your sounds; else a download")
-    add("--folds", type=command.numbers, metavar="1,2", help="only these folds")
-    add("--seconds", type=float, help="cut or pad clips to this; default: the dataset's length")
+    add = parser.add_argument_group("sounds").add_argument
+    add("--dataset", default="demo", help=f"one of {', '.join(DATASETS)}; default: %(default)s")
+    add("--data-dir", type=Path, help="your sounds, or the dataset or its archive if it is here")
+    add("--folds", type=command.numbers, metavar="1,2", help="train only these folds")
+    add("--seconds", type=float, help="cut or pad clips to this length; default: the dataset's")
+    add("--shots", **number, metavar="K", help="train on K clips of each class only (few-shot)")
+    add("--skip-bad", **switch, help="go on without sound files that cannot be read")
+
+    add = parser.add_argument_group("your own sounds, --dataset folder or csv").add_argument
     add(
         "--group",
         metavar="REGEX",
-        help="own sounds with the same text in its parentheses stay together",
+        help="keep clips in one part whose names have the same text in the first parenthesis",
     )
-    add("--windows", **switch, help="own sounds: cut recordings into windows of --seconds")
+    add("--windows", **switch, help="cut long recordings into windows of --seconds")
     add(
         "--no-background",
         dest="background",
         action="store_false",
-        help="own sounds: what is not labelled in recordings is no class",
+        help="make no class of what no label of a recording covers",
     )
-    add("--shots", **number, metavar="K", help="train on K clips per class only")
-    add("--skip-bad", **switch, help="go on without sound files that cannot be read")
 
     add = parser.add_argument_group("model and method").add_argument
-    add("--method", default="houlsby_par", help="a name that --list-methods prints")
-    add("--weights", help="audioset, demo, hf:owner/name, a path, random:base|small|tiny|demo")
-    add("--pool", default="mean", choices=POOL, help="how tokens become one vector: %(default)s")
-    add("--rr", **number, help="reduction rate: the bottleneck is dim / RR wide")
-    add("--alpha", type=float, help="LoRA's update has the factor alpha / RR, or alpha / sqrt(r)")
-    add("--prompts", **number, help="number of prompts; prefix: keys and values together")
-    add("--kernel", **number, help="tokens in the window of a conformer adapter")
-    add("--blocks", type=command.span, metavar="9-12", help="change these blocks only: faster")
+    add("--method", default="houlsby_par", help="a name of --list-methods; default: %(default)s")
+    add(
+        "--weights",
+        help="the pretrained model: audioset, demo, hf:owner/name, a path, or "
+        "random:base|small|tiny|demo; default: the dataset's",
+    )
+    add(
+        "--pool",
+        default="mean",
+        choices=POOL,
+        help="what the head reads: the mean of all tokens (default), [CLS], or [CLS] and "
+        "[distillation]",
+    )
+    add("--rr", **number, help="reduction rate: a bottleneck is dim / RR wide")
+    add("--alpha", type=float, help="LoRA's update is multiplied by alpha / RR")
+    add("--prompts", **number, help="number of prompts; of a prefix: keys and values together")
+    add("--kernel", **number, help="width in tokens of the convolution of a conformer adapter")
+    add("--blocks", type=command.span, metavar="9-12", help="change only these blocks: faster")
+    add("--list-methods", **switch, help="print all methods and how much they train, and exit")
+    add("--markdown", **switch, help="with --list-methods: print the page docs/methods.md")
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=command.numbers, default=[0], metavar="0,1,2", help="one run for each seed")
-    add("--epochs", **number, help="default: the dataset's")
-    add("--batch-size", **number, help="over all processes; default: the dataset's")
-    add("--lr", type=float, help="first learning rate; default: the dataset's or METHODS'")
+    add("--epochs", **number, help="passes over the training clips; default: the dataset's")
+    add("--batch-size", **number, help="clips in a step, over all GPUs; default: the dataset's")
+    add("--lr", type=float, help="learning rate at the start; default: the method's")
+    add("--head-lr", type=float, help="that of the head; default: the method's")
     add("--balance", **switch, help="weigh the loss so that all classes count alike")
-    add("--no-mask", **switch, help="no SpecAugment where the dataset's protocol has it")
+    add("--no-mask", **switch, help="no masks (SpecAugment) where the dataset has them")
     add("--keep", type=float, metavar="0.4", help="train on this share of the patches: faster")
 
     add = parser.add_argument_group("machine and files").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--micro-batch", **number, help="clips at once; changes dropout, BatchNorm and --keep")
-    add("--compile", **switch, help="torch.compile the model for training")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="number format of the training; auto: float32 on a CPU",
+    )
+    add("--micro-batch", **number, help="clips at once, for less memory; changes dropout a little")
+    add("--compile", **switch, help="compile the model for training (torch.compile)")
     add("--resume", **switch, help="continue an interrupted fold after its last finished epoch")
-    add("--out", type=Path, default=Path("runs"), help="results: OUT/DATASET/METHOD/seedS")
-    add("--cache-dir", type=Path, default=default_cache_dir(), help="default: %(default)s")
-    add("--list-methods", **switch, help="print all methods with their parameter counts")
+    add("--out", type=Path, default=Path("runs"), help="results go to OUT/DATASET/METHOD/seedS")
+    add(
+        "--cache-dir",
+        type=Path,
+        default=default_cache_dir(),
+        help="folder for downloads and features; default: %(default)s",
+    )
 
     args = parser.parse_args(argv)
     command.nearest(args.dataset, DATASETS, "dataset")
@@ -589,19 +622,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def list_methods() -> None:
-    """Print all methods with the parameters that each trains in AST-Base."""
+METHODS_PAGE = """# All methods
+
+`--method` takes a name of the first column. The second column says what the parts of the method
+are, and has these parts as METHODS has them: `at` is the sub-layer, `how` a key of
+`petl.INSERTIONS`, and `rr` the reduction rate (a bottleneck is dim / rr wide). `rate` is the
+learning rate of the method; the head may have another, `head_lr` in METHODS.
+`python train.py --list-methods --markdown` prints this page.
+
+| method | what is trained | trained | in the paper | rate | row of the paper |
+|---|---|--:|--:|--:|---|"""
+
+
+def list_methods(markdown: bool) -> None:
+    """Print all methods with the parameters that each trains in AST-Base.
+
+    In Markdown it is the page docs/methods.md, which also says what is trained.
+    """
 
     def counted(name, n_frames=500, n_classes=50):
         with torch.device("meta"):  # shapes without numbers
             model = AST(ASTConfig(n_frames=n_frames, n_classes=n_classes))
             return petl.count(petl.apply(model, name))
 
-    print(f"{'method':<30}{'trained':>12}{'paper':>8}   {'lr':<8}{'row of the paper'}")
+    if markdown:
+        print(METHODS_PAGE)
+    else:
+        print(f"{'method':<30}{'trained':>12}{'paper':>8}   {'lr':<8}{'row of the paper'}")
     for name, method in petl.METHODS.items():
         count = counted(name)
-        trained = count["petl"] or count["head"]
-        print(f"{name:<30}{trained:>12,}{method.paper:>8}   {method.lr:<8g}{method.where}")
+        trained = f"{count['petl'] or count['head']:,}"
+        lr = f"{method.lr:g}"
+        if markdown:
+            cells = [f"`{name}`", what_trains(method), trained, method.paper, lr, method.where]
+            print(f"| {' | '.join(cells)} |")
+        else:
+            print(f"{name:<30}{trained:>12}{method.paper:>8}   {lr:<8}{method.where}")
     heads = [f"{counted('linear', n_classes=n)['head']:,}" for n in (50, 10, 35, 31)]
     short = counted("full_ft", 100, 35)["petl"]
     print()
@@ -612,10 +668,24 @@ def list_methods() -> None:
     print("and probe and logmel have a larger head, which they count.")
 
 
+def what_trains(method: petl.Method) -> str:
+    """What the parts of a method are: the first sentence of their docstrings, and their numbers."""
+    if not method.parts:
+        return "Nothing but the final LayerNorm and the head"
+    sentences = []
+    for part in method.parts:
+        sentence = re.split(r"\.(?:\s|$)", inspect.getdoc(part) or "")[0]
+        sentences.append(" ".join(sentence.split()))
+    numbers = ", ".join(f"`{part}`" for part in method.parts)
+    return f"{'. '.join(dict.fromkeys(sentences))}: {numbers}"
+
+
 def start(argv: list[str] | None) -> None:
     args = parse(argv)
+    if args.markdown and not args.list_methods:
+        raise UserError("--markdown is for --list-methods: give both")
     if args.list_methods:
-        list_methods()
+        list_methods(args.markdown)
         return
     # Joins the processes of torchrun, and makes one line of what a machine cannot do: a full disk,
     # too little memory for the batch.

@@ -56,8 +56,11 @@ def check_options(args, own):
 
     Some options are for the user's `own` sounds.
     """
-    if args.lr is not None and not 0 < args.lr <= 1:
-        raise UserError(f"--lr is {args.lr}; it must be positive and at most 1")
+    for name in ("lr", "head_lr"):
+        rate = getattr(args, name)
+        if rate is not None and not 0 < rate <= 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is {rate}; it must be positive and at most 1")
     if args.keep is not None and not 0 < args.keep < 1:
         raise UserError(f"--keep is {args.keep}; it must be a share between 0 and 1")
     if args.seconds is not None and not 0.16 <= args.seconds <= 60:

@@ -59,18 +59,22 @@ def describe_groups(dataset, split):
 
 
 def describe_training(settings):
-    if is_fitted(settings):
+    if is_fitted(settings.method):
         return [f"fitted with {settings.epochs} penalties"]
+    head = ""
+    if settings.head_lr != settings.lr:
+        head = f", of the head {settings.head_lr:g}"
     return [
         f"{settings.epochs} epochs",
         f"batch {settings.batch_size}",
-        f"learning rate {settings.lr:g}",
+        f"learning rate {settings.lr:g}{head}",
         "masked" if settings.mask_frames else "unmasked",
     ]
 
 
-def is_fitted(settings):
-    return any(part["part"] in FITTED for part in settings.method["parts"])
+def is_fitted(method):
+    """Whether a method, as load_weights.to_dict has it, is fitted in place of being trained."""
+    return any(part["part"] in FITTED for part in method["parts"])
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -79,10 +83,10 @@ def is_fitted(settings):
 def describe_fold(result, settings):
     """The result of a fold."""
     best = result["validation_accuracy"]
-    chosen = "weakest penalty" if is_fitted(settings) else "last epoch"
+    chosen = "weakest penalty" if is_fitted(settings.method) else "last epoch"
     if best is not None:
         step = f"in epoch {result['epoch']}"
-        if is_fitted(settings):
+        if is_fitted(settings.method):
             step = f"with penalty {result['epoch']} of {settings.epochs}"
         chosen = f"best of validation {best:.2f} % {step}"
         chosen += ", by balanced accuracy" if settings.choose_by == "balanced" else ""

@@ -43,6 +43,7 @@ class Part(Struct):
     part: Text
     # The rank of a LoRA of peft need not divide the width, so the rate need not be whole.
     rr: Annotated[float, Meta(ge=0.5, le=65_536)] = 1
+    lora_rr: Annotated[float, Meta(ge=0.5, le=65_536)] = 1
     alpha: Scale = 1
     prompts: Size = 1
     targets: Annotated[str, Meta(pattern=r"\A[qkvo]{1,4}\Z")] = "q"
@@ -58,6 +59,7 @@ class Method(Struct):
     name: Text
     lr: Number
     parts: Annotated[list[Part], Meta(max_length=8)]
+    head_lr: Number | UnsetType = UNSET
     blocks: tuple[Size, Size] | UnsetType = UNSET
 
 

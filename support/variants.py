@@ -35,6 +35,7 @@ def changed(method, setting, change):
 
 
 NARROW_LR = {"full_ft": 5e-4, "linear": 1e-2}  # ten times that of METHODS
+NARROW_HEAD_LR = NARROW_LR["linear"]
 
 
 def narrowed(method, dim: int):
@@ -43,22 +44,27 @@ def narrowed(method, dim: int):
     RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Reduction rates are divided
     so that about 8 remain, by 4 at 128 dimensions and not at all from 384 on. Prompts become fewer,
     and their number stays even. Methods that train the backbone's own weights or the head alone
-    learn faster there. Both were chosen on the demo backbone.
+    learn faster there. Both were chosen on the demo backbone. The head has the rate that it has in
+    `linear`, so that no method is worse because its head learns slowly.
     """
     factor = round(512 / dim)
     if factor <= 1:
         return method
-    method = changed(method, "rr", lambda rate: max(1, rate // factor))
+    for setting in ("rr", "lora_rr"):
+        method = changed(method, setting, lambda rate: max(1, rate // factor))
     method = changed(method, "prompts", lambda count: max(2, count // factor // 2 * 2))
-    return replace(method, lr=NARROW_LR.get(method.name, method.lr))
+    lr = NARROW_LR.get(method.name, method.lr)
+    head_lr = NARROW_HEAD_LR if method.parts else None  # without parts the head is the method
+    return replace(method, lr=lr, head_lr=head_lr)
 
 
 def check_method(method, args):
     """The method with the numbers of the command line. UserError for one that it cannot have."""
-    for name in ("epochs", "lr"):
+    for name in ("epochs", "lr", "head_lr"):
         if getattr(args, name) is not None and has(method, "is_fitted"):
+            option = name.replace("_", "-")
             raise UserError(
-                f"--{name}: {method.name!r} is fitted and not trained in steps; leave it out"
+                f"--{option}: {method.name!r} is fitted and not trained in steps; leave it out"
             )
     return override(method, rr=args.rr, alpha=args.alpha, prompts=args.prompts, kernel=args.kernel)
 
@@ -72,7 +78,8 @@ def method_for(method, config, args, lr: float | None = None):
     keep = args.keep
     blocks = args.blocks
     method = narrowed(method, config.dim)
-    method = replace(method, lr=args.lr or lr or method.lr, blocks=blocks)
+    lr = args.lr or lr or method.lr
+    method = replace(method, lr=lr, head_lr=args.head_lr or method.head_lr, blocks=blocks)
     method = check_method(method, args)
     if keep and has(method, "needs_all_patches"):
         raise UserError(

@@ -69,6 +69,7 @@ SETTINGS = {
     "epochs": 1,
     "batch_size": 8,
     "lr": 0.005,
+    "head_lr": 0.005,
     "mask_frames": 0,
     "dtype": "float32",
     "keep": None,
@@ -358,7 +359,8 @@ def settings_of(**changes) -> train.Settings:
         "mask_frames": 0,
         "dtype": "float32",
     }
-    return train.Settings(**{**known, **changes})
+    known |= changes
+    return train.Settings(**{"head_lr": known["lr"], **known})
 
 
 def make_run(run: Path, words: list[str], *folds: str, validation: float | None = 0.0) -> str:
@@ -391,6 +393,7 @@ def make_run(run: Path, words: list[str], *folds: str, validation: float | None 
         epochs=args.epochs or epochs,
         batch_size=args.batch_size or recipe.batch_size,
         lr=method.lr,
+        head_lr=method.head_lr or method.lr,
         mask_frames=recipe.widest_mask(n_frames),
         dtype=args.dtype,
         choose_by="balanced" if recipe.own else "accuracy",

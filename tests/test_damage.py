@@ -361,6 +361,7 @@ CONFIG = {
     "epochs": 2,
     "batch_size": 32,
     "lr": 0.01,
+    "head_lr": 0.01,
     "mask_frames": 0,
     "dtype": "float32",
     "keep": None,

@@ -1,6 +1,7 @@
 """The datasets made of rendered sounds, and the small backbone that was pretrained on them."""
 
 import csv
+import hashlib
 import json
 from contextlib import redirect_stderr
 from dataclasses import astuple, replace
@@ -165,6 +166,8 @@ def test_the_shipped_backbone_is_the_one_that_is_described():
         and "--steps 6000" in told
     )
     assert all(row["licence"] and row["copyright"] for row in sources)
+    assert all(len(row["sha256"]) == 64 for row in sources)
+    assert hashlib.sha256(DEMO.read_bytes()).hexdigest() in told
     with pytest.raises(UserError, match="demo has no head: give n_classes"):
         load_ast("demo")
 

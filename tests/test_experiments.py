@@ -174,7 +174,7 @@ ROW = '    Method("scale_shift", (ScaleShifts(),)),\n'
 
 
 def test_a_method_of_your_own(tmp_path, sounds, cache_dir):
-    """What the README says: a module and a part, a row in METHODS, and --add.
+    """What docs/reproduce.md says: a module and a part, a row in METHODS, and --add.
 
     Done in a copy of the repository.
     """

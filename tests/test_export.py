@@ -459,7 +459,8 @@ def test_show_prints_what_the_file_is(train_main, tmp_path, command):
     shown = {name: json.loads(text) for name, text in lines.items()}
     assert shown == {name: header[name] for name in header if name not in ("record", "calibration")}
     lora = {"part": "LoRA", "targets": "qv", "rr": 16, "alpha": 8}  # fitted to 64 dimensions
-    assert shown["method"] == {"name": "lora", "lr": header["settings"]["lr"], "parts": [lora]}
+    rates = {name: header["settings"][name] for name in ("lr", "head_lr")}
+    assert shown["method"] == {"name": "lora", **rates, "parts": [lora]}
     assert shown["classes"][:2] == ["sound 0", "sound 4"] and shown["n_classes"] == 10
     assert shown["backbone"]["name"] == str(SMALL_AST) and shown["n_frames"] == 100
     assert shown["backbone"]["sha256"] == load_ast(SMALL_AST, pool="cls_dist").backbone.sha256

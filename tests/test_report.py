@@ -346,6 +346,10 @@ def test_learning_curves(monkeypatch):
         assert all(tick == int(tick) for tick in ticks)
     (alone,) = report.charts_of([{**row, "accuracy": ""} for row in history], chosen)
     assert alone == loss
+    assert figures[0].axes[0].get_xlabel() == "epoch"
+    figures.clear()
+    report.charts_of(history, chosen, "penalty")
+    assert {figure.axes[0].get_xlabel() for figure in figures} == {"penalty"}
     for strange in ({1: 9}, {}):  # a run of somebody else may have tested what no epoch is
         figures.clear()
         report.charts_of(history, strange)

@@ -36,6 +36,7 @@ def settings(batch_size: int) -> Settings:
         epochs=1,
         batch_size=batch_size,
         lr=1e-3,
+        head_lr=1e-3,
         mask_frames=0,
         dtype="float32",
     )

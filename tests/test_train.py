@@ -30,7 +30,6 @@ from safetensors.torch import load_file
 
 import petl
 import train
-from ast_model import AST, ASTConfig
 from data import load_dataset
 from load_weights import load_ast, load_trained
 from sounds import paper
@@ -568,18 +567,3 @@ def test_list_methods_prints_every_row(capsys):
     ] == ["39,986", "1,996,850"]
     for number in ("85,708,032", "497,952", "39,986 / 9,226 / 28,451 / 25,375", "85,339,392"):
         assert number in printed
-
-
-def test_readme_has_the_same_table():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    cells = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
-    table = {row[0]: row for row in cells if len(row) == 7 and row[0] in petl.METHODS}
-    assert table.keys() == petl.METHODS.keys()
-    with torch.device("meta"):
-        for name, method in petl.METHODS.items():
-            count = petl.count(petl.apply(AST(ASTConfig(n_frames=500, n_classes=50)), name))
-            assert table[name][2:5] == [
-                f"{count['petl'] or count['head']:,}",
-                method.paper,
-                method.where,
-            ]

@@ -252,6 +252,7 @@ def test_a_run_is_the_experiment_of_the_paper(
         "weights": checkpoint,
         "method": "lora",
         "rr": RR,
+        "head-lr": LR,  # as in the paper; on a narrow backbone it would be another
         "alpha": ALPHA,
         "pool": "cls_dist",
         "folds": fold,

@@ -50,6 +50,10 @@ def test_learning_rates_on_a_narrow_backbone():
     narrow = {name: narrowed(method, 256).lr for name, method in METHODS.items()}
     assert (narrow.pop("full_ft"), narrow.pop("linear")) == (5e-4, 1e-2)
     assert all(lr == METHODS[name].lr for name, lr in narrow.items())
+    # The head has the rate of linear, which is a head and has no other.
+    head = {name: narrowed(method, 256).head_lr for name, method in METHODS.items()}
+    assert head.pop("linear") is None
+    assert set(head.values()) == {1e-2}
     assert all(narrowed(method, dim) is method for method in METHODS.values() for dim in (384, 768))
 
 
@@ -101,6 +105,9 @@ def test_three_settings_at_once():
 
 def test_what_is_asked_for_comes_before_what_suits_the_width():
     demo = ASTConfig(dim=128, depth=4, heads=2)
-    assert method_for(METHODS["full_ft"], demo, train.parse(["--lr", "1e-3"])).lr == 1e-3
+    method = method_for(METHODS["full_ft"], demo, train.parse(["--lr", "1e-3"]))
+    assert (method.lr, method.head_lr) == (1e-3, 1e-2)
+    method = method_for(METHODS["full_ft"], demo, train.parse(["--head-lr", "1e-3"]))
+    assert (method.lr, method.head_lr) == (5e-4, 1e-3)
     args = train.parse(["--method", "dpt", "--prompts", "9"])
     assert method_for(METHODS["dpt"], demo, args).parts == (Prompts(9, deep=True),)

@@ -1,5 +1,5 @@
-"""What people run besides train.py: predict, export, experiments, bench; README.md has a page on
-each. Everything else lies beneath: nothing imports these but they each other.
+"""What people run besides train.py: predict, report, export, experiments, bench, check, pretrain.
+docs/ has pages on them. They import everything below, and nothing below imports them.
 """
 
 import support  # noqa: F401, before torch, because of Ctrl-C

@@ -1,6 +1,6 @@
 """How fast training is and how much memory it takes, beside transformers and peft in one process.
 
-    python -m tools.bench   # clips of five seconds, as in tools/README.md; --quick: of one second
+    python -m tools.bench   # clips of five seconds, as in docs/speed.md; --quick: of one second
 
 The contestants run in turn, so a busy machine slows all of them, and the median counts. They have
 the same random weights of the base AST with a head of 50 classes, the same batch, optimizer, type,
@@ -67,6 +67,7 @@ class Bench(Machine):
             epochs=10**9,
             batch_size=self.batch,
             lr=lr,
+            head_lr=lr,
             mask_frames=mask_frames,
             dtype=self.dtype,
         )
@@ -231,13 +232,16 @@ def describe(bench):
 
 
 def run(argv):
-    parser = Parser("python -m tools.bench", description="Measure speed and memory.")
+    parser = Parser(
+        "python -m tools.bench",
+        description="Measure speed and memory of training, inference and features.",
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help="clips of one second instead of five")
-    add("--compile", action="store_true", help="torch.compile all contestants for training")
-    add("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    add("--compile", action="store_true", help="compile all models for training (torch.compile)")
+    add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--weights", default="random:base", help="the backbone")
+    add("--weights", default="random:base", help="the model, as for train.py (%(default)s)")
     args = parser.parse_args(argv)
     if args.json:
         check_not_of_run(args.json)

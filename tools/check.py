@@ -262,11 +262,14 @@ def report(name, check, *arguments):
 
 
 def run(argv):
-    parser = Parser("python -m tools.check", description="Say what is right, wrong or not there.")
+    parser = Parser(
+        "python -m tools.check",
+        description="Check this installation: one line each, right, wrong or not there.",
+    )
     add = parser.add_argument
-    add("--weights", default="audioset", help="the checkpoint's folder, if it cannot be fetched")
-    add("--data-dir", type=Path, help="ESC-50 or its archive")
-    add("--cache-dir", type=Path, default=default_cache_dir(), help="default: %(default)s")
+    add("--weights", default="audioset", help="folder of the checkpoint; default: download")
+    add("--data-dir", type=Path, help="ESC-50: its folder or its zip")
+    add("--cache-dir", type=Path, default=default_cache_dir(), help="for downloads (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="transformers")  # the lowest filter is empty

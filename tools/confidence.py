@@ -140,10 +140,19 @@ def compare(args, name: str, foreign: list, method: str, table: Path | None = No
 
 
 def parse(argv: list[str] | None):
-    parser = Parser("python -m tools.confidence", description="Compare ways to be sure.")
-    parser.add_argument("--esc10", type=Path, help="a release of ESC-50, or its archive")
-    parser.add_argument("--out", type=Path, default=Path("runs/confidence"), help="runs and sounds")
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
+    parser = Parser(
+        "python -m tools.confidence", description="Compare ways to say how sure an answer is."
+    )
+    parser.add_argument("--esc10", type=Path, help="also on ESC-10: a folder of ESC-50, or its zip")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/confidence"),
+        help="folder for runs and sounds (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, default=default_cache_dir(), help="for features (%(default)s)"
+    )
     return parser.parse_args(argv)
 
 

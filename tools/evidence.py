@@ -274,8 +274,8 @@ def compare(argv: list[str]) -> None:
         description="Say whether the first of these is better than the others, on the same clips. "
         "Each is a finished run, .../METHOD/seedS, or .../METHOD with all its seeds.",
     )
-    parser.add_argument("first", type=Path)
-    parser.add_argument("others", type=Path, nargs="+")
+    parser.add_argument("first", type=Path, help="is this one better than the others?")
+    parser.add_argument("others", type=Path, nargs="+", help="each is compared with the first")
     args = parser.parse_args(argv)
     first = scores_in(args.first)
     found = {}

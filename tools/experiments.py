@@ -5,8 +5,8 @@
     python -m tools.experiments tune table1 --datasets demo           # learning rates first
     python -m tools.experiments claims --datasets demo                # do the paper's claims hold?
     python -m tools.experiments compare RUN RUN                       # is one method better?
-    python -m tools.experiments keep experiments results/demo.json.xz # all runs in one small file
-    python -m tools.experiments show results/demo.json.xz             # the same tables from it
+    python -m tools.experiments keep experiments results/demo.runs.xz # all runs in one small file
+    python -m tools.experiments show results/demo.runs.xz             # the same tables from it
 
 This file is the command. cells.py says what is compared, campaign.py trains it, tune.py searches,
 finished.py reads what runs leave, evidence.py compares, claims.py concludes, and tables.py and
@@ -85,28 +85,41 @@ def parse(argv: list[str]) -> Plan:
         "       %(prog)s compare RUN RUN...\n"
         "       %(prog)s keep FOLDER FILE\n"
         "       %(prog)s show FILE [TARGET... [options]]",
-        description="Train what a table or figure of the paper compares, beside its numbers.",
+        description="Train what a table or figure of the paper compares, beside its numbers. "
+        "With tune, first search a learning rate for each method. compare says which of two "
+        "finished runs is better. keep writes all finished runs to one small file, and show makes "
+        "the tables and figures from it.",
     )
     add = parser.add_argument
     methods = {"type": names, "default": []}
     add("targets", nargs="+", metavar="TARGET", help=f"{', '.join(TARGETS)}, or all")
-    add("--datasets", type=names, default=[], help="in place of the paper's")
-    add("--methods", **methods, help="only these rows, by the names of --list-methods")
-    add("--add", **methods, help="methods that get a row in every table")
-    add("--random", **methods, help="Table I also from random weights, for these methods")
-    add("--seeds", type=numbers, default=[0], help="each cell once for each")
+
+    add = parser.add_argument_group("what to train").add_argument
+    add("--datasets", type=names, default=[], help="these datasets; default: the paper's")
+    add("--methods", **methods, help="only the rows of these methods")
+    add("--add", **methods, help="also a row for these methods in every table")
+    add("--random", **methods, help="also rows from random weights, for these methods of Table I")
+    add("--seeds", type=numbers, default=[0], help="train with each of these seeds, as in 0,1,2")
     add("--epochs", type=positive, help="default: the dataset's, in Table II at least 30")
-    add("--weights", help="the backbone; default: the dataset's")
-    add("--data-dir", action="append", default=[], metavar="[D=]PATH", help="once for each dataset")
-    add("--cache-dir", type=Path, default=default_cache_dir(), help="default: %(default)s")
-    add("--jobs", type=positive, default=1, help="train N cells at a time")
-    add("--dry-run", action="store_true", help="list the cells; train nothing")
-    add("--out", type=Path, default=Path("experiments"), help="default: %(default)s")
+    add("--weights", help="the backbone, as for train.py; default: the dataset's")
     add(
         "--setting",
         choices=["paper", "tuned", "both"],
-        help="the paper's learning rates, those that `tune` has found, or both, its default",
+        help="the paper's learning rates (default), those that `tune` has found, or both",
     )
+
+    add = parser.add_argument_group("machine and files").add_argument
+    add("--jobs", type=positive, default=1, help="train so many runs at a time")
+    add("--dry-run", action="store_true", help="list the runs and train nothing")
+    add("--out", type=Path, default=Path("experiments"), help="results (%(default)s)")
+    add(
+        "--data-dir",
+        action="append",
+        default=[],
+        metavar="[DATASET=]PATH",
+        help="where a dataset is, if not downloaded; may be given once for each dataset",
+    )
+    add("--cache-dir", type=Path, default=default_cache_dir(), help="downloads (%(default)s)")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     args.passed = argv[end + 1 :]
@@ -226,7 +239,7 @@ def keep_runs(argv):
         "makes the tables from it.",
     )
     parser.add_argument("folder", type=Path, help="the --out of the campaign, as experiments")
-    parser.add_argument("file", type=Path, help="as results/demo.json.xz")
+    parser.add_argument("file", type=Path, help="as results/demo.runs.xz")
     args = parser.parse_args(argv)
     say(f"{keep(args.folder, args.file)} runs written to {args.file}")
 

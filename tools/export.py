@@ -184,14 +184,15 @@ def peft_config(part: petl.LoRA, dim: int) -> dict:
     are frozen, because transformers draws new position embeddings for another length.
     """
     rank = petl.rank_of(dim, part.rr)
-    alpha = part.alpha if isinstance(part, RsLoRA) else part.alpha / part.rr * rank
+    is_rs = isinstance(part, RsLoRA)
+    divisor = rank**0.5 if is_rs else rank
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": alpha,  # peft scales by lora_alpha / r, or by lora_alpha / sqrt(r)
+        "lora_alpha": part.scale * divisor,  # peft divides by r, or by sqrt(r)
         "target_modules": [f"{letter}_proj" for letter in part.targets],
         "use_dora": isinstance(part, DoRA),
-        "use_rslora": isinstance(part, RsLoRA),
+        "use_rslora": is_rs,
         "modules_to_save": [f"{INSIDE}.layernorm", "classifier", f"{INSIDE}.embeddings"],
     }
 
@@ -328,16 +329,16 @@ def method_of(config: headers.LoRA, tensors: dict, dim: int) -> petl.Method:
     """The row of METHODS that an adapter_config.json means, with its numbers."""
     rr = dim / config.r
     divisor = math.sqrt(config.r) if config.use_rslora else config.r
-    alpha = config.lora_alpha / divisor * rr  # our scale is alpha / RR
+    numbers = {"rr": rr, "alpha": config.lora_alpha / divisor * rr}  # our scale is alpha / RR
     name = "lora"
     if config.use_dora:
         name = "dora"
     elif config.use_rslora:
         name = "rslora"
-        alpha = config.lora_alpha
+        numbers["lora_rr"] = rr
     method = petl.METHODS[name]
     targets = [letter for letter in "qkvo" if any(f".attn.{letter}." in key for key in tensors)]
-    part = replace(method.parts[0], targets="".join(targets), rr=rr, alpha=alpha)
+    part = replace(method.parts[0], targets="".join(targets), **numbers)
     return replace(method, parts=(part,))
 
 
@@ -476,24 +477,34 @@ def check_folder(out: Path) -> None:
 def parse(argv: list[str] | None):
     parser = Parser(
         "python -m tools.export",
-        description="Look at trained parts, and turn them into other formats.",
+        description="Show what a trained model is, or convert it from or to other formats.",
     )
     commands = parser.add_subparsers(required=True, dest="command")
-    show = commands.add_parser("show", help="print what a file is")
+    show = commands.add_parser(
+        "show", help="print method, classes, backbone and accuracy of a file"
+    )
     export = commands.add_parser("export", help="write a trained model in another format")
     for command in (show, export):
         command.add_argument("file", type=Path, help="a foldK.safetensors that train.py wrote")
-    export.add_argument("--to", choices=["merged", "hf", "peft", "onnx"], required=True)
-    export.add_argument("--half", action="store_true", help="merged: store float16, half the size")
-    peft = commands.add_parser(
-        "import", help="make a file as train.py writes it from a LoRA that peft trained"
+    export.add_argument(
+        "--to",
+        choices=["merged", "hf", "peft", "onnx"],
+        required=True,
+        help="merged: one plain AST for load_ast; hf: a folder for transformers; peft: a folder "
+        "for peft; onnx: waveform to probabilities",
     )
-    peft.add_argument("folder", type=Path, help="a folder with adapter_config.json")
+    export.add_argument(
+        "--half", action="store_true", help="with merged: store float16, half the size"
+    )
+    peft = commands.add_parser(
+        "import", help="make a foldK.safetensors of a LoRA that peft trained"
+    )
+    peft.add_argument("folder", type=Path, help="a folder of peft, with adapter_config.json")
     for command in (export, peft):
         command.add_argument(
-            "--out", type=Path, required=True, help="a file, or a folder (hf, peft)"
+            "--out", type=Path, required=True, help="file to write; for hf and peft a new folder"
         )
-        command.add_argument("--weights", help="where the backbone is now")
+        command.add_argument("--weights", help="weights of the backbone, if they have moved")
     return parser.parse_args(argv)
 
 

@@ -1,12 +1,12 @@
 """Finished runs as the tables need them: from their folders, or from one file of a campaign.
 
-    python -m tools.experiments keep experiments results/demo.json.xz  # writes the file
-    python -m tools.experiments show results/demo.json.xz              # makes every table from it
+    python -m tools.experiments keep experiments results/demo.runs.xz  # writes the file
+    python -m tools.experiments show results/demo.runs.xz              # makes every table from it
 
 The file has no tensors, no probabilities and no validation clips. It is compressed JSON, which any
 program can read:
 
-    kept = json.load(lzma.open("results/demo.json.xz"))
+    kept = json.load(lzma.open("results/demo.runs.xz"))
     run = kept["runs"]["demo/lora/seed0"]            # settings, parameters, versions, folds
     clips = kept["clips"][run["settings"]["clips"]]  # fold, path and label of each test clip
     fold = run["folds"][0]                           # accuracy, epoch, seconds, ...

@@ -338,29 +338,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: off
     add("paths", nargs="+", type=Path, metavar="PATH",
         help="a run folder (all its folds) or a foldK.safetensors, then sounds and folders of them")
-    add("--tags", action="store_true", help="no run: the pretrained model, 527 AudioSet tags")
-    add("--weights", help="where the backbone is, if not where the run says")
-    add("--top", type=positive, default=3, help="classes to show for a file (%(default)s)")
-    add("--hop", type=float, metavar="S", help="seconds between windows; default: half a window")
-    add("--events", action="store_true", help="what is heard when: an Audacity label track beside "
-        "each file, FILE.events.txt; with --json or --csv it is printed")
-    add("--threshold", type=float, default=0.4, help="least probability in an event (%(default)s): "
-        "of its class, or with 'background' of all other classes together")
-    add("--min-length", type=float, metavar="S", help="least seconds of an event; default: two "
-        "windows")
-    add("--without", action="append", default=[BACKGROUND], metavar="CLASS", help="a class that is "
-        "never an event, as 'background' is; may be given several times")
-    add("--truth", type=Path, metavar="FOLDER", help="with --events: label tracks, NAME.txt of "
-        "NAME.wav; prints how well the events fit them")
-    add("--min-confidence", type=float, metavar="P", help="what is less sure is 'unsure'; default: "
-        "nine of ten right answers on the validation clips stay; 0 for --events with 'background'")
-    add("--embeddings", type=Path, metavar="FILE.npz", help="write what the head reads of files")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", dest="form", action="store_const", const="json", default="text",
-        help="one JSON object per line")
-    form.add_argument("--csv", dest="form", action="store_const", const="csv", default="text",
-        help="one row for each class of a file")
+    add("--tags", action="store_true",
+        help="name no run: the pretrained model gives AudioSet's 527 tags")
+    add("--weights", help="weights of the backbone, if they have moved; with --tags: another AST")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+    answers = parser.add_argument_group("answers")
+    add = answers.add_argument
+    add("--top", type=positive, default=3, help="show so many classes of a file (%(default)s)")
+    add("--hop", type=float, metavar="S", help="seconds from one window of a long sound to the "
+        "next; default: half a window")
+    add("--min-confidence", type=float, metavar="P", help="an answer of less confidence is "
+        "'unsure'; default: what nine of ten right answers on the validation clips have, or 0 for "
+        "--events with a class 'background'")
+    add("--embeddings", type=Path, metavar="FILE.npz", help="also write what the head reads")
+    form = answers.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", default="text",
+        help="print one JSON object per line")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", default="text",
+        help="print one row for each class of a file")
+
+    add = parser.add_argument_group("events: when each class is heard").add_argument
+    add("--events", action="store_true", help="write a label track for Audacity beside each file, "
+        "FILE.events.txt; with --json or --csv print the events instead")
+    add("--threshold", type=float, default=0.4, help="least probability of an event (%(default)s): "
+        "of its class, or of all classes but 'background' together")
+    add("--min-length", type=float, metavar="S", help="least seconds of an event; default: one "
+        "window long")
+    add("--without", action="append", default=[BACKGROUND], metavar="CLASS", help="a class that is "
+        "never an event, like 'background'; may be given several times")
+    add("--truth", type=Path, metavar="FOLDER", help="compare with label tracks in this folder: "
+        "NAME.txt for NAME.wav")
     # fmt: on
     return parser.parse_intermixed_args(argv)
 

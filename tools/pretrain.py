@@ -183,12 +183,20 @@ def pretrain(waves, weights, steps, out, size=64, save_every=250):
 
 
 def start(argv):
-    parser = Parser("python -m tools.pretrain", description="Make a backbone from recordings.")
+    parser = Parser(
+        "python -m tools.pretrain",
+        description="Pretrain a backbone on recordings, each a class of its own.",
+    )
     add = parser.add_argument
-    add("sounds", type=Path, metavar="SOUNDS", help="a folder with recordings, anywhere beneath it")
-    add("--steps", type=positive, default=6_000, help="%(default)s")
-    add("--weights", default="demo", help="to start from: as of train.py; random:demo for none")
-    add("--out", type=Path, required=True, help="the file of weights; a state lies beside it")
+    add(
+        "sounds",
+        type=Path,
+        metavar="SOUNDS",
+        help="a folder with recordings, also in folders below it",
+    )
+    add("--steps", type=positive, default=6_000, help="training steps (%(default)s)")
+    add("--weights", default="demo", help="weights to start from, as for train.py (%(default)s)")
+    add("--out", type=Path, required=True, help="file to write, NAME.safetensors")
     args = parser.parse_args(argv)
     check_suffix(args.out)
     check_not_of_run(args.out)

@@ -33,7 +33,7 @@ from support.command import (
     positive,
     warn,
 )
-from support.console import balanced_accuracy, findings, is_balanced
+from support.console import balanced_accuracy, findings, is_balanced, is_fitted
 from support.files import default_cache_dir, path_in, to_bytes, write_text
 from support.processes import say
 from support.progress import Bar
@@ -184,10 +184,10 @@ def wave_of(dataset: Dataset, i: int, samples: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- the page
 
 
-def charts_of(history: list[dict], chosen: dict[int, int]) -> list[dict]:
+def charts_of(history: list[dict], chosen: dict[int, int], step: str = "epoch") -> list[dict]:
     """Learning curves, a line for each fold: the loss, and the validation accuracy, if any.
 
-    chosen: {fold: the epoch that was tested}. A star marks it.
+    chosen: {fold: the epoch that was tested}. A star marks it. `step` is what epochs are called.
     """
     plt = pyplot()
     charts = []
@@ -206,7 +206,7 @@ def charts_of(history: list[dict], chosen: dict[int, int]) -> list[dict]:
             if chosen.get(fold) in line:
                 axis.plot(chosen[fold], line[chosen[fold]], **star)
         axis.locator_params(axis="x", integer=True)
-        axis.set(xlabel="epoch", ylabel=title)
+        axis.set(xlabel=step, ylabel=title)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
@@ -220,6 +220,7 @@ def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
     """The whole page, as text."""
     result = run.result()
     chosen = {fold["fold"]: fold["epoch"] for fold in result["folds"]}
+    step = "penalty" if is_fitted(run.config["method"]) else "epoch"
     tested = len(run.tested())
     inlined = {}
     hashes = {}
@@ -240,7 +241,8 @@ def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
         balanced=balanced_accuracy(run, dataset) if is_balanced(run) else None,
         findings=findings(run, dataset),
         chosen=chosen,
-        charts=charts_of(run.history(), chosen),
+        charts=charts_of(run.history(), chosen, step),
+        step=step,
         inlined=inlined,
         hashes=hashes,
     )
@@ -250,14 +252,19 @@ def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
 def write_report(argv: list[str] | None) -> None:
     parser = Parser(
         prog="python -m tools.report",
-        description="Write a page to look at a run and listen to it: one file, for any browser.",
+        description="Write a page to look at a run and to listen to it, for any browser.",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run, .../METHOD/seedS")
-    add("--out", type=Path, metavar="FILE", help="NAME.html; default: RUN/report.html")
-    add("--clips", type=positive, default=200, help="it shows at most so many (%(default)s)")
-    add("--data-dir", type=Path, help="where its dataset is now, if not where the run says")
-    add("--weights", help="where its backbone is now, if not where the run says")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="page to write, NAME.html; default: RUN/report.html",
+    )
+    add("--clips", type=positive, default=200, help="show at most so many clips (%(default)s)")
+    add("--data-dir", type=Path, help="folder of the dataset, if it has moved")
+    add("--weights", help="weights of the backbone, if they have moved")
     # Not that of the run: a run of somebody else must not choose where files are written.
     cache_dir = default_cache_dir()
     add("--cache-dir", type=Path, default=cache_dir, help="for downloads; default: %(default)s")

@@ -116,6 +116,7 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
                 "method": lines[row][1],
                 "dataset": dataset,
                 "shots": shots,
+                "weights": first.weights,
                 "setting": setting,
                 "lr": lr,
                 "paper": theirs[row],

@@ -147,6 +147,7 @@ def quick(method, shots: int, epochs: int, seed: int = 0, tests: int = 500):
         epochs=epochs,
         batch_size=16,
         lr=method.lr,
+        head_lr=method.head_lr or method.lr,
         mask_frames=0,
         dtype="float32",
     )

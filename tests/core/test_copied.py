@@ -23,7 +23,7 @@ from ast_model import AST, ASTConfig
 SHAPE = {"n_frames": 36, "n_mels": 36, "dim": 32, "depth": 2, "heads": 4, "n_classes": 3}
 fbank = torch.randn(4, 36, 36)
 labels = torch.tensor([0, 1, 2, 0])
-assert len(petl.METHODS) == 47
+assert {"lora", "dora"} <= petl.METHODS.keys()
 for name in petl.METHODS:
     model = petl.apply(AST(ASTConfig(**SHAPE)), name)
     before = {n: p.clone() for n, p in model.named_parameters()}

@@ -155,7 +155,8 @@ def test_gradient_clipping():
         lengths[name] = []
 
         def remember(optimizer, *_, into=lengths[name]):
-            gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
+            groups = optimizer.param_groups
+            gradients = [p.grad for group in groups for p in group["params"]]
             into.append(nn.utils.get_total_norm(gradients).item())
 
         learner.optimizer.register_step_pre_hook(remember)
@@ -170,7 +171,8 @@ def test_warm_up(monkeypatch):
         train, "cosine", lambda first_rate, step, steps: first_rate * (step + 1) / steps
     )
     rates = rates_of(learner_of(epochs=2, batch_size=4, lr=0.4), epochs=2)
-    assert [group for (group,) in rates] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [method for method, _ in rates] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [head for _, head in rates] == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
 def test_label_smoothing():
@@ -187,17 +189,16 @@ def test_label_smoothing():
     assert abs(expected - F.cross_entropy(logits, clips.labels[:4])) > 1e-4
 
 
-def test_two_learning_rates(monkeypatch):
+def test_two_learning_rates():
     """Head and adapters with rates of their own, and both are annealed to zero."""
-
-    def groups(network, settings):
-        head = list(network.head.parameters())
-        known = {id(parameter) for parameter in head}
-        rest = [p for p in network.parameters() if p.requires_grad and id(p) not in known]
-        return [{"params": rest, "lr": settings.lr}, {"params": head, "lr": 10 * settings.lr}]
-
-    monkeypatch.setattr(train, "parameter_groups", groups)
-    rates = rates_of(learner_of(epochs=2, batch_size=4, lr=0.01), epochs=2)
+    learner = learner_of(epochs=2, batch_size=4, lr=0.01, head_lr=0.1)
+    groups = [group["params"] for group in learner.optimizer.param_groups]
+    assert [p.data_ptr() for p in groups[1]] == [
+        p.data_ptr() for p in learner.network.head.parameters()
+    ]
+    trained = [p for p in learner.network.parameters() if p.requires_grad]
+    assert len(groups[0]) + len(groups[1]) == len(trained)
+    rates = rates_of(learner, epochs=2)
     annealed = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert [adapters for adapters, _ in rates] == pytest.approx(
         [0.01 * share for share in annealed]
@@ -205,19 +206,11 @@ def test_two_learning_rates(monkeypatch):
     assert [head for _, head in rates] == pytest.approx([0.1 * share for share in annealed])
 
 
-def test_two_learning_rates_after_an_interruption(monkeypatch):
+def test_two_learning_rates_after_an_interruption():
     """The optimizer's state has the annealed rates; the first ones are kept all the same."""
-    monkeypatch.setattr(
-        train,
-        "parameter_groups",
-        lambda network, settings: [
-            {"params": list(network.norm.parameters()), "lr": 0.2},
-            {"params": list(network.head.parameters()), "lr": 0.4},
-        ],
-    )
-    before = learner_of(epochs=2, batch_size=4)
+    before = learner_of(epochs=2, batch_size=4, lr=0.2, head_lr=0.4)
     train.train_epoch(before, made_up_clips(), SPLIT.train, 1)
-    after = learner_of(epochs=2, batch_size=4)
+    after = learner_of(epochs=2, batch_size=4, lr=0.2, head_lr=0.4)
     after.load_state(before.state())
     rates = []
     after.optimizer.register_step_pre_hook(

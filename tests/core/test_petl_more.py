@@ -84,9 +84,9 @@ ROWS = {
     "dora": Row(239_616, 5e-3, (DoRA("qv", 128, 8),)),
     "ia3": Row(55_296, 3e-3, (IA3(),)),
     "vera": Row(24_576, 5e-3, (VeRA("qv", 3, seed=0),), frozen=2 * 256 * 768),
-    "rslora": Row(221_184, 1e-4, (RsLoRA("qv", 128, 8),)),
+    "rslora": Row(221_184, 5e-3, (RsLoRA("qv", 128, 8, lora_rr=128),)),
     "ssf": Row(204_288, 5e-3, (SSF(),)),
-    "adaptformer": Row(1_189_632, 1e-3, (AdaptFormer(12),)),
+    "adaptformer": Row(1_189_632, 5e-3, (AdaptFormer(12),)),
     "adapter_plus": Row(165_984, 1e-3, (AdapterPlus(96),)),
     "probe": Row(0, 1, (Statistics(),), frozen=1_536, head=4 * 768 * 13 * 50 + 50),
     # Of the backbone, 85,708,032 parameters, only the final LayerNorm is left.
@@ -113,6 +113,7 @@ def test_what_the_table_says_of_a_method(name):
         row.lr,
         row.paper,
     )
+    assert method.head_lr == (None if name in ("probe", "logmel") else 1e-3)  # that of linear
     model = apply(base_ast(), name)
     both = row.count + row.head - 39_986
     assert count(model) == {
@@ -185,7 +186,7 @@ def layer(t, name, x, method):
     """One of q, k, v, o, fc1 and fc2, with what the method does to it."""
     weight, bias, last = t[f"{name}.weight"], t[f"{name}.bias"], name.split(".")[-1]
     if last in "qv" and method in ("dora", "rslora"):
-        s = {"dora": 8 / 128, "rslora": 8 / 2**0.5}[method]  # r = 192 / 128, rounded to 2
+        s = 8 / 128
         v = weight + s * t[f"{name}.b.weight"] @ t[f"{name}.a.weight"]
         if method == "dora":
             length = torch.stack([row.square().sum().sqrt() for row in v]).detach()
@@ -798,7 +799,9 @@ def peft_model(name: str, base=SMALL_AST, **changes):
 
 OURS = {
     "dora": DoRA("qv", rr=16, alpha=8),
-    "rslora": RsLoRA("qv", rr=16, alpha=3),
+    "rslora": RsLoRA(
+        "qv", rr=16, alpha=192, lora_rr=64
+    ),  # s = 192 / 64 sqrt(16 / 64) = 3 / sqrt(4)
     "vera": VeRA("qv", rr=8),
     "ia3": IA3(),
 }
