@@ -129,7 +129,7 @@ def keep(folder: Path, file: Path) -> int:
         raise UserError(f"{folder}: there is no finished run in it")
     kept = Kept(
         machine=machine(),
-        packages={one.name: one.version for one in sorted(distributions(), key=lambda d: d.name)},
+        packages=dict(sorted((str(one.name), str(one.version)) for one in distributions())),
         commands=read_table(folder / COMMANDS),
         tuned=read_table(folder / TUNED),
         clips=clips,
