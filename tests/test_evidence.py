@@ -487,6 +487,19 @@ def test_claims(test, better, than, verdict, counts, weakest, monkeypatch):
     ]
 
 
+def test_the_pair_that_contradicts_a_claim_is_named():
+    """And not one that is further below, but cannot be told."""
+    place = {"test": "better", "better": "a"}
+    pairs = [
+        {**place, "than": "b", "holds": "cannot be told", "points": -9.0},
+        {**place, "than": "c", "holds": "no", "points": -4.0},
+        {**place, "than": "d", "holds": "no", "points": -3.0},
+        {**place, "than": "e", "holds": "missing"},
+    ]
+    assert claims.verdict(pairs) == ("no", pairs[1])
+    assert claims.verdict(pairs[:1] + pairs[3:]) == ("missing", pairs[0])
+
+
 def test_all_pairs_of_all_claims_are_corrected_together(monkeypatch):
     """6 clips of 40 differ, 2 / 2**6 = 0.031: alone yes, beside another such pair no longer. The
     same pair twice is one."""

@@ -45,7 +45,7 @@ def judge(done: dict[Cell, Finished], plan: Plan) -> tuple[list[dict], list[str]
 
 
 def verdict(records: list[dict]) -> tuple[str, dict]:
-    """What a claim's pairs say together, and the weakest pair.
+    """What a claim's pairs say together, and the weakest pair: first of those that contradict it.
 
     One method that does better than all of `than` is enough for a claim of one.
     """
@@ -55,7 +55,7 @@ def verdict(records: list[dict]) -> tuple[str, dict]:
     found = []
     for side in sides:
         place = min(ORDER.index(record["holds"]) for record in side)
-        weakest = min(side, key=lambda record: record.get("points", 101))
+        weakest = min(side, key=lambda r: (r["holds"] != NO, r.get("points", 101)))
         found.append((place, weakest.get("points", -101), weakest))
     place, _, weakest = max(found, key=lambda one: one[:2])
     return ORDER[place], weakest
