@@ -68,6 +68,9 @@ def test_tables_from_the_file_are_those_of_the_runs(here, trained, tmp_path, cap
     assert "2 cells, 2 finished, 0 missing" in capsys.readouterr().out
     (table,) = file.parent.glob("*.md")  # that of the paper's rates
     assert "**80.00** [" in table.read_text() and "Linear" not in table.read_text()
+    assert experiments.main([*words, "--methods", "lora,prefix", *passed]) == 0
+    assert "2 cells, 1 finished, 1 missing" in capsys.readouterr().out
+    assert "missing" in table.read_text() and len(here.started) == runs  # nothing is trained
     words[words.index("1")] = "2"
     assert experiments.main([*words, "--methods", "lora", *passed]) == 1
     assert "holds a run with epochs 1, not 2" in capsys.readouterr().err
@@ -96,6 +99,7 @@ def test_what_the_file_holds(here, trained, tmp_path):
     assert kept["machine"]["processor"] and kept["machine"]["cores"] >= 1
     assert set(kept["tuned"]) == set(json.loads((here.out / "tuned.json").read_text()))
     assert sum(command[0] == "claims" for command in kept["commands"].values()) == 1
+    assert "data_dir" not in run["settings"]
     assert "cache" not in text and str(here.out) not in text and "millionths" not in text
     assert len(kept["runs"]) == len({folder for folder in here.started})
 
