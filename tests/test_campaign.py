@@ -324,6 +324,22 @@ def test_a_killed_process_costs_its_cell_alone(here, monkeypatch, capsys):
     assert len(here.started) == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--help"], 0, "it is not for people"),
+        ([], 2, "the following arguments are required: folder"),
+        (["somewhere"], 2, "train what? tools.experiments gives each cell"),
+    ],
+)
+def test_a_worker_without_a_cell_trains_nothing(words, code, message, tmp_path):
+    command = [sys.executable, "-m", "tools.campaign", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == code and message in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_campaigns_share_a_folder(tmp_path, sounds, cache_dir):
     command = [sys.executable, "-m", "tools.experiments"]
     words = ["table1", "--methods", "linear,bitfit,lora", "--jobs", 2]

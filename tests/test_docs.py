@@ -107,7 +107,7 @@ def test_options_of_commands_are_right(page, words, monkeypatch):
     if program == "train.py":
         train.parse(options)
         return
-    if program == "tools.experiments" and options[0] != "compare":
+    if program == "tools.experiments" and options[0] not in ("compare", "keep", "show"):
         experiments.parse(options)
         return
     for name in ("parse_args", "parse_intermixed_args"):

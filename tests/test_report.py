@@ -23,7 +23,9 @@ from sounds.audio import read_audio
 from support.console import findings
 from support.records import Run, read_run
 from tools import report
+from tools.evidence import accuracy, scores_of, wilson
 from tools.figures import pyplot
+from tools.finished import finished
 
 CPU = torch.device("cpu")
 
@@ -197,7 +199,6 @@ def test_each_clip_is_that_clip(run, tmp_path):
 def test_each_fold_speaks_for_its_clips(train_main, tmp_path, capsys):
     assert train_main("--method", "full_ft", "--folds", "1,3", "--lr", 1e-3) == 0
     run = tmp_path / "runs" / "esc10" / "full_ft" / "seed0"
-    folds = json.loads((run / "result.json").read_text())["folds"]
     cards = report.cards_of(*run_and_dataset(run), 100, None, CPU)
     assert sorted(card["fold"] for card in cards) == [1] * 10 + [3] * 10
     for card in cards:
@@ -206,7 +207,9 @@ def test_each_fold_speaks_for_its_clips(train_main, tmp_path, capsys):
             float(card["probability"]), abs=1e-5
         )
     assert report.main([str(run)]) == 0
-    low, high = report.interval([fold["accuracy"] for fold in folds], 20)
+    scores = scores_of(finished(read_run(run)))
+    assert len(scores) == 20
+    _, low, high = accuracy([scores])
     text = " ".join(Page((run / "report.html").read_text()).text.split())
     assert (
         f"answered right, on average over 2 folds (95 % interval {low:.2f} to {high:.2f})" in text
@@ -222,7 +225,7 @@ def test_what_accuracy_hides_stands_above(run):
     found = findings(finished, dataset)
     assert len(found) >= 2 and all(f"{what}{words}" in head for what, words in found)
     paper = replace(finished, config={**finished.config, "choose_by": "accuracy"})
-    low, high = report.interval([finished.result()["accuracy"]], 18)
+    low, high = wilson(round(0.18 * finished.result()["accuracy"]), 18)
     text = Page(report.page_of(paper, dataset, [])).text
     assert f"answered right (95 % interval {low:.2f} to {high:.2f})" in " ".join(text.split())
     assert "Balanced accuracy" not in text

@@ -6,6 +6,7 @@ the lock when the process ends, however it ends. So a killed cell is free at onc
 campaigns may work in one folder.
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -17,17 +18,19 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from msgspec import structs
 
 import petl
 import train
 from data import DATASETS, frames_for
 from load_weights import to_dict
 from petl_more import PENALTIES
-from support.command import UserError
+from support.command import Parser, UserError, exit_code
 from support.processes import say
 from support.records import compare_settings, fold_files, read_run
 from support.variants import narrowed, override
 from tools.cells import Cell, Plan, epochs_of, shape_and_hash, shape_of
+from tools.finished import Finished, finished
 
 CLAIM = ".cell.lock"
 BUSY = 75  # the exit code for a cell that another process trains
@@ -36,12 +39,13 @@ PAUSE = 0.2  # seconds between two looks at the processes
 # ------------------------------------------------------------------------------------- the campaign
 
 
-def train_cells(cells: list[Cell], plan: Plan) -> tuple[dict[Cell, dict], dict[Cell, str]]:
-    """Train what is not finished. Returns the results, and the reasons of the cells without one.
+def train_cells(cells: list[Cell], plan: Plan) -> tuple[dict[Cell, Finished], dict[Cell, str]]:
+    """Train what is not finished. Returns the runs, and the reasons of the cells without one.
 
     A cell that another process trains goes to the end of the queue, so that every campaign ends
     with the whole table. The processes end with this function, also when it is interrupted. With
-    --dry-run the cells are listed, and none is trained.
+    --dry-run the cells are listed, and none is trained. Of runs that are kept in a file none is
+    trained, either.
     """
     done = {}
     failed = {}
@@ -56,10 +60,12 @@ def train_cells(cells: list[Cell], plan: Plan) -> tuple[dict[Cell, dict], dict[C
         return cell in done or cell in failed
 
     waiting = deque(cell for cell in cells if not is_settled(cell))
-    say(f"{len(cells)} cells, {len(done)} finished, {len(waiting)} to train")
+    rest = "missing" if plan.kept else "to train"
+    say(f"{len(cells)} cells, {len(done)} finished, {len(waiting)} {rest}")
     if plan.dry_run:
         for cell in cells:
             say(cell.name, failed.get(cell, "to do" if cell in waiting else "finished"))
+    if plan.dry_run or plan.kept:
         waiting.clear()
     running = {}
     try:
@@ -115,12 +121,21 @@ def start(cell: Cell, plan: Plan) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def main(folder: str, *words: str) -> int:
+def work(argv: list[str]) -> int:
     """What the process of a cell does. Returns the exit code."""
+    parser = Parser(
+        prog="python -m tools.campaign",
+        description="Train one cell. tools.experiments starts this process; it is not for people.",
+    )
+    parser.add_argument("folder", type=Path, help="of the cell")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="options of train.py")
+    args = parser.parse_args(argv)
+    if not args.words:
+        raise UserError("train what? tools.experiments gives each cell the options of train.py")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the campaign, which ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files are deleted
-    sys.argv = ["train.py", *words]  # config.json gives it as the command
-    return train_cell(Path(folder), list(words))
+    sys.argv = ["train.py", *args.words]  # config.json gives it as the command
+    return train_cell(args.folder, args.words)
 
 
 def train_cell(folder: Path, words: list[str]) -> int:
@@ -163,49 +178,44 @@ def method_of(cell: Cell) -> petl.Method:
     """The method as the cell trains it."""
     method = narrowed(petl.find(cell.method), shape_of(cell.weights).dim)
     lr = cell.lr or DATASETS[cell.dataset].lr.get(cell.method) or method.lr
-    numbers = {"rr": cell.rr, "prompts": cell.prompts, "kernel": cell.kernel}
+    numbers = {name: getattr(cell, name) for name in ("rr", "prompts", "kernel", "alpha")}
     return override(replace(method, lr=lr), **numbers)
 
 
-def result_of(cell: Cell, plan: Plan) -> dict | None:
-    """The result of a cell whose folds are all finished, else None.
+def result_of(cell: Cell, plan: Plan) -> Finished | None:
+    """The run of a cell with the folds that are asked for, if they are all finished.
 
     UserError if another experiment lies there: its config.json has other settings.
     """
     folder = plan.out / cell.name
-    if not fold_files(folder):
+    if plan.kept:
+        run = plan.kept.runs.get(Path(cell.name).as_posix())
+    else:
+        run = finished(read_run(folder)) if fold_files(folder) else None
+    if run is None:
         return None
-    run = read_run(folder)
     args = train.parse([*options(cell, plan), "--device", "cpu"])  # nothing is computed here
     recipe = DATASETS[cell.dataset]
-    method = method_of(cell)
-    weights = cell.weights
-    if petl.has_mark(method, "has_no_backbone"):
-        weights = train.NO_BACKBONE
     expected = {"epochs": args.epochs or len(PENALTIES), "pool": args.pool}
+    method = method_of(cell)
     expected["method"] = to_dict(method)
-    expected["backbone"] = shape_and_hash(weights)[1]
     expected["batch_size"] = args.batch_size or recipe.batch_size
+    if not plan.kept:  # a kept run is shown where its backbone is not
+        has_none = petl.has_mark(method, "has_no_backbone")
+        expected["backbone"] = shape_and_hash(train.NO_BACKBONE if has_none else cell.weights)[1]
     if "--dtype" in plan.passed:  # else the device decides
         expected["dtype"] = args.dtype
     if args.seconds or recipe.n_frames:  # else the clips decide
         expected["n_frames"] = frames_for(recipe, None, args.seconds)
     if recipe.own:
         expected["data_dir"] = args.data_dir and str(args.data_dir.resolve())
-    compare_settings(folder, run.config, expected)
-    wanted = set(args.folds or (int(row["fold"]) for row in run.split))
-    if not wanted <= run.folds.keys():
+    compare_settings(folder, run.settings, expected)
+    there = {fold.fold: fold for fold in run.folds}
+    wanted = set(args.folds or (fold for fold, _, _ in run.clips))
+    if not wanted <= there.keys():
         return None
-    tested = [row["fold"] for row in run.clips("test")]
-    folds = []
-    for fold in sorted(wanted):
-        folds.append({**run.folds[fold]["result"], "tested": tested.count(str(fold))})
-    return {
-        "folds": folds,
-        "seconds": sum(fold["seconds"] for fold in folds),
-        "parameters": run.first["parameters"],
-    }
+    return structs.replace(run, folds=[there[fold] for fold in sorted(wanted)])
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(exit_code(lambda: work(sys.argv[1:])))

@@ -17,6 +17,7 @@ from data import DATASETS
 from load_weights import RANDOM, fingerprint, read_checkpoint
 from support.command import UserError
 from support.variants import narrowed, override
+from tools.finished import Kept
 
 # Names of datasets as the paper writes them; of others the name stays.
 PRINTED = {"esc50": "ESC-50", "esc10": "ESC-10", "us8k": "US8K", "gsc": "GSC", "fsc": "FSC"}
@@ -70,23 +71,25 @@ TABLES = {name: table for name, table in TARGETS.items() if name not in FIGURES}
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper says that each of `better` has a higher accuracy than each of `than`.
+    """A conclusion of the paper: what `better` and `than` have to do with each other.
 
     These are words of `cell_of`, or two of them with a minus between: "lora rr=32 - lora rr=512" is
     what LoRA gains.
     """
 
-    claim: str
-    where: str
     sentence: str  # of the paper
+    where: str
     targets: list[str]  # whose datasets, and clips per class, it is about
     better: list[str]
     than: list[str]
+    test: str = "better"  # or "not worse", "one is better", "one is not worse"
+    in_turn: bool = False  # the first against the first, not each against each
+    tasks: str = ""  # "audio" or "speech" if it is about such datasets alone
 
     def pairs(self, plan):
         """The pairs of which --methods leaves both."""
         pairs = []
-        for pair in product(self.better, self.than):
+        for pair in (zip if self.in_turn else product)(self.better, self.than):
             names = {term.split()[0] for side in pair for term in side.split(" - ")}
             if not plan.methods or names <= {*plan.methods}:
                 pairs.append(pair)
@@ -94,11 +97,15 @@ class Claim:
 
     def columns(self, plan):
         columns = [column for target in self.targets for column in columns_of(target, plan)]
+        if self.tasks:
+            is_speech = self.tasks == "speech"
+            columns = [column for column in columns if (column[0] in SPEECH) == is_speech]
         return list(dict.fromkeys(columns))
 
 
 CONCLUSIONS = json.loads((HERE / "paper_claims.json").read_text(encoding="utf-8"))
 CLAIMS = [Claim(**claim) for claim in CONCLUSIONS["claims"]]
+NOT_TESTED = CONCLUSIONS["not_tested"]  # {sentence: why}
 SIDES = [side for claim in CLAIMS for side in claim.better + claim.than]
 TERMS = {term: [term] for side in SIDES for term in side.split(" - ")}
 TARGETS["claims"] = Table("What the paper concludes", ["esc50", "us8k", "gsc", "fsc"], TERMS)
@@ -106,6 +113,7 @@ TARGETS["claims"] = Table("What the paper concludes", ["esc50", "us8k", "gsc", "
 # In Figures 3 and 4, RR is divided, or the number of prompts multiplied, by each of these:
 BUDGETS = (0.25, 0.5, 1, 2, 4)
 
+SPEECH = ("gsc", "fsc")  # the paper's datasets of speech; the others are of audio
 SHOTS = {"gsc": (2, 8, 32, 64)}
 OTHER_SHOTS = (1, 2, 4, 8)  # of ESC-50, and of every dataset that is not in Table II
 # Windows of conformer adapters with all clips. Elsewhere they are 31, as in METHODS.
@@ -140,6 +148,7 @@ class Plan:
     passed: list[str]  # options of train.py
     tune: bool  # search for learning rates first
     tuned: dict = field(default_factory=dict)  # what tune.py has found, by names of cells, seed 0
+    kept: Kept | None = None  # the file whose runs are shown, in place of those in `out`
 
     @property
     def settings(self) -> list[str]:
@@ -158,6 +167,7 @@ class Cell:
     rr: int | None = None
     prompts: int | None = None
     kernel: int | None = None
+    alpha: int | None = None
     lr: float | None = None  # None: the paper's, see support/variants.py
 
     @property
@@ -166,7 +176,7 @@ class Cell:
         words = []
         if self.weights != DATASETS[self.dataset].weights:
             words.append(f"weights-{slug(self.weights)}")
-        for name in ("shots", "rr", "prompts", "kernel", "lr"):
+        for name in ("shots", "rr", "prompts", "kernel", "alpha", "lr"):
             if getattr(self, name) is not None:
                 words.append(f"{name}{getattr(self, name)}")
         return "-".join(words)
@@ -253,9 +263,9 @@ def terms_of(pair, column: Column, seed: int, plan: Plan, setting="paper") -> li
 def rated(cell: Cell, setting: str, plan: Plan) -> Cell:
     """The cell with the paper's learning rate, or with the one that was found.
 
-    UserError if none was found.
+    A fitted method has no rate. UserError if none was found.
     """
-    if setting == "paper":
+    if setting == "paper" or is_fitted(cell):
         return cell
     found = plan.tuned.get(replace(cell, seed=0).name)
     if found is None:
@@ -309,9 +319,14 @@ def budgets(dataset: str, method: str, seed: int, weights: str) -> list[Cell]:
     return list(dict.fromkeys(cells))  # few prompts cannot be halved often
 
 
+def is_fitted(cell: Cell) -> bool:
+    """Whether the method of the cell is fitted, and not trained in epochs with a learning rate."""
+    return petl.has_mark(petl.find(cell.method), "is_fitted")
+
+
 def epochs_of(cell: Cell, plan: Plan) -> int | None:
     """The epochs of a cell. None for a method that is fitted."""
-    if petl.has_mark(petl.find(cell.method), "is_fitted"):
+    if is_fitted(cell):
         return None
     epochs = DATASETS[cell.dataset].epochs
     return plan.epochs or (max(epochs, FEW_SHOT_EPOCHS) if cell.shots else epochs)

@@ -1,21 +1,26 @@
-"""Is one method better than another? Intervals and paired tests of the predictions of runs.
+"""How sure is an accuracy, and is one method better than another? From the answers of runs.
 
     python -m tools.experiments compare experiments/demo/houlsby_par experiments/demo/lora
     python -m tools.experiments compare demo/houlsby_par/seed0 demo/lora/seed0  # of one seed
 
-Two methods are compared on the same clips, with the same seeds. They differ by so many points. The
-interval is that of a bootstrap that draws clips and seeds, or Student's over the seeds where that
-is wider: the bootstrap hardly sees how two or three seeds scatter. A sign test asks whether the
-clips on which one method is right more often are too many for chance. With one seed that is
-McNemar's exact test. One method is better where the interval leaves out zero and p, by Holm's
-correction for all the comparisons beside it, is below 5 %. Clips of one recording or speaker count
-as one, as far as their names or --group say which these are. The interval of one seed is over the
-clips alone: one seed says nothing of others.
+An accuracy is the mean over folds and seeds. Its interval is that of a bootstrap that draws clips
+and seeds together, or Student's over the seeds where that is wider: the bootstrap hardly sees how
+two or three seeds scatter. A single run, one fold of one seed, has Wilson's interval over its
+clips. The interval of one seed is over the clips alone: one seed says nothing of others.
+
+Two methods are compared on the same clips, with the same seeds. Their difference has an interval of
+the same kind. A sign test asks whether the clips on which one method is right more often are too
+many for chance. With one seed that is McNemar's exact test. One method is better where the interval
+leaves out zero and p, by Holm's correction for all the comparisons beside it, is below 5 %.
+
+Clips of one recording or speaker count as one, as far as their names or --group say which these
+are. In Wilson's interval each clip counts.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +28,12 @@ import numpy as np
 from sounds.paper import RECORDING
 from support.command import Parser, UserError, needed
 from support.processes import say
-from support.records import Run, read_run
-from tools.cells import Cell, Plan
+from support.records import read_run
+from tools.cells import Cell
+from tools.finished import Finished, finished
 
 LEVEL = 0.95
+RESAMPLES = 2_000
 YES = "yes"
 NO = "no"
 UNTOLD = "cannot be told"
@@ -57,6 +64,42 @@ def interval(accuracies: list[float], clips: int) -> tuple[float, float]:
         return wilson(round(mean / 100 * clips), clips)
     half = student(accuracies)
     return float(max(mean - half, 0)), float(min(mean + half, 100))
+
+
+def accuracy(seeds: list[Scores]) -> tuple[float, float, float]:
+    """An accuracy in percent, the mean over folds and seeds, and its 95 % interval."""
+    sums, clips, weights = by_recording(seeds)
+    mean, low, high = bootstrap(sums * weights, clips * weights)
+    of_seeds = 100 * (sums * weights).sum(1) / (clips * weights).sum(1)
+    folds = {fold for scores in seeds for fold, *_ in scores}
+    if len(seeds) == len(folds) == 1:
+        return mean, *interval(of_seeds, len(seeds[0]))
+    if len(seeds) > 1:
+        ends = interval(of_seeds, len(seeds[0]))
+        low = min(low, ends[0])
+        high = max(high, ends[1])
+    return mean, low, high
+
+
+def by_recording(seeds: list[Scores]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums of scores, numbers of clips and the weight of a clip, each (seeds, recordings).
+
+    Every fold of every seed weighs the same, as in the mean over folds and seeds. Each seed may
+    have drawn other clips.
+    """
+    recordings = dict.fromkeys(key[:2] for scores in seeds for key in scores)
+    places = {recording: place for place, recording in enumerate(recordings)}
+    sums = np.zeros((len(seeds), len(places)))
+    clips = np.zeros_like(sums)
+    weights = np.zeros_like(sums)
+    for seed, scores in enumerate(seeds):
+        sizes = Counter(fold for fold, *_ in scores)
+        for (fold, recording, *_), score in scores.items():
+            place = places[fold, recording]
+            sums[seed, place] += score
+            clips[seed, place] += 1
+            weights[seed, place] = 1 / sizes[fold]
+    return sums, clips, weights
 
 
 def student(values: list[float]) -> float:
@@ -112,63 +155,54 @@ class Difference:
 
 def difference(seeds: list[Scores]) -> Difference:
     """What the `minus` of two methods says, over the seeds. UserError if there is one recording."""
-    recordings = dict.fromkeys(key[:2] for scores in seeds for key in scores)
-    places = {recording: place for place, recording in enumerate(recordings)}
-    if len(places) < 2:
-        raise UserError(f"test clips of {len(places)} recording: nothing to compare")
-    table = np.zeros((len(seeds), len(places)))  # the sum of the scores of a recording
-    tested = np.zeros_like(table)  # its clips: each seed may have drawn others
-    for seed, scores in enumerate(seeds):
-        for key, score in scores.items():
-            place = places[key[:2]]
-            table[seed, place] += score
-            tested[seed, place] += 1
-    points, low, high = bootstrap(table, tested)
+    sums, clips, weights = by_recording(seeds)
+    recordings = sums.shape[1]
+    if recordings < 2:
+        raise UserError(f"test clips of {recordings} recording: nothing to compare")
+    points, low, high = bootstrap(sums * weights, clips * weights)
     if len(seeds) > 1:
-        half = student(100 * table.sum(1) / tested.sum(1))
+        half = student(100 * (sums * weights).sum(1) / (clips * weights).sum(1))
         low = min(low, points - half)
         high = max(high, points + half)
-    more = (table.sum(0) > 0).sum()
-    less = (table.sum(0) < 0).sum()
+    more = (sums.sum(0) > 0).sum()
+    less = (sums.sum(0) < 0).sum()
     p = stats().binomtest(more, more + less).pvalue if more + less else 1.0
-    return Difference(points, low, high, more, less, p, len(places), len(seeds))
+    return Difference(points, low, high, more, less, p, recordings, len(seeds))
 
 
-def bootstrap(table, tested):
-    """Mean in points and its 95 % interval, drawing recordings and seeds.
+def bootstrap(sums, weights):
+    """Mean in points and its 95 % interval, drawing recordings and seeds (Efron, 1979).
 
-    table: scores (seeds, recordings). tested: numbers of clips (seeds, recordings).
+    Both are (seeds, recordings): weighted scores, and the weights themselves.
     """
+    recordings = draws(sums.shape[1], 0)
+    seeds = draws(len(sums), 1)
+    total = (recordings @ sums.T * seeds).sum(1)  # of each resample
+    weight = (recordings @ weights.T * seeds).sum(1)
+    means = 100 * total / np.maximum(weight, 1e-9)  # a seed may have tested none of those drawn
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(100 * sums.sum() / weights.sum()), float(low), float(high)
 
-    def mean(recordings, seeds=slice(None)):
-        clips = tested[seeds][:, recordings].sum()
-        return 100 * table[seeds][:, recordings].sum() / max(clips, 1)
 
-    drawn = [np.arange(n) for n in table.shape[::-1] if n > 1]  # a single seed is not drawn
-    found = stats().bootstrap(
-        drawn,
-        mean,
-        n_resamples=5_000,
-        batch=100,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return mean(*drawn), *found.confidence_interval
+@lru_cache(maxsize=4)
+def draws(count: int, stream: int) -> np.ndarray:
+    """How often each of `count` things is drawn if as many are: (RESAMPLES, count)."""
+    rng = np.random.default_rng([count, stream])
+    counts = np.empty((RESAMPLES, count))
+    for row in counts:
+        row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+    return counts
 
 
 # --------------------------------------------------------------------------------- what runs leave
 
 
-def scores_of(run: Run, folds: list[int] | None = None) -> Scores:
-    """What the run made of the test clips of these folds, or of all."""
-    pattern = run.config["group"] or RECORDING.get(run.config["dataset"])
+def scores_of(run: Finished) -> Scores:
+    """What the run made of the test clips of its folds."""
+    pattern = run.settings["group"] or RECORDING.get(run.settings["dataset"])
     scores = {}
-    for row in run.tested():
-        if folds is None or row["fold"] in folds:
-            recording = recording_of(row["path"], pattern)
-            is_right = int(row["label"] == row["prediction"])
-            scores[row["fold"], recording, row["path"], row["label"]] = is_right
+    for fold, path, label, answer in run.answers():
+        scores[fold, recording_of(path, pattern), path, label] = int(answer == label)
     return scores
 
 
@@ -197,7 +231,7 @@ def minus(first, second):
 # --------------------------------------------------------------------------------- tables and runs
 
 
-def differences(pairs: dict, done: dict[Cell, dict], plan: Plan) -> tuple[dict, list[str]]:
+def differences(pairs: dict, done: dict[Cell, Finished]) -> tuple[dict, list[str]]:
     """{key: difference and corrected p} of the pairs that are finished.
 
     pairs: for each key and seed the cells that count for it and those that count against it. The
@@ -206,8 +240,7 @@ def differences(pairs: dict, done: dict[Cell, dict], plan: Plan) -> tuple[dict, 
 
     @cache
     def scores(cell):
-        folds = [fold["fold"] for fold in done[cell]["folds"]]
-        return scores_of(read_run(plan.out / cell.name), folds)
+        return scores_of(done[cell])
 
     found = {}
     why = []
@@ -230,8 +263,8 @@ def scores_in(folder):
     """{seed: Scores} of the runs of a method, or {"": Scores} of the one run that the folder is."""
     seeds = {file.parent.name for file in folder.glob("seed*/fold*.safetensors")}
     if not seeds:
-        return {"": scores_of(read_run(folder))}
-    return {seed: scores_of(read_run(folder / seed)) for seed in sorted(seeds)}
+        return {"": scores_of(finished(read_run(folder)))}
+    return {seed: scores_of(finished(read_run(folder / seed))) for seed in sorted(seeds)}
 
 
 def compare(argv: list[str]) -> None:

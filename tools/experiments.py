@@ -5,16 +5,22 @@
     python -m tools.experiments tune table1 --datasets demo           # learning rates first
     python -m tools.experiments claims --datasets demo                # do the paper's claims hold?
     python -m tools.experiments compare RUN RUN                       # is one method better?
+    python -m tools.experiments keep experiments results/demo.runs.xz # all runs in one small file
+    python -m tools.experiments show results/demo.runs.xz             # the same tables from it
 
 This file is the command. cells.py says what is compared, campaign.py trains it, tune.py searches,
-evidence.py compares, claims.py concludes, and tables.py and figures.py show.
+finished.py reads what runs leave, evidence.py compares, claims.py concludes, and tables.py and
+figures.py show.
 """
 
+import argparse
 import signal
 import sys
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+
+from filelock import FileLock
 
 import petl
 import train
@@ -29,9 +35,12 @@ from support.command import (
     printable,
 )
 from support.files import default_cache_dir, table_of, write_text
+from support.processes import say
+from support.records import LOCK
 from tools import cells, evidence, figures, tune
 from tools.campaign import options, train_cells
 from tools.cells import FIGURES, PRINTED, TARGETS, Plan, columns_of, lines_of, rated
+from tools.finished import keep, read_kept, remember
 from tools.tables import file_of, measure, write_table
 
 # -------------------------------------------------------------------------------------- the figures
@@ -73,10 +82,13 @@ def parse(argv: list[str]) -> Plan:
     parser = Parser(
         prog="python -m tools.experiments",
         usage="%(prog)s [tune] TARGET... [options] [-- options of train.py]\n"
-        "       %(prog)s compare RUN RUN...",
+        "       %(prog)s compare RUN RUN...\n"
+        "       %(prog)s keep FOLDER FILE\n"
+        "       %(prog)s show FILE [TARGET... [options]]",
         description="Train what a table or figure of the paper compares, beside its numbers. "
         "With tune, first search a learning rate for each method. compare says which of two "
-        "finished runs is better.",
+        "finished runs is better. keep writes all finished runs to one small file, and show makes "
+        "the tables and figures from it.",
     )
     add = parser.add_argument
     methods = {"type": names, "default": []}
@@ -160,12 +172,17 @@ def check(args):
 def start(argv):
     if argv[:1] == ["compare"]:
         return evidence.compare(argv[1:])
+    if argv[:1] == ["keep"]:
+        return keep_runs(argv[1:])
+    if argv[:1] == ["show"]:
+        return show_runs(argv[1:])
     plan = parse(argv)
     if plan.setting != "paper":
         plan = replace(plan, tuned=tune.read_tuned(plan))
     listed = tune.cells_to_try(plan) if plan.tune else cells.cells_of(plan)
     # Wrong options of train.py are found now, not once for each cell.
-    train.parse(["--device", "cpu", *options(listed[0], plan)])  # this process needs no GPU
+    for cell in listed[:1]:
+        train.parse(["--device", "cpu", *options(cell, plan)])  # this process needs no GPU
     if plan.dry_run:
         train_cells(listed, plan)
         return 0
@@ -175,17 +192,78 @@ def start(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the campaign ends its workers
     failed = tune.search(plan) if plan.tune else {}
     if not failed:
-        if plan.tune:
-            plan = replace(plan, tuned=tune.read_tuned(plan))
-        done, failed = train_cells(cells.cells_of(plan), plan)
-        for target in plan.targets:
-            if target in FIGURES:
-                write_curves(target, done, plan)
-            else:
-                write_table(target, done, plan)
+        failed = train_and_write(replace(plan, tuned=tune.read_tuned(plan)) if plan.tune else plan)
+    return print_failed(failed)
+
+
+def train_and_write(plan: Plan) -> dict:
+    """Train what is not finished, and write tables and figures. Returns the cells that failed."""
+    done, failed = train_cells(cells.cells_of(plan), plan)
+    for target in plan.targets:
+        write = write_curves if target in FIGURES else write_table
+        write(target, done, plan)
+        if not plan.kept:
+            with FileLock(plan.out / LOCK):  # another campaign may write down its commands
+                remember(plan.out, file_of(target, plan, plan.setting).name, words_of(target, plan))
+    return failed
+
+
+def print_failed(failed):
+    """The reasons of the cells without a result. Returns the exit code."""
     for cell, why in failed.items():
         print(f"missing: {cell.name}: {printable(why)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+# ------------------------------------------------------------------------------- runs that are kept
+
+
+def words_of(target: str, plan: Plan) -> list[str]:
+    """The words that make this table or figure once more, of runs that are finished."""
+    words = [target, "--setting", plan.setting]
+    for name in ("datasets", "methods", "add", "random", "seeds"):
+        if values := getattr(plan, name):
+            words += [f"--{name}", ",".join(map(str, values))]
+    for name in ("epochs", "weights"):
+        if value := getattr(plan, name):
+            words += [f"--{name}", str(value)]
+    return [*words, "--", *plan.passed]
+
+
+def keep_runs(argv):
+    """The command `keep`: what the tables are made of, in one file."""
+    parser = Parser(
+        prog="python -m tools.experiments keep",
+        description="Write one small file of all finished runs in a folder: settings, results, the "
+        "answers to all test clips, versions of packages, the commands that made tables. `show` "
+        "makes the tables from it.",
+    )
+    parser.add_argument("folder", type=Path, help="the --out of the campaign, as experiments")
+    parser.add_argument("file", type=Path, help="as results/demo.runs.xz")
+    args = parser.parse_args(argv)
+    say(f"{keep(args.folder, args.file)} runs written to {args.file}")
+
+
+def show_runs(argv):
+    """The command `show`: tables and figures from the file that `keep` wrote."""
+    parser = Parser(
+        prog="python -m tools.experiments show",
+        usage="%(prog)s [-h] FILE [TARGET... [options]]",
+        description="Make tables and figures from a file of runs, beside the file, without the "
+        "runs and without training: all that were made before it was written, or the TARGETs, "
+        "with the options of tools.experiments.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="TARGET")
+    args = parser.parse_args(argv)
+    kept = read_kept(args.file)
+    failed = {}
+    for words in [args.words] if args.words else kept.commands.values():
+        plan = replace(parse(words), kept=kept, out=args.file)
+        if plan.tune:
+            raise UserError("tune: `show` searches for nothing; --setting shows what was found")
+        failed |= train_and_write(replace(plan, tuned=tune.read_tuned(plan)))
+    return print_failed(failed)
 
 
 def main(argv: list[str] | None = None) -> int:

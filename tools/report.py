@@ -38,8 +38,9 @@ from support.files import default_cache_dir, path_in, to_bytes, write_text
 from support.processes import say
 from support.progress import Bar
 from support.records import Run, read_run
-from tools.evidence import interval, stats
+from tools.evidence import accuracy, scores_of, stats
 from tools.figures import pyplot
+from tools.finished import finished
 
 HERE = Path(__file__).parent
 
@@ -230,7 +231,7 @@ def page_of(run: Run, dataset: Dataset, cards: list[dict]) -> str:
     text = template().render(
         folder=shlex.quote(str(run.folder)),
         folds=list(run.folds),
-        interval=interval([fold["accuracy"] for fold in result["folds"]], tested),
+        interval=accuracy([scores_of(finished(run))])[1:],
         config=run.config,
         result=result,
         tested=tested,

@@ -1,7 +1,7 @@
 """The tables of tools/experiments.py: finished runs in, Markdown and CSV out.
 
 The paper's numbers stand beside the measured ones. An accuracy has its interval, and a mark where
-it cannot be told apart from the best of its column.
+it is not clearly worse than the best of its column.
 """
 
 import statistics
@@ -24,13 +24,15 @@ from tools.cells import (
     cell_of,
     columns_of,
     heading,
+    is_fitted,
     lines_of,
     rated,
 )
+from tools.finished import Finished
 
 NARROW = (
-    " For a backbone so narrow RR, prompts, s of LoRA and the rates of `full_ft` and `linear` are "
-    "others, too (support/variants.py): rows are named as at 768 dimensions."
+    " For a backbone so narrow RR, prompts, s of LoRA and the rates of `full_ft`, `linear` and the "
+    "heads are others, too (support/variants.py): rows are named as at 768 dimensions."
 )
 
 
@@ -47,22 +49,20 @@ class Measured:
     trained: int  # parameters besides the final LayerNorm and head, unless nothing else trains
 
 
-def measure(same: list[Cell], done: dict[Cell, dict]) -> Measured | None:
+def measure(same: list[Cell], done: dict[Cell, Finished]) -> Measured | None:
     """The finished ones of cells that are the `same` but for the seed."""
-    results = [done[cell] for cell in same if cell in done]
-    if not results:
+    runs = [done[cell] for cell in same if cell in done]
+    if not runs:
         return None
-    folds = [fold for result in results for fold in result["folds"]]
-    count = results[0]["parameters"]
-    accuracies = [fold["accuracy"] for fold in folds]
-    low, high = evidence.interval(accuracies, folds[0]["tested"])
+    mean, low, high = evidence.accuracy([evidence.scores_of(run) for run in runs])
+    count = runs[0].parameters
     return Measured(
-        mean=statistics.mean(accuracies),
+        mean=mean,
         low=low,
         high=high,
-        runs=len(accuracies),
-        seeds=len(results),
-        seconds=statistics.mean(result["seconds"] for result in results),
+        runs=sum(len(run.folds) for run in runs),
+        seeds=len(runs),
+        seconds=statistics.mean(sum(fold.seconds for fold in run.folds) for run in runs),
         trained=count["petl"] or count["head"],
     )
 
@@ -70,7 +70,7 @@ def measure(same: list[Cell], done: dict[Cell, dict]) -> Measured | None:
 # ----------------------------------------------------------------------------------------- a table
 
 
-def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[dict]]:
+def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, list[dict]]:
     """A table as Markdown, and a record for each of its cells."""
     table = TABLES[target]
     lines = lines_of(target, plan)
@@ -97,7 +97,7 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
         for row, same in enumerate(rows):
             if row != best:
                 pairs[column, row] = [[[a], [b]] for a, b in zip(rows[best], same, strict=True)]
-    gaps, why = evidence.differences(pairs, done, plan)
+    gaps, why = evidence.differences(pairs, done)
 
     by_line = list(zip(*measured.values(), strict=True))
     trained = [span({m.trained for m in line if m}) for line in by_line]
@@ -109,12 +109,14 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
         ours = marked([m and f"{m.mean:.2f}" for m in numbers])
         for row, m in enumerate(numbers):
             gap, p = gaps.get((column, row), (None, None))
-            lr = method_of(grid[column][row][0]).lr
+            first = grid[column][row][0]
+            lr = None if is_fitted(first) else method_of(first).lr
             record = {
                 "row": names[row],
                 "method": lines[row][1],
                 "dataset": dataset,
                 "shots": shots,
+                "weights": first.weights,
                 "setting": setting,
                 "lr": lr,
                 "paper": theirs[row],
@@ -128,7 +130,7 @@ def render(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[d
             ours[row] += f" [{m.low:.2f}, {m.high:.2f}]"
             if gap and gap.holds(p) != evidence.YES:
                 ours[row] += " ~"
-            if setting == "tuned":
+            if setting == "tuned" and lr:
                 ours[row] += f" at {lr:g}"
             if m.seeds < len(plan.seeds):
                 ours[row] += f", {m.seeds} of {len(plan.seeds)} seeds"
@@ -208,10 +210,14 @@ def notes_of(table, datasets, plan):
     """What a reader must know of the numbers, above all where the runs are not the paper's."""
     notes = [
         f"Test accuracy in percent, seeds {', '.join(map(str, plan.seeds))}, in parentheses the "
-        "paper's. Best **bold**, second best in _italics_. In brackets the 95 % interval: "
-        "Student's t over runs (folds and seeds), Wilson's over the test clips of a single run. "
-        "~: cannot be told apart from the best of its column on the same clips, by Holm's "
-        "correction for all of the table (tools/evidence.py).",
+        "paper's. Best **bold**, second best in _italics_. In brackets the 95 % interval: of a "
+        "bootstrap that draws test recordings and seeds together, or Student's over the seeds "
+        "where that is wider; of a single run Wilson's over its test clips.",
+        "~: not clearly worse than the best of its column on the same clips. Clearly worse is what "
+        "has a difference whose 95 % interval, by the same rule, leaves out zero, and p below 5 % "
+        "in a sign test of the recordings, by Holm's correction for all of the table "
+        "(tools/evidence.py). The best was chosen by these numbers, which nothing here corrects "
+        "for: it looks better than it is.",
         *(note_of_dataset(dataset, table, plan) for dataset in datasets),
         table.note,
         "Trained: parameters besides the final LayerNorm and head, which are all of `linear`; Full "
@@ -251,7 +257,7 @@ def note_of_dataset(dataset, table, plan):
 
 
 def file_of(target: str, plan: Plan, setting: str) -> Path:
-    """Where a table or figure goes, without suffix.
+    """Where a table or figure goes, without suffix: of kept runs, beside their file.
 
     Other datasets, weights or learning rates do not replace those of the paper.
     """
@@ -260,10 +266,12 @@ def file_of(target: str, plan: Plan, setting: str) -> Path:
         words.append(f"weights_{cells.slug(plan.weights)}")
     if setting != "paper":
         words.append(setting)
+    if plan.kept:
+        return plan.out.with_name("-".join(words))
     return plan.out / ("figures" if target in FIGURES else "tables") / "-".join(words)
 
 
-def write_table(target: str, done: dict[Cell, dict], plan: Plan) -> None:
+def write_table(target: str, done: dict[Cell, Finished], plan: Plan) -> None:
     write = render_claims if target == "claims" else render
     content, records = write(target, done, plan)
     path = file_of(target, plan, plan.setting)
@@ -273,18 +281,8 @@ def write_table(target: str, done: dict[Cell, dict], plan: Plan) -> None:
     say_lines(f"\n{content}\nwritten to {path}.md and .csv")
 
 
-def render_claims(target: str, done: dict[Cell, dict], plan: Plan) -> tuple[str, list[dict]]:
+def render_claims(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, list[dict]]:
     """The table of claims as Markdown, and a record for each of their pairs."""
     records, why = claims.judge(done, plan)
-    notes = [
-        "A claim is made of pairs. It holds where in all of them the first is better on the same "
-        "test clips, and does not where in one the second is (tools/evidence.py), by Holm's "
-        "correction for all pairs of this table. Points of accuracy of the weakest pair, with the "
-        "95 % interval over clips and, where there are several, seeds. rr and prompts are those "
-        "for 768 dimensions; a narrow backbone has fewer (support/variants.py). With the "
-        "parameters of LoRA its s = alpha / RR grows, too."
-    ]
-    for claim in cells.CLAIMS:
-        if claim.pairs(plan):
-            notes.append(f"{claim.claim} ({claim.where}): '{claim.sentence}'.")
-    return page(target, claims.as_text(records), notes, why, plan), records
+    rows = claims.as_text(records)
+    return page(target, rows, claims.notes_of(rows, plan), why, plan), records

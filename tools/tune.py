@@ -15,15 +15,16 @@ from dataclasses import replace
 from filelock import FileLock
 from msgspec import Struct, to_builtins
 
-import petl
 from data import folds_of, load_dataset
 from support.checkpoints import read_json
 from support.command import UserError
 from support.files import write_json
+from support.headers import checked
 from support.processes import say
 from support.records import LOCK
 from tools.campaign import method_of, train_cells
-from tools.cells import Cell, Plan, cells_of
+from tools.cells import Cell, Plan, cells_of, is_fitted
+from tools.finished import TUNED
 
 # Of the paper's rate, or on a narrow backbone of that in support/variants.py.
 FACTORS = (0.1, 0.3, 1, 3, 10)
@@ -51,21 +52,17 @@ def best_of(tried, usual):
 
 def read_tuned(plan: Plan) -> dict[str, Search]:
     """tuned.json: the searches by the names of their cells, but with seed 0. Empty without it."""
-    file = plan.out / "tuned.json"
+    if plan.kept:
+        return checked(plan.kept.tuned, dict[str, Search], plan.out)
+    file = plan.out / TUNED
     if not file.exists():
         return {}
     return read_json(file, dict[str, Search], "delete it: `tune` makes it again from the runs")
 
 
 def rates_of(cell):
-    """The cells of a search by their learning rates. The `cell` itself has the usual rate.
-
-    A fitted method has no rate, so there is nothing to search.
-    """
-    method = method_of(cell)
-    usual = method.lr
-    if petl.has_mark(method, "is_fitted"):
-        return {usual: cell}
+    """The cells of a search by their learning rates. The `cell` itself has the usual rate."""
+    usual = method_of(cell).lr
     rates = {}
     for factor in FACTORS:
         lr = float(f"{factor * usual:.3g}")
@@ -77,9 +74,9 @@ def rates_of(cell):
 
 
 def searches_of(plan):
-    """For each cell of the targets the cells of its search."""
+    """For each cell of the targets the cells of its search. A fitted method has no rate."""
     cells = cells_of(replace(plan, seeds=[SEED], setting="paper"))
-    return {cell: rates_of(cell) for cell in cells}
+    return {cell: rates_of(cell) for cell in cells if not is_fitted(cell)}
 
 
 def cells_to_try(plan: Plan) -> list[Cell]:
@@ -115,13 +112,13 @@ def search(plan: Plan) -> dict[Cell, str]:
         say(f"{cell.name}: best {best:g}, without search {usual:g}; validation accuracy {tried}")
     plan.out.mkdir(parents=True, exist_ok=True)
     with FileLock(plan.out / LOCK):  # another search may have ended meanwhile
-        write_json(plan.out / "tuned.json", to_builtins(read_tuned(plan) | found))
+        write_json(plan.out / TUNED, to_builtins(read_tuned(plan) | found))
     return failed
 
 
-def judged(result):
+def judged(run):
     """The accuracy on validation clips, over all folds."""
-    return round(statistics.mean(fold["validation_accuracy"] for fold in result["folds"]), 4)
+    return round(statistics.mean(fold.validation_accuracy for fold in run.folds), 4)
 
 
 def note_of(cells: list[Cell], plan: Plan) -> str:
@@ -129,14 +126,17 @@ def note_of(cells: list[Cell], plan: Plan) -> str:
     options = set()
     edge = set()
     for cell in cells:
+        if is_fitted(cell):
+            continue
         found = plan.tuned[replace(cell, seed=0).name]
         options.add(f"`{' '.join(found.options)}`")
-        if len(found.tried) > 1 and found.best in (found.tried[0][0], found.tried[-1][0]):
+        if found.best in (found.tried[0][0], found.tried[-1][0]):
             edge.add(f"{cell.method} on {cell.dataset}")
     note = (
         f"Tuned: of {', '.join(f'{f:g}' for f in FACTORS)} times the method's learning rate the "
         f"one with the best validation accuracy, by seed {SEED}: the same search for every "
-        "method. In cross-validation the validation clips of a fold are test clips of another."
+        "method; a fitted one has no rate. In cross-validation the validation clips of a fold are "
+        "test clips of another."
     )
     options.discard("``")
     if options:
