@@ -392,7 +392,8 @@ def from_dict(entry: dict, origin: Path | str = "method") -> petl.Method:
         name = options.pop("part")
         if name not in kinds:
             raise UserError(
-                f"{origin}: {entry['name']!r} has the part {name!r}, which no row of METHODS has"
+                f"{origin}: {entry['name']!r} has the part {name!r}, which no row of METHODS has; "
+                "import the file that adds it first, or put it into petl_more.py"
             )
         try:
             parts.append(kinds[name](**options))

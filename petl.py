@@ -35,12 +35,12 @@ To add a method:
     `merged()`, which returns the new layer: `merge` calls it.
  2. Write the part. `apply` freezes everything but the head and the final LayerNorm, and then calls
     `insert`. So modules made there are trained unless `insert` freezes them, and what is older is
-    trained if `insert` unfreezes it. Write `wrap(inner(block.attn), "q", ...)` around one layer
-    whose output keeps its shape: `inner`, because the sub-layer may be wrapped already. Assign
-    wrappers of sub-layers, blocks or the embedding, and those that change a length: they must be
-    outermost. A whole block is wrapped by `model.blocks[i] = MyBlock(model.blocks[i])`, for each i
-    with `inner(model.blocks[i]) in blocks`. A wrapper that reads the weight below it has the
-    attribute `reads_weight = True`.
+    trained if `insert` unfreezes it. Write `wrap(inner(block.attn), "q", MyWrapper)` around one
+    layer whose output keeps its shape: `inner`, because the sub-layer may be wrapped already.
+    Assign wrappers of sub-layers, blocks or the embedding, and those that change a length: they
+    must be outermost. A whole block is wrapped by `model.blocks[i] = MyBlock(model.blocks[i])`,
+    for each i with `inner(model.blocks[i]) in blocks`. A wrapper that reads the weight below it has
+    the attribute `reads_weight = True`.
  3. Write the row into ROWS, or in a file of your own `petl.METHODS["name"] = Method("name", ...)`.
     Import that file wherever the method is trained or loaded.
  4. A file of trained tensors describes a part by the name of its class and by its fields. To be
@@ -50,6 +50,9 @@ To add a method:
     petl_more.VeRA.
  5. train.py has options for fields named rr, alpha, prompts and kernel. On a backbone narrower than
     384, as in its default run, it trains with other numbers than the row has: see train.run.
+ 6. What is inserted should change nothing at the start. So let one of its factors start at zero,
+    but only one: of two zeros neither would ever move (see `Bottleneck`). A factor that starts at 1
+    is stored minus 1, because weight decay pulls every number to zero (see petl_more.py).
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -426,7 +429,9 @@ class PrefixLinear(nn.Module):
 class Prefix:
     """Prefix-tuning in every layer: half of the prompts are keys, and the other half are values.
 
-    With 24 prompts there are 12 layers x 24 x 768 = 221K parameters, as in Table I.
+    With 24 prompts there are 12 layers x 24 x 768 = 221K parameters, as in Table I. There are no
+    more tokens than before, because a prefix asks no query. So the head sees a prefix only through
+    what the tokens have taken from it.
     """
 
     prompts: int = 24  # in every layer, keys and values together

@@ -662,10 +662,6 @@ class Patchout(nn.Module):
 
 # ----------------------------------------------------------------------------- the table of methods
 
-# A row of a later method: the head learns with the rate of `linear`, so that no method is worse
-# because its head learns slowly.
-later = partial(Method, head_lr=petl.find("linear").lr)
-
 # Behind each row: where its learning rate is from. 5e-3 is the default of Method. All are trained
 # with AdamW and a weight decay of 0.1, as the paper's methods are. That is not what the authors of
 # these methods have: SSF has AdamW with a decay of 5e-5 to 0.05, Adapter+ AdamW with 1e-4, (IA)3
@@ -673,18 +669,18 @@ later = partial(Method, head_lr=petl.find("linear").lr)
 # AdamW. The numbers of parameters of the conformers are those of their paper.
 # fmt: off
 ROWS = [
-    later("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),  # its paper
-    later("conformer_houlsby_par",
-          (Conformer("attn", "par_before"), Conformer("ffn", "par_before")), "542K"),  # its paper
-    later("soft_moa", (SoftMixture("attn", "par_before"),)),  # its paper
-    later("dense_moa", (DenseMixture("attn", "par_before"),)),  # its paper
-    later("dora", (DoRA(),)),  # as `lora`; its code has 1e-4 to 2e-4 with s = 2, for LLaMA
-    later("ia3", (IA3(),), lr=3e-3),  # its paper, with Adafactor
-    later("vera", (VeRA(),)),  # our choice
-    later("rslora", (RsLoRA(),)),  # as `lora`
-    later("ssf", (SSF(),)),  # its code, for most tasks; 2e-4 to 5e-2 for some
-    later("adaptformer", (AdaptFormer(),)),  # our choice, as other adapters
-    later("adapter_plus", (AdapterPlus(),), lr=1e-3),  # its code
+    Method("conformer_pfeiffer_par", (Conformer("attn", "par_before"),), "271K"),  # its paper
+    Method("conformer_houlsby_par",
+           (Conformer("attn", "par_before"), Conformer("ffn", "par_before")), "542K"),  # its paper
+    Method("soft_moa", (SoftMixture("attn", "par_before"),)),  # its paper
+    Method("dense_moa", (DenseMixture("attn", "par_before"),)),  # its paper
+    Method("dora", (DoRA(),)),  # as `lora`; its code has 1e-4 to 2e-4 with s = 2, for LLaMA
+    Method("ia3", (IA3(),), lr=3e-3),  # its paper, with Adafactor
+    Method("vera", (VeRA(),)),  # our choice
+    Method("rslora", (RsLoRA(),)),  # as `lora`
+    Method("ssf", (SSF(),)),  # its code, for most tasks; 2e-4 to 5e-2 for some
+    Method("adaptformer", (AdaptFormer(),)),  # our choice, as other adapters
+    Method("adapter_plus", (AdapterPlus(),), lr=1e-3),  # its code
     Method("probe", (Statistics(),), lr=1),  # fitted: L-BFGS has no other
     Method("logmel", (LogMel(),), lr=1),  # likewise
 ]

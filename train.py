@@ -587,7 +587,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", **number, help="passes over the training clips; default: the dataset's")
     add("--batch-size", **number, help="clips in a step, over all GPUs; default: the dataset's")
     add("--lr", type=float, help="learning rate at the start; default: the method's")
-    add("--head-lr", type=float, help="that of the head; default: the method's")
+    add("--head-lr", type=float, help="of the head; default: --lr, on a small backbone 0.01")
     add("--balance", **switch, help="weigh the loss so that all classes count alike")
     add("--no-mask", **switch, help="no masks (SpecAugment) where the dataset has them")
     add("--keep", type=float, metavar="0.4", help="train on this share of the patches: faster")
@@ -598,7 +598,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="number format of the training; auto: float32 on a CPU",
+        help="number format; auto: float32 on a CPU, bfloat16 on a GPU that has it",
     )
     add("--micro-batch", **number, help="clips at once, for less memory; changes dropout a little")
     add("--compile", **switch, help="compile the model for training (torch.compile)")
@@ -627,7 +627,8 @@ METHODS_PAGE = """# All methods
 `--method` takes a name of the first column. The second column says what the parts of the method
 are, and has these parts as METHODS has them: `at` is the sub-layer, `how` a key of
 `petl.INSERTIONS`, and `rr` the reduction rate (a bottleneck is dim / rr wide). `rate` is the
-learning rate of the method; the head may have another, `head_lr` in METHODS.
+learning rate of the method and of the head. A backbone narrower than 384 dimensions, as in the
+demo, has other rates, reduction rates and numbers of prompts (`support/variants.py`).
 `python train.py --list-methods --markdown` prints this page.
 
 | method | what is trained | trained | in the paper | rate | row of the paper |

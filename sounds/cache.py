@@ -74,7 +74,10 @@ def cached(
 
 def key_of(path: Path, name: str, front_end: str) -> int:
     """A number that changes with `front_end`, the file, and the name of the clip with its span."""
-    info = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
+    try:
+        info = os.stat(path)
+    except OSError:  # a link that leads nowhere
+        info = os.lstat(path)
     source = f"{front_end}, {name}, {info.st_size} bytes, modified {info.st_mtime_ns}"
     return int.from_bytes(hashlib.sha256(to_bytes(source)).digest()[:8], "little")
 

@@ -39,9 +39,14 @@ def name_of(path: Path, root: Path) -> str:
 
     Its bytes are read as UTF-8 whatever the locale says, so a clip has one name everywhere.
     """
-    with suppress(ValueError):  # on Windows, from one drive to another
-        path = Path(os.path.relpath(path, root))
-    return os.fsencode(path.as_posix()).decode("utf-8", "surrogateescape")
+    name = str(path)
+    folder = f"{root}{os.path.sep}"
+    if name.startswith(folder) and ".." not in name:
+        name = name.removeprefix(folder)
+    else:  # ten times as slow
+        with suppress(ValueError):  # on Windows, from one drive to another
+            name = os.path.relpath(path, root)
+    return os.fsencode(name.replace(os.path.sep, "/")).decode("utf-8", "surrogateescape")
 
 
 def spelling(text: str) -> str:

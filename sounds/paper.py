@@ -106,10 +106,12 @@ def gsc(data_dir: Path | None, cache_dir: Path) -> Listing:
     for folder in folders_in(root):
         if folder.name.startswith("_"):  # _background_noise_ is no word
             continue
+        word = folder.name
         for file in folder.iterdir():
-            if file.suffix == ".wav" and not file.name.startswith("."):
-                name = f"{folder.name}/{file.name}"
-                clips[name] = Clip(file, folder.name, part_of.get(name, "train"))
+            name = file.name
+            if name.endswith(".wav") and not name.startswith("."):
+                name = f"{word}/{name}"
+                clips[name] = Clip(file, word, part_of.get(name, "train"))
     others = sorted(part_of.keys() - clips.keys())
     if others:
         require_files(root, [root / name for name in part_of])

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import io
 import json
 import os
 import secrets
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -112,12 +112,10 @@ def put_back(earlier: Path, path: Path) -> None:
 def csv_of(rows: Iterable[Iterable]) -> str:
     """Rows as CSV, each on a line that ends with \\n."""
     lines = []
-    for row in rows:
-        text = io.StringIO()
-        # A line ends with \r\n at first, so that a name with \r or \n in it gets quotes.
-        csv.writer(text, lineterminator="\r\n").writerow(row)
-        lines.append(text.getvalue().removesuffix("\r\n") + "\n")
-    return "".join(lines)
+    # A line ends with \r\n at first, so that a name with \r or \n in it gets quotes.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerows(rows)
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
 
 
 def table_of(columns: Iterable[str], rows: Iterable[dict]) -> str:

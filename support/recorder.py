@@ -18,6 +18,7 @@ from support.calibration import calibrated, middles_of
 from support.copies import warn_of_copies
 from support.processes import process_group, say, say_lines, wait_for_all
 from support.progress import Bar, in_words
+from support.speed import bfloat16_helps
 from support.variants import has
 
 
@@ -247,7 +248,11 @@ class FoldLog:
         if seconds >= 60:
             with Bar.external_write_mode():  # not into the bar
                 say(f"this will take about {in_words(seconds)}; folds to train: {run.to_forecast}")
+                on_cpu = run.machine.device.type == "cpu"
                 is_own = run.settings.choose_by == "balanced"
-                if is_own and run.machine.device.type == "cpu":
+                if on_cpu and is_own:
                     say("--method probe is faster: each clip goes through the backbone once")
+                in_float32 = run.settings.dtype == "float32"
+                if on_cpu and in_float32 and bfloat16_helps(self.learner.network):
+                    say("--dtype bfloat16 is faster: this CPU has units for it; it rounds more")
         run.to_forecast = 0

@@ -81,12 +81,16 @@ def split_table(dataset, folds, bad):
 
     Training clips that --shots has not drawn are left out.
     """
-    rows = [SPLIT]
     names = dataset.names
-    for fold, split in folds.items():
-        for part, clips in {**vars(split), "skipped": sorted(bad)}.items():
-            rows += [[fold, part, dataset.classes[dataset.labels[i]], names[i]] for i in clips]
-    return csv_of(rows)
+
+    def rows():
+        yield SPLIT
+        for fold, split in folds.items():
+            for part, clips in {**vars(split), "skipped": sorted(bad)}.items():
+                for i in clips:
+                    yield fold, part, dataset.classes[dataset.labels[i]], names[i]
+
+    return csv_of(rows())
 
 
 def hash_of(text):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ast_model import AST
 from support.command import out_of_memory
 from support.onednn_linear import onednn_helps, use_onednn
 from support.processes import is_first, ranks, sum_over_ranks
@@ -21,6 +22,18 @@ def near(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and 2 * tensor.nbytes < torch.cuda.mem_get_info(device)[0]:
         return tensor.to(device)
     return tensor
+
+
+def bfloat16_helps(network: nn.Module) -> bool:
+    """Whether this CPU trains a network faster in bfloat16 than in float32.
+
+    The processor must have units for bfloat16, and the network must be an AST that is wide enough:
+    docs/speed.md has the times. It is not measured here. On a busy machine a short measurement says
+    anything.
+    """
+    has = torch.cpu.get_capabilities()
+    is_wide = isinstance(network, AST) and network.config.dim >= 384
+    return is_wide and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -28,27 +28,29 @@ def test_every_row_has_every_contestant(quick):
     rows = {}
     for result in quick["results"]:
         rows.setdefault(result["row"], []).append(result["contestant"])
-    assert rows == {row: ["ours", "theirs"] for row in [*bench.STEPS, "features"]}
+    expected = {row: ["ours", "theirs"] for row in bench.ROWS}
+    expected["houlsby_par"] = ["ours"]  # peft has none
+    assert rows == expected
 
 
 def test_the_numbers_are_whole(quick):
-    assert "float32" in quick["machine"] and "4 clips of 100 frames" in quick["machine"]
+    assert "float32" in quick["machine"] and "clips of 100 frames" in quick["machine"]
     for result in quick["results"]:
         assert tuple(result) == bench.COLUMNS
+        assert result["batch"] == 4
         assert result["ms_per_clip"] > 0 and result["spread"] >= 0 and result["ratio"] > 0
-        if result["row"].endswith("step") or result["row"] == "inference":
+        if result["row"] not in ("linear", "features"):
             assert result["memory_mb"] > 3  # 0.84 M parameters in float32
-        if result["row"] == "full fine-tuning step":
+        if result["row"] == "full_ft":
             assert result["memory_mb"] > 10  # AdamW keeps two more numbers for each
     ms = {
         (result["row"], result["contestant"]): result["ms_per_clip"] for result in quick["results"]
     }
-    probe = "linear probe, epoch 2"
-    assert ms[probe, "ours"] < ms[probe, "theirs"]
+    assert ms["linear", "ours"] < ms["linear", "theirs"]
     (ratio,) = [
-        r["ratio"] for r in quick["results"] if (r["row"], r["contestant"]) == (probe, "theirs")
+        r["ratio"] for r in quick["results"] if (r["row"], r["contestant"]) == ("linear", "theirs")
     ]
-    assert ratio == pytest.approx(ms[probe, "theirs"] / ms[probe, "ours"], rel=0.05)
+    assert ratio == pytest.approx(ms["linear", "theirs"] / ms["linear", "ours"], rel=0.05)
 
 
 def test_the_median_and_its_spread(monkeypatch, capsys):
@@ -146,3 +148,30 @@ def test_the_defaults(monkeypatch):
     assert setup == bench.Bench(torch.device("cpu"))
     assert bench.main(["--device", "cpu", "--quick", "--compile"]) == 0
     assert seen[-1] == bench.Bench(torch.device("cpu"), compile=True, n_frames=100)
+    assert bench.main(["--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert seen[-1] == bench.Bench(torch.device("cpu"), dtype="bfloat16")
+
+
+def test_rows_and_batch_sizes_can_be_chosen(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(bench, "measure", lambda row, setup: seen.append((row, setup.batch)) or [])
+    options = ["--device", "cpu", "--rows", "lora", "features", "--batch-size", "2", "5"]
+    assert bench.main(options) == 0
+    assert seen == [("lora", 2), ("features", 2), ("lora", 5), ("features", 5)]
+    assert bench.main(["--batch-size", "0"]) == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_a_row_that_does_not_fit_into_memory_does_not_end_the_others(monkeypatch, capsys):
+    def measure(row, setup):
+        if setup.batch == 9:
+            raise torch.OutOfMemoryError
+        seen.append((row, setup.batch))
+        return []
+
+    seen = []
+    monkeypatch.setattr(bench, "measure", measure)
+    options = ["--device", "cpu", "--rows", "lora", "--batch-size", "9", "4"]
+    assert bench.main(options) == 0
+    assert seen == [("lora", 4)]
+    assert capsys.readouterr().err == "warning: out of memory: lora, 9 clips at once\n"

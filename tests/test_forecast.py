@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from helpers import make_folder, train_on
 from safetensors.torch import load_file
@@ -74,3 +75,14 @@ def test_own_sounds_on_a_cpu_have_a_faster_method(tmp_path, monkeypatch, capsys)
     lines = capsys.readouterr().out.splitlines()
     line = lines.index("this will take about 100 s; folds to train: 1")
     assert lines[line + 1].startswith("--method probe is faster")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_is_advised_where_it_is_faster(dtype, train_main, monkeypatch, capsys):
+    times = [0.0, 100.0]
+    monkeypatch.setattr(recorder, "now", lambda device: times.pop(0))
+    monkeypatch.setattr(recorder, "bfloat16_helps", lambda network: True)
+    assert train_main("--seconds", 0.5, "--device", "cpu", "--dtype", dtype) == 0
+    out = capsys.readouterr().out
+    assert "this will take" in out
+    assert out.count("--dtype bfloat16 is faster") == (1 if dtype == "float32" else 0)

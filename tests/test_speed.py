@@ -106,8 +106,10 @@ def test_a_frozen_layer_keeps_no_input():
     """That is where the memory of training goes."""
     layer = use_onednn(nn.Sequential(nn.Linear(8, 4)))[0].requires_grad_(False)
     x = torch.randn(3, 8, requires_grad=True)
-    assert layer(x).grad_fn.saved_tensors[0] is None
-    assert layer.requires_grad_(True)(x).grad_fn.saved_tensors[0] is not None
+    frozen = layer(x)
+    assert frozen.grad_fn.saved_tensors[0] is None
+    trained = layer.requires_grad_(True)(x)
+    assert trained.grad_fn.saved_tensors[0] is not None
 
 
 @pytest.mark.parametrize("fails", [None, "capability", "library", "system", "maker"])
@@ -264,3 +266,19 @@ def test_logits_that_are_no_numbers_have_no_probability():
     clips = Clips(torch.tensor([[torch.nan, 0], [torch.inf, 0], [0, 1]]), torch.tensor([0, 0, 1]))
     answers = recorder.answers_of(evaluate(nn.Identity(), clips, [0, 1, 2], 3)[0])
     assert answers["millionths"] == [0, 0, round(1e6 * math.e / (1 + math.e))]
+
+
+@pytest.mark.parametrize(
+    "units, dim, helps",
+    [
+        ({"avx512_bf16": True}, 384, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, 384, True),
+        ({"avx512_bf16": False, "amx_bf16": False}, 384, False),
+        ({}, 384, False),  # not of Intel or AMD
+        ({"avx512_bf16": True}, 128, False),
+    ],
+)
+def test_bfloat16_helps_where_the_processor_has_it(units, dim, helps, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert speed.bfloat16_helps(tiny_ast(dim=dim)) is helps
+    assert not speed.bfloat16_helps(nn.Linear(dim, 3))  # last layers: the backbone has no step

@@ -1,11 +1,14 @@
 """How fast training is and how much memory it takes, beside transformers and peft in one process.
 
     python -m tools.bench   # clips of five seconds, as in docs/speed.md; --quick: of one second
+    python -m tools.bench --rows lora full_ft --batch-size 32 128
 
-The contestants run in turn, so a busy machine slows all of them, and the median counts. They have
-the same random weights of the base AST with a head of 50 classes, the same batch, optimizer, type,
-and threads or GPU. Their logits must agree before the clock starts. The loop of train.py trains
-both. peft adds LoRA to transformers. --compile compiles both for training, as in train.py.
+A row is a training step of a method, or something else of ROWS. The contestants run in turn, so a
+busy machine slows all of them, and the median counts. They have the same random weights of the base
+AST with a head of 50 classes, the same batch, optimizer, type, and threads or GPU. Their logits
+must agree before the clock starts. The loop of train.py trains both. peft adds LoRA to
+transformers. It has no Houlsby adapter, so that row is ours alone. --compile compiles both for
+training, as in train.py.
 
 The memory is that of the weights, of the optimizer, and of what a step needs beyond them.
 """
@@ -14,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,22 +27,27 @@ import data
 import petl
 import train
 from load_weights import load_ast
-from support.command import Parser, choose_device, choose_dtype, exit_code, needed
+from support.command import (
+    Parser,
+    choose_device,
+    choose_dtype,
+    exit_code,
+    needed,
+    out_of_memory,
+    positive,
+    warn,
+)
 from support.files import write_json
 from support.records import check_not_of_run, forget_peak, peak_memory
-from support.speed import Machine
+from support.speed import DTYPES, Machine
 from support.vectors import skip_frozen
 from tools.export import write_hf
 
 N_CLASSES = 50
-STEPS = {
-    "LoRA step": "lora",
-    "full fine-tuning step": "full_ft",
-    "inference": None,
-    "linear probe, epoch 2": "linear",
-}
-COLUMNS = ("row", "contestant", "ms_per_clip", "spread", "ratio", "memory_mb")
-LINE = "| {:<21} | {:<10} | {:>11} | {:>6} | {:>5} | {!s:>9} |"
+# The row `linear` is a step of the second epoch, when our backbone has nothing to do any more.
+ROWS = ("lora", "houlsby_par", "full_ft", "inference", "linear", "features")
+COLUMNS = ("row", "batch", "contestant", "ms_per_clip", "spread", "ratio", "memory_mb")
+LINE = "| {:<11} | {:>5} | {:<10} | {:>11} | {:>6} | {:>5} | {!s:>9} |"
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def theirs(folder, method):
 
 
 def contestants(method, bench):
-    """Our model and theirs by name. Their logits are equal.
+    """Our model and theirs by name, or ours alone. Their logits are equal.
 
     Without a method, final LayerNorm and head alone are trained.
     """
@@ -111,8 +119,11 @@ def contestants(method, bench):
     ours = load_ast(bench.weights, bench.n_frames, N_CLASSES, "cls_dist")
     with tempfile.TemporaryDirectory() as folder:
         write_hf(ours, {}, Path(folder))
-        other = theirs(Path(folder), method).to(bench.device)
+        other = None if method == "houlsby_par" else theirs(Path(folder), method)
     ours = bench.prepare(petl.apply(ours, method or "linear"), bench.dtype)
+    if other is None:
+        return {"ours": ours}
+    other = other.to(bench.device)
     x = random_clips(bench.batch, bench).features.float()
     with torch.inference_mode(), bench.autocast(bench.dtype):
         difference = (ours.eval()(x) - other.eval()(x)).abs().max().item()
@@ -183,7 +194,7 @@ def measure(row, bench):
     if row == "features":
         ways = features(bench)
     else:
-        method = STEPS[row]
+        method = None if row == "inference" else row
         models = contestants(method, bench)
         clips = random_clips(bench.batch, bench)
         ways = {name: pass_of(method, model, clips, bench) for name, model in models.items()}
@@ -198,7 +209,7 @@ def measure(row, bench):
         spread = round(50 * (max(seconds) - min(seconds)) / middle, 1)
         ratio = round(middle / median(times["ours"]), 2)
         memory = memory_mb(ways[name], models[name]) if models else None
-        values = (row, name, ms, spread, ratio, memory)
+        values = (row, bench.batch, name, ms, spread, ratio, memory)
         print(LINE.format(*values), flush=True)
         results.append(dict(zip(COLUMNS, values, strict=True)))
     return results
@@ -227,8 +238,9 @@ def describe(bench):
     where = f"CPU, {torch.get_num_threads()} threads"
     if bench.device.type == "cuda":
         where = torch.cuda.get_device_name(bench.device)
-    clips = f"{bench.batch} clips of {bench.n_frames} frames at once"
-    return f"{where}, {bench.dtype}, {clips}, torch {torch.__version__}"
+    compiled = "compiled, " if bench.compile else ""
+    frames = f"clips of {bench.n_frames} frames"
+    return f"{where}, {bench.dtype}, {compiled}{frames}, torch {torch.__version__}"
 
 
 def run(argv):
@@ -238,30 +250,39 @@ def run(argv):
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="clips of one second instead of five")
+    add("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS))
+    add("--batch-size", nargs="+", type=positive, metavar="N", help="one or more; default: 4 or 32")
     add("--compile", action="store_true", help="compile all models for training (torch.compile)")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", choices=["auto", *DTYPES])
     add("--weights", default="random:base", help="the model, as for train.py (%(default)s)")
     args = parser.parse_args(argv)
     if args.json:
         check_not_of_run(args.json)
     device = choose_device(args.device)
-    sizes = {"batch": 32, "repeats": 20} if device.type == "cuda" else {}
+    on_gpu = device.type == "cuda"
     bench = Bench(
         device,
         compile=args.compile,
-        dtype=choose_dtype("auto", device),
+        dtype=choose_dtype(args.dtype, device),
         n_frames=100 if args.quick else 500,
+        repeats=20 if on_gpu else 3,
         weights=args.weights,
-        **sizes,
     )
     warnings.filterwarnings("ignore", module="transformers")  # of its own next version
     print(describe(bench))
     print(LINE.format(*COLUMNS))
-    print("|---|---|--:|--:|--:|--:|")
+    print("|---|--:|---|--:|--:|--:|--:|")
     results = []
-    for row in [*STEPS, "features"]:
-        results += measure(row, bench)
+    for batch in args.batch_size or [32 if on_gpu else 4]:
+        for row in args.rows:
+            try:
+                results += measure(row, replace(bench, batch=batch))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                warn(f"out of memory: {row}, {batch} clips at once")
     if args.json:
         write_json(args.json, {"machine": describe(bench), "results": results})
 

@@ -468,6 +468,17 @@ def test_the_name_of_a_clip_is_its_path_from_the_root(path, root):
     assert names_of([Path(path)], Path(root), {}) == [os.path.relpath(path, root)]
 
 
+def test_a_clip_has_one_name_however_its_path_is_written():
+    root = Path("/data/set")
+    for path, name in (
+        ("/data/set/dog/a.wav", "dog/a.wav"),
+        ("/data/set/cat/../dog/a.wav", "dog/a.wav"),
+        ("/data/set2/a.wav", "../set2/a.wav"),
+        ("/data/a.wav", "../a.wav"),
+    ):
+        assert name_of(Path(path), root) == name
+
+
 def test_a_clip_on_another_drive_has_its_whole_path_as_name(monkeypatch):
     """On Windows there is no way from one to another."""
     monkeypatch.setattr(clip, "os", SimpleNamespace(path=ntpath, fsencode=os.fsencode))

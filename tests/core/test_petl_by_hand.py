@@ -328,7 +328,9 @@ def by_plain_name(model: AST) -> dict[str, torch.Tensor]:
     named = {name.replace("wrapped.", ""): tensor for name, tensor in model.named_parameters()}
     # AdaptFormer moves it
     named = {name.replace(".ffn.norm.", ".norm2."): tensor for name, tensor in named.items()}
-    assert len(named) == len(list(model.parameters()))
+    assert len(named) == len(list(model.parameters())), (
+        "a wrapper has a parameter with the name of one that it wraps: call it something else"
+    )
     return named
 
 
