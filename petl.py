@@ -732,7 +732,7 @@ def merge(model: AST, replacement_of=replacement_of) -> AST:
                 # For an adapter, name the adapter and not the Adapted around it.
                 kind = type(getattr(module, "adapter", module)).__name__
                 raise UserError(
-                    f"{model.method.name!r} cannot be merged: {kind} is no change of a weight"
+                    f"{model.method.name!r} cannot be merged: a plain AST has no layer {kind}"
                 )
             setattr(parent, name, replacement)
     plain.requires_grad_(True)

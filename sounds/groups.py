@@ -16,6 +16,7 @@ from sounds.clip import WHOLE, Clip, fragment, name_of, spelling
 from support.command import UserError, first_of, warn
 
 PIECE = r"([-_. ]([Pp]art)?\d{1,4})?(\.\w+)?$"  # the end of rec1_03.wav, a-001.wav, talk.part2.wav
+TAKE = r"([-_. ][A-Z]([-_. ]\w+)?)?(\.\w+)?$"  # the end of rec1_A.wav, 1-211527-B-20.wav
 
 STRETCHES = 8  # of time, where a recording trains and validates: every fourth validates
 
@@ -95,17 +96,35 @@ def group_hint(clips: list[Clip]) -> str:
     without such a number is a recording of its own. Names give no hint if most of their class begin
     alike, because then the number may only count the clips: dog_01.wav, dog_02.wav. If all names of
     a class begin alike, the pattern makes each clip of it a group, so that the class has several.
+
+    A capital letter also counts pieces, if the names of a recording go on alike behind it:
+    1-211527-A-20.wav and 1-211527-B-20.wav. In ann_B_1.wav and ann_C_2.wav it may be a name.
     """
-    recordings = groups_in([clip.path.name for clip in clips], f"(.+?){PIECE}")
+    names = [clip.path.name for clip in clips]
+    labels = [clip.label for clip in clips]
+    hint = hint_by(PIECE, names, labels)
+    if hint:
+        return hint
+    takes = {}  # of a recording in a class: what its names have behind the letter
+    for name, label in zip(names, labels, strict=True):
+        recording, _, rest, _ = re.search(f"(.+?){TAKE}", name).groups()
+        if takes.setdefault((label, recording), rest) != rest:
+            return ""
+    return hint_by(TAKE, names, labels)
+
+
+def hint_by(piece: str, names: list[str], labels: list[str]) -> str:
+    """The pattern of `group_hint` for names that end in `piece`, a regular expression."""
+    recordings = groups_in(names, f"(.+?){piece}")
     counts = defaultdict(Counter)  # of each class: how many clips a recording has
-    for clip, recording in zip(clips, recordings, strict=True):
-        counts[clip.label][recording] += 1
+    for label, recording in zip(labels, recordings, strict=True):
+        counts[label][recording] += 1
     alike = [next(iter(count)) for count in counts.values() if len(count) == 1]
     starts = [f"{re.escape(start)}[-_. ].+" for start in sorted(set(alike))]
     for count in counts.values():
         if any(1 < n <= count.total() / 2 for n in count.values()):
             first = "|".join([*starts, "[^/]+?"])
-            return f"({first}){PIECE}"
+            return f"({first}){piece}"
     return ""
 
 

@@ -238,8 +238,10 @@ def read_metadata(path: Path) -> dict:
 
     A UserError if the file is damaged, or if the header is not what support/headers.py says.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give one file of trained parts, foldK.safetensors")
     if not path.is_file():
-        raise no_whole_file(path, "it is a folder" if path.is_dir() else "it is no file")
+        raise no_whole_file(path, "it is no file")
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("ast_petl", "{}")) or {}

@@ -87,7 +87,7 @@ def describe_fold(result, settings):
     if best is not None:
         step = f"in epoch {result['epoch']}"
         if is_fitted(settings.method):
-            step = f"with penalty {result['epoch']} of {settings.epochs}"
+            step = f"with penalty {result['epoch']} of {settings.epochs}, from strong to weak"
         chosen = f"best of validation {best:.2f} % {step}"
         chosen += ", by balanced accuracy" if settings.choose_by == "balanced" else ""
     accuracy = f"test accuracy {result['accuracy']:.2f} % ({chosen})"
@@ -103,11 +103,11 @@ def summary(run, dataset, device="cpu"):
     scores = result["scores"]
     count = result["parameters"]
     trained = count["petl"] + count["head"]
-    spread = "" if result["std"] is None else f" +- {result['std']:.2f}"
+    spread = "" if result["std"] is None else f", standard deviation {result['std']:.2f}"
     file = run.file(result["folds"][0]["fold"])
     name = run.config["method"]["name"]
     headline = [
-        f"  test accuracy   {result['accuracy']:.2f}{spread} %, folds: {len(run.folds)}",
+        f"  test accuracy   {result['accuracy']:.2f} %, folds: {len(run.folds)}{spread}",
         f"  in all classes  {balanced_accuracy(run, dataset)}, macro-F1 {scores['macro_f1']:.2f} %",
     ]
     if is_balanced(run):
@@ -119,8 +119,7 @@ def summary(run, dataset, device="cpu"):
         *describe_baseline(result, name),
         *[f"  {what:<15} {text}" for what, text in findings(run, dataset)],
         f"  trained         {trained:,} of {count['total']:,} parameters "
-        f"({trained / count['total']:.2%}): {count['petl']:,} of {name}, "
-        f"{count['head']:,} of final LayerNorm and head",
+        f"({trained / count['total']:.2%}): {describe_parts(count, name)}",
         f"  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept"
         + ("" if name == "logmel" else " beside the backbone"),
         f"  time            {result['seconds']:.0f} s of training",
@@ -131,6 +130,15 @@ def summary(run, dataset, device="cpu"):
         "",
     ]
     return "\n".join(printable(line) for line in lines)
+
+
+def describe_parts(count, name):
+    """What the trained parameters belong to."""
+    if name in ("probe", "logmel"):
+        return "the head alone"
+    if not count["petl"]:
+        return "final LayerNorm and head alone"
+    return f"{count['petl']:,} of {name}, {count['head']:,} of final LayerNorm and head"
 
 
 def describe_baseline(result, name):
@@ -162,12 +170,12 @@ def next_step(config, result, device):
         return "--method logmel"
     if name == "logmel":
         return "--method probe: what a backbone adds"
-    if name in ("linear", "probe"):
-        return "--method houlsby_par: an adapter"
     if is_own and backbone_is_small and device == "cpu":
         return "--weights audioset --method probe: the large backbone, once per clip"
     if is_own and backbone_is_small:
         return "--weights audioset: the large backbone"
+    if name in ("linear", "probe"):
+        return "--method houlsby_par: an adapter"
     return "--method linear: what the method adds"
 
 
@@ -186,9 +194,11 @@ def balanced_accuracy(run, dataset):
     tested = {groups[row["path"]] for row in run.tested()} if groups else ()
     if 0 < len(tested) < ENOUGH:
         return f"{text} (groups that test: {len(tested)}, too few for an interval)"
-    if interval is None:
-        return text
     drawn = "groups" if groups else "clips"
+    if len(run.tested()) < ENOUGH:
+        return f"{text} (clips that test: {len(run.tested())}, too few for an interval)"
+    if interval is None:
+        return f"{text} (no interval: all draws of {drawn} give the same)"
     return f"{text} (95 % interval {interval[0]:.2f} to {interval[1]:.2f}, over {drawn})"
 
 
@@ -271,7 +281,7 @@ def summarise_seeds(home, results):
     seeds = {seed: result["accuracy"] for seed, result in results.items()}
     result = {**mean_and_std(folds), "seeds": seeds, "folds": folds}
     write_json(home / "result.json", result)
-    accuracy = f"{result['accuracy']:.2f} +- {result['std']:.2f} %"
+    accuracy = f"{result['accuracy']:.2f} % (standard deviation {result['std']:.2f})"
     balanced = mean(result["scores"]["balanced_accuracy"] for result in results.values())
     say(
         f"accuracy {accuracy}, balanced accuracy {balanced:.2f} %, over {len(seeds)} seeds, "

@@ -1,4 +1,6 @@
-"""Sounds that are there twice, under other names or in other formats."""
+"""Sounds that are there twice, under other names or in other formats; and silent sounds."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,14 @@ CELL = (4, 8)  # frames and bands whose power is averaged
 FLOOR = -50.0  # dB: cells that are so far below the loudest one hold no sound
 ALIKE = 0.7  # dB; see `pairs_of`
 NATS = 2 * 4.5689974  # what 1 is in the features: data.to_input divides by twice data.STD
+LEAST = 2**-23 * math.exp(4.2677393)  # power: the floor of data.fbank, less data.MEAN
+SILENT = 100  # times LEAST, or 20 dB: noise with a peak of about 2e-4, six steps of 16 bits
 
 
 def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
     """Warn of sounds that are in two parts of a fold: the model is tested on what it has learned.
+
+    A second warning says how many clips are silent. They are no copies of each other.
 
     features: those of `data.load_clips`. folds: the Split of every fold, by its number.
     """
@@ -21,7 +27,14 @@ def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
         parts.append({i: part for part, clips in vars(split).items() for i in clips})
     used = sorted(set().union(*parts))
     apart = []
-    for a, b in pairs_of(levels_of(features, used)):
+    levels = levels_of(features, used)
+    silent = [dataset.names[used[i]] for i in (levels.amax(1) == FLOOR).nonzero()[:, 0].tolist()]
+    if silent:
+        warn(
+            f"{dataset.root}: {len(silent)} of {len(used)} clips are silent, nearly all zeros "
+            f"({first_of(silent)}): each trains or tests as its class"
+        )
+    for a, b in pairs_of(levels):
         i, j = sorted((used[a], used[b]))
         if any(i in part_of and j in part_of and part_of[i] != part_of[j] for part_of in parts):
             apart.append((i, j))
@@ -37,7 +50,8 @@ def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
 def levels_of(features: torch.Tensor, clips: list[int]) -> torch.Tensor:
     """The levels (clips, cells) of some clips, in dB of the loudest cell of each, FLOOR or more.
 
-    They are relative to that cell because a copy may be louder.
+    They are relative to that cell because a copy may be louder. A silent clip has FLOOR in all
+    cells: what little the floor of the features leaves of its noise would look like a copy.
     """
     levels = []
     for some in torch.tensor(clips).split(32):
@@ -46,7 +60,9 @@ def levels_of(features: torch.Tensor, clips: list[int]) -> torch.Tensor:
         power = x.mul_(NATS).exp_()
         power[is_silent] = 0
         cells = F.avg_pool2d(power[:, None], CELL).flatten(1)  # (some, cells)
-        cells /= cells.amax(1, keepdim=True).clamp_min(2**-23)
+        loudest = cells.amax(1, keepdim=True)
+        cells[loudest[:, 0] < SILENT * LEAST] = 0
+        cells /= loudest.clamp_min(LEAST)
         levels.append((10 * cells.log10()).clamp_min(FLOOR))
     return torch.cat(levels)
 

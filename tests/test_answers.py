@@ -77,9 +77,11 @@ def test_unsure_is_said_in_every_form(tmp_path, answer):
         ["2", "b", "0.333333", "0.666667", "yes"],
     ]
     header = "file,start,end,rank,class,probability,confidence,unsure"
+    assert answer(*words, "--csv")[0] == header
+    header = "file,start,end,class,probability"
     assert answer(*words, "--csv", "--events") == [header]
-    expected = f"{file},0.000,0.300,1,a,0.666667,0.666667,no"
-    assert answer(fold, file, "--csv", "--events") == [header, expected]
+    expected = [header, f"{file},0.000,0.300,a,0.666667"]
+    assert answer(fold, file, "--csv", "--events") == expected
 
 
 def test_most_files_are_unsure(tmp_path, capsys):
@@ -217,7 +219,7 @@ def windows(text: str, hop: float = 0.5) -> list[Answer]:
 
 
 def told(answers) -> list[tuple]:
-    return [(e.best, e.start, e.end, round(e.classes[0][1], 6)) for e in answers]
+    return [(e.best, e.start, e.end, round(e.probability, 6)) for e in answers]
 
 
 def agreeing(rows, left_out=("quiet",), **options):
@@ -330,9 +332,32 @@ def test_label_tracks(tmp_path, answer, capsys):
     found = sorted(path.name for path in (tmp_path / "sounds").iterdir())
     assert found == ["a.txt", "a.wav", "a.wav.events.txt", "b.wav"]
     rows = [json.loads(line) for line in answer(fold, file, "--events", "--json")]
-    assert [(row["start"], row["end"]) for row in rows] == [(0.0, 2.0)]
+    event = {"start": 0.0, "end": 2.0, "class": "one\\tthing", "probability": 0.9}
+    assert rows == [{"file": str(file), **event}]
     assert answer(fold, file, "--events", "--threshold", 0.95) == [f"{file}.events.txt: 0 events"]
     assert Path(f"{file}.events.txt").read_text() == ""
+
+
+def test_label_tracks_in_another_folder(tmp_path, answer, error):
+    """Two sounds of one name cannot share a track there, and the track of an hour ago is replaced.
+
+    A folder that is a file is an error, and nothing is written.
+    """
+    fold = constant(tmp_path / "fold1.safetensors", 0.9, 0.1, classes=["a", "b"])
+    file = write_sound(tmp_path / "one" / "a.wav", seconds=2.0)
+    out = tmp_path / "new" / "tracks"
+    for _ in range(2):
+        assert answer(fold, file, "--events", "--out", out) == [
+            f"{out / 'a.wav.events.txt'}: 1 events"
+        ]
+    assert [path.name for path in out.iterdir()] == ["a.wav.events.txt"]
+    assert [path.name for path in file.parent.iterdir()] == ["a.wav"]
+    other = write_sound(tmp_path / "two" / "a.wav")
+    said = error(fold, file, other, "--events", "--out", out)
+    assert "--out: two sounds of one name would have one label track" in said
+    assert error(fold, file, "--events", "--out", file) == f"error: {file}: File exists\n"
+    assert "--out is for the label tracks of --events" in error(fold, file, "--out", out)
+    assert "--out is for the label tracks" in error(fold, file, "--events", "--csv", "--out", out)
 
 
 def test_what_is_unsure_is_an_event_where_there_is_background(tmp_path, answer):

@@ -94,6 +94,27 @@ def test_levels_are_in_decibels():
             assert bool(copies.pairs_of(torch.stack([level, other]))) == alike
 
 
+def test_silent_clips_are_counted_and_are_no_copies(tmp_path, capsys):
+    """Noise of one step of 16 bits is silent, also where the floor of the features hides most of
+    it. Noise of 30 steps is not silent, and a copy of it is one.
+    """
+    assert pytest.approx(np.exp(np.log(2**-23) - data.MEAN)) == copies.LEAST
+    rng = np.random.default_rng(0)
+    names = [f"{number}.wav" for number in range(8)]
+    for name in names[:6]:
+        steps = rng.integers(-1, 2, RATE, dtype=np.int16)
+        soundfile.write(tmp_path / name, steps, RATE, subtype="PCM_16")
+    for name in names[6:]:
+        wave = np.random.default_rng(1).integers(-30, 31, RATE, dtype=np.int16)
+        soundfile.write(tmp_path / name, wave, RATE, subtype="PCM_16")
+    features = features_of(tmp_path, [tmp_path / name for name in names])
+    dataset = Dataset("my", tmp_path, ["a"], [tmp_path / name for name in names], [0] * 8, {})
+    copies.warn_of_copies(dataset, features, {1: Split([0, 2, 4, 6], [], [1, 3, 7])})
+    silent, copied = capsys.readouterr().err.splitlines()
+    assert "5 of 7 clips are silent, nearly all zeros (0.wav, 1.wav, 2.wav, 3.wav, 4" in silent
+    assert "1 pairs of clips" in copied and "(6.wav = 7.wav)" in copied
+
+
 def test_pairs_are_those_of_a_comparison_one_by_one():
     """However many clips there are, and in whatever order."""
     rng = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from ast_model import POOL
 from load_weights import load_ast, load_trained, save_ast, save_trained, to_dict
 from support import headers
 from support.checkpoints import read_header, write_tensors
-from tools import export
+from tools import export, predict
 
 ROOT = Path(petl.__file__).parent
 AST = "audio_spectrogram_transformer"
@@ -101,7 +101,9 @@ def test_a_merged_model_is_a_backbone_too(tmp_path, export_to):
 def test_adapters_cannot_be_merged(tmp_path, export_to):
     save_random(tmp_path / "fold1.safetensors", "houlsby_par")
     message = export_to("merged", "merged.safetensors", code=2)
-    assert "'houlsby_par' cannot be merged: Bottleneck is no change" in message
+    assert (
+        "'houlsby_par' cannot be merged: a plain AST has no layer Bottleneck; --to onnx" in message
+    )
     assert not (tmp_path / "merged.safetensors").exists()
 
 
@@ -137,9 +139,12 @@ def test_other_heads_have_no_place_in_transformers(to, pool, tmp_path, export_to
     assert not (tmp_path / "out").exists()
 
 
+NOT_PLAIN = "'probe' cannot be merged: a plain AST has no layer Standardised; --to onnx takes all"
+
+
 @pytest.mark.parametrize(("to", "message"), [
-    ("merged", "'probe' cannot be merged: Standardised is no change of a weight"),
-    ("hf", "'probe' cannot be merged: Standardised is no change of a weight"),
+    ("merged", NOT_PLAIN),
+    ("hf", NOT_PLAIN),
     ("peft", "--to peft takes one of LoRA, DoRA, RsLoRA alone, not 'probe'; --to onnx takes all"),
 ])  # fmt: skip
 def test_a_head_that_reads_all_layers_has_no_place_elsewhere(to, message, tmp_path, export_to):
@@ -483,7 +488,8 @@ def test_files_that_are_something_else(tmp_path, command):
         assert "no whole file of trained parts" in said
         assert "it has no such header" in command(*words, SMALL_AST / "model.safetensors", code=2)
         assert "no whole file" in command(*words, tmp_path / "absent", code=2)
-        assert "it is a folder" in command(*words, tmp_path, code=2)
+        said = f"error: {tmp_path} is a folder: give one file of trained parts, foldK.safetensors\n"
+        assert command(*words, tmp_path, code=2) == said
 
 
 def save_random_bytes(tmp_path) -> bytes:
@@ -863,7 +869,7 @@ def test_an_onnx_file_explains_itself(tmp_path, export_to):
     """What goes in and comes out, and as metadata all that a program needs to know."""
     fold = tmp_path / "fold1.safetensors"
     constant(fold, 0.125, 0.875, classes=["rain", "dog"], n_frames=31)
-    export_to("onnx", "model.onnx")
+    assert "Of a longer sound it reads the first 0.31 s." in export_to("onnx", "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (heard,) = session.get_inputs()
     (said,) = session.get_outputs()
@@ -883,6 +889,24 @@ def test_an_onnx_file_explains_itself(tmp_path, export_to):
     (found,) = session.run(None, {"waveform": np.zeros((3, 4000), np.float32)})
     np.testing.assert_allclose(found, [[0.125, 0.875]] * 3, atol=1e-6)
     assert [path.name for path in tmp_path.glob("*onnx*")] == ["model.onnx"]
+
+
+def test_an_onnx_file_answers_as_tools_predict_does(tmp_path, export_to):
+    """With a temperature, and with the first frames of a sound that is longer."""
+    fold = tmp_path / "fold1.safetensors"
+    model = save_random(fold, "lora", n_frames=31)
+    zeros = [0.0] * 128
+    known = {"mean": zeros, "std": [1.0] * 128, "directions": [[0] * 128], "alpha": 0.0}
+    facts = {"temperature": 3.0, "min_confidence": 0.0, **known, "limit": 1.0, "slope": 1.0}
+    save_trained(model, fold, {"calibration": facts})
+    export_to("onnx", "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    wave = noise(30 * 160 + 400)[0].numpy()
+    expected = predict.load(fold)(wave, 16_000)
+    longer = np.concatenate([wave, wave])[None]
+    for waves in (wave[None], longer):
+        (found,) = session.run(None, {"waveform": waves})
+        np.testing.assert_allclose(found[0], expected.probabilities, atol=1e-5)
 
 
 def test_an_onnx_file_hears_the_last_frame(tmp_path, export_to):

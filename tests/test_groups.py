@@ -241,11 +241,24 @@ def test_groups_that_cannot_be(tmp_path, header, more, group, message):
             ["x/r_1.wav", "x/r_2.wav", "x/s_1.wav", "x/s_2.wav", "y/y (_1.wav", "y/y (_2.wav"],
             ["r", "r", "s", "s", "y (_1.wav", "y (_2.wav"],
         ),
-        # Numbers of clips, hours and ESC-50's names say nothing.
+        # Letters count takes, as in ESC-50's names, if the names go on alike behind them.
+        (
+            ["x/1-32-A-0.wav", "x/1-32-B-0.wav", "x/1-38-A-0.wav", "x/1-4-A-0.wav", "x/b.ogg"],
+            ["1-32", "1-32", "1-38", "1-4", "b"],
+        ),
+        (["x/r_A.wav", "x/r_B.wav", "x/s_A.wav", "x/t.wav"], ["r", "r", "s", "t"]),
+        (["x/ann_A_1.wav", "x/ann_B_2.wav", "x/bob_A_1.wav", "x/bob_C_1.wav"], None),
+        (["x/x_A_1.wav", "x/x_B_1.wav", "y/y_A_1.wav", "y/y_B_1.wav"], None),
+        # The speaker names a recording, and not the number alone.
+        (
+            ["7/7_jackson_1.wav", "7/7_jackson_2.wav", "7/7_theo_1.wav", "7/7_theo_2.wav"],
+            ["7_jackson", "7_jackson", "7_theo", "7_theo"],
+        ),
+        # Numbers of clips, hours and random names say nothing.
         (["x/x_1.wav", "x/x_2.wav", "y/y-1.wav", "y/y-2.wav"], None),
         (["x/x_1.wav", "x/x_2.wav", "x/x_3.wav", "x/odd.wav"], None),
         (["x/20240501_123000.wav", "x/20240501_124000.wav", "x/20240502_1.wav", "x/a.wav"], None),
-        (["audio/1-100032-A-0.wav", "audio/1-100032-B-0.wav", "audio/1-100038-A-14.wav"], None),
+        (["x/1C0A-4B1E-A0.wav", "x/1C0A-4B1E-B0.wav", "x/7F-A.wav"], None),
         (["x/1.wav", "x/2.wav", "x/10", "x/rec1.wav"], None),
     ],
 )

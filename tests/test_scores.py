@@ -243,6 +243,15 @@ def test_what_accuracy_hides():
         console.balanced_accuracy(run, whole)
         == "balanced accuracy 66.67 % (groups that test: 1, too few for an interval)"
     )
+    right = {path: path[0] for path in answers}
+    assert (
+        console.balanced_accuracy(made_up(right, "balanced"), NO_HINT)
+        == "balanced accuracy 100.00 % (no interval: all draws of clips give the same)"
+    )
+    assert (
+        console.balanced_accuracy(made_up({"a/0.wav": "a", "b/0.wav": "b"}, "balanced"), NO_HINT)
+        == "balanced accuracy 100.00 % (clips that test: 2, too few for an interval)"
+    )
     plain = made_up({**answers, "c/0.wav": "a"}, "accuracy")
     assert console.balanced_accuracy(plain, NO_HINT) == "balanced accuracy 66.67 %"
 
@@ -252,7 +261,10 @@ def test_what_is_said_of_several_seeds(tmp_path, capsys):
     answers = {f"a/{i}.wav": "a" for i in range(9)} | {"b/0.wav": "b"}
     runs = [made_up(answers, "balanced"), made_up({**answers, "b/0.wav": "a"}, "balanced")]
     console.summarise_seeds(tmp_path, {seed: run.result() for seed, run in enumerate(runs)})
-    expected = "accuracy 95.00 +- 7.07 %, balanced accuracy 75.00 %, over 2 seeds, 2 runs in all"
+    expected = (
+        "accuracy 95.00 % (standard deviation 7.07), balanced accuracy 75.00 %, over 2 seeds, "
+        "2 runs in all"
+    )
     assert expected in capsys.readouterr().out
 
 
@@ -311,12 +323,29 @@ def test_parts_of_the_users_own_are_not_drawn_anew():
 
 
 @pytest.mark.parametrize(
+    ("name", "petl", "parts"),
+    [
+        ("lora", 1200, "1,200 of lora, 34 of final LayerNorm and head"),
+        ("linear", 0, "final LayerNorm and head alone"),
+        ("probe", 0, "the head alone"),
+    ],
+)
+def test_what_the_trained_parameters_belong_to(name, petl, parts):
+    assert console.describe_parts({"petl": petl, "head": 34, "total": 9999}, name) == parts
+
+
+@pytest.mark.parametrize(
     ("part", "validation", "by", "chosen"),
     [
         ("LoRA", 62.5, "accuracy", "best of validation 62.50 % in epoch 3"),
         ("LoRA", 62.5, "balanced", "best of validation 62.50 % in epoch 3, by balanced accuracy"),
         ("LoRA", None, "balanced", "last epoch"),
-        ("LogMel", 62.5, "accuracy", "best of validation 62.50 % with penalty 3 of 5"),
+        (
+            "LogMel",
+            62.5,
+            "accuracy",
+            "best of validation 62.50 % with penalty 3 of 5, from strong to weak",
+        ),
         ("Statistics", None, "accuracy", "weakest penalty"),
     ],
 )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
-from statistics import mean
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,13 @@ from support.files import csv_of, whole_file, write_text
 
 # Of --csv. The last two are the same in all rows of a file.
 COLUMNS = ("file", "start", "end", "rank", "class", "probability", "confidence", "unsure")
+EVENT_COLUMNS = ("file", "start", "end", "class", "probability")  # of --csv with --events
 UNSURE = "unsure"  # the answer where the confidence is too low
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is said about a window, an event or a whole sound."""
+    """What is said about a window or a whole sound."""
 
     start: float  # seconds
     end: float
@@ -35,6 +36,15 @@ class Answer:
     def best(self) -> str:
         """The class, or "unsure"."""
         return UNSURE if self.unsure else self.classes[0][0]
+
+
+class Event(NamedTuple):
+    """When a class is heard."""
+
+    start: float  # seconds
+    end: float
+    best: str  # the class
+    probability: float  # of the class: the mean over the windows of the event
 
 
 # ---------------------------------------------------------------------------- answers to the user
@@ -63,6 +73,16 @@ def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
         print(f"{file:<{width}}{answer.end:20.2f} s  {names}")
 
 
+def print_event(file: str, event: Event, form: str) -> None:
+    """Print an event in the form "json" or "csv"."""
+    start, end, best, probability = event
+    if form == "json":
+        cells = (file, round(start, 3), round(end, 3), best, round(probability, 6))
+        print(json.dumps(dict(zip(EVENT_COLUMNS, cells, strict=True))))
+    else:
+        print(csv_of([(file, f"{start:.3f}", f"{end:.3f}", best, f"{probability:.6f}")]), end="")
+
+
 # ----------------------------------------------------------------------------------------- events
 
 
@@ -72,7 +92,7 @@ def events_of(
     threshold: float = 0.4,
     left_out: Iterable[str] = (BACKGROUND,),
     min_length: float | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[Event]:
     """Yield the events in the windows of one sound. `classes` are the names of all classes.
 
     A window speaks for the time that is nearer to its middle than to the middles of its neighbours.
@@ -102,9 +122,7 @@ def events_of(
         unsure = sum(windows[i].unsure for i in row)
         if not is_long or 2 * unsure > len(row):
             continue
-        answer = (printable(classes[best]), float(rows[row, best].mean()))
-        confidence = mean(windows[i].confidence for i in row)
-        yield Answer(start, end, (answer,), confidence, unsure=False)
+        yield Event(start, end, printable(classes[best]), float(rows[row, best].mean()))
 
 
 def named_sounds(
@@ -176,12 +194,11 @@ def edges_of(windows: list[Answer]) -> list[float]:
     return [*edges, windows[-1].end]
 
 
-def write_track(path: Path, events: list[Answer]) -> None:
+def write_track(path: Path, events: list[Event]) -> None:
     """Write events as a label track for Audacity, and say so. A label is `dog (0.93)`."""
     lines = []
-    for event in events:
-        name, probability = event.classes[0]
-        lines.append(f"{event.start:.6f}\t{event.end:.6f}\t{name} ({probability:.2f})\n")
+    for start, end, best, probability in events:
+        lines.append(f"{start:.6f}\t{end:.6f}\t{best} ({probability:.2f})\n")
     write_text(path, "".join(lines))
     print(printable(f"{path}: {len(lines)} events"))
 

@@ -68,17 +68,25 @@ def export_merged(model: AST, header: dict, out: Path, half: bool) -> str:
     The text that is returned says how to use the file. All functions that export return one.
     """
     dtype = torch.float16 if half else torch.float32
-    load_weights.save_ast(merge(model), out, header, dtype)
+    load_weights.save_ast(merged(model), out, header, dtype)
     return "a plain AST; `load_ast` and tools.predict read it"
 
 
 def export_hf(model: AST, header: dict, out: Path) -> str:
     """Write a folder for transformers' AutoModelForAudioClassification and AutoFeatureExtractor."""
-    plain = merge(model)
+    plain = merged(model)
     check_pool(model, "hf")
     with whole_folder(out.resolve()) as folder:
         write_hf(plain, header, folder)
     return f'open it with transformers.AutoModelForAudioClassification.from_pretrained("{out}")'
+
+
+def merged(model: AST) -> AST:
+    """The plain AST of `merge`. Its UserError says what to do."""
+    try:
+        return merge(model)
+    except UserError as error:
+        raise UserError(f"{error}; --to onnx takes all") from None
 
 
 def check_pool(model: AST, to: str) -> None:
@@ -349,15 +357,16 @@ class Listener(nn.Module):
     """Features and model in one graph: (batch, samples) at 16 kHz to (batch, classes).
 
     The graph takes any number of samples. Shorter sounds are padded and longer ones are cut to
-    n_frames frames, as in training.
+    n_frames frames, as in training. The temperature divides the logits, as in tools.predict.
 
     ONNX runtimes have no FFT that is safe to use. But `fbank` is linear until the power is taken,
     so what it makes of 400 unit impulses is a matrix. A matrix every 160 samples is a convolution.
     """
 
-    def __init__(self, model: AST):
+    def __init__(self, model: AST, temperature: float = 1.0):
         super().__init__()
         self.model = model
+        self.temperature = temperature
         matrix = data.spectrum(torch.eye(data.WINDOW, dtype=torch.float64))  # (400, 257), complex
         kernel = torch.cat([matrix.real, matrix.imag], dim=1).T.unsqueeze(1)  # (514, 1, 400)
         self.kernel = kernel.float()
@@ -373,7 +382,8 @@ class Listener(nn.Module):
         power = real.square() + imaginary.square()  # (batch, 257, n_frames)
         mel = (power.transpose(1, 2) @ self.filters).clamp_min(2**-23).log()
         mel = mel * (self.ends <= waveform.shape[1]).unsqueeze(1)  # `to_input` pads with zeros
-        return self.model((mel - data.MEAN) / (2 * data.STD)).softmax(-1)
+        logits = self.model((mel - data.MEAN) / (2 * data.STD))
+        return (logits / self.temperature).softmax(-1)
 
 
 def export_onnx(model: AST, header: dict, out: Path) -> str:
@@ -387,13 +397,14 @@ def export_onnx(model: AST, header: dict, out: Path) -> str:
         import onnxruntime
     n_frames = model.config.n_frames
     facts = {"classes": header.get("classes"), "n_frames": n_frames, "front_end": data.FRONT_END}
+    temperature = header.get("calibration", {}).get("temperature", 1.0)
     waves = 0.1 * torch.randn(3, data.RATE, generator=torch.Generator().manual_seed(0))
     with whole_file(out) as temporary, warnings.catch_warnings():
         # The older of torch's two exporters needs no further package and a tenth of the time.
         # It warns that it is old, and that the check of shapes in Embedding is not in the graph.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Listener(model).eval(),
+            Listener(model, temperature).eval(),
             (waves[:2, : data.WINDOW],),
             temporary,
             dynamo=False,
@@ -409,12 +420,17 @@ def export_onnx(model: AST, header: dict, out: Path) -> str:
         session = onnxruntime.InferenceSession(temporary)
         (theirs,) = session.run(None, {"waveform": waves.numpy()})
         with torch.inference_mode():
-            ours = model(data.to_input(data.fbank(waves), n_frames)).softmax(-1).numpy()
+            logits = model(data.to_input(data.fbank(waves), n_frames))
+        ours = (logits / temperature).softmax(-1).numpy()
         difference = abs(theirs - ours).max()
         if difference > 1e-3:
             raise RuntimeError(f"onnxruntime and torch differ by {difference:.2g} in a probability")
     n_classes = model.config.n_classes
-    return f"waveforms (batch, samples) at 16 kHz to probabilities (batch, {n_classes})"
+    seconds = n_frames * data.HOP / data.RATE
+    return (
+        f"waveforms (batch, samples) at 16 kHz to probabilities (batch, {n_classes})\n"
+        f"Of a longer sound it reads the first {seconds:g} s."
+    )
 
 
 # -------------------------------------------------------------------------------- the command line

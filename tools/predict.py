@@ -58,9 +58,11 @@ from support.records import fold_files, read_folds
 from support.speed import Machine
 from tools.answers import (
     COLUMNS,
+    EVENT_COLUMNS,
     Answer,
     events_of,
     print_answer,
+    print_event,
     save_embeddings,
     write_track,
 )
@@ -356,11 +358,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text",
         help="print one JSON object per line")
     form.add_argument("--csv", dest="form", action="store_const", const="csv", default="text",
-        help="print one row for each class of a file")
+        help="print one row for each of the --top classes of a file")
 
     add = parser.add_argument_group("events: when each class is heard").add_argument
     add("--events", action="store_true", help="write a label track for Audacity beside each file, "
         "FILE.events.txt; with --json or --csv print the events instead")
+    add("--out", type=Path, metavar="FOLDER", help="write the label tracks into this folder")
     add("--threshold", type=float, default=0.4, help="least probability of an event (%(default)s): "
         "of its class, or of all classes but 'background' together")
     add("--min-length", type=float, metavar="S", help="least seconds of an event; default: one "
@@ -378,6 +381,8 @@ def run(args: argparse.Namespace) -> int:
     sounds = args.paths if args.tags else args.paths[1:]
     if not sounds:
         raise UserError("no sounds to classify: give files or folders after the run")
+    if args.out and not (args.events and args.form == "text"):
+        raise UserError("--out is for the label tracks of --events, not for --json or --csv")
     if args.truth and not (args.events and args.form == "text"):
         raise UserError("--truth is for --events, and neither for --json nor for --csv")
     if not args.events and (args.min_length is not None or len(args.without) > 1):
@@ -393,6 +398,9 @@ def run(args: argparse.Namespace) -> int:
     if args.embeddings and args.embeddings.suffix != ".npz":  # a sound, which would be lost
         raise UserError("--embeddings: give the name of a file that ends in .npz")
     files = find_sounds(sounds)
+    tracks = {file: (args.out or file.parent) / f"{file.name}.events.txt" for file in files}
+    if len(set(tracks.values())) < len(tracks):
+        raise UserError("--out: two sounds of one name would have one label track: rename one")
     if args.truth:
         require_own_tracks(files)
         truth = {file: labels_of(file, args.truth, args.without) for file in files}
@@ -412,7 +420,7 @@ def run(args: argparse.Namespace) -> int:
             nearest(name, classifier.classes, "class")
     width = 2 + max(len(printable(file)) for file in files)
     if args.form == "csv":
-        print(csv_of([COLUMNS]), end="")
+        print(csv_of([EVENT_COLUMNS if args.events else COLUMNS]), end="")
     found = []  # events
     labels = []  # of the same sounds, from --truth
     names = []
@@ -442,10 +450,10 @@ def run(args: argparse.Namespace) -> int:
         options = args.threshold, args.without, args.min_length
         events = list(events_of(windows[:-1], classifier.classes, *options))
         if args.form == "text":
-            write_track(Path(f"{file}.events.txt"), events)
+            write_track(tracks[file], events)
         else:
             for event in events:
-                print_answer(name, event, args.form, width)
+                print_event(name, event, args.form)
         if args.truth:
             found += [(name, event.start, event.end, event.best) for event in events]
             labels += truth[file]

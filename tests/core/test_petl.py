@@ -250,7 +250,7 @@ def test_merging_keeps_the_logits_or_is_refused(name):
             parameter.data.zero_()  # shares no memory with the model
         assert count(apply(merged, "linear"))["petl"] == 0
     else:
-        with pytest.raises(UserError, match=f"{name!r} cannot be merged: .* is no change"):
+        with pytest.raises(UserError, match=f"{name!r} cannot be merged: a plain AST has no"):
             merge(model)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys() and model.method is METHODS[name]
