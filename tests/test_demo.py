@@ -152,19 +152,16 @@ def test_settings_of_a_dataset_give_way_to_the_command_line(tmp_path, monkeypatc
 
 def test_the_shipped_backbone_is_the_one_that_is_described():
     assert DEMO.stat().st_size <= 2_000_000
-    assert read_header(DEMO)["pretrained"] == "2897 recordings, 6000 steps, from former.safetensors"
+    assert (
+        read_header(DEMO)["pretrained"] == "22607 recordings, 5000 steps, from former.safetensors"
+    )
     with open(DEMO.with_name("sources.csv"), encoding="utf-8") as file:
         sources = list(csv.DictReader(file))
     told = DEMO.with_name("README.md").read_text(encoding="utf-8")
-    files, minutes = (
-        sum(int(row["files"]) for row in sources),
-        sum(float(row["minutes"]) for row in sources),
-    )
-    assert (
-        f"{files:,} files, {minutes:.0f} minutes" in told
-        and "2,897 and" in told
-        and "--steps 6000" in told
-    )
+    recordings = sum(int(row["recordings"]) for row in sources)
+    minutes = sum(float(row["minutes"]) for row in sources)
+    assert f"{recordings:,} recordings ({minutes:.0f} minutes)" in told
+    assert f"from {len(sources)} Debian packages" in told and "--steps 5000" in told
     assert all(row["licence"] and row["copyright"] for row in sources)
     assert all(len(row["sha256"]) == 64 for row in sources)
     assert hashlib.sha256(DEMO.read_bytes()).hexdigest() in told
