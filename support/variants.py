@@ -43,9 +43,11 @@ def narrowed(method, dim: int):
 
     RR 64 at 768 dimensions is a bottleneck of 12; at 128 it would be 2. Reduction rates are divided
     so that about 8 remain, by 4 at 128 dimensions and not at all from 384 on. Prompts become fewer,
-    and their number stays even. Methods that train the backbone's own weights or the head alone
-    learn faster there. Both were chosen on the demo backbone. The head has the rate that it has in
-    `linear`, so that no method is worse because its head learns slowly.
+    and their number stays even. Learning rates are multiplied as reduction rates are divided, but
+    at most by 4, those of full fine-tuning and `linear` by 10. All of this was chosen by validation
+    clips, on the demo.
+    The head has the rate that it has in `linear`, so that no method is worse because its head
+    learns slowly.
     """
     factor = round(512 / dim)
     if factor <= 1:
@@ -53,7 +55,7 @@ def narrowed(method, dim: int):
     for setting in ("rr", "lora_rr"):
         method = changed(method, setting, lambda rate: max(1, rate // factor))
     method = changed(method, "prompts", lambda count: max(2, count // factor // 2 * 2))
-    lr = NARROW_LR.get(method.name, method.lr)
+    lr = NARROW_LR.get(method.name, min(1, min(4, factor) * method.lr))
     head_lr = NARROW_HEAD_LR if method.parts else None  # without parts the head is the method
     return replace(method, lr=lr, head_lr=head_lr)
 

@@ -94,7 +94,7 @@ def test_what_the_file_holds(here, trained, tmp_path):
     expected = [row["prediction"] for row in read_run(here.out / name).tested()]
     assert answers == expected == ["drum"] * 2 + ["bell"] * 8
     assert (fold["accuracy"], fold["epoch"], fold["seconds"]) == (80, 1, 1)
-    assert run["parameters"]["petl"] == 1 and run["settings"]["lr"] == 0.005
+    assert run["parameters"]["petl"] == 1 and run["settings"]["lr"] == 0.02
     assert run["versions"] == {"torch": "2"} and "numpy" in kept["packages"]
     assert kept["machine"]["processor"] and kept["machine"]["cores"] >= 1
     assert set(kept["tuned"]) == set(json.loads((here.out / "tuned.json").read_text()))

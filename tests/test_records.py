@@ -439,7 +439,7 @@ def changed(file: Path, new: Path, **settings) -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"lr": 0.1}, "lr 0.1, not 0.005"),
+        ({"lr": 0.1}, "lr 0.1, not 0.02"),
         ({"seed": 7}, "seed 7, not 0"),
         ({"clips": "0" * 64}, "other clips or splits"),
     ],

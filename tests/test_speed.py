@@ -178,6 +178,7 @@ def test_compiled_or_not(options, train_main, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda model: compiled.append(1) or compile_(model, backend="eager")
     )
+    options = [*options, "--lr", "5e-3"]
     assert train_main(*options, "--folds", "1,2", "--out", tmp_path / "a") == 0 and not compiled
     assert (
         train_main(*options, "--folds", "1,2", "--out", tmp_path / "b", "--compile") == 0

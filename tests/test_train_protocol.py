@@ -252,7 +252,8 @@ def test_a_run_is_the_experiment_of_the_paper(
         "weights": checkpoint,
         "method": "lora",
         "rr": RR,
-        "head-lr": LR,  # as in the paper; on a narrow backbone it would be another
+        "lr": LR,  # as in the paper; on a narrow backbone both would be others
+        "head-lr": LR,
         "alpha": ALPHA,
         "pool": "cls_dist",
         "folds": fold,

@@ -183,6 +183,7 @@ def watch(sounds, tmp_path_factory):
             "--method": "houlsby_par",
             "--epochs": EPOCHS,
             "--batch-size": BATCH,
+            "--lr": 5e-3,
             "--device": "cpu",
             "--out": out,
             "--cache-dir": sounds.folds_table.parent / "cache",

@@ -46,10 +46,15 @@ def test_reduction_rates_and_prompts_fit_the_width(dim):
 
 
 def test_learning_rates_on_a_narrow_backbone():
-    """Ten times those of the paper for what trains the backbone itself or the head alone."""
+    """Ten times those of the paper for what trains the backbone itself or the head alone, and for
+    the others as many times as their bottlenecks are wider.
+    """
     narrow = {name: narrowed(method, 256).lr for name, method in METHODS.items()}
     assert (narrow.pop("full_ft"), narrow.pop("linear")) == (5e-4, 1e-2)
-    assert all(lr == METHODS[name].lr for name, lr in narrow.items())
+    assert (narrow.pop("probe"), narrow.pop("logmel")) == (1, 1)  # which are fitted
+    assert all(lr == 2 * METHODS[name].lr for name, lr in narrow.items())
+    for dim in (128, 64):
+        assert narrowed(METHODS["lora"], dim).lr == 4 * METHODS["lora"].lr
     # The head has the rate of linear, which is a head and has no other.
     head = {name: narrowed(method, 256).head_lr for name, method in METHODS.items()}
     assert head.pop("linear") is None

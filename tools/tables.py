@@ -31,8 +31,8 @@ from tools.cells import (
 from tools.finished import Finished
 
 NARROW = (
-    " For a backbone so narrow RR, prompts, s of LoRA and the rates of `full_ft`, `linear` and the "
-    "heads are others, too (support/variants.py): rows are named as at 768 dimensions."
+    " For a backbone so narrow RR, prompts, s of LoRA and all learning rates are "
+    "others, too (support/variants.py): rows are named as at 768 dimensions."
 )
 
 
