@@ -243,9 +243,10 @@ def test_compare_two_runs(tmp_path, capsys):
     )
     assert "is the first better: no\n" in printed
     assert compare(tmp_path / "a", tmp_path / "c", tmp_path / "b") == 0
-    to_c, to_b = capsys.readouterr().out.splitlines()
+    to_c, to_b, of_seeds = capsys.readouterr().out.splitlines()
     assert to_c.endswith("p = 0.12, by Holm's correction 0.12; is the first better: cannot be told")
     assert to_b.endswith("p = 0.0015, by Holm's correction 0.0031; is the first better: yes")
+    assert of_seeds.startswith("With one seed")
 
 
 def test_compare_all_seeds_of_two_methods(tmp_path, capsys):

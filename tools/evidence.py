@@ -294,3 +294,5 @@ def compare(argv: list[str]) -> None:
             f"seeds: {one.seeds}; right more often on {one.more}, less on {one.less}, "
             f"p = {one.p:.2g}, by Holm's correction {p:.2g}; is the first better: {one.holds(p)}"
         )
+    if any(one.seeds == 1 for one in found.values()):
+        say("With one seed this is about these runs. Other seeds may say something else.")

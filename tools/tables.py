@@ -31,9 +31,11 @@ from tools.cells import (
 from tools.finished import Finished
 
 NARROW = (
-    " For a backbone so narrow RR, prompts, s of LoRA and all learning rates are "
-    "others, too (support/variants.py): rows are named as at 768 dimensions."
+    " This backbone has fewer dimensions than the paper's. So RR, prompts, s of LoRA and all "
+    "learning rates are others, too (support/variants.py). The names of the rows, and the paper's "
+    "numbers of parameters in parentheses, are those at 768 dimensions."
 )
+ONE_SEED = "One seed: no interval and no mark says anything about other seeds."
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,8 @@ def notes_of(table, datasets, plan):
         "FT and BitFit include the LayerNorm, `probe` is a head alone. Seconds: training of one "
         "seed, all folds and datasets.",
     ]
+    if len(plan.seeds) == 1:
+        notes.append(ONE_SEED)
     if plan.passed:
         notes.append(f"Options of train.py: `{' '.join(plan.passed)}`.")
     return notes
