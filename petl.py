@@ -50,9 +50,10 @@ To add a method:
     petl_more.VeRA.
  5. train.py has options for fields named rr, alpha, prompts and kernel. On a backbone narrower than
     384, as in its default run, it trains with other numbers than the row has: see train.run.
- 6. What is inserted should change nothing at the start. So let one of its factors start at zero,
-    but only one: of two zeros neither would ever move (see `Bottleneck`). A factor that starts at 1
-    is stored minus 1, because weight decay pulls every number to zero (see petl_more.py).
+ 6. What is inserted should change nothing at the start. (Prompts and prefixes cannot do that.) So
+    let one of its factors start at zero, but only one: of two zeros neither would ever move (see
+    `Bottleneck`). A factor that starts at 1 is stored minus 1, because weight decay pulls every
+    number to zero (see petl_more.py).
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -432,6 +433,10 @@ class Prefix:
     With 24 prompts there are 12 layers x 24 x 768 = 221K parameters, as in Table I. There are no
     more tokens than before, because a prefix asks no query. So the head sees a prefix only through
     what the tokens have taken from it.
+
+    The rows are keys and values themselves, and the parameters are these rows. Li and Liang train
+    a small network that makes the rows; here, as in the authors' code, there is none. The rows
+    start at random, so unlike an adapter a prefix changes the model from the start.
     """
 
     prompts: int = 24  # in every layer, keys and values together
@@ -486,7 +491,8 @@ class PromptedBlock(nn.Module):
 class Prompts:
     """Learned tokens before the patches: prompt-tuning (Jia et al., 2022).
 
-    Shallow: prompts before the first block. Deep: other prompts before each block.
+    Shallow: prompts before the first block. Deep: other prompts before each block. They start at
+    random and replace the [distillation] token, so they change the model from the start.
 
     The mean of all tokens, which the head reads, contains the prompts.
     """

@@ -435,8 +435,8 @@ def run(args: argparse.Namespace) -> dict:
     # or else with those of METHODS. The latter were chosen for 768 dimensions. On a backbone
     # narrower than 384 each RR and number of prompts of METHODS is divided by round(512 / dim), by
     # 4 in the default run, and rounded down, prompts to an even number. (LoRA's s = alpha / RR
-    # grows by that.) The learning rates of METHODS are multiplied by the same number, those of
-    # full_ft and linear by 10, and with every method the head has the rate of linear.
+    # grows by that.) The learning rates of METHODS are multiplied by the same number, but at most
+    # by 4, those of full_ft and linear by 10, and with every method the head has linear's rate.
     method = method_for(row, pretrained.config, args, lr)
     is_fitted = petl.has_mark(method, "is_fitted")
     # Own sounds: a linear head learns from what the backbone makes of each clip once, unmasked.

@@ -23,7 +23,7 @@ def describe(settings, device):
     """What is about to be trained."""
     words = [
         f"{settings.shots} clips per class" if settings.shots else "",
-        f"{settings.n_frames / 100:g} s a clip",
+        f"clips of {settings.n_frames / 100:g} s",
         *describe_training(settings),
         f"{settings.keep:.0%} of the patches" if settings.keep else "",
         "classes weighed alike" if settings.balance else "",

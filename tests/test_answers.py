@@ -66,7 +66,7 @@ def test_unsure_is_said_in_every_form(tmp_path, answer):
     file = write_sound(tmp_path / "x.wav")
     words = [fold, file, "--min-confidence", 0.7]
     assert answer(fold, file)[0].endswith("0.30 s  a 0.667  b 0.333")  # 0.6 by the header
-    assert answer(*words)[0].endswith("0.30 s  unsure 0.667  a 0.667  b 0.333")
+    assert answer(*words)[0].endswith("0.30 s  unsure (confidence 0.667)  a 0.667  b 0.333")
     found = json.loads(answer(*words, "--json")[0])
     assert [row["class"] for row in found["classes"]] == ["a", "b"]
     assert (found["confidence"], found["unsure"]) == (0.666667, True)

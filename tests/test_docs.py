@@ -103,6 +103,7 @@ PRINTED = [(page.name, command) for page in PAGES for command in commands_of(tex
 
 @pytest.mark.parametrize(("page", "words"), PRINTED, ids=[" ".join(words) for _, words in PRINTED])
 def test_options_of_commands_are_right(page, words, monkeypatch):
+    monkeypatch.setitem(petl.METHODS, "gain", petl.METHODS["lora"])  # the README's example
     program, *options = words
     if program == "train.py":
         train.parse(options)
@@ -148,14 +149,15 @@ def test_the_example_in_your_code(tmp_path, monkeypatch, capsys):
 
 
 def test_the_example_of_a_method(tmp_path):
-    """It trains with the options of train.py, and its file can be loaded."""
-    (tmp_path / "my_methods.py").write_text(example("Add a method"))
+    """At the end of petl_more.py it trains with the options of train.py, and predicts."""
+    later_methods = (ROOT / "petl_more.py").read_text()
+    (tmp_path / "petl_more.py").write_text(later_methods + example("Add a method"))
     make_folder(tmp_path / "sounds")
-    words = ["my_methods.py", "--method", "gain", "--dataset", "folder", "--data-dir", "sounds"]
-    words += ["--weights", SMALL_AST, "--epochs", "1", "--cache-dir", "cache"]
-    load = "import my_methods, load_weights; load_weights.load_trained('runs/%s')"
-    file = "folder/gain/seed0/fold1.safetensors"
-    for command in (words, ["-c", load % file]):
+    train = ["-c", "import sys, train; sys.exit(train.main())", "--method", "gain"]
+    train += ["--dataset", "folder", "--data-dir", "sounds", "--weights", SMALL_AST]
+    train += ["--epochs", "1", "--cache-dir", "cache"]
+    predict = ["-m", "tools.predict", "runs/folder/gain/seed0", "sounds"]
+    for command in (train, predict):
         done = subprocess.run(
             [sys.executable, *map(str, command)],
             cwd=tmp_path,
@@ -164,7 +166,7 @@ def test_the_example_of_a_method(tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-    header = read_header(tmp_path / "runs" / file)
+    header = read_header(tmp_path / "runs/folder/gain/seed0/fold1.safetensors")
     assert header["method"]["parts"] == [{"part": "Gains"}]
     assert header["parameters"]["petl"] == 2 * 64
 

@@ -32,7 +32,7 @@ SETTINGS = Settings(
 
 def test_what_is_about_to_be_trained():
     line = "10 epochs, batch 4, learning rate 0.0001, {}, weights demo, seed 0, float32, cpu"
-    assert console.describe(SETTINGS, CPU) == "lora on my: 2.5 s a clip, " + line.format("masked")
+    assert console.describe(SETTINGS, CPU) == "lora on my: clips of 2.5 s, " + line.format("masked")
     two_rates = console.describe(replace(SETTINGS, head_lr=1e-2), CPU)
     assert "learning rate 0.0001, of the head 0.01, masked" in two_rates
     probe = replace(SETTINGS, method={"name": "linear", "lr": 1e-2, "parts": []}, mask_frames=0)

@@ -40,7 +40,7 @@ def test_folder_is_split_by_seed(tmp_path, capsys):
     shutil.move(root / "bell" / "0.wav", root / "bell" / "more" / "Glöckchen 0.wav")
     assert train_on("folder", root, tmp_path, "--seed", "0,1,2", "--shots", 4) == 0
     output = capsys.readouterr()
-    assert "0.3 s a clip" in output.out and not output.err
+    assert "clips of 0.3 s" in output.out and not output.err
     assert "never 'unsure': that takes ten right answers" in output.out  # six clips validate
     drawn = []
     for seed in (0, 1, 2):
@@ -820,7 +820,7 @@ def test_windows_of_recordings(tmp_path, capsys):
     options = ["--windows", "--seconds", 2]
     assert train_on("folder", tmp_path / "my", tmp_path, *options) == 0
     out = capsys.readouterr().out
-    assert "are not heard" not in out and "2 s a clip" in out
+    assert "are not heard" not in out and "clips of 2 s" in out
     recordings = {
         part: {name.partition("#")[0] for name in names}
         for part, names in split_of("folder", tmp_path).items()

@@ -205,7 +205,7 @@ def test_esc50_miniature(tmp_path):
 def test_us8k_miniature(tmp_path, capsys):
     root = make_us8k(tmp_path / "UrbanSound8K")
     assert train_on("us8k", root, tmp_path, "--folds", "10", "--shots", 3) == 0
-    assert "4 s a clip" in capsys.readouterr().out
+    assert "clips of 4 s" in capsys.readouterr().out
     assert result_of("us8k", tmp_path)["folds"][0]["validation_accuracy"] is None
     dataset = load_dataset("us8k", root, tmp_path)
     assert dataset.classes == US8K_CLASSES and len(dataset.paths) == 200
@@ -228,7 +228,7 @@ def test_us8k_miniature(tmp_path, capsys):
 def test_gsc_miniature(tmp_path, capsys):
     root = make_gsc(tmp_path / "speech_commands_v0.02")
     assert train_on("gsc", root, tmp_path) == 0
-    assert "1 s a clip" in capsys.readouterr().out
+    assert "clips of 1 s" in capsys.readouterr().out
     dataset, split = load_dataset("gsc", root, tmp_path), split_of("gsc", tmp_path)
     assert (
         dataset.classes == WORDS.split()
@@ -268,7 +268,7 @@ def test_gsc_miniature(tmp_path, capsys):
 def test_fsc_miniature(tmp_path, capsys):
     root = make_fsc(tmp_path / "fluent_speech_commands_dataset")
     assert train_on("fsc", root, tmp_path, "--shots", 2) == 0
-    assert "4 s a clip" in capsys.readouterr().out
+    assert "clips of 4 s" in capsys.readouterr().out
     dataset, split = load_dataset("fsc", root, tmp_path), split_of("fsc", tmp_path)
     assert (
         len(dataset.classes) == 31

@@ -67,9 +67,9 @@ def print_answer(file: str, answer: Answer, form: str, width: int) -> None:
         ]
         print(csv_of(rows), end="")
     else:
-        if answer.unsure:
-            classes = ((UNSURE, answer.confidence), *classes)
         names = "  ".join(f"{name} {p:.3f}" for name, p in classes)
+        if answer.unsure:
+            names = f"{UNSURE} (confidence {answer.confidence:.3f})  {names}"
         print(f"{file:<{width}}{answer.end:20.2f} s  {names}")
 
 

@@ -335,7 +335,7 @@ def test_length_of_clips(tmp_path, capsys):
 
     root = make_folder(tmp_path / "sounds", count=3, seconds=0.5)
     assert train_on("folder", root, tmp_path, "--seconds", "0.7") == 0
-    assert "0.7 s a clip" in capsys.readouterr().out
+    assert "clips of 0.7 s" in capsys.readouterr().out
     config = json.loads((tmp_path / "runs/folder/linear/seed0/config.json").read_text())
     assert config["n_frames"] == 70
     assert train_on("folder", root, tmp_path, "--seconds", "0.1") == 2

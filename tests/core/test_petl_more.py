@@ -669,7 +669,9 @@ def test_the_frozen_pair_of_vera():
     assert not torch.equal(other.blocks[0].attn.q.a.weight, model.blocks[0].attn.q.a.weight.float())
 
 
-@pytest.mark.parametrize("name", ["dora", "ia3", "vera", "ssf", "adapter_plus"])
+@pytest.mark.parametrize(
+    "name", ["dora", "ia3", "vera", "rslora", "ssf", "adaptformer", "adapter_plus"]
+)
 def test_weight_decay_pulls_towards_the_pretrained_function(name):
     """Steps without gradients shrink what is trained: in the end the model answers as it did before
     training.
