@@ -481,7 +481,7 @@ def run(args: argparse.Namespace) -> dict:
                 learner = Learner(network, settings, machine)
                 progress = recorder.progress(fold)
                 best, logits, labels = train_fold(learner, inputs, folds[fold], fold, progress)
-                middles = recorder.middles(model, clips, folds[fold].val)
+                middles = recorder.middles(model, clips, folds[fold])
                 baseline = {}
                 if recipe.own and method.name != "logmel":
                     baseline = scores_of_logmel(clips, folds[fold], fold, settings, machine)

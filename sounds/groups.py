@@ -17,6 +17,7 @@ from support.command import UserError, first_of, warn
 
 PIECE = r"([-_. ]([Pp]art)?\d{1,4})?(\.\w+)?$"  # the end of rec1_03.wav, a-001.wav, talk.part2.wav
 TAKE = r"([-_. ][A-Z]([-_. ]\w+)?)?(\.\w+)?$"  # the end of rec1_A.wav, 1-211527-B-20.wav
+EVERY_CLIP = "(.*)"  # the pattern that makes also every piece of a recording a group
 
 STRETCHES = 8  # of time, where a recording trains and validates: every fourth validates
 
@@ -24,15 +25,16 @@ STRETCHES = 8  # of time, where a recording trains and validates: every fourth v
 def with_groups(root: Path, clips: list[Clip], pattern: str | None) -> list[Clip]:
     """The clips with their groups.
 
-    A group is what the first parenthesis of the `pattern` finds in the name of a clip. Without a
-    pattern it is what the clip says, or the recording that pieces are cut from. UserError for a
-    clip without a group, and for a group in two parts.
+    A group is what the first parenthesis of the `pattern` finds in the name of a file. So pieces of
+    a recording stay together, unless the pattern is EVERY_CLIP. Without a pattern a group is what
+    the clip says, or the recording that pieces are cut from. UserError for a clip without a group,
+    and for a group in two parts.
     """
     files = [name_of(clip.path, root) for clip in clips]
     names = [file + fragment(clip.span) for file, clip in zip(files, clips, strict=True)]
     groups = [spelling(clip.group) for clip in clips]
     if pattern is not None:
-        groups = groups_in(names, pattern)
+        groups = groups_in(names if pattern == EVERY_CLIP else files, pattern)
     warn_of_spellings(root, groups, "groups")
     if pattern is None and any(clip.span != WHOLE for clip in clips):
         groups = [group or file for group, file in zip(groups, files, strict=True)]
@@ -73,7 +75,7 @@ def likeness(name: str) -> object:
 
 def groups_in(names: list[str], pattern: str) -> list[str]:
     """The group that the regular expression of --group finds in each name."""
-    option = f"--group {pattern!r}"
+    option = f"--group '{pattern}'"
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -100,6 +102,7 @@ def group_hint(clips: list[Clip]) -> str:
     A capital letter also counts pieces, if the names of a recording go on alike behind it:
     1-211527-A-20.wav and 1-211527-B-20.wav. In ann_B_1.wav and ann_C_2.wav it may be a name.
     """
+    clips = {(clip.path, clip.label): clip for clip in clips}.values()  # one piece of a recording
     names = [clip.path.name for clip in clips]
     labels = [clip.label for clip in clips]
     hint = hint_by(PIECE, names, labels)

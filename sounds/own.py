@@ -280,6 +280,8 @@ def own_sounds(
 ) -> Listing:
     """A Listing of the clips. UserError for what cannot be trained or tested."""
     clips = [clip._replace(label=spelling(clip.label)) for clip in clips]
+    has_groups = group is not None or any(clip.group for clip in clips)
+    hint = "" if has_groups else group_hint(clips)
     clips = with_groups(root, clips, group)
     clips = cut_labels(clips, windows, background)
     labels = {clip.label for clip in clips}
@@ -300,8 +302,7 @@ def own_sounds(
             f"{root}: class {label!r} has one clip, or clips of one group only; one to train and "
             "one to test are needed (--group '(.*)': every clip is a group)"
         )
-    has_groups = any(clip.group for clip in clips)
-    return Listing(root, clips, name=name, group_hint="" if has_groups else group_hint(clips))
+    return Listing(root, clips, name=name, group_hint=hint)
 
 
 def seconds_of(dataset, seconds: float | None) -> float:

@@ -273,14 +273,21 @@ def calibrated(header, validated, tested):
     """The header of a fold file with its calibration, if there is one.
 
     `validated` are logits (clips, classes), labels (clips,), middles (clips, 2 dim) and groups, of
-    every clip or none. `tested` are logits and labels.
+    every clip or none. `tested` are logits, labels and middles. In percent, the result says how far
+    probabilities are off, how many test clips are unsure, and how many of the others are right.
     """
     found = fit(*validated)
     if found is None:
         return header
-    logits, labels = tested
+    logits, labels, middles = tested
     result = dict(header["result"])
     for name, divisor in (("calibration_error", 1), ("calibrated_error", found["temperature"])):
         probabilities, answers = (finite(logits) / divisor).softmax(1).max(1)
         result[name] = round(error(probabilities, answers == labels), 4)
+    # The last ones are those of tools.predict, divided by the temperature.
+    confidence = probabilities * Calibration(**found).known(logits, middles).to(probabilities)
+    sure = confidence >= found["min_confidence"]
+    result["unsure"] = round(100 * (~sure).double().mean().item(), 4)
+    if sure.any():
+        result["sure_accuracy"] = round(100 * (answers == labels)[sure].double().mean().item(), 4)
     return {**header, "result": result, "calibration": found}

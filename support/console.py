@@ -8,7 +8,7 @@ from statistics import mean
 from support.command import first_of, printable
 from support.files import write_json
 from support.processes import say
-from support.records import mean_and_std
+from support.records import file_of, mean_and_std
 from support.scores import ENOUGH, balanced_interval
 
 ROWS = 10  # of the table of classes
@@ -48,13 +48,16 @@ def describe(settings, device):
 
 
 def describe_groups(dataset, split):
-    """Which groups of own sounds train, validate and test, in one line. "" if there are many."""
-    if not 0 < len(set(dataset.groups)) <= GROUPS:
+    """Which groups of own sounds train, validate and test, in one line. Of many groups how many."""
+    if not dataset.groups:
         return ""
     parts = []
     for part, clips in (("train", split.train), ("validate", split.val), ("test", split.test)):
         names = sorted({dataset.groups[i] for i in clips})
-        parts.append(f"{part}: {', '.join(names) or 'none'}")
+        listed = ", ".join(names)
+        if len(set(dataset.groups)) > GROUPS and names:
+            listed = f"{len(names)}, such as {names[0]}"
+        parts.append(f"{part}: {listed or 'none'}")
     return "groups that " + "; ".join(parts)
 
 
@@ -226,6 +229,12 @@ def findings(run, dataset):
         clips = f"{count} of {classes[label]['support']} clips of {label!r}"
         found.append(("most confused", f"{clips} were taken for {answer!r}"))
     found.append(("probabilities", describe_errors(result["folds"])))
+    sure = [fold for fold in result["folds"] if "sure_accuracy" in fold]
+    if sure:
+        unsure = mean(fold["unsure"] for fold in sure)
+        right = mean(fold["sure_accuracy"] for fold in sure)
+        others = f"{right:.0f} % of the other answers are right"
+        found.append(("unsure", f"{unsure:.0f} % of the test clips; {others}"))
     return found
 
 
@@ -235,7 +244,7 @@ def shared_recordings(run, dataset):
         return []
 
     def recording(row):
-        return row["fold"], re.search(dataset.group_hint, row["path"])[1]
+        return row["fold"], re.search(dataset.group_hint, file_of(row["path"]))[1]
 
     training = {recording(row) for row in run.clips("train")}
     tested = run.clips("test")

@@ -123,8 +123,11 @@ class Result(Struct):
     epoch: Count
     seconds: Number
     peak_memory_mb: Count | None
-    calibration_error: Number | UnsetType = UNSET  # these two: with enough validation clips
+    # With enough validation clips. All are in percent.
+    calibration_error: Number | UnsetType = UNSET
     calibrated_error: Number | UnsetType = UNSET
+    unsure: Number | UnsetType = UNSET  # of the test clips
+    sure_accuracy: Number | UnsetType = UNSET  # of those that are not unsure
     logmel_accuracy: Number | UnsetType = UNSET  # these two: of own sounds
     logmel_balanced_accuracy: Number | UnsetType = UNSET
 

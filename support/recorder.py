@@ -95,14 +95,20 @@ class Recorder:
         self.current = FoldLog(self, fold)
         return self.current
 
-    def middles(self, model, clips, indices):
-        """What the network makes of validation clips half-way: it tells how sure answers are."""
-        return middles_of(model, clips, indices, self.settings, self.machine)
+    def middles(self, model, clips, split):
+        """What the network makes of clips half-way: it tells how sure answers are.
+
+        First of the validation clips, and then of the test clips.
+        """
+        return [
+            middles_of(model, clips, indices, self.settings, self.machine)
+            for indices in (split.val, split.test)
+        ]
 
     def header(self, best, middles, logits, labels, baseline):
         """What the fold file says of itself.
 
-        `middles` are those of the validation clips. `baseline` are scores of logmel, or nothing.
+        `middles` are those of `self.middles`. `baseline` are scores of logmel, or nothing.
         """
         progress = self.current.progress
         self.rows += progress.history
@@ -132,7 +138,7 @@ class Recorder:
         groups = []
         if self.dataset.groups:
             groups = [self.dataset.groups[i] for i in self.current.split.val]
-        return calibrated(header, (*validation, middles, groups), (logits, labels))
+        return calibrated(header, (*validation, middles[0], groups), (logits, labels, middles[1]))
 
     def finish_fold(self, fold):
         """The fold file is there. Print its result, and delete the state to resume from."""

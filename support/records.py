@@ -45,6 +45,7 @@ SOURCE = ("data_dir", "cache_dir", "group", "windows", "background")
 SPLIT = ("fold", "split", "label", "path")  # columns of split.csv
 METRICS = ("fold", "epoch", "step", "loss", "accuracy", "lr", "clips/s")  # columns of metrics.csv
 AGAIN = "the same command of train.py writes it again"
+PIECE = re.compile(r"#[\d.]+-[\d.]*$")  # what sounds.clip.fragment puts behind a path
 LOCK = ".run.lock"  # who writes the text files of a run holds it: several machines may train it
 
 # ------------------------------------------------------------------------------ the start of a run
@@ -91,6 +92,11 @@ def split_table(dataset, folds, bad):
                     yield fold, part, dataset.classes[dataset.labels[i]], names[i]
 
     return csv_of(rows())
+
+
+def file_of(name):
+    """The file in the name of a clip, which may be a piece of a recording."""
+    return PIECE.sub("", name)
 
 
 def hash_of(text):

@@ -27,6 +27,7 @@ from support.calibration import (
 )
 from support.checkpoints import read_header
 from support.headers import checked
+from support.records import read_run
 from tools import export
 from tools.predict import load
 
@@ -202,7 +203,7 @@ def test_too_few_clips_and_odd_ones():
     assert [one is None for one in found] == [True, True, False]
     outcome = {"result": {"accuracy": 50.0}}
     few = (logits[:9], labels[:9], middle[:9])
-    assert calibrated(outcome, few, (logits, labels)) == outcome
+    assert calibrated(outcome, few, (logits, labels, middle)) == outcome
     assert Calibration().known(logits, middle).tolist() == [1.0] * 400
     odd, odd_middle = logits.clone(), middle.clone()
     odd[0], odd[1] = torch.nan, torch.inf  # of float16
@@ -231,13 +232,21 @@ def test_a_run_fits_its_validation_clips(tmp_path, capsys):
     before = f"{result['calibration_error']:.1f} % off (expected calibration error)"
     line = f"{before}, {result['calibrated_error']:.1f} %"
     assert line in out
+    assert f"unsure          {result['unsure']:.0f} % of the test clips; " in out
+    classify = load(file.parent)
+    tested = read_run(file.parent).tested()
+    answers = [classify(folder / row["path"]) for row in tested]
+    sure = [(a, row) for a, row in zip(answers, tested, strict=True) if not a.unsure]
+    assert result["unsure"] == pytest.approx(100 - 100 * len(sure) / len(tested), abs=1e-3)
+    right = 100 * np.mean([answer.best == row["label"] for answer, row in sure])
+    assert result["sure_accuracy"] == pytest.approx(right, abs=1e-3)
     export.main(["show", str(file)])
     least = calibration["min_confidence"]
     assert (
         f"temperature {calibration['temperature']:.3g}, unsure below {least:.3g}"
         in capsys.readouterr().out
     )
-    classify, rng = load(file.parent), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     noise = [10 ** -rng.uniform(0, 4) * rng.uniform(-1, 1, 4800) for _ in range(20)]
     chirps = [0.3 * np.sin(np.linspace(0, rng.uniform(50, 90), 4800) ** 2) for _ in range(20)]
     unknown = [classify(wave, 16_000).unsure for wave in [np.zeros(4800), *noise, *chirps]]

@@ -127,9 +127,10 @@ def test_what_groups_are_called():
         "a/ann_2.wav",
         "b/bob_1.wav",
     ]
-    assert [clip.group for clip in with_groups(root, pieces, "(.*)")][
-        1
-    ] == "a/ann_2.wav#1-2.5"  # every clip by itself
+    by_themselves = with_groups(root, pieces, "(.*)")
+    assert by_themselves[1].group == "a/ann_2.wav#1-2.5"
+    kept = with_groups(root, pieces, r"/([^/]+?)_\d\.wav$")
+    assert [clip.group for clip in kept] == ["ann", "ann", "bob"]
     named = [clip._replace(group="mine") for clip in pieces]
     assert with_groups(root, named, None) == named
     spellings = [Clip(root / name, "x") for name in ("Ren\u00e9_1.wav", "Rene\u0301 _2.wav")]
@@ -284,7 +285,9 @@ def test_the_hint_of_a_dataset(tmp_path):
         == ["ann", "ann", "bob", "bob"] * 2
     )
     assert load_dataset("folder", tmp_path, tmp_path, group="(.*)").group_hint == ""
-    assert load_dataset("folder", tmp_path, tmp_path, windows=0.1).group_hint == ""
+    assert load_dataset("folder", tmp_path, tmp_path, windows=0.1).group_hint == hint
+    windows = load_dataset("folder", tmp_path, tmp_path, group=hint, windows=0.1)
+    assert len(windows.groups) > 8 and set(windows.groups) == {"ann", "bob"}
     table = write_csv(tmp_path / "t.csv", "path,label", *[row[:2] for row in rows])
     assert load_dataset("csv", table, tmp_path).group_hint == hint
     table = write_csv(tmp_path / "t.csv", "path,label,group", *rows)

@@ -132,7 +132,8 @@ def test_few_groups_are_named():
     expected = "groups that train: a, b; validate: none; test: c"
     assert console.describe_groups(dataset, Split([0, 1, 2], [], [3])) == expected
     many = Dataset("my", Path("my"), [], [], [], {}, groups=[str(i) for i in range(13)])
-    assert console.describe_groups(many, Split([0], [1], [2])) == ""
+    expected = "groups that train: 2, such as 0; validate: none; test: 1, such as 2"
+    assert console.describe_groups(many, Split([0, 1], [], [2])) == expected
     assert console.describe_groups(NO_HINT, Split([0], [1], [2])) == ""
 
 

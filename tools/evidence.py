@@ -28,7 +28,7 @@ import numpy as np
 from sounds.paper import RECORDING
 from support.command import Parser, UserError, needed
 from support.processes import say
-from support.records import read_run
+from support.records import file_of, read_run
 from tools.cells import Cell
 from tools.finished import Finished, finished
 
@@ -37,7 +37,6 @@ RESAMPLES = 2_000
 YES = "yes"
 NO = "no"
 UNTOLD = "cannot be told"
-PIECE = re.compile(r"#[\d.]+-[\d.]*$")  # behind the path of a recording: sounds.clip.fragment
 
 # {(fold, recording, path and label of a test clip): 1 if the answer was right, 0 if not}; or
 # differences of these.
@@ -211,7 +210,7 @@ def recording_of(path, pattern):
 
     Without a pattern it is the file that the clip is a piece of.
     """
-    file = PIECE.sub("", path)
+    file = file_of(path)
     found = re.search(pattern, file) if pattern else None
     return found[1] if found else file
 
