@@ -316,10 +316,11 @@ def test_the_pattern_that_is_printed_keeps_recordings_together(tmp_path, capsys)
 
 
 def test_parts_of_the_users_own_are_not_drawn_anew():
-    run = made_up({"a/r_1.wav": "a", "b/s_1.wav": "b"}, "balanced", train=["a/r_2.wav"])
+    answers = {"a/r_1.wav#0-1.5": "a", "b/s_1.wav": "b"}
+    run = made_up(answers, "balanced", train=["a/r_2.wav"])
     given = Dataset("my", Path("my"), [], [], [], {1: None}, group_hint=r"/(.)_\d\.wav$")
     found = dict(console.findings(run, given))
-    assert found["recordings"].startswith("1 of 2 test clips, such as a/r_1.wav, are named like")
+    assert found["recordings"].startswith("1 of 2 test clips, such as a/r_1.wav#0-1.5, are")
     assert found["what to do"] == "put all clips of a recording into one part"
 
 

@@ -129,7 +129,7 @@ def cards_of(
     """Up to `count` of the test clips, in the order of `interest`.
 
     A card has the picture of a clip, its sound, and the probabilities that the model of its fold
-    gives it.
+    gives it, divided by the temperature of the fold as in tools.predict.
     """
     number = {name: i for i, name in enumerate(dataset.names)}
     n_frames = run.config["n_frames"]
@@ -139,6 +139,7 @@ def cards_of(
     changed = []
     for fold, rows in groupby(Bar(chosen, "clips of the report"), fold_of):
         model = load_trained(run.file(fold), weights).to(device)
+        temperature = run.folds[fold].get("calibration", {}).get("temperature", 1)
         for row in rows:
             path = row["path"]
             if path not in number:
@@ -151,10 +152,13 @@ def cards_of(
             mels = fbank(torch.from_numpy(wave)[None])
             features = to_input(mels, n_frames).half().float()
             with torch.inference_mode():
-                shares = model(features.to(device)).softmax(1)[0].tolist()
-            told = dict(zip(run.classes, shares, strict=True))
-            if abs(told[row["prediction"]] - float(row["probability"])) > 0.05:
+                logits = model(features.to(device))[0].cpu()
+            answer = run.classes.index(row["prediction"])
+            if abs(logits.softmax(0)[answer] - float(row["probability"])) > 0.05:
                 changed.append(path)  # a run in half precision is less off than this
+            shares = (logits / temperature).softmax(0).tolist()
+            told = dict(zip(run.classes, shares, strict=True))
+            row = {**row, "probability": shares[answer]}
             picture = picture_of(features[0], mels.shape[1])
             sound = sound_of(wave[:samples])
             cards.append({**row, "told": told, "picture": picture, "sound": sound})
