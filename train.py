@@ -542,7 +542,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default="demo", help=f"one of {', '.join(DATASETS)}; default: %(default)s")
     add("--data-dir", type=Path, help="your sounds, or the dataset or its archive if it is here")
     add("--folds", type=command.numbers, metavar="1,2", help="train only these folds")
-    add("--seconds", type=float, help="cut or pad clips to this length; default: the dataset's")
+    add(
+        "--seconds",
+        type=float,
+        help="cut or pad clips to this length; default: the dataset's, "
+        "of your own sounds what 95 %% of the clips fit into",
+    )
     add("--shots", **number, metavar="K", help="train on K clips of each class only (few-shot)")
     add("--skip-bad", **switch, help="go on without sound files that cannot be read")
 

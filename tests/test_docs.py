@@ -18,9 +18,11 @@ from helpers import SMALL_AST, make_folder, of_run, save_random, write_sound
 import petl
 import train
 from ast_model import AST, ASTConfig
+from data import load_dataset
 from support.checkpoints import read_header
-from tools import experiments
+from tools import experiments, export
 from tools.cells import TARGETS
+from tools.predict import load
 
 ROOT = Path(train.__file__).parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("tutorial/*.ipynb")])
@@ -182,6 +184,34 @@ def test_the_example_of_predictions(tmp_path, monkeypatch, capsys):
     exec(example("From Python", page), {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 5 and lines[-1].startswith("0.0 2.0")
+
+
+def test_the_example_of_folds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ann_1", "ann_2", "bob_1", "cid_1", "dan_1", "eve_1", "fay_1"):
+        for label in ("dog", "rain"):
+            write_sound(tmp_path / "my_sounds" / label / f"{name}.wav")
+    page = (ROOT / "docs/own_sounds.md").read_text(encoding="utf-8")
+    exec(example("How good is it?", page), {})
+    dataset = load_dataset("csv", tmp_path / "my.csv", tmp_path)
+    tested = [[dataset.groups[i] for i in split.test] for split in dataset.folds.values()]
+    alone = [[name] * 2 for name in ("bob", "cid", "dan", "eve")]
+    assert tested == [["ann", "ann", "fay"] * 2, *alone]
+
+
+def test_the_example_of_onnx(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_random(tmp_path / "fold1.safetensors", "lora", **of_run(1))
+    write_sound(tmp_path / "recording.wav")
+    command = ["export", "fold1.safetensors", "--to", "onnx", "--out", "model.onnx"]
+    assert export.main(command) == 0
+    page = (ROOT / "docs/predict_and_export.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    exec(example("Export", page), {})
+    best, probability = capsys.readouterr().out.rsplit(maxsplit=1)
+    answer = load("fold1.safetensors")("recording.wav")
+    assert best == answer.classes[0][0]
+    assert float(probability) == pytest.approx(answer.classes[0][1], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- tables
