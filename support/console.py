@@ -107,7 +107,6 @@ def summary(run, dataset, device="cpu"):
     count = result["parameters"]
     trained = count["petl"] + count["head"]
     spread = "" if result["std"] is None else f", standard deviation {result['std']:.2f}"
-    file = run.file(result["folds"][0]["fold"])
     name = run.config["method"]["name"]
     headline = [
         f"  test accuracy   {result['accuracy']:.2f} %, folds: {len(run.folds)}{spread}",
@@ -123,7 +122,7 @@ def summary(run, dataset, device="cpu"):
         *[f"  {what:<15} {text}" for what, text in findings(run, dataset)],
         f"  trained         {trained:,} of {count['total']:,} parameters "
         f"({trained / count['total']:.2%}): {describe_parts(count, name)}",
-        f"  file            {file}, {file.stat().st_size / 1000:,.0f} kB: all that has to be kept"
+        f"  file            {describe_files(run)}: all that has to be kept"
         + ("" if name == "logmel" else " beside the backbone"),
         f"  time            {result['seconds']:.0f} s of training",
         f"  to use it       python -m tools.predict {shlex.quote(str(run.folder))} SOUND.wav",
@@ -133,6 +132,15 @@ def summary(run, dataset, device="cpu"):
         "",
     ]
     return "\n".join(printable(line) for line in lines)
+
+
+def describe_files(run):
+    """The files of trained tensors, one for each fold, and their size."""
+    files = [run.file(fold) for fold in run.folds]
+    size = f"{files[0].stat().st_size / 1000:,.0f} kB"
+    if len(files) == 1:
+        return f"{files[0]}, {size}"
+    return f"{run.folder / 'fold*.safetensors'}, {len(files)} of {size}"
 
 
 def describe_parts(count, name):

@@ -324,6 +324,15 @@ def test_parts_of_the_users_own_are_not_drawn_anew():
     assert found["what to do"] == "put all clips of a recording into one part"
 
 
+def test_the_files_that_are_kept(tmp_path):
+    for fold in (2, 5):
+        (tmp_path / f"fold{fold}.safetensors").write_bytes(bytes(7_300))
+    one = Run(tmp_path, {}, [], {5: {}})
+    assert console.describe_files(one) == f"{tmp_path}/fold5.safetensors, 7 kB"
+    both = Run(tmp_path, {}, [], {2: {}, 5: {}})
+    assert console.describe_files(both) == f"{tmp_path}/fold*.safetensors, 2 of 7 kB"
+
+
 @pytest.mark.parametrize(
     ("name", "petl", "parts"),
     [
