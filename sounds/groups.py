@@ -73,20 +73,29 @@ def likeness(name: str) -> object:
     return re.sub(r"[\s_-]+", " ", folded).strip()
 
 
-def groups_in(names: list[str], pattern: str) -> list[str]:
-    """The group that the regular expression of --group finds in each name."""
-    option = f"--group '{pattern}'"
+def expression_of(option: str, pattern: str) -> re.Pattern:
+    """The regular expression of an option. UserError if it is none, or has no parentheses."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{option} is no regular expression: {error}") from None
+        raise UserError(f"{option} '{pattern}' is no regular expression: {error}") from None
     if not expression.groups:
-        raise UserError(f"{option}: put the part of the name that is the group into parentheses")
+        raise UserError(
+            f"{option} '{pattern}': put the part of the name that is the group into parentheses"
+        )
+    return expression
+
+
+def groups_in(names: list[str], pattern: str) -> list[str]:
+    """The group that the regular expression of --group finds in each name."""
+    expression = expression_of("--group", pattern)
     groups = []
     for name in names:
         found = expression.search(name)
         if not found or not found[1]:
-            raise UserError(f"{option} finds no group in {name}: every clip must have one")
+            raise UserError(
+                f"--group '{pattern}' finds no group in {name}: every clip must have one"
+            )
         groups.append(spelling(found[1]) or found[1])
     return groups
 

@@ -237,12 +237,11 @@ def findings(run, dataset):
         clips = f"{count} of {classes[label]['support']} clips of {label!r}"
         found.append(("most confused", f"{clips} were taken for {answer!r}"))
     found.append(("probabilities", describe_errors(result["folds"])))
-    sure = [fold for fold in result["folds"] if "sure_accuracy" in fold]
-    if sure:
-        unsure = mean(fold["unsure"] for fold in sure)
-        right = mean(fold["sure_accuracy"] for fold in sure)
-        others = f"{right:.0f} % of the other answers are right"
-        found.append(("unsure", f"{unsure:.0f} % of the test clips; {others}"))
+    unsure = [fold["unsure"] for fold in result["folds"] if "unsure" in fold]
+    right = [fold["sure_accuracy"] for fold in result["folds"] if "sure_accuracy" in fold]
+    if unsure:
+        others = f"; {mean(right):.0f} % of the other answers are right" if right else ""
+        found.append(("unsure", f"{mean(unsure):.0f} % of the test clips{others}"))
     return found
 
 

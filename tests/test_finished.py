@@ -104,11 +104,18 @@ def test_what_the_file_holds(here, trained, tmp_path):
     assert len(kept["runs"]) == len({folder for folder in here.started})
 
 
+def without_group(kept):
+    del kept["runs"]["seed0"]["settings"]["group"]
+    return kept
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda kept: b"no file of ours", "cannot read"),
         (lambda kept: lzma.compress(b"{"), "cannot read"),
+        (lambda kept: lzma.compress(b"[" * 100_000), "cannot read"),
+        (without_group, "seed0: Object missing required field group"),
         (lambda kept: {**kept, "runs": 3}, "runs: Expected `object`, got `int`".replace("`", "")),
         (lambda kept: {**kept, "clips": {}}, "the clips and answers of"),
     ],

@@ -53,6 +53,11 @@ def test_a_recording_is_read_once_and_only_if_something_is_heard(tmp_path, capsy
         assert pretrain.main([str(tmp_path), "--steps", "1", "--out", str(out)]) == 2
         message = f"error: --out {out}: give the name of a file that ends in .safetensors\n"
         assert capsys.readouterr().err == message
+    for options in (["--same", "("], ["--same", "a"], ["--weights", "nowhere"]):
+        out = str(tmp_path / "x.safetensors")
+        assert pretrain.main([str(tmp_path), "--out", out, *options]) == 2
+        said = capsys.readouterr().err
+        assert options[1] in said and "text.wav" not in said and said.count("\n") == 1
 
 
 def test_what_is_alike_is_one_class_and_large_folders_count_less(tmp_path):

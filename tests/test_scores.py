@@ -283,6 +283,21 @@ def test_a_worse_calibration_is_said(before, after, end):
     assert found["probabilities"] == f"{before:.1f} % off (expected calibration error), {end}"
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, None),
+        ({"unsure": 40.0, "sure_accuracy": 90.0}, "40 % of the test clips; 90 % of the other"),
+        ({"unsure": 100.0}, "100 % of the test clips"),
+    ],
+)
+def test_how_many_test_clips_are_unsure(told, expected):
+    found = dict(console.findings(made_up({"a/0.wav": "a"}, "balanced", told), NO_HINT))
+    assert ("unsure" in found) == (expected is not None)
+    if expected:
+        assert found["unsure"].startswith(expected)
+
+
 def test_the_pattern_that_is_printed_keeps_recordings_together(tmp_path, capsys):
     root = tmp_path / "my"
     for name, recordings in (("bell", ("one", "two", "three", "four")), ("drum", ("a", "b", "c"))):

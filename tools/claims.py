@@ -92,15 +92,18 @@ def notes_of(rows: dict[str, list[str]], plan: Plan) -> list[str]:
         f"Rows: {said}. A claim is made of pairs. With the test 'better' it holds where in every "
         "pair the first is better on the same test clips, and is contradicted where in one the "
         "second is (tools/evidence.py: the 95 % interval of the difference leaves out zero, and p "
-        "is below 5 % by Holm's correction for all pairs of this table). 'Not worse' is parity: it "
+        "is below 5 % by Holm's correction for all pairs of this table. The correction is for the "
+        "clips: how seeds scatter is judged for each pair by itself, so of 20 pairs of equal "
+        "methods one may be called better). 'Not worse' is parity: it "
         "holds unless the second is better, which few clips rarely show; the interval says how "
         "much worse the first may be. With 'one' it is enough that one of the first does so "
         "against all of the second.",
         "The weakest pair, with the points of accuracy between the two and the 95 % interval over "
         "clips and seeds: of a claim with 'one' that of its best method. The CSV has all pairs.",
         "Where the paper speaks of means over its datasets, each dataset is judged alone here. "
-        "rr, prompts and alpha are those for 768 dimensions; a narrow backbone has other rr and "
-        "prompts (support/variants.py). With the parameters of LoRA its s = alpha / RR grows, too.",
+        "rr, prompts and alpha are those for 768 dimensions; a narrow backbone has other rr, "
+        "prompts and learning rates (support/variants.py). With the parameters of LoRA its s = "
+        "alpha / RR grows, too.",
     ]
     left_out = [c.sentence for c in CLAIMS if c.pairs(plan) and not c.columns(plan)]
     if left_out:

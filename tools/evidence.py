@@ -4,17 +4,21 @@
     python -m tools.experiments compare demo/houlsby_par/seed0 demo/lora/seed0  # of one seed
 
 An accuracy is the mean over folds and seeds. Its interval is that of a bootstrap that draws clips
-and seeds together, or Student's over the seeds where that is wider: the bootstrap hardly sees how
-two or three seeds scatter. A single run, one fold of one seed, has Wilson's interval over its
-clips. The interval of one seed is over the clips alone: one seed says nothing of others.
+and seeds together. Where they are wider it is Student's over the seeds, because the bootstrap
+hardly sees how two or three seeds scatter, or Wilson's over the clips, because near 100 % the
+bootstrap sees no mistakes. A single run, one fold of one seed, has Wilson's interval alone. The
+interval of one seed is over the clips: one seed says nothing of others.
 
 Two methods are compared on the same clips, with the same seeds. Their difference has an interval of
 the same kind. A sign test asks whether the clips on which one method is right more often are too
 many for chance. With one seed that is McNemar's exact test. One method is better where the interval
 leaves out zero and p, by Holm's correction for all the comparisons beside it, is below 5 %.
 
+With several seeds Holm's correction is for the clips. How seeds scatter is judged by the interval
+alone, and by itself for each pair: of 20 pairs of equal methods one may be called better by chance.
+
 Clips of one recording or speaker count as one, as far as their names or --group say which these
-are. In Wilson's interval each clip counts.
+are.
 """
 
 import re
@@ -53,31 +57,24 @@ def stats():
 # ----------------------------------------------------------------------------- intervals and tests
 
 
-def interval(accuracies: list[float], clips: int) -> tuple[float, float]:
-    """The 95 % interval of a mean accuracy in percent.
-
-    Of several runs it is Student's t over the runs, of one run Wilson's over its `clips`.
-    """
-    mean = np.mean(accuracies)
-    if len(accuracies) == 1:
-        return wilson(round(mean / 100 * clips), clips)
-    half = student(accuracies)
-    return float(max(mean - half, 0)), float(min(mean + half, 100))
-
-
 def accuracy(seeds: list[Scores]) -> tuple[float, float, float]:
-    """An accuracy in percent, the mean over folds and seeds, and its 95 % interval."""
+    """An accuracy in percent, the mean over folds and seeds, and its 95 % interval.
+
+    Of one fold of one seed it is Wilson's over the recordings. Else it is the widest of three: of
+    the bootstrap, of Wilson's, and with several seeds of Student's over the seeds.
+    """
     sums, clips, weights = by_recording(seeds)
     mean, low, high = bootstrap(sums * weights, clips * weights)
-    of_seeds = 100 * (sums * weights).sum(1) / (clips * weights).sum(1)
+    recordings = sums.shape[1]
+    of_recordings = wilson(round(mean / 100 * recordings), recordings)
     folds = {fold for scores in seeds for fold, *_ in scores}
     if len(seeds) == len(folds) == 1:
-        return mean, *interval(of_seeds, len(seeds[0]))
+        return mean, *of_recordings
+    intervals = [(low, high), of_recordings]
     if len(seeds) > 1:
-        ends = interval(of_seeds, len(seeds[0]))
-        low = min(low, ends[0])
-        high = max(high, ends[1])
-    return mean, low, high
+        half = student(100 * (sums * weights).sum(1) / (clips * weights).sum(1))
+        intervals.append((max(mean - half, 0.0), min(mean + half, 100.0)))
+    return mean, min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
 def by_recording(seeds: list[Scores]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -163,6 +160,9 @@ def difference(seeds: list[Scores]) -> Difference:
         half = student(100 * (sums * weights).sum(1) / (clips * weights).sum(1))
         low = min(low, points - half)
         high = max(high, points + half)
+    if not sums.any():  # the bootstrap knows no other: exact, for a share of which none was seen
+        high = 100 * (1 - (1 - LEVEL) ** (1 / recordings))
+        low = -high
     more = (sums.sum(0) > 0).sum()
     less = (sums.sum(0) < 0).sum()
     p = stats().binomtest(more, more + less).pvalue if more + less else 1.0

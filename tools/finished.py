@@ -46,6 +46,14 @@ class Fold(headers.Result, kw_only=True):
     predictions: list[Count]
 
 
+class Settings(Struct):
+    """What the tables need of the settings of a run."""
+
+    dataset: Text
+    clips: Text
+    group: Text | None
+
+
 class Finished(Struct):
     """A run with one finished fold or more."""
 
@@ -145,10 +153,11 @@ def read_kept(file: Path) -> Kept:
     """What `keep` wrote. UserError if the file is damaged, or another."""
     try:
         content = json.loads(lzma.decompress(file.read_bytes()))
-    except (OSError, ValueError, lzma.LZMAError) as error:
+    except (OSError, ValueError, RecursionError, lzma.LZMAError) as error:
         raise UserError(f"cannot read {file} ({error}): `keep` writes such files") from None
     kept = checked(content, Kept, file)
     for name, run in kept.runs.items():
+        checked(run.settings, Settings, f"{file}, {name}")
         clips = kept.clips.get(run.settings.get("clips"), [])
         kept.runs[name] = replace(run, clips=clips)
         try:

@@ -28,9 +28,10 @@ from torch import nn
 
 import data
 from ast_model import AST
-from load_weights import load_ast, save_ast
+from load_weights import find_checkpoint, load_ast, save_ast
 from sounds import synth
 from sounds.audio import files_in, read_audio
+from sounds.groups import expression_of
 from support.checkpoints import check_suffix, sha256_of, unpickled, write_state
 from support.command import Parser, UserError, exit_code, positive, warn
 from support.processes import say
@@ -101,7 +102,7 @@ def read_all(folder: Path, same: str | None) -> Recordings:
         name = file.relative_to(folder)
         places.append(name.parts[0])
         match = re.search(same, str(name)) if same else None
-        key = match.groups() if match else str(name)
+        key = match.groups() if match and any(match.groups()) else str(name)
         labels.append(classes.setdefault(key, len(classes)))
     if len(found) < 2:
         raise UserError(
@@ -337,9 +338,9 @@ def contrastive(z, labels):
 def pretrain(recordings, weights, steps, out, dtype, save_every=250):
     """Train `steps` steps from `weights`, and write the model without its head.
 
-    The learning rate rises for 500 steps, stays, and falls to zero in the last 30 %. The state is
-    saved beside `out` every `save_every` steps. UserError if the one that is there is of another
-    training.
+    The learning rate rises for 500 steps, or for a tenth of them if that is less, stays, and falls
+    to zero in the last 30 %. The state is saved beside `out` every `save_every` steps. UserError if
+    the one that is there is of another training.
     """
     torch.manual_seed(0)  # the new head is drawn
     model = load_ast(weights, N_FRAMES, int(recordings.labels.max()) + 1)
@@ -349,7 +350,8 @@ def pretrain(recordings, weights, steps, out, dtype, save_every=250):
     optimizer = torch.optim.AdamW(network.parameters(), LR, (0.9, 0.98), 1e-6, 0.05)
     file = out.with_suffix(".resume.pt")
     sounds = [torch.from_numpy(one) for one in recordings.features]
-    which = sha256_of([model.state_dict(), sounds, torch.from_numpy(recordings.labels), steps])
+    classes = torch.from_numpy(recordings.labels)
+    which = sha256_of([model.state_dict(), sounds, classes, steps, dtype])
     first = 0
     if file.exists():
         try:
@@ -365,11 +367,12 @@ def pretrain(recordings, weights, steps, out, dtype, save_every=250):
         first = state["step"]
 
     white = white_noise()
+    warm_up = min(500, max(1, steps // 10))
     bar = Bar(range(first, steps), "pretraining", unit="step")
     for step in bar:
         x, labels, kept = batch(recordings, white, step)
         order = torch.Generator().manual_seed(step)  # draws the patches that are kept
-        rate = min(1, (step + 1) / 500, (steps - step) / (COOL * steps))
+        rate = min(1, (step + 1) / warm_up, (steps - step) / (COOL * steps))
         optimizer.param_groups[0]["lr"] = LR * rate
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             vectors = vectors_of(model, x, kept, order)
@@ -416,6 +419,10 @@ def start(argv):
     args = parser.parse_args(argv)
     check_suffix(args.out)
     check_not_of_run(args.out)
+    if args.same is not None:
+        expression_of("--same", args.same)  # a wrong pattern is an error now
+    if not args.weights.startswith("random:"):
+        find_checkpoint(args.weights)  # and so is a wrong name of weights
     recordings = read_all(args.sounds, args.same)
     pretrain(recordings, args.weights, args.steps, args.out, args.dtype)
 

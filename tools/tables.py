@@ -85,6 +85,7 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
 
     grid = {}  # for each column its rows, which are cells that differ in the seed
     measured = {}
+    best_of = {}  # the row with the best accuracy
     pairs = {}  # the best row of each column and another, for each seed
     for setting, (dataset, shots) in product(plan.settings, columns):
         column = (setting, dataset, shots)
@@ -96,6 +97,7 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
         measured[column] = [measure(same, done) for same in rows]
         means = [m.mean if m else -1 for m in measured[column]]
         best = means.index(max(means))
+        best_of[column] = best
         for row, same in enumerate(rows):
             if row != best:
                 pairs[column, row] = [[[a], [b]] for a, b in zip(rows[best], same, strict=True)]
@@ -130,7 +132,8 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
                 continue
             record |= asdict(m)
             ours[row] += f" [{m.low:.2f}, {m.high:.2f}]"
-            if gap and gap.holds(p) != evidence.YES:
+            is_worse = gap is not None and gap.holds(p) == evidence.YES
+            if row != best_of[column] and not is_worse:
                 ours[row] += " ~"
             if setting == "tuned" and lr:
                 ours[row] += f" at {lr:g}"
@@ -213,13 +216,15 @@ def notes_of(table, datasets, plan):
     notes = [
         f"Test accuracy in percent, seeds {', '.join(map(str, plan.seeds))}, in parentheses the "
         "paper's. Best **bold**, second best in _italics_. In brackets the 95 % interval: of a "
-        "bootstrap that draws test recordings and seeds together, or Student's over the seeds "
-        "where that is wider; of a single run Wilson's over its test clips.",
+        "bootstrap that draws test recordings and seeds together, or where they are wider "
+        "Student's over the seeds or Wilson's over the recordings; of a single run Wilson's.",
         "~: not clearly worse than the best of its column on the same clips. Clearly worse is what "
         "has a difference whose 95 % interval, by the same rule, leaves out zero, and p below 5 % "
         "in a sign test of the recordings, by Holm's correction for all of the table "
-        "(tools/evidence.py). The best was chosen by these numbers, which nothing here corrects "
-        "for: it looks better than it is.",
+        "(tools/evidence.py). The correction is for the recordings: how seeds scatter is judged "
+        "for each row by itself, so of 20 rows as good as the best one may lack its mark. "
+        "The best was chosen by these numbers, which nothing here corrects for: it looks better "
+        "than it is.",
         *(note_of_dataset(dataset, table, plan) for dataset in datasets),
         table.note,
         "Trained: parameters besides the final LayerNorm and head, which are all of `linear`; Full "
