@@ -79,7 +79,7 @@ def test_a_campaign(here, capsys):
     out = capsys.readouterr().out
     assert (
         "1 epoch instead of 50. Not as in the paper: dataset, weights, number of epochs. "
-        "For a backbone so" in out
+        "This backbone has fewer dimensions" in out
     )
     assert "--folds 1 --seconds 0.5" in out
 

@@ -103,11 +103,11 @@ def test_a_search(here, made_up, capsys):
         Cell("esc10", "bitfit", 0, str(SMALL_AST)).name: (0.02, 0.02),
     }
     table = table_of(here.out, "table1")
-    # Two seeds with ten clips and the same answers: the clips alone vary.
-    assert table["Linear"]["ESC-10"] == "90.00 [70.00, 100.00]"
-    assert table["BitFit"]["ESC-10"] == "90.00 [70.00, 100.00] ~"
-    assert table["Linear"]["ESC-10, tuned"] == "_10.00_ [0.00, 30.00] at 0.03"
-    assert table["BitFit"]["ESC-10, tuned"] == "**90.00** [70.00, 100.00] at 0.02"
+    # Two seeds with ten clips and the same answers: Wilson's of 9 of 10, and the bootstrap's end.
+    assert table["Linear"]["ESC-10"] == "90.00 [59.58, 100.00]"
+    assert table["BitFit"]["ESC-10"] == "90.00 [59.58, 100.00] ~"
+    assert table["Linear"]["ESC-10, tuned"] == "_10.00_ [0.00, 40.42] at 0.03"
+    assert table["BitFit"]["ESC-10, tuned"] == "**90.00** [59.58, 100.00] at 0.02"
     assert "by seed 1000: the same search" in printed and "Best at its edge" not in printed
 
     for setting, heads in (
