@@ -57,6 +57,18 @@ def stats():
 # ----------------------------------------------------------------------------- intervals and tests
 
 
+def interval(accuracies: list[float], clips: int) -> tuple[float, float]:
+    """The 95 % interval of a mean accuracy in percent.
+
+    Of several runs it is Student's t over the runs, of one run Wilson's over its `clips`.
+    """
+    mean = np.mean(accuracies)
+    if len(accuracies) == 1:
+        return wilson(round(mean / 100 * clips), clips)
+    half = student(accuracies)
+    return float(max(mean - half, 0)), float(min(mean + half, 100))
+
+
 def accuracy(seeds: list[Scores]) -> tuple[float, float, float]:
     """An accuracy in percent, the mean over folds and seeds, and its 95 % interval.
 
@@ -66,14 +78,14 @@ def accuracy(seeds: list[Scores]) -> tuple[float, float, float]:
     sums, clips, weights = by_recording(seeds)
     mean, low, high = bootstrap(sums * weights, clips * weights)
     recordings = sums.shape[1]
-    of_recordings = wilson(round(mean / 100 * recordings), recordings)
+    of_recordings = interval([mean], recordings)
     folds = {fold for scores in seeds for fold, *_ in scores}
     if len(seeds) == len(folds) == 1:
         return mean, *of_recordings
     intervals = [(low, high), of_recordings]
     if len(seeds) > 1:
-        half = student(100 * (sums * weights).sum(1) / (clips * weights).sum(1))
-        intervals.append((max(mean - half, 0.0), min(mean + half, 100.0)))
+        of_seeds = 100 * (sums * weights).sum(1) / (clips * weights).sum(1)
+        intervals.append(interval(of_seeds, recordings))
     return mean, min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
