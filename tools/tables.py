@@ -85,7 +85,6 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
 
     grid = {}  # for each column its rows, which are cells that differ in the seed
     measured = {}
-    best_of = {}  # the row with the best accuracy
     pairs = {}  # the best row of each column and another, for each seed
     for setting, (dataset, shots) in product(plan.settings, columns):
         column = (setting, dataset, shots)
@@ -97,7 +96,6 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
         measured[column] = [measure(same, done) for same in rows]
         means = [m.mean if m else -1 for m in measured[column]]
         best = means.index(max(means))
-        best_of[column] = best
         for row, same in enumerate(rows):
             if row != best:
                 pairs[column, row] = [[[a], [b]] for a, b in zip(rows[best], same, strict=True)]
@@ -133,7 +131,7 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
             record |= asdict(m)
             ours[row] += f" [{m.low:.2f}, {m.high:.2f}]"
             is_worse = gap is not None and gap.holds(p) == evidence.YES
-            if row != best_of[column] and not is_worse:
+            if (column, row) in pairs and not is_worse:
                 ours[row] += " ~"
             if setting == "tuned" and lr:
                 ours[row] += f" at {lr:g}"

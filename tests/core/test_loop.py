@@ -289,7 +289,7 @@ def test_an_epoch_neither_waits_for_a_gpu_nor_mixes_devices(method):
     losses = train.train_epoch(learner, clips, SPLIT.train, 1)
     assert losses.shape == (2,) and losses.device == device
     for ask in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.cpu, bool):
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(RuntimeError):
             ask(losses[0])
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 36, 36))
@@ -306,5 +306,5 @@ def test_mistakes_are_found_on_meta(mistake):
         torch.empty(8, 36, 36, device=device), torch.zeros(8, dtype=torch.long, device=device)
     )
     learner = module.Learner(model, settings_of(), Machine(device))
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         module.train_epoch(learner, clips, SPLIT.train, 1)
