@@ -402,17 +402,21 @@ class LoRA:
 
 
 def prompt_parameter(n: int, config: ASTConfig):
-    """n learned tokens (n, dim), uniform in +-sqrt(6 / (3 patch^2 + dim)).
+    """n learned rows (n, dim), uniform in +-sqrt(6 / (3 patch^2 + dim)).
 
-    This is the Xavier-uniform start of visual prompt tuning, where a patch has 3 colour channels.
-    The authors' code keeps the 3, although a spectrogram has one channel.
+    They are tokens in prompt-tuning, and keys or values in prefix-tuning. The authors' code starts
+    both in this way. It is the Xavier-uniform start of visual prompt tuning, where a patch has 3
+    colour channels. The authors' code keeps the 3, although a spectrogram has one channel.
     """
     bound = (6 / (3 * config.patch**2 + config.dim)) ** 0.5
     return nn.Parameter(torch.empty(n, config.dim).uniform_(-bound, bound))
 
 
 class PrefixLinear(nn.Module):
-    """Prefix-tuning (Li and Liang, 2021): a key or value projection, n learned rows in front."""
+    """Prefix-tuning (Li and Liang, 2021): a key or value projection, n learned rows in front.
+
+    The rows (n, dim) are cut into heads like all keys and values.
+    """
 
     def __init__(self, wrapped, prefix: nn.Parameter):
         super().__init__()
@@ -435,8 +439,9 @@ class Prefix:
     what the tokens have taken from it.
 
     The rows are keys and values themselves, and the parameters are these rows. Li and Liang train
-    a small network that makes the rows; here, as in the authors' code, there is none. The rows
-    start at random, so unlike an adapter a prefix changes the model from the start.
+    a small network that makes the rows; here, as in the authors' code, there is none. Unlike an
+    adapter, a prefix changes the model from the start: even with rows of zeros, the softmax would
+    give the prefix a share of every token's attention. So the rows start at random.
     """
 
     prompts: int = 24  # in every layer, keys and values together

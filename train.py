@@ -64,6 +64,7 @@ from load_weights import (
     trained_tensors,
 )
 from petl_more import PENALTIES, Patchout, fit
+from support.copies import silent_clips
 from support.files import default_cache_dir
 from support.recorder import Recorder, protected
 from support.speed import Machine
@@ -442,6 +443,8 @@ def run(args: argparse.Namespace) -> dict:
     # Own sounds: a linear head learns from what the backbone makes of each clip once, unmasked.
     unmasked = args.no_mask or is_fitted or (recipe.own and not method.parts)
     clips, bad = load_clips(dataset, n_frames, machine.device, args.cache_dir, args.skip_bad)
+    if args.skip_silent:
+        bad |= silent_clips(clips.features)
 
     for seed in args.seed:
         folds = folds_of(dataset, seed, bad, args.shots)
@@ -562,8 +565,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--no-background",
         dest="background",
         action="store_false",
-        help="make no class of what no label of a recording covers",
+        help="make no class of what no label, or no start and end, of a recording covers",
     )
+    add("--skip-silent", **switch, help="leave out clips that are nearly all zeros")
 
     add = parser.add_argument_group("model and method").add_argument
     add("--method", default="houlsby_par", help="a name of --list-methods; default: %(default)s")

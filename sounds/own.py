@@ -314,8 +314,9 @@ def seconds_of(dataset, seconds: float | None) -> float:
     if BACKGROUND in dataset.classes:
         quiet = dataset.labels.count(dataset.classes.index(BACKGROUND))
         say(
-            f"{quiet} of {len(lengths)} clips are {BACKGROUND!r}, which is never an event (of "
-            "label tracks it is what no label covers, and --no-background leaves it out)"
+            f"{quiet} of {len(lengths)} clips are {BACKGROUND!r}, which is never an event (in "
+            "recordings with labels, or with start and end in a table, also what these do not "
+            "cover; --no-background leaves that out)"
         )
     over = np.nan_to_num(lengths - seconds).clip(0)
     count = int((over > 0.02).sum())  # less is the end of the last frame

@@ -69,6 +69,7 @@ def check_options(args, own):
         ("group", args.group is not None),
         ("windows", args.windows),
         ("no-background", not args.background),
+        ("skip-silent", args.skip_silent),
     ):
         if given and not own:
             raise UserError(

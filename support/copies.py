@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from support.command import first_of, warn
+from support.processes import say
 
 CELL = (4, 8)  # frames and bands whose power is averaged
 FLOOR = -50.0  # dB: cells that are so far below the loudest one hold no sound
@@ -28,11 +29,12 @@ def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
     used = sorted(set().union(*parts))
     apart = []
     levels = levels_of(features, used)
-    silent = [dataset.names[used[i]] for i in (levels.amax(1) == FLOOR).nonzero()[:, 0].tolist()]
+    silent = [dataset.names[used[i]] for i in silent_of(levels)]
     if silent:
         warn(
             f"{dataset.root}: {len(silent)} of {len(used)} clips are silent, nearly all zeros "
-            f"({first_of(silent)}): each trains or tests as its class"
+            f"({first_of(silent)}): each trains or tests as its class, --skip-silent leaves them "
+            "out"
         )
     for a, b in pairs_of(levels):
         i, j = sorted((used[a], used[b]))
@@ -45,6 +47,19 @@ def warn_of_copies(dataset, features: torch.Tensor, folds: dict) -> None:
             f"({first_of(names)}): the model is tested on what it has learned; remove one of each "
             "pair, or keep both in one part, by your split or by --group"
         )
+
+
+def silent_clips(features: torch.Tensor) -> dict[int, str]:
+    """{clip: why it is left out} of the clips that are nearly all zeros. Says how many."""
+    levels = levels_of(features, list(range(len(features))))
+    found = dict.fromkeys(silent_of(levels), "silent")
+    say(f"--skip-silent: going on without {len(found)} of {len(features)} clips")
+    return found
+
+
+def silent_of(levels: torch.Tensor) -> list[int]:
+    """The rows of levels (clips, cells) of clips without sound."""
+    return (levels.amax(1) == FLOOR).nonzero()[:, 0].tolist()
 
 
 def levels_of(features: torch.Tensor, clips: list[int]) -> torch.Tensor:

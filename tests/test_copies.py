@@ -113,6 +113,8 @@ def test_silent_clips_are_counted_and_are_no_copies(tmp_path, capsys):
     silent, copied = capsys.readouterr().err.splitlines()
     assert "5 of 7 clips are silent, nearly all zeros (0.wav, 1.wav, 2.wav, 3.wav, 4" in silent
     assert "1 pairs of clips" in copied and "(6.wav = 7.wav)" in copied
+    assert copies.silent_clips(features) == dict.fromkeys(range(6), "silent")
+    assert capsys.readouterr().out == "--skip-silent: going on without 6 of 8 clips\n"
 
 
 def test_pairs_are_those_of_a_comparison_one_by_one():

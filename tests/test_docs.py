@@ -195,8 +195,8 @@ def test_the_example_of_folds(tmp_path, monkeypatch):
     exec(example("How good is it?", page), {})
     dataset = load_dataset("csv", tmp_path / "my.csv", tmp_path)
     tested = [[dataset.groups[i] for i in split.test] for split in dataset.folds.values()]
-    alone = [[name] * 2 for name in ("bob", "cid", "dan", "eve")]
-    assert tested == [["ann", "ann", "fay"] * 2, *alone]
+    names = [["ann", "ann"], ["bob", "fay"], ["cid"], ["dan"], ["eve"]]
+    assert tested == [2 * each for each in names]
 
 
 def test_the_example_of_onnx(tmp_path, monkeypatch, capsys):

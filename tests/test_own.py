@@ -836,6 +836,23 @@ def test_windows_of_recordings(tmp_path, capsys):
     assert "--windows cuts the recordings of --dataset folder" in capsys.readouterr().err
 
 
+def test_silent_windows_are_left_out(tmp_path):
+    """Two of the four windows of a recording are zeros. Without --skip-silent they are clips."""
+    make_folder(tmp_path / "my", count=4, classes=("a", "b"), seconds=0.5)
+    wave = np.random.default_rng(0).normal(0, 0.1, 32_000)
+    wave[8_000:24_000] = 0
+    soundfile.write(tmp_path / "my/a/long.wav", wave, 16_000)
+    options = ["--windows", "--seconds", 0.5]
+    silent = {"a/long.wav#0.5-1", "a/long.wav#1-1.5"}
+    assert train_on("folder", tmp_path / "my", tmp_path, *options) == 0
+    split = split_of("folder", tmp_path)
+    assert "skipped" not in split and silent <= set().union(*split.values())
+    shutil.rmtree(tmp_path / "runs")
+    assert train_on("folder", tmp_path / "my", tmp_path, *options, "--skip-silent") == 0
+    split = split_of("folder", tmp_path)
+    assert split.pop("skipped") == silent and not silent & set().union(*split.values())
+
+
 def test_windows_of_damaged_recordings(tmp_path, capsys):
     """There are as many as the header says. Those that are not there are refused."""
     for name in ("a/0.wav", "a/1.flac", "b/0.wav", "b/1.wav", "b/2.wav"):

@@ -575,7 +575,7 @@ def test_hops_that_no_window_has(tmp_path, hop, capsys):
     fold = constant(tmp_path / "fold1.safetensors", 0.5, 0.5)
     assert predict.main([str(fold), str(glide(tmp_path / "a.wav", 4000)), "--hop", hop]) == 2
     assert capsys.readouterr().err == (
-        f"error: --hop {float(hop)}: windows are 0.6 s long, give a hop of 0.01 s to that\n"
+        f"error: --hop {float(hop)}: give a hop from 0.01 s to 0.6 s, a whole window\n"
     )
 
 

@@ -113,8 +113,8 @@ class Classifier:
         n_frames = self.models[0].config.n_frames
         frames = n_frames // 2 if hop is None else hop * RATE / HOP
         if not 0.5 < frames <= n_frames + 0.5:
-            length = f"{n_frames * HOP / RATE:g} s"
-            raise UserError(f"--hop {hop}: windows are {length} long, give a hop of 0.01 s to that")
+            longest = f"{n_frames * HOP / RATE:g} s"
+            raise UserError(f"--hop {hop}: give a hop from 0.01 s to {longest}, a whole window")
         is_file = isinstance(sound, Path | str)
         blocks = stream_audio(Path(sound)) if is_file else [at_16_khz(sound, rate)]
         windows = cut(blocks, n_frames, round(frames) * HOP)

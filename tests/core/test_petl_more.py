@@ -67,13 +67,19 @@ class Row(NamedTuple):
     zero: tuple  # the ends of the names of what is inserted and exactly zero at the start
     paper: str = "-"
     frozen: int = 0  # inserted and not trained; of `probe` the final LayerNorm
+    thawed: int = 0  # of `count`, what the pretrained model has, too: trained LayerNorms
     head: int = 39_986  # final LayerNorm and head, 50 classes
 
 
 CONFORMER_ZERO = ("up.weight", "up.bias", "norm.bias", "batch_norm.bias")
 ROWS = {
     "conformer_pfeiffer_par": Row(
-        270_720, 5e-3, (Conformer("attn", "par_before", 96, 31),), CONFORMER_ZERO, "271K"
+        270_720,
+        5e-3,
+        (Conformer("attn", "par_before", 96, 31),),
+        CONFORMER_ZERO,
+        "271K",
+        thawed=12 * 1536,
     ),
     "conformer_houlsby_par": Row(
         541_440,
@@ -81,18 +87,21 @@ ROWS = {
         (Conformer("attn", "par_before", 96, 31), Conformer("ffn", "par_before", 96, 31)),
         CONFORMER_ZERO,
         "542K",
+        thawed=2 * 12 * 1536,
     ),
     "soft_moa": Row(
         922_104,
         5e-3,
         (SoftMixture("attn", "par_before", 128, experts=7, slots=1),),
         ("up.weight", "up_bias"),
+        thawed=12 * 1536,
     ),
     "dense_moa": Row(
         922_188,
         5e-3,
         (DenseMixture("attn", "par_before", 128, experts=7),),
         ("up.weight", "up_bias"),
+        thawed=12 * 1536,
     ),
     "dora": Row(239_616, 5e-3, (DoRA("qv", 128, 8),), ("b.weight", "magnitude")),
     "ia3": Row(55_296, 3e-3, (IA3(),), ("scale",)),
@@ -137,18 +146,7 @@ def test_what_the_table_says_of_a_method(name):
     assert count(model) == {
         "petl": row.count,
         "head": row.head,
-        "total": (
-            85_746_482
-            + row.frozen
-            + both
-            - (
-                12
-                * 1536
-                * {"conformer_houlsby_par": 2}.get(
-                    name, name.startswith(("conformer", "soft", "dense"))
-                )
-            )
-        ),
+        "total": 85_746_482 + row.frozen + both - row.thawed,
     }
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
@@ -216,14 +214,17 @@ def layer(t, name, x, method):
         )
     if method == "ia3" and last == "fc2":
         x = x * (1 + t[f"{name}.scale"])
-    return changed(t, name, x @ weight.T + bias, method if method == "ssf" or last in "kv" else "")
+    y = x @ weight.T + bias
+    if method == "ia3" and last in "kv":
+        y = y * (1 + t[f"{name}.scale"])
+    return changed(t, name, y, method)
 
 
 def changed(t, name, y, method):
-    """What follows a layer or LayerNorm."""
-    if method in ("ssf", "ia3"):
-        y = y * (1 + t[f"{name}.scale"])
-    return y + t[f"{name}.shift"] if method == "ssf" else y
+    """What SSF does to the output of every layer and LayerNorm."""
+    if method == "ssf":
+        y = y * (1 + t[f"{name}.scale"]) + t[f"{name}.shift"]
+    return y
 
 
 def attention(t, name, u, method):
