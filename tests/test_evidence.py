@@ -249,15 +249,15 @@ def test_compare_two_runs(tmp_path, capsys):
         "+50.00 [" in printed
         and "36 recordings, seeds: 1; right more often on 20, less on 4" in printed
     )
-    assert "p = 0.0015, by Holm's correction 0.0015; is the first better: yes\n" in printed
+    assert "p = 0.0015, by Holm's correction 0.0015; the first is better\n" in printed
     assert compare(tmp_path / "b", tmp_path / "a") == 0 and "-50.00 [" in (
         printed := capsys.readouterr().out
     )
-    assert "is the first better: no\n" in printed
+    assert "the second is better\n" in printed
     assert compare(tmp_path / "a", tmp_path / "c", tmp_path / "b") == 0
     to_c, to_b, of_seeds = capsys.readouterr().out.splitlines()
-    assert to_c.endswith("p = 0.12, by Holm's correction 0.12; is the first better: cannot be told")
-    assert to_b.endswith("p = 0.0015, by Holm's correction 0.0031; is the first better: yes")
+    assert to_c.endswith("p = 0.12, by Holm's correction 0.12; which is better cannot be told")
+    assert to_b.endswith("p = 0.0015, by Holm's correction 0.0031; the first is better")
     assert of_seeds.startswith("With one seed")
 
 
@@ -326,7 +326,7 @@ def test_marks_of_what_cannot_be_told_apart(tmp_path):
     }
     text, records = tables.render("table7", done, plan)
     lines = {
-        line.split("|")[1].strip(): line.split("|")[3].strip()
+        line.split("|")[1].strip(): line.split("|")[4].strip()
         for line in text.splitlines()
         if "|" in line
     }
@@ -335,7 +335,8 @@ def test_marks_of_what_cannot_be_told_apart(tmp_path):
     assert lines["Seq, no residual"].endswith("] ~")
     assert lines["Par, no residual"].startswith("50.00 [") and "~" not in lines["Par, no residual"]
     assert lines["Par, residual"] == "missing"
-    assert "Not compared" not in text
+    assert "Not compared" not in text and "Seeds more than" not in text
+    assert "correction for all 2 comparisons of the table" in text
     told = {record["method"]: (record["behind the best"], record["p"]) for record in records}
     # 3 discordant clips: 2 / 2**3; 16: 2 / 2**16, twice, for there are two comparisons
     assert told["adapter_ffn_seq_no_residual"] == (pytest.approx(7.5), 0.25)
@@ -348,6 +349,20 @@ def test_marks_of_what_cannot_be_told_apart(tmp_path):
     text, _ = tables.render("table7", done, plan)
     assert text.count("] ~") == 2  # whatever nobody has compared may be as good
     assert "Not compared: 2. these runs tested different clips" in text
+
+
+def test_seeds_that_lie_far_apart_are_listed(tmp_path):
+    plan = experiments.parse(
+        ["table7", "--datasets", "demo", "--seeds", "0,1", "--out", str(tmp_path)]
+    )
+    done = {
+        Cell("demo", "pfeiffer_seq", 0, "demo"): answered("r" * 40),
+        Cell("demo", "pfeiffer_seq", 1, "demo"): answered("r" * 30 + "w" * 10),
+        Cell("demo", "pfeiffer_par", 0, "demo"): answered("r" * 39 + "w"),
+        Cell("demo", "pfeiffer_par", 1, "demo"): answered("r" * 38 + "w" * 2),
+    }
+    text, _ = tables.render("table7", done, plan)
+    assert "\n- Seeds more than 5 points apart: Seq, residual (100.00, 75.00).\n" in text
 
 
 def test_a_single_run_has_wilsons_interval(tmp_path):

@@ -1,5 +1,6 @@
 """The file of a campaign: the tables made from it are those of its runs, byte for byte."""
 
+import csv
 import json
 import lzma
 import shutil
@@ -74,8 +75,40 @@ def test_tables_from_the_file_are_those_of_the_runs(here, trained, tmp_path, cap
     words[words.index("1")] = "2"
     assert experiments.main([*words, "--methods", "lora", *passed]) == 1
     assert "holds a run with epochs 1, not 2" in capsys.readouterr().err
+    assert experiments.main([*words[:3], "--datasets", "gsc"]) == 2
+    assert "none of these runs is in it" in capsys.readouterr().err
     assert experiments.main(["show", str(file), "tune", "table1"]) == 2
     assert "`show` searches for nothing" in capsys.readouterr().err
+
+
+def test_show_and_compare_what_the_file_has(here, trained, tmp_path, capsys):
+    """A target without options is made as the campaign made it. A run is named as in a folder."""
+    file = tmp_path / "results" / "campaign.json.xz"
+    experiments.main(["keep", str(here.out), str(file)])
+    assert experiments.main(["show", str(file), "claims"]) == 0
+    (name,) = [name for name in trained if name.startswith("claims") and name.endswith(".md")]
+    shown = files_in(file.parent)
+    text = shown.pop(name)
+    assert text == trained[name] and b"Only of linear, bitfit, lora, dpt (--methods)" in text
+    rows = csv.DictReader(shown[name.replace(".md", ".csv")].decode().splitlines())
+    pairs = {(row["better"], row["than"]) for row in rows if row["points"]}
+    assert f"correction for all {len(pairs)} pairs that were compared here" in text.decode()
+    assert {other.split("-")[0] for other in shown} == {"claims", "campaign.json.xz"}
+    assert experiments.main(["show", str(file), "table2"]) == 2
+    assert "no command of its campaign made table2; make it from" in capsys.readouterr().err
+
+    pair = [f"esc10/{method}" for method in ("bitfit", "linear")]
+    for seed in ("", "/seed1"):  # all seeds, or one
+        said = []
+        for root in (here.out, file):
+            variant = Cell("esc10", "lora", 1, str(SMALL_AST)).variant
+            assert (
+                experiments.main(["compare", *(f"{root}/{variant}/{x}{seed}" for x in pair)]) == 0
+            )
+            said.append(capsys.readouterr().out.replace(str(root), "ROOT"))
+        assert said[0] == said[1] and "right more often on" in said[0]
+    assert experiments.main(["compare", f"{file}/{variant}/esc10/linaer", str(file)]) == 2
+    assert f"name a run in it, such as {file}/{variant}/esc10/linear" in capsys.readouterr().err
 
 
 def test_what_the_file_holds(here, trained, tmp_path):

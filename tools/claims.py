@@ -84,15 +84,19 @@ def as_text(records: list[dict]) -> dict[str, list[str]]:
     return {head: [row[head] for row in rows] for head in rows[0]}
 
 
-def notes_of(rows: dict[str, list[str]], plan: Plan) -> list[str]:
-    """What a reader must know of the table that `as_text` returns."""
+def notes_of(rows: dict[str, list[str]], plan: Plan, count: int) -> list[str]:
+    """What a reader must know of the table that `as_text` returns.
+
+    count: how many different pairs were compared.
+    """
     counts = Counter(rows["verdict"])
     said = ", ".join(f"{counts[word]} {word}" for word in WORDS.values() if counts[word])
     notes = [
         f"Rows: {said}. A claim is made of pairs. With the test 'better' it holds where in every "
         "pair the first is better on the same test clips, and is contradicted where in one the "
         "second is (tools/evidence.py: the 95 % interval of the difference leaves out zero, and p "
-        "is below 5 % by Holm's correction for all pairs of this table. The correction is for the "
+        f"is below 5 % by Holm's correction for all {count} pairs that were compared here. The "
+        "correction is for the "
         "clips: how seeds scatter is judged for each pair by itself, so of 20 pairs of equal "
         "methods one may be called better). 'Not worse' is parity: it "
         "holds unless the second is better, which few clips rarely show; the interval says how "
@@ -105,6 +109,11 @@ def notes_of(rows: dict[str, list[str]], plan: Plan) -> list[str]:
         "prompts and learning rates (support/variants.py). With the parameters of LoRA its s = "
         "alpha / RR grows, too.",
     ]
+    if plan.methods:
+        notes.append(
+            f"Only of {', '.join(plan.methods)} (--methods): other pairs of a claim are left out, "
+            "and the correction is for fewer pairs. So with all methods verdicts may be others."
+        )
     left_out = [c.sentence for c in CLAIMS if c.pairs(plan) and not c.columns(plan)]
     if left_out:
         quoted = "; ".join(f"'{sentence}'" for sentence in left_out)

@@ -2,6 +2,7 @@
 
     python -m tools.experiments compare experiments/demo/houlsby_par experiments/demo/lora
     python -m tools.experiments compare demo/houlsby_par/seed0 demo/lora/seed0  # of one seed
+    python -m tools.experiments compare kept.xz/demo/lora kept.xz/demo/dora  # of kept runs
 
 An accuracy is the mean over folds and seeds. Its interval is that of a bootstrap that draws clips
 and seeds together. Where they are wider it is Student's over the seeds, because the bootstrap
@@ -21,6 +22,7 @@ Clips of one recording or speaker count as one, as far as their names or --group
 are.
 """
 
+import difflib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -34,13 +36,15 @@ from support.command import Parser, UserError, needed
 from support.processes import say
 from support.records import file_of, read_run
 from tools.cells import Cell
-from tools.finished import Finished, finished
+from tools.finished import Finished, finished, read_kept
 
 LEVEL = 0.95
 RESAMPLES = 2_000
 YES = "yes"
 NO = "no"
 UNTOLD = "cannot be told"
+BETTER = {YES: "the first is better", NO: "the second is better"}
+BETTER[UNTOLD] = "which is better cannot be told"
 
 # {(fold, recording, path and label of a test clip): 1 if the answer was right, 0 if not}; or
 # differences of these.
@@ -271,12 +275,37 @@ def differences(pairs: dict, done: dict[Cell, Finished]) -> tuple[dict, list[str
     return {key: (gap, p) for (key, gap), p in both}, why
 
 
-def scores_in(folder):
-    """{seed: Scores} of the runs of a method, or {"": Scores} of the one run that the folder is."""
+def scores_in(folder: Path) -> dict[str, Scores]:
+    """{seed: Scores} of the runs of a method, or {"": Scores} of the one run that the folder is.
+
+    The folder may be one of a file that `keep` wrote, as in results/demo.runs.xz/demo/lora.
+    """
+    for file in (folder, *folder.parents):
+        if file.is_file():
+            runs = kept_runs(file, folder.relative_to(file).as_posix())
+            return {seed: scores_of(run) for seed, run in runs.items()}
     seeds = {file.parent.name for file in folder.glob("seed*/fold*.safetensors")}
     if not seeds:
         return {"": scores_of(finished(read_run(folder)))}
     return {seed: scores_of(finished(read_run(folder / seed))) for seed in sorted(seeds)}
+
+
+def kept_runs(file: Path, name: str) -> dict[str, Finished]:
+    """{seed: run} of the method `name` in a file of kept runs, or {"": run} if it is one run."""
+    runs = read_kept(file).runs
+    if name in runs:
+        return {"": runs[name]}
+    found = {}
+    for run in sorted(runs):
+        method, _, seed = run.rpartition("/")
+        if method == name:
+            found[seed] = runs[run]
+    if not found:
+        methods = sorted({run.rpartition("/")[0] for run in runs})
+        like = difflib.get_close_matches(name, methods, n=3) or methods[:3]
+        places = ", ".join(f"{file}/{method}" for method in like)
+        raise UserError(f"{file}: name a run in it, such as {places}")
+    return found
 
 
 def compare(argv: list[str]) -> None:
@@ -284,7 +313,8 @@ def compare(argv: list[str]) -> None:
     parser = Parser(
         prog="python -m tools.experiments compare",
         description="Say whether the first of these is better than the others, on the same clips. "
-        "Each is a finished run, .../METHOD/seedS, or .../METHOD with all its seeds.",
+        "Each is a finished run, .../METHOD/seedS, or .../METHOD with all its seeds: in a folder, "
+        "or in a file that keep wrote, as FILE/demo/lora.",
     )
     parser.add_argument("first", type=Path, help="is this one better than the others?")
     parser.add_argument("others", type=Path, nargs="+", help="each is compared with the first")
@@ -304,7 +334,7 @@ def compare(argv: list[str]) -> None:
         say(
             f"{args.first} - {folder}: {one} points; {one.recordings:,} recordings, "
             f"seeds: {one.seeds}; right more often on {one.more}, less on {one.less}, "
-            f"p = {one.p:.2g}, by Holm's correction {p:.2g}; is the first better: {one.holds(p)}"
+            f"p = {one.p:.2g}, by Holm's correction {p:.2g}; {BETTER[one.holds(p)]}"
         )
     if any(one.seeds == 1 for one in found.values()):
         say("With one seed this is about these runs. Other seeds may say something else.")

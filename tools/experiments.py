@@ -29,6 +29,7 @@ from support.command import (
     Parser,
     UserError,
     exit_code,
+    first_of,
     nearest,
     numbers,
     positive,
@@ -199,6 +200,10 @@ def start(argv):
 def train_and_write(plan: Plan) -> dict:
     """Train what is not finished, and write tables and figures. Returns the cells that failed."""
     done, failed = train_cells(cells.cells_of(plan), plan)
+    if plan.kept and not done and not failed:
+        raise UserError(
+            f"{plan.out}: none of these runs is in it; say what is by --datasets and so on"
+        )
     for target in plan.targets:
         write = write_curves if target in FIGURES else write_table
         write(target, done, plan)
@@ -250,15 +255,25 @@ def show_runs(argv):
         prog="python -m tools.experiments show",
         usage="%(prog)s [-h] FILE [TARGET... [options]]",
         description="Make tables and figures from a file of runs, beside the file, without the "
-        "runs and without training: all that were made before it was written, or the TARGETs, "
-        "with the options of tools.experiments.",
+        "runs and without training: all that were made before it was written, or of these the "
+        "TARGETs. With options of tools.experiments the TARGETs are made as these say.",
     )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="TARGET")
     args = parser.parse_args(argv)
     kept = read_kept(args.file)
     failed = {}
-    for words in [args.words] if args.words else kept.commands.values():
+    commands = [*kept.commands.values()]
+    if args.words and set(args.words) <= set(TARGETS):  # without options
+        commands = [words for words in commands if words[0] in args.words]
+        if missing := set(args.words) - {words[0] for words in commands}:
+            raise UserError(
+                f"{args.file}: no command of its campaign made {first_of(sorted(missing))}; make "
+                "it from the runs that are there, by options such as --datasets and --seeds"
+            )
+    elif args.words:
+        commands = [args.words]
+    for words in commands:
         plan = replace(parse(words), kept=kept, out=args.file)
         if plan.tune:
             raise UserError("tune: `show` searches for nothing; --setting shows what was found")

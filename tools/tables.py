@@ -32,9 +32,10 @@ from tools.finished import Finished
 
 NARROW = (
     " This backbone has fewer dimensions than the paper's. So RR, prompts, s of LoRA and all "
-    "learning rates are others, too (support/variants.py). The names of the rows, and the paper's "
-    "numbers of parameters in parentheses, are those at 768 dimensions."
+    "learning rates are others, too (support/variants.py). The names of the rows and the paper's "
+    "numbers are those at 768 dimensions."
 )
+SCATTER = 5  # points: seeds that are further apart are listed
 ONE_SEED = "One seed: no interval and no mark says anything about other seeds."
 
 
@@ -47,6 +48,7 @@ class Measured:
     high: float
     runs: int
     seeds: int
+    by_seed: str  # the accuracy of each seed
     seconds: float  # of training, all folds of one seed
     trained: int  # parameters besides the final LayerNorm and head, unless nothing else trains
 
@@ -64,9 +66,15 @@ def measure(same: list[Cell], done: dict[Cell, Finished]) -> Measured | None:
         high=high,
         runs=sum(len(run.folds) for run in runs),
         seeds=len(runs),
+        by_seed=" ".join(f"{mean_of(run):.2f}" for run in runs),
         seconds=statistics.mean(sum(fold.seconds for fold in run.folds) for run in runs),
         trained=count["petl"] or count["head"],
     )
+
+
+def mean_of(run):
+    """The accuracy of a run in percent, the mean of its folds."""
+    return statistics.mean(fold.accuracy for fold in run.folds)
 
 
 # ----------------------------------------------------------------------------------------- a table
@@ -103,7 +111,8 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
 
     by_line = list(zip(*measured.values(), strict=True))
     trained = [span({m.trained for m in line if m}) for line in by_line]
-    text = {"method": names, "trained": beside(trained, paper("params"))}
+    text = {"method": names, "here": [f"`{method}`" for _, method, _ in lines]}
+    text["trained"] = beside(trained, paper("params"))
     records = []
     for column, numbers in measured.items():
         setting, dataset, shots = column
@@ -154,7 +163,23 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
     # A cell may be in both settings: only the last one counts.
     seconds = [sum(m.seconds for m in line[-len(columns) :] if m) for line in by_line]
     text["seconds"] = [f"{number:.0f}" for number in seconds]
-    return page(target, text, notes_of(table, datasets, plan), why, plan), records
+    has_theirs = any("(" in cell for texts in text.values() for cell in texts)
+    notes = notes_of(table, datasets, plan, has_theirs, len(gaps))
+    notes += scattered(names, measured)
+    return page(target, text, notes, why, plan), records
+
+
+def scattered(names, measured):
+    """A note of the numbers whose seeds lie far apart. `measured`: those of every column."""
+    found = []
+    for column in measured.values():
+        for name, m in zip(names, column, strict=True):
+            each = [float(accuracy) for accuracy in m.by_seed.split()] if m else []
+            if each and max(each) - min(each) > SCATTER:
+                found.append(f"{name} ({', '.join(m.by_seed.split())})")
+    if not found:
+        return []
+    return [f"Seeds more than {SCATTER} points apart: {'; '.join(found)}."]
 
 
 def average(line):
@@ -209,17 +234,22 @@ def page(target, columns, notes, why, plan):
 # ------------------------------------------------------------------------------------- its notes
 
 
-def notes_of(table, datasets, plan):
-    """What a reader must know of the numbers, above all where the runs are not the paper's."""
+def notes_of(table, datasets, plan, has_theirs, count):
+    """What a reader must know of the numbers, above all where the runs are not the paper's.
+
+    has_theirs: numbers of the paper stand beside ours. count: how many comparisons were made.
+    """
     notes = [
-        f"Test accuracy in percent, seeds {', '.join(map(str, plan.seeds))}, in parentheses the "
-        "paper's. Best **bold**, second best in _italics_. In brackets the 95 % interval: of a "
+        f"Test accuracy in percent, seeds {', '.join(map(str, plan.seeds))}. "
+        f"{'In parentheses what the paper has. ' * has_theirs}"
+        "Best **bold**, second best in _italics_. In brackets the 95 % interval: of a "
         "bootstrap that draws test recordings and seeds together, or where they are wider "
         "Student's over the seeds or Wilson's over the recordings; of a single run Wilson's.",
         "~: not clearly worse than the best of its column on the same clips. Clearly worse is what "
         "has a difference whose 95 % interval, by the same rule, leaves out zero, and p below 5 % "
-        "in a sign test of the recordings, by Holm's correction for all of the table "
-        "(tools/evidence.py). The correction is for the recordings: how seeds scatter is judged "
+        f"in a sign test of the recordings, by Holm's correction for all {count} comparisons of "
+        "the table (tools/evidence.py): with fewer rows it corrects for fewer. The correction is "
+        "for the recordings: how seeds scatter is judged "
         "for each row by itself, so of 20 rows as good as the best one may lack its mark. "
         "The best was chosen by these numbers, which nothing here corrects for: it looks better "
         "than it is.",
@@ -292,4 +322,10 @@ def render_claims(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[
     """The table of claims as Markdown, and a record for each of their pairs."""
     records, why = claims.judge(done, plan)
     rows = claims.as_text(records)
-    return page(target, rows, claims.notes_of(rows, plan), why, plan), records
+    compared = {(*pair_of(record),) for record in records if "points" in record}
+    notes = claims.notes_of(rows, plan, len(compared))
+    return page(target, rows, notes, why, plan), records
+
+
+def pair_of(record):
+    return [record[name] for name in ("dataset", "shots", "setting", "better", "than")]
