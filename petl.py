@@ -50,10 +50,11 @@ To add a method:
     petl_more.VeRA.
  5. train.py has options for fields named rr, alpha, prompts and kernel. On a backbone narrower than
     384, as in its default run, it trains with other numbers than the row has: see train.run.
- 6. What is inserted should change nothing at the start. (Prompts and prefixes cannot do that.) So
-    let one of its factors start at zero, but only one: of two zeros neither would ever move (see
-    `Bottleneck`). A factor that starts at 1 is stored minus 1, because weight decay pulls every
-    number to zero (see petl_more.py).
+ 6. What is inserted should change nothing at the start. (Prompts, prefixes, and adapters that
+    stand before a sub-layer cannot do that.) So let one of the tensors that are multiplied start
+    at zero, but only one: of two zeros neither would ever move (see `Bottleneck`). A factor that
+    starts at 1 is stored minus 1, because weight decay pulls every number to zero (see
+    petl_more.py).
 
 This file needs torch and ast_model.py. Newer methods are in petl_more.py.
 """
@@ -394,7 +395,7 @@ class LoRA:
         return self.alpha / self.rr
 
     def build(self, linear):
-        rank = rank_of(inner(linear).in_features, self.rr)
+        rank = rank_of(inner(linear).in_features, self.rr)  # q, k, v, o read the model's dim
         return LoRALinear(linear, rank, self.scale)
 
 

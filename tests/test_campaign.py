@@ -78,7 +78,8 @@ def test_a_campaign(here, capsys):
     ]
     out = capsys.readouterr().out
     assert (
-        "1 epoch instead of 50. Not as in the paper: dataset, weights, number of epochs. "
+        "1 epoch instead of 50. Not as in the paper: dataset, weights, "
+        "number of epochs (30 to 75 there). "
         "This backbone has fewer dimensions" in out
     )
     assert "--folds 1 --seconds 0.5" in out

@@ -247,7 +247,7 @@ def test_compare_two_runs(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (
         "+50.00 [" in printed
-        and "36 recordings, seeds: 1; right more often on 20, less on 4" in printed
+        and "36 recordings, seeds: 1 (+50.00); right more often on 20, less on 4" in printed
     )
     assert "p = 0.0015, by Holm's correction 0.0015; the first is better\n" in printed
     assert compare(tmp_path / "b", tmp_path / "a") == 0 and "-50.00 [" in (
@@ -271,7 +271,8 @@ def test_compare_all_seeds_of_two_methods(tmp_path, capsys):
     assert compare(tmp_path / "a", tmp_path / "b") == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert (
-        "+75.00 [" in line and "20 recordings, seeds: 2; right more often on 15, less on 0" in line
+        "+75.00 [" in line
+        and "20 recordings, seeds: 2 (+100.00, +50.00); right more often on 15, less on 0" in line
     )
     finish(tmp_path / "c" / "seed7", "r" * 20)
     assert compare(tmp_path / "a", tmp_path / "c") == 2
@@ -362,7 +363,7 @@ def test_seeds_that_lie_far_apart_are_listed(tmp_path):
         Cell("demo", "pfeiffer_par", 1, "demo"): answered("r" * 38 + "w" * 2),
     }
     text, _ = tables.render("table7", done, plan)
-    assert "\n- Seeds more than 5 points apart: Seq, residual (100.00, 75.00).\n" in text
+    assert "\n- Seeds more than 5 points apart: Seq, residual (100.00, 75.00). " in text
 
 
 def test_a_single_run_has_wilsons_interval(tmp_path):

@@ -321,6 +321,7 @@ def compare(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     first = scores_in(args.first)
     found = {}
+    by_seed = {}
     for folder in args.others:
         other = scores_in(folder)
         gaps = [minus([first[seed]], [other[seed]]) for seed in first if seed in other]
@@ -329,12 +330,14 @@ def compare(argv: list[str]) -> None:
                 f"{args.first} and {folder} have no seed in common: give a run of each, .../seedS"
             )
         found[folder] = difference(gaps)
+        by_seed[folder] = ", ".join(f"{difference([gap]).points:+.2f}" for gap in gaps)
     corrected = holm([one.p for one in found.values()])
     for (folder, one), p in zip(found.items(), corrected, strict=True):
         say(
             f"{args.first} - {folder}: {one} points; {one.recordings:,} recordings, "
-            f"seeds: {one.seeds}; right more often on {one.more}, less on {one.less}, "
-            f"p = {one.p:.2g}, by Holm's correction {p:.2g}; {BETTER[one.holds(p)]}"
+            f"seeds: {one.seeds} ({by_seed[folder]}); "
+            f"right more often on {one.more}, less on {one.less}, p = {one.p:.2g}, "
+            f"by Holm's correction {p:.2g}; {BETTER[one.holds(p)]}"
         )
     if any(one.seeds == 1 for one in found.values()):
         say("With one seed this is about these runs. Other seeds may say something else.")

@@ -100,7 +100,12 @@ def parse(argv: list[str]) -> Plan:
     add("--methods", **methods, help="only the rows of these methods")
     add("--add", **methods, help="also a row for these methods in every table")
     add("--random", **methods, help="also rows from random weights, for these methods of Table I")
-    add("--seeds", type=numbers, default=[0], help="train with each of these seeds, as in 0,1,2")
+    add(
+        "--seeds",
+        type=numbers,
+        default=[0],
+        help="train with each of these, as in 0,1,2; default: 0",
+    )
     add("--epochs", type=positive, help="default: the dataset's, in Table II at least 30")
     add("--weights", help="the backbone, as for train.py; default: the dataset's")
     add(

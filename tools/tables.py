@@ -179,7 +179,10 @@ def scattered(names, measured):
                 found.append(f"{name} ({', '.join(m.by_seed.split())})")
     if not found:
         return []
-    return [f"Seeds more than {SCATTER} points apart: {'; '.join(found)}."]
+    return [
+        f"Seeds more than {SCATTER} points apart: {'; '.join(found)}. Their intervals are wide, so "
+        "a ~ of theirs may say no more than that."
+    ]
 
 
 def average(line):
@@ -278,8 +281,11 @@ def note_of_dataset(dataset, table, plan):
         others.append("dataset")
     if weights != "audioset":
         others.append("weights")
-    if epochs != usual:
+    if dataset not in table.datasets:
+        others.append("number of epochs (30 to 75 there)")
+    elif epochs != usual:
         others.append("number of epochs")
+    if epochs != usual:
         text += f" instead of {usual}"
         text += "" if plan.epochs else ": few clips make few steps"
     text += "."
