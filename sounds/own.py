@@ -313,11 +313,7 @@ def seconds_of(dataset, seconds: float | None) -> float:
         seconds = typical_seconds(lengths[sorted(may_train) or slice(None)])
     if BACKGROUND in dataset.classes:
         quiet = dataset.labels.count(dataset.classes.index(BACKGROUND))
-        say(
-            f"{quiet} of {len(lengths)} clips are {BACKGROUND!r}, which is never an event (in "
-            "recordings with labels, or with start and end in a table, also what these do not "
-            "cover; --no-background leaves that out)"
-        )
+        say(f"{quiet} of {len(lengths)} clips are {BACKGROUND!r}, which is never an event")
     over = np.nan_to_num(lengths - seconds).clip(0)
     count = int((over > 0.02).sum())  # less is the end of the last frame
     if count:

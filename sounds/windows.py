@@ -9,6 +9,7 @@ import numpy as np
 
 from sounds.audio import lengths_of
 from sounds.clip import WHOLE, Clip
+from support.processes import say
 
 BACKGROUND = "background"  # the class of what no label of a recording covers
 PER_LABEL = 10  # windows of background for each window of a label, at most
@@ -68,6 +69,11 @@ def cut_labels(clips: list[Clip], seconds: float | None, background: bool) -> li
         between = list(windows_between(clips, ends, seconds))
         step = math.ceil(len(between) / (PER_LABEL * len(windows))) or 1
         windows += between[::step]
+        if between:
+            say(
+                f"{len(between[::step])} windows of {BACKGROUND!r} are added: what labels, or "
+                "start and end, leave of the recordings; --no-background adds none"
+            )
     return windows
 
 

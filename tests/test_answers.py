@@ -4,6 +4,7 @@ The numbers are typed by hand.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,12 @@ def test_with_background_events_are_found_and_then_named():
     assert told(events_of(rows, CLASSES, **without)) == []
     assert told(events_of(rows, CLASSES, threshold=0.25, **without)) == [("B", 1.25, 2.75, 0.3)]
     assert told(events_of(mixed((0.0, 0.4), (0.0, 0.4)), CLASSES)) == [("B", 0.0, 1.5, 0.4)]
+    for names in (CLASSES, NO_BACKGROUND):  # the third of five windows is silent
+        rows = windows("--AAAAA--")
+        rows[4] = replace(rows[4], is_silent=True)
+        options = {"left_out": names[2:], "threshold": 0.3}
+        spans = [(e.start, e.end) for e in events_of(rows, names, **options)]
+        assert len(spans) == 2 and spans[0][1] == 2.25 and spans[1][0] == 2.75
     assert told(events_of(windows("--AAAa--BBbbb--"), CLASSES)) == [("A", 1.25, 3.25, 1.0)]
 
 

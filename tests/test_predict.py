@@ -579,6 +579,17 @@ def test_hops_that_no_window_has(tmp_path, hop, capsys):
     )
 
 
+def test_windows_of_zeros_are_silent(tmp_path):
+    """Windows of 0.6 s side by side: a tone, zeros with a step of 16 bits, and both."""
+    classifier = predict.load(constant(tmp_path / "fold1.safetensors", 0.5, 0.5))
+    wave = np.full(2 * 9_600 + 9_840, 2**-15, np.float32)  # a window has 9,840 samples
+    wave[:9_600] = 0.1
+    wave[-5:] = -0.001
+    *each, whole = classifier.listen(wave, 16_000, hop=0.6)
+    assert [window.is_silent for window in each] == [False, True, False]
+    assert not whole.is_silent
+
+
 def test_a_long_recording_is_listened_to_as_it_comes(tmp_path, fold, monkeypatch):
     """Reading stays one window and a hop ahead, and a batch of windows is answered before the next
     one is cut."""

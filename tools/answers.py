@@ -31,6 +31,7 @@ class Answer:
     vector: np.ndarray | None = field(default=None, repr=False)  # what the head reads, (dim,)
     # Of a window: those of all classes, in their order, (classes,).
     probabilities: np.ndarray | None = field(default=None, repr=False)
+    is_silent: bool = False  # a window of nearly all zeros: no event
 
     @property
     def best(self) -> str:
@@ -97,19 +98,23 @@ def events_of(
 
     A window speaks for the time that is nearer to its middle than to the middles of its neighbours.
     With a class BACKGROUND the events are found first and then named, see `named_sounds`. Without
-    it, they are windows that agree, see `same_best`. A class in `left_out` is no event.
+    it, they are windows that agree, see `same_best`. A class in `left_out` is no event. A silent
+    window is in none.
 
     An event lasts as long as a window, which takes two windows or more, or else `min_length`
     seconds. If most of its windows are unsure, it is none. Its probability is the mean over them.
     """
     overlapping = overlaps(windows)
     rows = np.stack([window.probabilities for window in windows])  # (windows, classes)
+    is_silent = np.array([window.is_silent for window in windows])
     is_left_out = np.array([name in left_out for name in classes])
     if BACKGROUND in classes:
         rows = np.where(is_left_out, 0, rows)
+        rows[is_silent] = 0
         found = named_sounds(rows, threshold, overlapping)
     else:
         rows = means_around(rows, overlapping)
+        rows[is_silent] = 0
         found = same_best(rows, threshold, is_left_out)
     edges = edges_of(windows)
     for best, row in found:

@@ -69,6 +69,7 @@ from tools.answers import (
 from tools.truth import labels_of, print_scores, require_own_tracks
 
 BATCH = 16  # windows at once
+SILENT = 2e-4  # the peak of a window that is silent: six steps of 16 bits
 SOFTMAX = partial(torch.softmax, dim=-1)
 
 
@@ -132,7 +133,8 @@ class Classifier:
                 end = (start + len(wave)) / RATE
                 total = total + row.astype(float)
                 count += 1
-                yield self.answer(row, 1, start / RATE, end)
+                is_silent = bool(np.abs(wave).max() < SILENT)
+                yield replace(self.answer(row, 1, start / RATE, end), is_silent=is_silent)
         yield self.answer(total / count, top, 0.0, end)
 
     @torch.inference_mode()
