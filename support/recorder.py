@@ -66,10 +66,10 @@ class Recorder:
     def describe_clips(self, folds, bad):
         """The SHA-256 of split.csv, which this makes."""
         records.tell_of_gaps(self.dataset, folds)
-        for split in folds.values():
+        for fold, split in folds.items():
             groups = console.describe_groups(self.dataset, split)
             if groups:
-                say(groups)
+                say(f"fold {fold}: {groups}" if len(folds) > 1 else groups)
         self.bad = bad
         self.table = records.split_table(self.dataset, folds, bad)
         return records.hash_of(self.table)
