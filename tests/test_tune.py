@@ -262,7 +262,7 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
     text, records = tables.render("table1", done, plan)
     head, _, line = (row.split("|") for row in text.splitlines() if row.startswith("|"))
     assert line[-2].strip() == "4"  # seconds of the tuned cells alone
-    assert [word.strip() for word in head[3:-2]] == [
+    assert [word.strip() for word in head[4:-2]] == [
         "ESC-50",
         "GSC",
         "ESC-50, tuned",
@@ -271,10 +271,10 @@ def test_a_tuned_table_of_results_by_hand(tmp_path):
         "Avg, tuned",
     ]
     assert (
-        "(86.45)" in line[3]
-        and "at 0.05" in line[5]
-        and "(" not in line[5]
-        and "at 0.005" in line[6]
+        "(86.45)" in line[4]
+        and "at 0.05" in line[6]
+        and "(" not in line[6]
+        and "at 0.005" in line[7]
     )
     assert (
         "test clips of another. The search had the options `--folds 1 --seconds 0.5`. Best at"
