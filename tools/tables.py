@@ -48,7 +48,7 @@ class Measured:
     high: float
     runs: int
     seeds: int
-    by_seed: str  # the accuracy of each seed
+    by_seed: str  # the accuracy of each seed, as the CSV has them
     seconds: float  # of training, all folds of one seed
     trained: int  # parameters besides the final LayerNorm and head, unless nothing else trains
 
@@ -163,7 +163,8 @@ def render(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[str, li
     # A cell may be in both settings: only the last one counts.
     seconds = [sum(m.seconds for m in line[-len(columns) :] if m) for line in by_line]
     text["seconds"] = [f"{number:.0f}" for number in seconds]
-    has_theirs = any("(" in cell for texts in text.values() for cell in texts)
+    beside_ours = ["params", *(f"{name} {shots}" if shots else name for name, shots in columns)]
+    has_theirs = any(number for column in beside_ours for number in paper(column))
     notes = notes_of(table, datasets, plan, has_theirs, len(gaps))
     notes += scattered(names, measured)
     return page(target, text, notes, why, plan), records
@@ -328,10 +329,11 @@ def render_claims(target: str, done: dict[Cell, Finished], plan: Plan) -> tuple[
     """The table of claims as Markdown, and a record for each of their pairs."""
     records, why = claims.judge(done, plan)
     rows = claims.as_text(records)
-    compared = {(*pair_of(record),) for record in records if "points" in record}
+    compared = {pair_of(record) for record in records if "points" in record}
     notes = claims.notes_of(rows, plan, len(compared))
     return page(target, rows, notes, why, plan), records
 
 
 def pair_of(record):
-    return [record[name] for name in ("dataset", "shots", "setting", "better", "than")]
+    """What is compared with what. Several claims may have the same pair."""
+    return tuple(record[name] for name in ("dataset", "shots", "setting", "better", "than"))
